@@ -1,0 +1,208 @@
+"""One struct per JSON message, versioned and bounded (SPEC section 3).
+
+Receivers ignore fields that they do not know, so that a newer sender may add some; a new meaning of an old field is a
+new protocol version. Chunks are binary and live in `chunks.py`.
+"""
+
+import base64
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocol.constants import MESSAGE_BYTES_MAX, PROTOCOL_VERSION
+from protocol.errors import MessageError
+
+Text = Annotated[str, Meta(max_length=512)]
+ShortText = Annotated[str, Meta(max_length=128)]
+DigestText = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
+Sequence = Annotated[int, Meta(ge=0, lt=1 << 53)]
+
+Outcome = Literal["running", "committed", "rolled_back", "rejected", "failed"]
+
+
+class Desired(Struct, frozen=True, kw_only=True):
+    """What a device should run; `dev/<id>/desired`, retained.
+
+    Not signed by itself: it can only choose among releases that signed metadata lists.
+    """
+
+    v: int = PROTOCOL_VERSION
+    sequence: Sequence  # grows with every change for this device; older ones are ignored
+    rollout: ShortText
+    family: ShortText
+    version: ShortText
+
+
+class LatencySummary(Struct, frozen=True, kw_only=True):
+    """Latency of single inferences, milliseconds."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+
+class TrialEvidence(Struct, frozen=True, kw_only=True):
+    """What a trial of a new model measured on the device; every figure comes from the run."""
+
+    prompts_passed: Count
+    prompts_total: Count
+    load_ms: float | None = None
+    latency: LatencySummary | None = None
+    memory_peak_bytes: Count | None = None
+    detail: Text = ""
+
+
+class UpdateReport(Struct, frozen=True, kw_only=True):
+    """How the update that a rollout asked for is going."""
+
+    rollout: ShortText
+    sequence: Sequence  # of the `Desired` that asked for it
+    version: ShortText
+    outcome: Outcome
+    code: ShortText = ""  # stable code of the reason where the outcome is a failure
+    detail: Text = ""
+    started_ms: Count = 0  # device clock
+    finished_ms: Count | None = None
+    transfer_bytes_total: Count = 0  # size of what has to be fetched
+    full_bytes_total: Count = 0  # what whole files would take
+    received_bytes: Count = 0  # chunk payloads taken from the air, useless ones included
+    received_chunks: Count = 0
+    redundant_chunks: Count = 0  # of these: valid, but there already
+    invalid_chunks: Count = 0  # of these: not what the signed index says
+    resumes: Count = 0  # times the transfer went on after a lost connection or a restart
+    tries: Count = 0  # trials started
+    states_ms: dict[ShortText, Count] = msgspec.field(default_factory=dict)  # time spent in each state
+    evidence: TrialEvidence | None = None
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """What a device says about itself; `dev/<id>/report`, retained, numbered, idempotent."""
+
+    v: int = PROTOCOL_VERSION
+    device: ShortText
+    sequence: Sequence  # never goes back on one device, restarts included
+    state: ShortText
+    family: ShortText
+    version: ShortText = ""  # empty: nothing installed
+    files: dict[ShortText, DigestText] = msgspec.field(default_factory=dict)  # measured, not remembered
+    tier: ShortText = ""
+    runtimes: dict[ShortText, ShortText] = msgspec.field(default_factory=dict)
+    disk_free_bytes: Count = 0
+    memory_bytes: Count = 0
+    update: UpdateReport | None = None
+
+
+class Link(Struct, frozen=True, kw_only=True):
+    """Whether a device is connected; `dev/<id>/link`, retained, sent by the broker as the Will. A hint only."""
+
+    v: int = PROTOCOL_VERSION
+    online: bool
+
+
+class ChunkRequest(Struct, frozen=True, kw_only=True, tag_field="type", tag="chunks"):
+    """Asks for the chunks of a window that no cache delivered."""
+
+    v: int = PROTOCOL_VERSION
+    blob: DigestText
+    first: Count  # number of the chunk that the first bit stands for
+    wanted: Annotated[str, Meta(max_length=24)]  # base64, most significant bit first; see `encode_window`
+
+
+class MetadataRequest(Struct, frozen=True, kw_only=True, tag_field="type", tag="metadata"):
+    """Asks for the signed documents, for brokers that keep no retained messages."""
+
+    v: int = PROTOCOL_VERSION
+    root_version: Count  # the newest root that the device trusts
+
+
+class MetadataBundle(Struct, frozen=True, kw_only=True):
+    """Answer to a `MetadataRequest`: documents as they were signed, base64."""
+
+    v: int = PROTOCOL_VERSION
+    roots: list[bytes]  # successors of the root that was asked about, in order
+    timestamp: bytes
+    snapshot: bytes
+    targets: bytes
+
+
+REQUEST_WINDOW_CHUNKS_MAX: Final = 64
+"""Chunks that one request may name: 4 MiB of answers."""
+
+BUNDLE_BYTES_MAX: Final = 1 << 20
+"""A metadata bundle: the caps of the documents, several roots, base64."""
+
+Request = ChunkRequest | MetadataRequest
+_Message = TypeVar("_Message", bound=Struct)
+_encoder = msgspec.json.Encoder()
+_decoders: Final[dict[Any, msgspec.json.Decoder[Any]]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (Desired, Report, Link, Request, MetadataBundle)
+}
+
+
+def encode_message(message: Struct) -> bytes:
+    """Encode as JSON."""
+    return _encoder.encode(message)
+
+
+def decode_message(kind: type[_Message], payload: bytes) -> _Message:
+    """Decode a JSON message of a known kind.
+
+    Raises:
+        MessageError: Too long, no valid JSON of that shape, or another protocol version.
+    """
+    message = _decode(kind, payload, BUNDLE_BYTES_MAX if kind is MetadataBundle else MESSAGE_BYTES_MAX)
+    assert isinstance(message, kind)
+    return message
+
+
+def decode_request(payload: bytes) -> Request:
+    """Decode whatever a device may ask for.
+
+    Raises:
+        MessageError: As for `decode_message`.
+    """
+    message = _decode(Request, payload, MESSAGE_BYTES_MAX)
+    assert isinstance(message, ChunkRequest | MetadataRequest)
+    return message
+
+
+def encode_window(wanted: list[int], first: int) -> str:
+    """Bitmap of the chunk numbers in `wanted`, which lie in `first` up to `first + REQUEST_WINDOW_CHUNKS_MAX`."""
+    bits = bytearray((max(wanted) - first) // 8 + 1)
+    for index in wanted:
+        offset = index - first
+        assert 0 <= offset < REQUEST_WINDOW_CHUNKS_MAX
+        bits[offset // 8] |= 0x80 >> offset % 8
+    return base64.b64encode(bits).decode()
+
+
+def decode_window(request: ChunkRequest) -> list[int]:
+    """Chunk numbers that a request names, ascending.
+
+    Raises:
+        MessageError: The bitmap is no base64, empty, or wider than `REQUEST_WINDOW_CHUNKS_MAX`.
+    """
+    try:
+        bits = base64.b64decode(request.wanted, validate=True)
+    except ValueError as error:
+        raise MessageError("ChunkRequest.wanted is no base64") from error
+    if not 0 < len(bits) <= REQUEST_WINDOW_CHUNKS_MAX // 8:
+        raise MessageError(f"ChunkRequest.wanted has {len(bits)} bytes, allowed are 1 to 8")
+    return [
+        request.first + offset for offset in range(len(bits) * 8) if bits[offset // 8] & (0x80 >> offset % 8)
+    ]
+
+
+def _decode(kind: Any, payload: bytes, bytes_max: int) -> Any:
+    name = getattr(kind, "__name__", "Request")
+    if len(payload) > bytes_max:
+        raise MessageError(f"{name} of {len(payload)} bytes, allowed are {bytes_max}")
+    try:
+        message = _decoders[kind].decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageError(f"{name}: {error}") from error
+    if message.v != PROTOCOL_VERSION:
+        raise MessageError(f"{name} of protocol version {message.v}, understood is {PROTOCOL_VERSION}")
+    return message

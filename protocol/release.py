@@ -1,0 +1,212 @@
+"""What a release is: the signed description that a device judges before it fetches a byte (SPEC section 7)."""
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocol.constants import BLOB_BYTES_MAX, PROTOCOL_VERSION, RELEASE_BYTES_MAX
+from protocol.errors import ReleaseError, TopicError
+from protocol.ids import Digest, Family, Version, digest_of, parse_family, parse_version
+
+_Name = Annotated[str, Meta(min_length=1, max_length=64)]
+_Text = Annotated[str, Meta(max_length=8192)]
+_FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+_DigestText = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+_Length = Annotated[int, Meta(ge=0, le=BLOB_BYTES_MAX)]
+_Milliseconds = Annotated[int, Meta(ge=0, le=86_400_000)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+
+FILES_MAX: Final = 8
+PROMPTS_MAX: Final = 256
+
+RuntimeName = Literal["onnx", "llama"]
+
+
+class ClassPrompt(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="class"
+):
+    """One input of a classifier and the class that it really belongs to."""
+
+    name: _Name
+    input: Annotated[list[float], Meta(min_length=1, max_length=65_536)]  # flat, for the first input
+    label: Annotated[int, Meta(ge=0, lt=1_000_000)]
+
+
+class TextPrompt(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="text"):
+    """One prompt of a text model and the completion that it is judged by."""
+
+    name: _Name
+    prompt: _Text
+    completion: Annotated[str, Meta(min_length=1, max_length=8192)]
+    logprob_mean_min: float  # natural logarithm, mean over the tokens of `completion`, teacher-forced
+    exact: bool = False  # the greedy continuation must equal `completion`
+
+
+Prompt = ClassPrompt | TextPrompt
+
+
+class HealthPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the new model must show on a device before it is committed. All of it is required."""
+
+    prompts: Annotated[list[Prompt], Meta(min_length=1, max_length=PROMPTS_MAX)]
+    class_accuracy_min: _Share = 1.0  # share of the class prompts that must be answered with their label
+    latency_p99_ms_max: Annotated[float, Meta(gt=0)]  # of one inference
+    memory_peak_bytes_max: Annotated[int, Meta(gt=0)]  # resident set of the trial process
+    load_timeout_ms: _Milliseconds = 60_000
+    prompt_timeout_ms: _Milliseconds = 30_000
+    soak_ms: _Milliseconds = 0  # keeps answering prompts for at least this long
+
+
+class ReleaseFile(Struct, frozen=True, kw_only=True):
+    """One file of a release; the first is the one that the runtime loads."""
+
+    name: _FileName
+    length: _Length
+    sha256: _DigestText
+
+
+class Resources(Struct, frozen=True, kw_only=True):
+    """What a device must have. Zero means: no statement."""
+
+    memory_bytes: Annotated[int, Meta(ge=0)] = 0  # to run the model: weights, caches, runtime
+    tiers: Annotated[list[_Name], Meta(max_length=64)] = []  # empty: every tier
+
+
+class Release(Struct, frozen=True, kw_only=True):
+    """A version of a model family. Its canonical bytes are a TUF target."""
+
+    v: int = PROTOCOL_VERSION
+    family: str
+    version: str
+    runtime: RuntimeName
+    runtime_version_min: Annotated[str, Meta(pattern=r"^\d{1,4}(\.\d{1,4}){0,3}$")]
+    files: Annotated[list[ReleaseFile], Meta(min_length=1, max_length=FILES_MAX)]
+    resources: Resources
+    health: HealthPlan
+    scorecard_sha256: _DigestText | None = None
+
+    @property
+    def bytes_total(self) -> int:
+        """Length of all files."""
+        return sum(file.length for file in self.files)
+
+
+class ChunkTree(Struct, frozen=True, kw_only=True):
+    """Root of the digests of a blob's chunks; see `chunks.py`."""
+
+    root: _DigestText
+    levels: Annotated[int, Meta(ge=0, le=4)]
+
+
+class ArtifactCustom(Struct, frozen=True, kw_only=True):
+    """What a TUF target of ours says beside length and digest."""
+
+    chunks: ChunkTree
+    memory_bytes: Annotated[int, Meta(ge=0)] = 0  # a delta's declared decoder memory
+
+
+_encoder = msgspec.json.Encoder(order="deterministic")
+_release_decoder = msgspec.json.Decoder(Release)
+_health_decoder = msgspec.json.Decoder(HealthPlan)
+
+
+def encode_release(release: Release) -> bytes:
+    """Canonical bytes: the same release always gives the same bytes."""
+    return _encoder.encode(release)
+
+
+def decode_release(data: bytes) -> Release:
+    """Read a release description.
+
+    Raises:
+        ReleaseError: Too long, malformed, another protocol version, or contradicting itself.
+    """
+    if len(data) > RELEASE_BYTES_MAX:
+        raise ReleaseError(f"release description of {len(data)} bytes, allowed are {RELEASE_BYTES_MAX}")
+    release = _decoded(_release_decoder, data, "release description")
+    assert isinstance(release, Release)
+    check_release(release)
+    return release
+
+
+def decode_health_plan(data: bytes, source: str) -> HealthPlan:
+    """Read the health plan of a release to be.
+
+    Raises:
+        ReleaseError: Malformed; names `source` and the field.
+    """
+    if len(data) > RELEASE_BYTES_MAX:
+        raise ReleaseError(f"{source} has {len(data)} bytes, allowed are {RELEASE_BYTES_MAX}")
+    plan = _decoded(_health_decoder, data, source)
+    assert isinstance(plan, HealthPlan)
+    _check_health(plan)
+    return plan
+
+
+def check_release(release: Release) -> None:
+    """Check what the types cannot say.
+
+    Raises:
+        ReleaseError: Names the field.
+    """
+    if release.v != PROTOCOL_VERSION:
+        raise ReleaseError(f"release description of version {release.v}, understood is {PROTOCOL_VERSION}")
+    try:
+        parse_family(release.family)
+        parse_version(release.version)
+    except TopicError as error:
+        raise ReleaseError(f"release description: {error}") from error
+    names = [file.name for file in release.files]
+    if len(set(names)) != len(names):
+        raise ReleaseError("release description: two files have one name")
+    if release.bytes_total > BLOB_BYTES_MAX:
+        raise ReleaseError(
+            f"release description: {release.bytes_total} bytes in all, allowed are {BLOB_BYTES_MAX}"
+        )
+    _check_health(release.health)
+
+
+def release_target(family: Family, version: Version) -> str:
+    """Path of the TUF target that describes a release."""
+    return f"releases/{family}/{version}.json"
+
+
+def file_target(digest: Digest) -> str:
+    """Path of the TUF target of a whole file."""
+    return f"files/{digest}"
+
+
+def delta_target(base: Digest, result: Digest) -> str:
+    """Path of the TUF target of the delta between two files."""
+    return f"deltas/{base}/{result}"
+
+
+def release_digest(release: Release) -> Digest:
+    """Digest of the canonical bytes: identifies a release, for quarantine among others."""
+    return digest_of(encode_release(release))
+
+
+def version_tuple(text: str) -> tuple[int, ...]:
+    """Numbers of a dotted runtime version, for comparison; what is not numeric ends it."""
+    numbers: list[int] = []
+    for part in text.split("."):
+        if not (part.isascii() and part.isdigit()):
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _check_health(plan: HealthPlan) -> None:
+    names = [prompt.name for prompt in plan.prompts]
+    if len(set(names)) != len(names):
+        raise ReleaseError(
+            "health plan: two prompts have one name", hint="each prompt is reported by its name"
+        )
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], data: bytes, source: str) -> Any:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ReleaseError(f"{source}: {error}") from error
