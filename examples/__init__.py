@@ -1,0 +1,1 @@
+"""Builders of the real models that the demos publish. Scripts, never shipped."""
