@@ -1,0 +1,1 @@
+"""The agent that runs on a device: a pure core (`agent`), effects in order (`executor`), a thin edge (`adapters`)."""

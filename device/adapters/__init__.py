@@ -1,0 +1,1 @@
+"""The edge of a device: sockets, files, clocks, processes and inference engines, each behind a port of `device.ports`."""

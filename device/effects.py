@@ -1,0 +1,190 @@
+"""What an agent orders: the vocabulary of its outputs.
+
+`handle` returns an ordered tuple. The executor carries effects out in that order, and `Persist` is a barrier: what stands
+after it happens only once the record is durable. If an effect fails, those after it are dropped and the agent
+hears `EffectFailed`. Effects with a `serial` take long; they run on a worker and answer with an event that carries
+the same serial, so that an answer to a question that is no longer asked is recognised.
+"""
+
+from dataclasses import dataclass
+
+from device.journal import InstallItem, Record
+from device.ports import TrialOrder
+from device.slots import SlotName
+from device.states import Row
+from protocol.chunks import BlobPlan
+from protocol.ids import Digest
+from protocol.release import RuntimeName
+from protocol.trust import Documents
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Make the record durable. Nothing after this happens before it is."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class SaveMetadata:
+    """Keep verified documents for the next start; losing them costs time only, the floors are in the record."""
+
+    root: bytes
+    documents: Documents
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    """Subscribe to at most `GROUP_CHUNKS` filters."""
+
+    filters: tuple[str, ...]
+    qos: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unsubscribe:
+    """Unsubscribe."""
+
+    filters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Send a message."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OpenBlob:
+    """Prepare storage for a blob and find out which of its chunks are there already; answers `BlobOpened`."""
+
+    serial: int
+    plan: BlobPlan
+
+
+@dataclass(frozen=True, slots=True)
+class WriteChunk:
+    """Store a chunk that was checked against the signed index."""
+
+    blob: Digest
+    index: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SyncBlob:
+    """Make all chunks written so far durable."""
+
+    blob: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBlob:
+    """Read a whole small blob (an index, a release description); answers `BlobRead`."""
+
+    serial: int
+    blob: Digest
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveBlobs:
+    """Remove every blob but those named; garbage of any earlier life included."""
+
+    keep: frozenset[Digest]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Measure the active slot and the disk; answers `Probed`."""
+
+    serial: int
+    active: SlotName | None
+
+
+@dataclass(frozen=True, slots=True)
+class EmptySlot:
+    """Remove the files of a slot."""
+
+    slot: SlotName
+
+
+@dataclass(frozen=True, slots=True)
+class InstallStep:
+    """Go on with the installation for one checkpoint; answers `InstallProgressed`."""
+
+    serial: int
+    active: SlotName | None
+    slot: SlotName
+    items: tuple[InstallItem, ...]
+    memory_bytes_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureSlot:
+    """Read every file of a slot back from the medium; answers `SlotMeasured`."""
+
+    serial: int
+    slot: SlotName
+
+
+@dataclass(frozen=True, slots=True)
+class StartTrial:
+    """Try the model of a slot in a process of its own; answers `TrialFinished`."""
+
+    serial: int
+    slot: SlotName
+    file: str
+    order: TrialOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Answer with the model of a slot from now on, and let go of the one before; answers `ServingStarted`."""
+
+    serial: int
+    slot: SlotName
+    runtime: RuntimeName
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class PointCurrent:
+    """Let the `current` link name a slot, for applications that open the files themselves."""
+
+    slot: SlotName
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A transition was taken; for logs and displays."""
+
+    row: Row
+    version: str
+    code: str
+
+
+Effect = (
+    Persist
+    | SaveMetadata
+    | Subscribe
+    | Unsubscribe
+    | Publish
+    | OpenBlob
+    | WriteChunk
+    | SyncBlob
+    | ReadBlob
+    | RemoveBlobs
+    | Probe
+    | EmptySlot
+    | InstallStep
+    | MeasureSlot
+    | StartTrial
+    | Serve
+    | PointCurrent
+    | Trace
+)

@@ -1,0 +1,149 @@
+"""What can happen to an agent: the vocabulary of its inputs. Events are facts; none of them is an order."""
+
+from dataclasses import dataclass
+
+from device.journal import Record
+from device.ports import Model
+from protocol.chunks import Bitmap
+from protocol.messages import TrialEvidence
+from protocol.trust import Documents
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """The agent starts, for the first time or after anything.
+
+    Attributes:
+        record: The durable record; `None` on a device that has none yet.
+        root: The newest root document that was trusted, or the one that the installer put there.
+        documents: Metadata kept from before; believed only after another verification.
+        runtimes: Installed runtimes and versions.
+        memory_bytes: Memory of the device.
+    """
+
+    record: Record | None
+    root: bytes
+    documents: Documents | None
+    runtimes: dict[str, str]
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The broker accepted us; it remembers nothing of us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection is gone, for whatever reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """The broker delivered something; nothing about it is believed."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BlobOpened:
+    """Storage for a blob is ready; `present` are the chunks that are on disk and match their digests."""
+
+    serial: int
+    present: Bitmap
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRead:
+    """Content of a complete blob."""
+
+    serial: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What the device measured about itself just now.
+
+    Attributes:
+        files: SHA-256 of every file of the active slot, read now.
+        disk_free_bytes: Space for new files.
+        inactive_bytes: Space that emptying the inactive slot would give back.
+    """
+
+    serial: int
+    files: dict[str, str]
+    disk_free_bytes: int
+    inactive_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstallProgressed:
+    """A step of the installation is durable."""
+
+    serial: int
+    done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMeasured:
+    """SHA-256 of every file of a slot, read back from the medium."""
+
+    serial: int
+    files: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class TrialFinished:
+    """What the trial measured."""
+
+    serial: int
+    evidence: TrialEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class ServingStarted:
+    """The engine answers with the model of a slot."""
+
+    serial: int
+    model: Model
+
+
+@dataclass(frozen=True, slots=True)
+class EffectFailed:
+    """An effect could not be carried out; the effects after it in its tuple were dropped.
+
+    Attributes:
+        serial: Of the effect, 0 for effects that carry none.
+        code: Stable error code.
+        detail: One line for the operator.
+        is_retryable: Whether another try can help.
+    """
+
+    serial: int
+    code: str
+    detail: str
+    is_retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineReached:
+    """The instant that `deadline()` named has come."""
+
+
+Event = (
+    Booted
+    | Connected
+    | Disconnected
+    | MessageReceived
+    | BlobOpened
+    | BlobRead
+    | Probed
+    | InstallProgressed
+    | SlotMeasured
+    | TrialFinished
+    | ServingStarted
+    | EffectFailed
+    | DeadlineReached
+)

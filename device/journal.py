@@ -1,0 +1,183 @@
+"""The durable record: everything that has to survive a power cut, in two checksummed copies.
+
+Invariants:
+- the copy with the highest sequence among those whose checksum holds is the record;
+- a write goes to the *other* copy and is synced before anything relies on it, so a torn write leaves the old record;
+- floors, the desired sequence and the report sequence never go back;
+- names of states and of fields are a format of their own (`RECORD_VERSION`), whatever the code calls them.
+"""
+
+import hashlib
+import struct
+from typing import Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from device.ports import Disk
+from device.slots import SlotHealth, SlotName
+from device.states import State
+from protocol.errors import StorageError, WhimbrelError
+from protocol.messages import Desired, TrialEvidence
+from protocol.release import ChunkTree, Release, RuntimeName
+from protocol.trust import Floors
+
+RECORD_VERSION: Final = 1
+RECORD_BYTES_MAX: Final = 4 << 20
+"""A record holds one release description (1 MiB at most) and little else."""
+
+QUARANTINE_MAX: Final = 64
+"""Releases that failed their trial here and are remembered; the oldest is forgotten first."""
+
+_COPIES: Final = ("record.0", "record.1")
+_MAGIC: Final = b"WBRECORD"
+_HEADER: Final = struct.Struct("<8sIQI32s")  # magic, version, sequence, length, SHA-256 of sequence and body
+
+
+class SlotRecord(Struct, frozen=True, kw_only=True):
+    """What is installed in a slot."""
+
+    health: SlotHealth = SlotHealth.EMPTY
+    version: str = ""
+    runtime: RuntimeName = "onnx"
+    main_file: str = ""
+    files: dict[str, str] = {}  # name to SHA-256, as signed
+
+
+class InstallItem(Struct, frozen=True, kw_only=True):
+    """How one file of the new version comes about."""
+
+    name: str
+    sha256: str
+    length: int
+    action: Literal[
+        "keep", "delta", "full"
+    ]  # link the active file | apply a delta to it | take the fetched file
+    base_name: str = ""  # file of the active slot, for keep and delta
+    blob: str = ""  # what is fetched, for delta and full
+    blob_length: int = 0
+    tree: ChunkTree | None = None
+
+
+class Counters(Struct, frozen=True, kw_only=True):
+    """What an update has cost so far; carried over restarts."""
+
+    received_bytes: int = 0
+    received_chunks: int = 0
+    redundant_chunks: int = 0
+    invalid_chunks: int = 0
+    resumes: int = 0
+
+
+class UpdateRecord(Struct, frozen=True, kw_only=True):
+    """The update under way, or the last one."""
+
+    desired: Desired
+    started_ms: int
+    finished_ms: int | None = None
+    release: Release | None = None  # known once the signed description was read
+    release_sha256: str = ""
+    slot: SlotName | None = None
+    items: tuple[InstallItem, ...] = ()
+    full_only: bool = False  # a delta proved unusable; whole files from now on
+    tries: int = 0  # trials begun; counted before each start
+    attempts: int = 1  # times the update was begun, after retryable failures
+    writes: int = 0  # state changes recorded; a loop ends at a limit
+    outcome: Literal["running", "committed", "rolled_back", "rejected", "failed"] = "running"
+    code: str = ""
+    detail: str = ""
+    counters: Counters = Counters()
+    states_ms: dict[str, int] = {}
+    evidence: TrialEvidence | None = None
+
+
+class Record(Struct, frozen=True, kw_only=True):
+    """Everything durable about this device but files and metadata documents."""
+
+    state: State = State.IDLE
+    active: SlotName | None = None
+    slots: dict[SlotName, SlotRecord] = {SlotName.A: SlotRecord(), SlotName.B: SlotRecord()}
+    floors: Floors = Floors()
+    desired_sequence: int = 0
+    report_sequence: int = 0
+    quarantine: tuple[str, ...] = ()  # digests of releases
+    update: UpdateRecord | None = None
+
+
+class DamagedRecordError(StorageError):
+    """Both copies of the record are unreadable."""
+
+    code = "record.damaged"
+    is_retryable = False
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+
+
+class Journal:
+    """Reads and writes the record.
+
+    Args:
+        disk: Where it lives.
+    """
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._sequence = 0
+
+    def load(self) -> Record | None:
+        """The newest intact record; `None` on a device that never had one.
+
+        Raises:
+            DamagedRecordError: There were records, and none is intact.
+        """
+        lengths = [self._disk.length(name) for name in _COPIES]
+        found = [copy for name in _COPIES if (copy := self._read(name)) is not None]
+        if not found:
+            if any(lengths):
+                raise DamagedRecordError(
+                    "both copies of the durable record are damaged",
+                    hint="install the device anew; the model files are untouched",
+                )
+            return None
+        self._sequence, record = max(found, key=lambda copy: copy[0])
+        return record
+
+    def save(self, record: Record) -> None:
+        """Make `record` durable. On an error the record before is still the record."""
+        body = _encoder.encode(record)
+        if len(body) > RECORD_BYTES_MAX:
+            raise StorageError(f"durable record of {len(body)} bytes, allowed are {RECORD_BYTES_MAX}")
+        sequence = self._sequence + 1
+        name = _COPIES[sequence % 2]
+        data = _HEADER.pack(_MAGIC, RECORD_VERSION, sequence, len(body), _checksum(sequence, body)) + body
+        if (self._disk.length(name) or 0) < len(data):
+            self._disk.create(name, _rounded(len(data)))
+        self._disk.write(name, 0, data)
+        self._disk.sync(name)
+        self._sequence = sequence
+
+    def _read(self, name: str) -> tuple[int, Record] | None:
+        try:
+            header = self._disk.read(name, 0, _HEADER.size)
+            if len(header) < _HEADER.size:
+                return None
+            magic, version, sequence, length, checksum = _HEADER.unpack(header)
+            if magic != _MAGIC or version != RECORD_VERSION or length > RECORD_BYTES_MAX:
+                return None
+            body = self._disk.read(name, _HEADER.size, length)
+            if len(body) != length or _checksum(sequence, body) != checksum:
+                return None
+            return sequence, _decoder.decode(body)
+        except (WhimbrelError, msgspec.MsgspecError):
+            return None
+
+
+def _checksum(sequence: int, body: bytes) -> bytes:
+    return hashlib.sha256(sequence.to_bytes(8, "little") + body).digest()
+
+
+def _rounded(length: int) -> int:
+    """Room to grow, so that most writes need no new file."""
+    return -(-length * 2 // 65_536) * 65_536

@@ -1,0 +1,134 @@
+"""What the core needs from the world. A real adapter and a simulated twin implement each port and pass one suite.
+
+Names of files are relative POSIX paths below the device's state folder, built by `slots.py`, `journal.py` and
+`blobs.py` only. Every method raises `StorageError` or a subclass when the disk fails, `EngineError` when a model does.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from protocol.messages import TrialEvidence
+from protocol.release import HealthPlan, Prompt, RuntimeName
+
+
+class Disk(Protocol):
+    """Files with the durability rules of a POSIX file system, and no others.
+
+    What `write` wrote is lost, kept or torn by a power cut until `sync` of that file returned; a name that `create`,
+    `replace` or `link` made is lost or kept until they returned: they make it durable themselves.
+    """
+
+    def length(self, name: str) -> int | None:
+        """Length of a file in bytes; `None` where there is none."""
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """Read up to `length` bytes; fewer only at the end of the file."""
+
+    def create(self, name: str, length: int) -> None:
+        """Make a new file of `length` zero bytes with its space reserved, in place of an old one of that name.
+
+        Raises:
+            StorageFullError: There is no room; nothing is left behind.
+        """
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """Write into an existing file."""
+
+    def sync(self, name: str) -> None:
+        """Make everything written to a file durable. After an error the file's content is unknown: write it anew."""
+
+    def replace(self, source: str, target: str) -> None:
+        """Rename, in place of an old `target`; durable on return."""
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name, in place of an old `target`; durable on return."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file; none of that name is no error."""
+
+    def names(self, folder: str) -> list[str]:
+        """Names of all files below a folder, sorted, as paths from the state folder."""
+
+    def forget_cached(self, name: str) -> None:
+        """Ask that the next reads come from the medium and not from memory."""
+
+    def free_bytes(self) -> int:
+        """Space that new files may take."""
+
+    def path(self, name: str) -> str:
+        """The path under which an engine opens the file."""
+
+    def point(self, name: str, target: str) -> None:
+        """Make the symbolic link `name` point to the folder `target`, in one step, durable on return."""
+
+
+class Transport(Protocol):
+    """A connection to the broker, which comes and goes by itself; nothing is promised about delivery."""
+
+    def subscribe(self, filters: tuple[str, ...], qos: int) -> None:
+        """Subscribe to at most `GROUP_CHUNKS` filters."""
+
+    def unsubscribe(self, filters: tuple[str, ...]) -> None:
+        """Unsubscribe."""
+
+    def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
+        """Send; dropped silently while there is no connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model as an engine loads it."""
+
+    runtime: RuntimeName
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrialOrder:
+    """A trial: the model, what it must show, and the limit of the tier."""
+
+    model: ModelSource
+    health: HealthPlan
+    memory_bytes_max: int
+
+
+class Model(Protocol):
+    """A loaded model that answers."""
+
+    def answer(self, prompt: Prompt) -> str:
+        """Answer one prompt: a class number, or the greedy continuation.
+
+        Raises:
+            EngineError: It did not answer.
+        """
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+class Engine(Protocol):
+    """Local inference: the runtimes that this device has."""
+
+    def versions(self) -> dict[str, str]:
+        """Installed runtimes and their versions."""
+
+    def load(self, source: ModelSource) -> Model:
+        """Load a model.
+
+        Raises:
+            EngineError: The runtime is missing, or refuses the file.
+        """
+
+    def trial(self, order: TrialOrder) -> TrialEvidence:
+        """Run a trial in a process of its own, with its limits enforced from outside.
+
+        Never raises because of the model: a crash, a hang or a refusal is evidence.
+        """
+
+
+class Workers(Protocol):
+    """Runs what takes long away from the loop that answers the network."""
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Run `work` soon; work of one device runs in the order it was submitted, one at a time."""
