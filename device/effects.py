@@ -15,7 +15,6 @@ from device.states import Row
 from protocol.chunks import BlobPlan
 from protocol.ids import Digest
 from protocol.release import RuntimeName
-from protocol.trust import Documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +25,10 @@ class Persist:
 
 
 @dataclass(frozen=True, slots=True)
-class SaveMetadata:
-    """Keep verified documents for the next start; losing them costs time only, the floors are in the record."""
+class SaveRoot:
+    """Keep a newer root document as the start of trust; losing it costs time only, the floors are in the record."""
 
     root: bytes
-    documents: Documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +168,7 @@ class Trace:
 
 Effect = (
     Persist
-    | SaveMetadata
+    | SaveRoot
     | Subscribe
     | Unsubscribe
     | Publish

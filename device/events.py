@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 
 from device.journal import Record
-from device.ports import Model
 from protocol.chunks import Bitmap
 from protocol.messages import TrialEvidence
-from protocol.trust import Documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,14 +14,12 @@ class Booted:
     Attributes:
         record: The durable record; `None` on a device that has none yet.
         root: The newest root document that was trusted, or the one that the installer put there.
-        documents: Metadata kept from before; believed only after another verification.
         runtimes: Installed runtimes and versions.
         memory_bytes: Memory of the device.
     """
 
     record: Record | None
     root: bytes
-    documents: Documents | None
     runtimes: dict[str, str]
     memory_bytes: int
 
@@ -107,7 +103,6 @@ class ServingStarted:
     """The engine answers with the model of a slot."""
 
     serial: int
-    model: Model
 
 
 @dataclass(frozen=True, slots=True)

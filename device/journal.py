@@ -3,7 +3,7 @@
 Invariants:
 - the copy with the highest sequence among those whose checksum holds is the record;
 - a write goes to the *other* copy and is synced before anything relies on it, so a torn write leaves the old record;
-- floors, the desired sequence and the report sequence never go back;
+- floors, the desired sequence and the count of boots never go back;
 - names of states and of fields are a format of their own (`RECORD_VERSION`), whatever the code calls them.
 """
 
@@ -54,6 +54,7 @@ class InstallItem(Struct, frozen=True, kw_only=True):
         "keep", "delta", "full"
     ]  # link the active file | apply a delta to it | take the fetched file
     base_name: str = ""  # file of the active slot, for keep and delta
+    base_sha256: str = ""  # its digest as measured when the plan was made, for delta
     blob: str = ""  # what is fetched, for delta and full
     blob_length: int = 0
     tree: ChunkTree | None = None
@@ -82,6 +83,7 @@ class UpdateRecord(Struct, frozen=True, kw_only=True):
     full_only: bool = False  # a delta proved unusable; whole files from now on
     tries: int = 0  # trials begun; counted before each start
     attempts: int = 1  # times the update was begun, after retryable failures
+    retry: bool = False  # failed for now; another attempt is due
     writes: int = 0  # state changes recorded; a loop ends at a limit
     outcome: Literal["running", "committed", "rolled_back", "rejected", "failed"] = "running"
     code: str = ""
@@ -99,9 +101,14 @@ class Record(Struct, frozen=True, kw_only=True):
     slots: dict[SlotName, SlotRecord] = {SlotName.A: SlotRecord(), SlotName.B: SlotRecord()}
     floors: Floors = Floors()
     desired_sequence: int = 0
-    report_sequence: int = 0
+    boots: int = 0  # upper half of the report sequence
     quarantine: tuple[str, ...] = ()  # digests of releases
     update: UpdateRecord | None = None
+
+    @property
+    def active_slot(self) -> SlotRecord:
+        """What is installed and active; an empty slot where nothing is."""
+        return self.slots[self.active] if self.active is not None else SlotRecord()
 
 
 class DamagedRecordError(StorageError):

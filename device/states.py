@@ -84,8 +84,8 @@ TRANSITIONS: Final[tuple[Row, ...]] = (
     Row(State.ADMITTING, Trigger.ADMITTED, State.DOWNLOADING),
     Row(State.DOWNLOADING, Trigger.DOWNLOADED, State.INSTALLING),
     Row(State.INSTALLING, Trigger.INSTALLED, State.VERIFYING),
-    Row(State.INSTALLING, Trigger.DELTA_UNUSABLE, State.DOWNLOADING),  # the whole file instead
-    Row(State.VERIFYING, Trigger.DELTA_UNUSABLE, State.DOWNLOADING),
+    Row(State.INSTALLING, Trigger.DELTA_UNUSABLE, State.SYNCING),  # plans again, with whole files
+    Row(State.VERIFYING, Trigger.DELTA_UNUSABLE, State.SYNCING),
     Row(State.VERIFYING, Trigger.VERIFIED, State.TRIAL),
     Row(State.TRIAL, Trigger.TRIAL_PASSED, State.COMMITTING),
     Row(State.TRIAL, Trigger.TRIAL_FAILED, State.ROLLING_BACK),

@@ -1,0 +1,80 @@
+"""Chunks on disk: one file per blob, at full length from the start. Which chunks are there is never written down.
+
+What is on disk is found out by comparing it with the signed digests. So there is no bitmap that could promise
+more than the disk holds, and a chunk that reached the disk before a power cut or a kill is never fetched again.
+"""
+
+import hashlib
+from typing import Final
+
+from device.ports import Disk
+from protocol.chunks import Bitmap, BlobPlan
+from protocol.constants import CHUNK_BYTES
+from protocol.errors import StorageError
+from protocol.ids import Digest, digest_of
+
+FOLDER: Final = "blobs"
+
+
+def blob_file(blob: Digest) -> str:
+    """File that holds a blob."""
+    return f"{FOLDER}/{blob}"
+
+
+def open_blob(disk: Disk, plan: BlobPlan) -> Bitmap:
+    """Prepare the file of a blob and find the chunks that are there.
+
+    Raises:
+        StorageFullError: There is no room for the whole blob.
+    """
+    name = blob_file(plan.name)
+    present = Bitmap(plan.count)
+    if disk.length(name) != plan.length:
+        disk.create(name, plan.length)
+        return present
+    for index in range(plan.count):
+        if plan.accepts(index, disk.read(name, index * CHUNK_BYTES, plan.chunk_length(index))):
+            present.add(index)
+    return present
+
+
+def write_chunk(disk: Disk, blob: Digest, index: int, payload: bytes) -> None:
+    """Store a chunk that was checked against its digest."""
+    disk.write(blob_file(blob), index * CHUNK_BYTES, payload)
+
+
+def read_blob(disk: Disk, blob: Digest, length: int) -> bytes:
+    """Read a complete small blob."""
+    data = disk.read(blob_file(blob), 0, length)
+    if len(data) != length:
+        raise StorageError(f"blob {blob[:16]} has {len(data)} bytes on disk, {length} expected")
+    return data
+
+
+def read_verified_blob(disk: Disk, blob: Digest, length: int) -> bytes:
+    """Read a complete small blob whose name is its digest.
+
+    Raises:
+        StorageError: The disk gave back something else than was written.
+    """
+    data = read_blob(disk, blob, length)
+    if digest_of(data) != blob:
+        raise StorageError(f"blob {blob[:16]} changed on disk")
+    return data
+
+
+def remove_blobs(disk: Disk, keep: frozenset[Digest]) -> None:
+    """Remove every blob but those named."""
+    for name in disk.names(FOLDER):
+        if name.rpartition("/")[2] not in keep:
+            disk.remove(name)
+
+
+def blob_digest(disk: Disk, blob: Digest) -> str:
+    """SHA-256 of a blob's file, in hexadecimal."""
+    digest = hashlib.sha256()
+    offset = 0
+    while piece := disk.read(blob_file(blob), offset, CHUNK_BYTES):
+        digest.update(piece)
+        offset += len(piece)
+    return digest.hexdigest()

@@ -1,0 +1,218 @@
+"""Which chunks next: a window of groups, retries with full jitter, a bitmap that is never wrong. Pure.
+
+A device subscribes to a few groups of chunks at QoS 0 and takes what the broker's cache sends (SPEC section 5.4). What does
+not come within an adaptive time it asks for by bitmap. A group of which some chunks are there already is subscribed to chunk by
+chunk, so that a lost connection makes nothing come twice.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Final
+
+from device.effects import Effect, Publish, Subscribe, SyncBlob, Unsubscribe, WriteChunk
+from protocol.chunks import Bitmap, BlobPlan, Chunk
+from protocol.constants import GROUP_CHUNKS
+from protocol.errors import TransportError
+from protocol.ids import DeviceId
+from protocol.messages import ChunkRequest, encode_message, encode_window
+from protocol.topics import Topics
+
+PATIENCE_FIRST_MS: Final = 10_000
+"""Wait for the first chunk: a broker that serves a whole fleet at once takes seconds (measured)."""
+
+PATIENCE_MIN_MS: Final = 2_000
+PATIENCE_MAX_MS: Final = 60_000
+PATIENCE_GAPS: Final = 6
+"""Patience, in multiples of the longest recent gap between chunks. A fixed time made a third of the bytes come twice."""
+
+STALLS_MAX: Final = 12
+"""Requests in a row without an answer before the transfer is given up for now: with the waits above, ten minutes."""
+
+SYNC_CHUNKS: Final = 128
+"""Chunks between two syncs: at most 8 MiB are fetched again after a power cut."""
+
+
+class StalledError(TransportError):
+    """Connected, and yet nothing comes."""
+
+    code = "transport.stalled"
+
+
+class Tally:
+    """What has come from the air."""
+
+    __slots__ = ("invalid_chunks", "received_bytes", "received_chunks", "redundant_chunks", "resumes")
+
+    def __init__(self) -> None:
+        self.received_bytes = 0
+        self.received_chunks = 0
+        self.redundant_chunks = 0
+        self.invalid_chunks = 0
+        self.resumes = 0
+
+
+class _Group:
+    """A group that is under way."""
+
+    __slots__ = ("filters", "number")
+
+    def __init__(self, number: int, filters: tuple[str, ...]) -> None:
+        self.number = number
+        self.filters = filters  # empty once it was asked for directly
+
+
+class BlobDownload:
+    """Fetches what is missing of one blob.
+
+    Args:
+        plan: The blob and the digests of its chunks.
+        present: What is on disk; changed as chunks arrive.
+        topics: Topics of the fleet.
+        device: Who asks.
+        rng: Source of jitter.
+        tally: Counts what arrives.
+        groups_outstanding: How many groups are under way at a time.
+    """
+
+    def __init__(
+        self,
+        plan: BlobPlan,
+        present: Bitmap,
+        topics: Topics,
+        device: DeviceId,
+        *,
+        rng: random.Random,
+        tally: Tally,
+        groups_outstanding: int,
+    ) -> None:
+        self.plan = plan
+        self.present = present
+        self.deadline_ms: int | None = None
+        self._topics = topics
+        self._device = device
+        self._rng = rng
+        self._tally = tally
+        self._groups_outstanding = groups_outstanding
+        self._groups: dict[int, _Group] = {}
+        self._next_group = 0
+        self._direct = False  # the cache had nothing: ask at once
+        self._stalls = 0
+        self._gap_ms = 0
+        self._progress_ms: int | None = None
+        self._unsynced = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk is on disk."""
+        return self.present.is_complete
+
+    def resume(self, now_ms: int) -> Iterator[Effect]:
+        """The connection is up: subscribe to what is missing."""
+        self._groups.clear()
+        self._next_group = 0
+        self._direct = False
+        self._stalls = 0
+        self._progress_ms = None
+        yield from self._fill()
+        self._wait(now_ms)
+
+    def pause(self) -> None:
+        """The connection is gone, and every subscription with it."""
+        self._groups.clear()
+        self.deadline_ms = None
+
+    def stop(self) -> Iterator[Effect]:
+        """Nothing of this blob is wanted any more."""
+        for group in self._groups.values():
+            if group.filters:
+                yield Unsubscribe(group.filters)
+        self.pause()
+
+    def receive(self, chunk: Chunk, now_ms: int) -> Iterator[Effect]:
+        """Take a chunk of this blob; store it if it is what was signed."""
+        self._tally.received_chunks += 1
+        self._tally.received_bytes += len(chunk.payload)
+        if not self.plan.accepts(chunk.index, chunk.payload):
+            self._tally.invalid_chunks += 1
+            return
+        if chunk.index in self.present:
+            self._tally.redundant_chunks += 1
+            return
+        self.present.add(chunk.index)
+        yield WriteChunk(self.plan.name, chunk.index, chunk.payload)
+        self._unsynced += 1
+        if self._unsynced >= SYNC_CHUNKS or self.is_complete:
+            self._unsynced = 0
+            yield SyncBlob(self.plan.name)
+        yield from self._finish_group(chunk.index // GROUP_CHUNKS)
+        self._note_progress(now_ms)
+
+    def timeout(self, now_ms: int) -> Iterator[Effect]:
+        """Nothing came for too long: ask for what is missing by bitmap.
+
+        Raises:
+            StalledError: Asked often enough.
+        """
+        self._stalls += 1
+        if self._stalls > STALLS_MAX:
+            raise StalledError(f"no chunk came after {STALLS_MAX} requests", hint="is a server running?")
+        self._direct = True
+        for group in self._groups.values():
+            if group.filters:
+                yield Unsubscribe(group.filters)
+                group.filters = ()
+            yield self._request(group.number)
+        self._wait(now_ms)
+
+    def _fill(self) -> Iterator[Effect]:
+        groups = -(-self.plan.count // GROUP_CHUNKS)
+        while len(self._groups) < self._groups_outstanding and self._next_group < groups:
+            number = self._next_group
+            self._next_group += 1
+            missing = self._missing(number)
+            if not missing:
+                continue
+            filters = () if self._direct else self._filters(number, missing)
+            self._groups[number] = _Group(number, filters)
+            yield Subscribe(filters, 0) if filters else self._request(number)
+
+    def _filters(self, number: int, missing: list[int]) -> tuple[str, ...]:
+        size = min(GROUP_CHUNKS, self.plan.count - number * GROUP_CHUNKS)
+        if len(missing) == size:
+            return (self._topics.chunk_group(self.plan.name, number),)
+        return tuple(self._topics.chunk(self.plan.name, index) for index in missing)
+
+    def _request(self, number: int) -> Publish:
+        missing = self._missing(number)
+        first = number * GROUP_CHUNKS
+        request = ChunkRequest(blob=self.plan.name, first=first, wanted=encode_window(missing, first))
+        return Publish(self._topics.request(self._device), encode_message(request), 1, retain=False)
+
+    def _finish_group(self, number: int) -> Iterator[Effect]:
+        group = self._groups.get(number)
+        if group is None or self._missing(number):
+            return
+        del self._groups[number]
+        if group.filters:
+            yield Unsubscribe(group.filters)
+        yield from self._fill()
+
+    def _missing(self, number: int) -> list[int]:
+        return list(self.present.missing(number * GROUP_CHUNKS, (number + 1) * GROUP_CHUNKS))
+
+    def _note_progress(self, now_ms: int) -> None:
+        if self._progress_ms is not None:
+            self._gap_ms = max(now_ms - self._progress_ms, self._gap_ms * 15 // 16)
+        self._progress_ms = now_ms
+        self._stalls = 0
+        self._wait(now_ms)
+
+    def _wait(self, now_ms: int) -> None:
+        if self.is_complete:
+            self.deadline_ms = None
+            return
+        patience_ms = PATIENCE_FIRST_MS
+        if self._gap_ms:
+            patience_ms = min(max(PATIENCE_GAPS * self._gap_ms, PATIENCE_MIN_MS), PATIENCE_MAX_MS)
+        longest_ms = min(patience_ms << self._stalls, PATIENCE_MAX_MS)
+        self.deadline_ms = now_ms + self._rng.randint(patience_ms, max(patience_ms, longest_ms))

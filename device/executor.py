@@ -1,0 +1,170 @@
+"""Carries effects out against the ports, in order. The order means the same on a Pi and in the simulator, because
+it is this code in both.
+
+Effects without a serial are done at once; `Persist` among them is the barrier, since it returns only when the record is
+durable. Effects with a serial go to a worker and answer with an event. The first effect that fails ends its
+tuple, and the agent hears `EffectFailed`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from device import blobs, effects, events
+from device.effects import Effect
+from device.install import install_step
+from device.journal import Journal
+from device.ports import Disk, Engine, Model, ModelSource, Transport, TrialOrder, Workers
+from device.slots import SlotName, empty_slot, measure_slot, slot_bytes, slot_file, slot_folder
+from protocol.constants import METADATA_BYTES_MAX
+from protocol.errors import TrustError, WhimbrelError
+
+ROOT_FILE: Final = "root.json"
+"""The start of trust: put there by the installer, replaced by verified successors."""
+
+_ROOT_TEMPORARY: Final = "root.json.new"
+CURRENT_LINK: Final = "current"
+"""Symbolic link to the folder of the active slot."""
+
+
+class Executor:
+    """Runs the effects of one device.
+
+    Args:
+        disk: Its state folder.
+        transport: Its connection.
+        engine: Its runtimes.
+        workers: Where long work runs.
+        post: Takes an event to the agent; called from workers too.
+    """
+
+    def __init__(
+        self,
+        *,
+        disk: Disk,
+        transport: Transport,
+        engine: Engine,
+        workers: Workers,
+        post: Callable[[events.Event], None],
+    ) -> None:
+        self._disk = disk
+        self._transport = transport
+        self._engine = engine
+        self._workers = workers
+        self._post = post
+        self._journal = Journal(disk)
+        self._model: Model | None = None
+        self._actions: Final[dict[type, Callable[[Any], None]]] = {
+            effects.Persist: lambda effect: self._journal.save(effect.record),
+            effects.SaveRoot: self._save_root,
+            effects.Subscribe: lambda effect: transport.subscribe(effect.filters, effect.qos),
+            effects.Unsubscribe: lambda effect: transport.unsubscribe(effect.filters),
+            effects.Publish: self._publish,
+            effects.WriteChunk: lambda effect: blobs.write_chunk(
+                disk, effect.blob, effect.index, effect.payload
+            ),
+            effects.SyncBlob: lambda effect: disk.sync(blobs.blob_file(effect.blob)),
+            effects.RemoveBlobs: lambda effect: blobs.remove_blobs(disk, effect.keep),
+            effects.EmptySlot: lambda effect: empty_slot(disk, effect.slot),
+            effects.PointCurrent: lambda effect: disk.point(CURRENT_LINK, slot_folder(effect.slot)),
+            effects.Trace: lambda _effect: None,
+        }
+        self._jobs: Final[dict[type, Callable[[Any], events.Event]]] = {
+            effects.OpenBlob: lambda effect: events.BlobOpened(
+                effect.serial, blobs.open_blob(disk, effect.plan)
+            ),
+            effects.ReadBlob: self._read_blob,
+            effects.Probe: self._probe,
+            effects.InstallStep: self._install_step,
+            effects.MeasureSlot: lambda effect: events.SlotMeasured(
+                effect.serial, measure_slot(disk, effect.slot)
+            ),
+            effects.StartTrial: self._trial,
+            effects.Serve: self._serve,
+        }
+
+    @property
+    def model(self) -> Model | None:
+        """The model that answers now."""
+        return self._model
+
+    def boot_event(self, memory_bytes: int) -> events.Booted:
+        """What the disk knows, as the agent's first event.
+
+        Raises:
+            DamagedRecordError: The record is lost.
+            TrustError: There is no root document.
+        """
+        root = b""
+        if self._disk.length(ROOT_FILE) is not None:
+            root = self._disk.read(ROOT_FILE, 0, METADATA_BYTES_MAX["root"] + 1)
+        if not root:
+            raise TrustError(
+                f"{ROOT_FILE} is missing", hint="provision the device with the server's 1.root.json"
+            )
+        return events.Booted(self._journal.load(), root, self._engine.versions(), memory_bytes)
+
+    def run(self, ordered: tuple[Effect, ...]) -> None:
+        """Carry out the effects of one `handle`, in order."""
+        for effect in ordered:
+            job = self._jobs.get(type(effect))
+            if job is not None:
+                self._workers.submit(partial(self._work, job, effect))
+                continue
+            try:
+                self._actions[type(effect)](effect)
+            except WhimbrelError as error:
+                self._post(events.EffectFailed(0, error.code, str(error), error.is_retryable))
+                return
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+
+    def _work(self, job: Callable[[Any], events.Event], effect: Any) -> None:
+        try:
+            self._post(job(effect))
+        except WhimbrelError as error:
+            self._post(events.EffectFailed(effect.serial, error.code, str(error), error.is_retryable))
+
+    def _publish(self, effect: effects.Publish) -> None:
+        self._transport.publish(effect.topic, effect.payload, effect.qos, retain=effect.retain)
+
+    def _save_root(self, effect: effects.SaveRoot) -> None:
+        self._disk.create(_ROOT_TEMPORARY, len(effect.root))
+        self._disk.write(_ROOT_TEMPORARY, 0, effect.root)
+        self._disk.sync(_ROOT_TEMPORARY)
+        self._disk.replace(_ROOT_TEMPORARY, ROOT_FILE)
+
+    def _read_blob(self, effect: effects.ReadBlob) -> events.BlobRead:
+        return events.BlobRead(effect.serial, blobs.read_blob(self._disk, effect.blob, effect.length))
+
+    def _probe(self, effect: effects.Probe) -> events.Probed:
+        files: dict[str, str] = {}
+        inactive_bytes = 0
+        if effect.active is not None:
+            files = measure_slot(self._disk, effect.active)
+            inactive_bytes = slot_bytes(self._disk, effect.active.other)
+        return events.Probed(effect.serial, files, self._disk.free_bytes(), inactive_bytes)
+
+    def _install_step(self, effect: effects.InstallStep) -> events.InstallProgressed:
+        done = install_step(self._disk, effect.active, effect.slot, effect.items, effect.memory_bytes_max)
+        return events.InstallProgressed(effect.serial, done)
+
+    def _trial(self, effect: effects.StartTrial) -> events.TrialFinished:
+        source = ModelSource(effect.order.model.runtime, self._model_path(effect.slot, effect.file))
+        order = TrialOrder(source, effect.order.health, effect.order.memory_bytes_max)
+        return events.TrialFinished(effect.serial, self._engine.trial(order))
+
+    def _serve(self, effect: effects.Serve) -> events.ServingStarted:
+        """Load the new model before the old one goes: a request always finds one of them."""
+        model = self._engine.load(ModelSource(effect.runtime, self._model_path(effect.slot, effect.file)))
+        before, self._model = self._model, model
+        if before is not None:
+            before.close()
+        return events.ServingStarted(effect.serial)
+
+    def _model_path(self, slot: SlotName, file: str) -> str:
+        return self._disk.path(slot_file(slot, file))

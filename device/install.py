@@ -1,0 +1,168 @@
+"""Building the new version in the inactive slot, checkpoint by checkpoint.
+
+A step writes a bounded part of the result, makes it durable, and then writes down how far it came; a power cut costs
+one step. Works on the `Disk` port only, so the simulator runs this very code.
+"""
+
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from device.blobs import blob_file
+from device.journal import InstallItem
+from device.ports import Disk
+from device.slots import SlotName, slot_file
+from protocol.delta.reader import DeltaReader
+from protocol.errors import PatchError, StorageError, WhimbrelError, WrongBaseError
+from protocol.ids import Digest, digest_of
+
+STEP_BYTES: Final = 8 << 20
+"""Result bytes between two checkpoints: what a power cut may cost, against four syncs per checkpoint."""
+
+FEED_BYTES: Final = 256 << 10
+"""Bytes of the delta read at a time."""
+
+_STATE_FILE: Final = "install.state"
+_STATE_TEMPORARY: Final = "install.state.new"
+_STATE_BYTES_MAX: Final = 512 << 10
+_STATE_VERSION: Final = 1
+
+
+class Checkpoint(Struct, frozen=True, kw_only=True):
+    """How far an installation has come."""
+
+    version: int = _STATE_VERSION
+    plan: str  # digest of the items: a checkpoint of another plan is worth nothing
+    item: int = 0
+    reader: bytes = b""  # state of the delta reader; empty before its first step
+
+
+_decoder = msgspec.msgpack.Decoder(Checkpoint)
+
+
+class _Base:
+    """The active file as the delta reader sees it."""
+
+    def __init__(self, disk: Disk, name: str) -> None:
+        self._disk = disk
+        self._name = name
+        self.length = disk.length(name) or 0
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return self._disk.read(self._name, offset, length)
+
+
+def install_step(
+    disk: Disk, active: SlotName | None, slot: SlotName, items: tuple[InstallItem, ...], memory_bytes_max: int
+) -> bool:
+    """Do one step.
+
+    Args:
+        disk: The state folder.
+        active: Slot that deltas apply to and kept files come from.
+        slot: Slot that is built.
+        items: The plan.
+        memory_bytes_max: What applying a delta may take.
+
+    Returns:
+        Whether everything is built and durable.
+
+    Raises:
+        PatchError: A delta is unusable.
+        StorageError: The disk failed; calling again goes on at the last checkpoint.
+    """
+    plan = digest_of(msgspec.msgpack.encode(items))
+    checkpoint = _load(disk, plan)
+    while checkpoint.item < len(items):
+        item = items[checkpoint.item]
+        if item.action == "delta":
+            return _delta_step(disk, active, slot, item, checkpoint, memory_bytes_max)
+        _place(disk, active, slot, item)
+        checkpoint = Checkpoint(plan=plan, item=checkpoint.item + 1)
+        _save(disk, checkpoint)
+    return True
+
+
+def _place(disk: Disk, active: SlotName | None, slot: SlotName, item: InstallItem) -> None:
+    """A whole file moves into the slot; a kept one gets a second name. Both are one durable operation."""
+    target = slot_file(slot, item.name)
+    if item.action == "keep":
+        assert active is not None
+        disk.link(slot_file(active, item.base_name), target)
+    elif disk.length(blob_file(Digest(item.blob))) is not None:
+        disk.replace(blob_file(Digest(item.blob)), target)
+    elif disk.length(target) != item.length:
+        raise StorageError(f"file {item.name} of the update is neither fetched nor installed")
+
+
+def _delta_step(
+    disk: Disk,
+    active: SlotName | None,
+    slot: SlotName,
+    item: InstallItem,
+    checkpoint: Checkpoint,
+    memory_bytes_max: int,
+) -> bool:
+    assert active is not None
+    target = slot_file(slot, item.name)
+    base = _Base(disk, slot_file(active, item.base_name))
+    if checkpoint.reader:
+        reader = DeltaReader.restore(base, checkpoint.reader, memory_limit_bytes=memory_bytes_max)
+    else:
+        disk.create(target, item.length)
+        reader = DeltaReader(base, memory_limit_bytes=memory_bytes_max)
+    _advance(disk, reader, item, target)
+    disk.sync(target)
+    if reader.is_finished:
+        reader.finish()
+        _save(disk, Checkpoint(plan=checkpoint.plan, item=checkpoint.item + 1))
+    else:
+        _save(disk, Checkpoint(plan=checkpoint.plan, item=checkpoint.item, reader=reader.dump()))
+    return False
+
+
+def _advance(disk: Disk, reader: DeltaReader, item: InstallItem, target: str) -> None:
+    """Feed the delta until a step's worth of the result is written, or all of it."""
+    blob = blob_file(Digest(item.blob))
+    position, stop = reader.patch_offset, reader.result_offset + STEP_BYTES
+    while not reader.is_finished and reader.result_offset < stop:
+        data = disk.read(blob, position, FEED_BYTES)
+        if not data:
+            reader.finish()
+            return
+        position += len(data)
+        for piece in reader.feed(data):
+            _check_header(reader, item)
+            disk.write(target, piece.offset, piece.data)
+            if reader.result_offset >= stop:
+                return
+
+
+def _check_header(reader: DeltaReader, item: InstallItem) -> None:
+    """The signed path of a delta names its base and its result; so must the file itself."""
+    header = reader.header
+    assert header is not None
+    if header.base_sha256.hex() != item.base_sha256:
+        raise WrongBaseError("the delta was made for another base than the active file")
+    if header.result_sha256.hex() != item.sha256 or header.result_length != item.length:
+        raise PatchError("the delta leads to another file than the release names")
+
+
+def _load(disk: Disk, plan: str) -> Checkpoint:
+    """The checkpoint of this plan, or a fresh start: a damaged one costs time, nothing else."""
+    try:
+        checkpoint = _decoder.decode(disk.read(_STATE_FILE, 0, _STATE_BYTES_MAX))
+    except (msgspec.MsgspecError, WhimbrelError):
+        return Checkpoint(plan=plan)
+    if checkpoint.plan != plan or checkpoint.version != _STATE_VERSION:
+        return Checkpoint(plan=plan)
+    return checkpoint
+
+
+def _save(disk: Disk, checkpoint: Checkpoint) -> None:
+    data = msgspec.msgpack.encode(checkpoint)
+    disk.create(_STATE_TEMPORARY, len(data))
+    disk.write(_STATE_TEMPORARY, 0, data)
+    disk.sync(_STATE_TEMPORARY)
+    disk.replace(_STATE_TEMPORARY, _STATE_FILE)

@@ -1,0 +1,138 @@
+"""Getting hold of signed metadata, from the broker's cache or by request, and believing only what verifies. Pure."""
+
+import random
+from collections.abc import Iterator
+from typing import Final
+
+from device.effects import Effect, Publish, Subscribe, Unsubscribe
+from protocol.errors import TransportError, TrustError, WhimbrelError
+from protocol.ids import DeviceId
+from protocol.messages import MetadataBundle, MetadataRequest, encode_message
+from protocol.topics import Topics
+from protocol.trust import Documents, Floors, Verified, check_root, verify
+
+PATIENCE_MS: Final = 8_000
+"""Wait for retained documents before they are asked for."""
+
+PATIENCE_MAX_MS: Final = 60_000
+REQUESTS_MAX: Final = 8
+"""Requests in a row without verified metadata before the update is put off."""
+
+_ROLES: Final = ("timestamp", "snapshot", "targets")
+
+
+class MetadataUnavailableError(TransportError):
+    """Connected, and yet no metadata comes."""
+
+    code = "transport.no_metadata"
+
+
+class MetadataSync:
+    """Collects documents until a set of them verifies.
+
+    Args:
+        topics: Topics of the fleet.
+        device: Who asks.
+        rng: Source of jitter.
+        root: The newest trusted root document.
+    """
+
+    def __init__(self, topics: Topics, device: DeviceId, rng: random.Random, root: bytes) -> None:
+        self.root = root
+        self.deadline_ms: int | None = None
+        self.last_error: WhimbrelError | None = None
+        self._topics = topics
+        self._device = device
+        self._rng = rng
+        self._root_version = check_root(root)
+        self._collected: dict[str, bytes] = {}
+        self._roots: dict[int, bytes] = {}
+        self._filters: tuple[str, ...] = ()
+        self._requests = 0
+
+    def begin(self, now_ms: int) -> Iterator[Effect]:
+        """The connection is up: subscribe to the documents."""
+        self._collected.clear()
+        self._roots.clear()
+        self._requests = 0
+        self.last_error = None
+        successor = self._topics.root(self._root_version + 1)
+        self._filters = (*(self._topics.metadata(role) for role in _ROLES), successor)
+        yield Subscribe(self._filters, 1)
+        self._wait(now_ms)
+
+    def pause(self) -> None:
+        """The connection is gone."""
+        self._filters = ()
+        self.deadline_ms = None
+
+    def end(self) -> Iterator[Effect]:
+        """Enough: no more documents are wanted."""
+        self.deadline_ms = None
+        if self._filters:
+            yield Unsubscribe(self._filters)
+            self._filters = ()
+
+    def receive(self, document: str, data: bytes) -> Iterator[Effect]:
+        """Keep a document that the broker delivered."""
+        if not self._filters:
+            return
+        if document in _ROLES:
+            self._collected[document] = data
+            return
+        version = int(document.removeprefix("root."))
+        self._roots[version] = data
+        successor = (self._topics.root(version + 1),)
+        if successor[0] not in self._filters and len(self._roots) == version - self._root_version:
+            self._filters += successor
+            yield Subscribe(successor, 1)
+
+    def receive_bundle(self, bundle: MetadataBundle) -> None:
+        """Keep the documents that answer a request."""
+        self._collected.update(timestamp=bundle.timestamp, snapshot=bundle.snapshot, targets=bundle.targets)
+        self._roots.update(enumerate(bundle.roots, start=self._root_version + 1))
+
+    def documents(self) -> Documents | None:
+        """What has been collected, if it can be a complete set."""
+        if any(role not in self._collected for role in _ROLES):
+            return None
+        roots: list[bytes] = []
+        while (version := self._root_version + 1 + len(roots)) in self._roots:
+            roots.append(self._roots[version])
+        return Documents(
+            roots=tuple(roots),
+            timestamp=self._collected["timestamp"],
+            snapshot=self._collected["snapshot"],
+            targets=self._collected["targets"],
+        )
+
+    def verify(self, documents: Documents, floors: Floors, now_ms: int) -> Verified | None:
+        """Verify a set; what does not verify may be half of a publication, so the rest is waited for."""
+        try:
+            verified = verify(self.root, documents, floors, now_ms)
+        except TrustError as error:
+            self.last_error = error
+            return None
+        self.last_error = None
+        self.root = verified.root
+        self._root_version = verified.floors.root
+        return verified
+
+    def timeout(self, now_ms: int) -> Iterator[Effect]:
+        """No set verified in time: ask a server.
+
+        Raises:
+            WhimbrelError: Asked often enough; what stood in the way of the last set, if there was one.
+        """
+        self._requests += 1
+        if self._requests > REQUESTS_MAX:
+            raise self.last_error or MetadataUnavailableError(
+                f"no metadata came after {REQUESTS_MAX} requests", hint="is a server running?"
+            )
+        request = MetadataRequest(root_version=self._root_version)
+        yield Publish(self._topics.request(self._device), encode_message(request), 1, retain=False)
+        self._wait(now_ms)
+
+    def _wait(self, now_ms: int) -> None:
+        longest_ms = min(PATIENCE_MS << self._requests, PATIENCE_MAX_MS)
+        self.deadline_ms = now_ms + self._rng.randint(PATIENCE_MS, longest_ms)
