@@ -1,0 +1,1 @@
+"""The delta file: its byte layout, codecs, writer and push reader. See README.md in this folder."""

@@ -1,0 +1,65 @@
+"""From a checked segment and its bytes to its part of the result: the one place where codecs are told apart."""
+
+import hashlib
+import zlib
+
+from protocol.delta.bsdiff import decode_bsdiff
+from protocol.delta.compression import decompress
+from protocol.delta.format import SEGMENT_DIGEST_BYTES, Codec, SegmentHeader
+from protocol.delta.tensor import decode_tensor, read_runs
+from protocol.errors import PatchError, WrongBaseError
+from protocol.tensors.regions import ReadAt
+
+
+def read_window(base: ReadAt, offset: int, length: int) -> bytes:
+    """Return a window of the base.
+
+    Raises:
+        WrongBaseError: The base is shorter than it said.
+    """
+    window = base.read_at(offset, length) if length else b""
+    if len(window) != length:
+        raise WrongBaseError(f"the base could not be read at byte {offset + len(window)}")
+    return window
+
+
+def segment_digest(result: bytes) -> bytes:
+    """Return the digest that a segment header carries."""
+    return hashlib.sha256(result).digest()[:SEGMENT_DIGEST_BYTES]
+
+
+def decode_segment(segment: SegmentHeader, body: bytes, base: ReadAt) -> bytes:
+    """Return the result of a segment that `check_segment` accepted, verified by its digest.
+
+    Raises:
+        PatchError: The body is damaged.
+        WrongBaseError: The body is whole, and the base does not give the result.
+    """
+    if zlib.crc32(body) != segment.body_crc:
+        raise PatchError("a segment's payload is damaged")
+    window = read_window(base, segment.window_offset, segment.window_length)
+    result = _decode(segment, body, window)
+    if len(result) != segment.result_length or segment_digest(result) != segment.digest:
+        if segment.window_length:
+            raise WrongBaseError(
+                f"the base at byte {segment.window_offset} does not give the announced result",
+                hint="the delta was made for another file, or the base is damaged",
+            )
+        raise PatchError("a segment does not give the announced result")
+    return result
+
+
+def _decode(segment: SegmentHeader, body: bytes, window: bytes) -> bytes:
+    codec = segment.codec
+    if codec is Codec.COPY:
+        return window
+    if codec is Codec.RAW:
+        return body
+    if codec is Codec.SELF:
+        return decompress(body, segment.result_length)
+    if codec is Codec.BSDIFF:
+        return decode_bsdiff(body, window, segment.result_length)
+    if codec is Codec.TENSOR:
+        parameters, payload = body[: segment.parameter_length], body[segment.parameter_length :]
+        return decode_tensor(payload, window, read_runs(parameters, segment.result_length, len(window)))
+    raise PatchError(f"codec {codec} gives no result")

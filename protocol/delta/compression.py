@@ -1,0 +1,59 @@
+"""zstd with hard bounds; the only importer of `zstandard`.
+
+`ZstdDecompressor.decompress(max_output_size=...)` bounds nothing when the frame names its own content size, so a frame
+is looked at first and then read through a counted stream.
+"""
+
+import zstandard
+
+from protocol.errors import PatchError
+
+_LEVELS = {"fast": 3, "small": 19}
+# A frame of ours never needs a larger window than one segment or one field stream.
+_MAX_WINDOW_BYTES = 32 << 20
+
+
+def compress(data: bytes, effort: str) -> bytes:
+    """Return one zstd frame that names its content size.
+
+    Args:
+        data: Any bytes.
+        effort: "fast" or "small".
+    """
+    return zstandard.ZstdCompressor(level=_LEVELS[effort], write_checksum=False).compress(data)
+
+
+def decompress(frame: bytes, length: int) -> bytes:
+    """Return the content of `frame`, which must be exactly `length` bytes, using memory for no more than that.
+
+    Raises:
+        PatchError: The frame is damaged, or holds another number of bytes.
+    """
+    try:
+        parameters = zstandard.get_frame_parameters(frame)
+        if parameters.content_size != length or parameters.dict_id:
+            raise PatchError("zstd frame does not hold the announced number of bytes")
+        if parameters.window_size > _MAX_WINDOW_BYTES:
+            raise PatchError(f"zstd frame needs a window of {parameters.window_size} bytes")
+        with zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_reader(frame) as reader:
+            data = reader.read(length)
+            if len(data) != length or reader.read(1):
+                raise PatchError("zstd frame does not hold the announced number of bytes")
+    except zstandard.ZstdError as error:
+        raise PatchError("zstd frame is damaged") from error
+    return data
+
+
+def decompress_up_to(frame: bytes, length_max: int) -> bytes:
+    """Return the content of `frame`, whose length only the frame itself tells.
+
+    Raises:
+        PatchError: The frame is damaged, or holds more than `length_max` bytes.
+    """
+    try:
+        length = zstandard.get_frame_parameters(frame).content_size
+    except zstandard.ZstdError as error:
+        raise PatchError("zstd frame is damaged") from error
+    if length > length_max:
+        raise PatchError(f"zstd frame holds more than {length_max} bytes")
+    return decompress(frame, length)

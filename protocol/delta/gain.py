@@ -1,0 +1,54 @@
+"""Fits the gain with which codes without scales in their block are predicted (ONNX int8: the scale is another tensor).
+
+Only the writer comes here; floating point is allowed, because what it finds is sent and checked by counting.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from protocol.delta.layouts import LAYOUT_BY_NUMBER, NAME_BY_NUMBER, Array, BlockLayout
+from protocol.delta.prediction import GAIN_SHIFT, predict_plain
+from protocol.delta.tensor import GAIN_LIMIT, Run
+from protocol.tensors.regions import Layout
+
+_CODES_MIN = 256  # fewer values cannot pay for ten bytes of parameters
+_FITTED = {Layout.I8, Layout.U8, Layout.PACKED4}
+
+
+def with_gains(runs: Sequence[Run], result: bytes, window: bytes) -> list[Run]:
+    """Return the runs, each with a gain where that predicts more codes exactly than the old codes themselves do."""
+    fitted: list[Run] = []
+    position = 0
+    for run in runs:
+        gain = None
+        if NAME_BY_NUMBER[run.layout] in _FITTED and run.base_offset is not None:
+            layout = LAYOUT_BY_NUMBER[run.layout]
+            new = _codes(layout, result[position : position + run.length])
+            old = _codes(layout, window[run.base_offset : run.base_offset + run.length])
+            gain = _fit(layout, old, new)
+        fitted.append(Run(run.layout, run.blocks, run.base_offset, gain))
+        position += run.length
+    return fitted
+
+
+def _codes(layout: BlockLayout, data: bytes) -> Array:
+    return layout.codes.split(np.frombuffer(data, np.uint8).reshape(-1, layout.block_bytes))
+
+
+def _fit(layout: BlockLayout, old: Array, new: Array) -> tuple[int, int] | None:
+    if old.size < _CODES_MIN or np.array_equal(old, new):
+        return None
+    x = (old.view(np.int8) if layout.is_signed else old).astype(np.float64).reshape(-1)
+    y = (new.view(np.int8) if layout.is_signed else new).astype(np.float64).reshape(-1)
+    spread = x.var()
+    if spread == 0:
+        return None
+    slope = ((x - x.mean()) * (y - y.mean())).mean() / spread
+    gain = round(slope * (1 << GAIN_SHIFT))
+    offset = round((y.mean() - slope * x.mean()) * (1 << GAIN_SHIFT))
+    if abs(gain) > GAIN_LIMIT or abs(offset) > GAIN_LIMIT << 8:
+        return None
+    expected, _ = predict_plain(layout, old, gain, offset)
+    better = np.count_nonzero(expected != new) < 0.98 * np.count_nonzero(old != new)
+    return (gain, offset) if better else None

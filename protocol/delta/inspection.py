@@ -1,0 +1,141 @@
+"""What is in a delta file, for people: without the base, without decoding, in one pass."""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from protocol.delta.compression import decompress_up_to
+from protocol.delta.format import (
+    HEADER_PREFIX_BYTES,
+    RECORD_BYTES,
+    Codec,
+    EndRecord,
+    Header,
+    Position,
+    SegmentHeader,
+    check_segment,
+    header_length,
+    unpack_record,
+)
+from protocol.delta.layouts import NAME_BY_NUMBER
+from protocol.delta.tensor import read_runs
+from protocol.errors import PatchError, TruncatedPatchError
+from protocol.tensors.regions import Layout, ReadAt
+
+_NOTES_TEXT_BYTES_MAX = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNote:
+    """A tensor that changed, as the writer noted it.
+
+    Attributes:
+        name: The tensor's name, not checked against anything.
+        layout: How its bytes are arranged.
+        length: In bytes.
+        changed_bytes: How many bytes differ from the base; None where it has no counterpart there.
+    """
+
+    name: str
+    layout: str
+    length: int
+    changed_bytes: int | None
+
+
+@dataclass(slots=True)
+class Inspection:
+    """A delta file's table of contents.
+
+    Attributes:
+        header: What the file promises.
+        patch_length: Its length in bytes.
+        segments: How many segments each codec has.
+        patch_bytes: Bytes of the file for each codec, record headers included.
+        result_bytes: Bytes of the result for each codec.
+        layout_bytes: Bytes of the result of each block layout inside tensor segments.
+        tensors: Changed tensors, if the writer noted them.
+    """
+
+    header: Header
+    patch_length: int = 0
+    segments: Counter[Codec] = field(default_factory=Counter)
+    patch_bytes: Counter[Codec] = field(default_factory=Counter)
+    result_bytes: Counter[Codec] = field(default_factory=Counter)
+    layout_bytes: Counter[Layout] = field(default_factory=Counter)
+    tensors: list[TensorNote] = field(default_factory=list)
+
+
+def inspect_delta(patch: ReadAt) -> Inspection:
+    """Read a whole delta file and check every checksum that needs no base.
+
+    Raises:
+        TruncatedPatchError: It ends too early.
+        PatchError: It is damaged, or no delta file.
+    """
+    prefix = _read(patch, 0, HEADER_PREFIX_BYTES)
+    length = header_length(prefix)
+    packed = _read(patch, 0, length)
+    inspection = Inspection(Header.unpack(packed), patch.length)
+    inspection.patch_bytes[Codec.END] = length + RECORD_BYTES
+    header_crc = int.from_bytes(packed[-4:], "little")
+    for segment, body in _segments(patch, inspection.header, header_crc, length):
+        codec = segment.codec
+        inspection.segments[codec] += 1
+        inspection.patch_bytes[codec] += RECORD_BYTES + len(body)
+        inspection.result_bytes[codec] += segment.result_length
+        if codec is Codec.TENSOR:
+            for run in read_runs(
+                body[: segment.parameter_length], segment.result_length, segment.window_length
+            ):
+                inspection.layout_bytes[NAME_BY_NUMBER[run.layout]] += run.length
+        elif codec is Codec.NOTES:
+            inspection.tensors += _tensor_notes(body)
+    return inspection
+
+
+def _segments(
+    patch: ReadAt, header: Header, header_crc: int, start: int
+) -> Iterator[tuple[SegmentHeader, bytes]]:
+    position, result_offset, count = start, 0, 0
+    while True:
+        record = unpack_record(
+            _read(patch, position, RECORD_BYTES), Position(header_crc, position, result_offset)
+        )
+        position += RECORD_BYTES
+        if isinstance(record, EndRecord):
+            is_complete = (record.segments, record.result_length) == (count, result_offset)
+            if (
+                not is_complete
+                or result_offset != header.result_length
+                or record.patch_length != patch.length
+            ):
+                raise PatchError("the delta file's end record does not agree with its segments")
+            return
+        check_segment(record, header, result_offset)
+        body = _read(patch, position, record.body_length)
+        if zlib.crc32(body) != record.body_crc:
+            raise PatchError("a segment's payload is damaged")
+        yield record, body
+        position += len(body)
+        result_offset += record.result_length
+        count += record.codec is not Codec.NOTES
+
+
+def _read(patch: ReadAt, offset: int, length: int) -> bytes:
+    data = patch.read_at(offset, length)
+    if len(data) != length:
+        raise TruncatedPatchError(f"the delta file ends at byte {offset + len(data)}", hint="fetch it again")
+    return data
+
+
+def _tensor_notes(body: bytes) -> list[TensorNote]:
+    try:
+        notes = json.loads(decompress_up_to(body, _NOTES_TEXT_BYTES_MAX))
+        return [
+            TensorNote(str(name), str(layout), int(length), None if changed is None else int(changed))
+            for name, layout, length, changed in notes["tensors"]
+        ]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise PatchError("a note record is not readable") from error

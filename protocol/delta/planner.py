@@ -1,0 +1,174 @@
+"""From two tensor maps to the list of segments, before a byte is encoded.
+
+A plan says what belongs together and where its base lies; which rung of the ladder wins is the writer's business. Small
+tensors share a segment, large ones are cut at block borders, and what has no tensor layout is cut out by itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from protocol.delta.layouts import LAYOUTS
+from protocol.delta.tensor import RUNS_MAX, Run
+from protocol.tensors.regions import Layout, ReadAt, Region
+
+RAW_RUN_BYTES_MAX = 4096
+"""Raw bytes between tensors ride along in their segment up to this length: padding, protobuf glue."""
+
+RAW_SLACK_BYTES = 128 << 10
+"""How much further than its own length a raw segment may look to either side in the base."""
+
+_RUNS_PER_PLAN = RUNS_MAX // 2
+_COMPARE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """One segment to be encoded.
+
+    Attributes:
+        result_offset: Where its result starts.
+        length: Of the result, in bytes.
+        window_offset: Where its base window starts.
+        window_length: Of the base window.
+        runs: For the tensor codec; empty for bytes without tensor layout.
+    """
+
+    result_offset: int
+    length: int
+    window_offset: int
+    window_length: int
+    runs: tuple[Run, ...] = ()
+
+
+@dataclass(slots=True)
+class _Open:
+    """The tensor segment under construction; base offsets are absolute until it is closed."""
+
+    start: int = 0
+    length: int = 0
+    low: int = 0
+    high: int = 0
+    runs: list[Run] = field(default_factory=list)
+
+    def spans(self, base_offset: int | None, length: int) -> int:
+        """Return the length of the base window if a run was added."""
+        if base_offset is None or not self.high:
+            return self.high - self.low if base_offset is None else length
+        return max(self.high, base_offset + length) - min(self.low, base_offset)
+
+    def add(self, run: Run) -> None:
+        if run.base_offset is not None:
+            self.low = min(self.low, run.base_offset) if self.high else run.base_offset
+            self.high = max(self.high, run.base_offset + run.length)
+        self.runs.append(run)
+        self.length += run.length
+
+    def close(self) -> SegmentPlan:
+        runs = tuple(
+            Run(run.layout, run.blocks, None if run.base_offset is None else run.base_offset - self.low)
+            for run in self.runs
+        )
+        return SegmentPlan(self.start, self.length, self.low, self.high - self.low, runs)
+
+
+class Planner:
+    """Cuts a new file into segments.
+
+    Args:
+        base: The base, looked at only where bytes without tensor layout are compared.
+        new: The new file, likewise.
+        segment_bytes: No segment's result is longer.
+    """
+
+    def __init__(self, base: ReadAt, new: ReadAt, segment_bytes: int) -> None:
+        self._base = base
+        self._new = new
+        self._segment_bytes = segment_bytes
+        self._open = _Open()
+
+    def plan(self, regions: Sequence[Region], matches: Sequence[Region | None]) -> Iterator[SegmentPlan]:
+        """Yield segments in the order of the result.
+
+        Args:
+            regions: The new file's map.
+            matches: For each region its counterpart in the base, or None.
+        """
+        for region, match in zip(regions, matches, strict=True):
+            if region.layout is Layout.RAW and region.length > RAW_RUN_BYTES_MAX:
+                yield from self._flush(region.offset)
+                yield from self._plan_raw(region, match)
+            else:
+                yield from self._plan_tensor(region, match)
+        yield from self._flush(0)
+
+    def _flush(self, next_offset: int) -> Iterator[SegmentPlan]:
+        if self._open.runs:
+            yield self._open.close()
+        self._open = _Open(start=next_offset)
+
+    def _plan_tensor(self, region: Region, match: Region | None) -> Iterator[SegmentPlan]:
+        layout = LAYOUTS[region.layout]
+        based = min(region.length, match.length) if match else 0
+        if region.layout is Layout.RAW and match and match.length != region.length:
+            based = 0  # glue that changed its length has moved inside
+        position = region.offset
+        while position < region.end:
+            inside = position - region.offset
+            base_offset = match.offset + inside if match and inside < based else None
+            until = based if base_offset is not None else region.length
+            room = (self._segment_bytes - self._open.length) // layout.block_bytes * layout.block_bytes
+            length = min(until - inside, room)
+            is_too_wide = self._open.spans(base_offset, length) > 2 * self._segment_bytes
+            if length <= 0 or is_too_wide or len(self._open.runs) >= _RUNS_PER_PLAN:
+                yield from self._flush(position)
+                continue
+            if not self._open.runs:
+                self._open.start = position
+            self._open.add(Run(layout.number, length // layout.block_bytes, base_offset))
+            position += length
+
+    def _plan_raw(self, region: Region, match: Region | None) -> Iterator[SegmentPlan]:
+        """Cut a raw region: what is equal at both ends first, so that a change in the middle costs only itself."""
+        old = match or Region("", Layout.RAW, min(region.offset, self._base.length), 0)
+        head = self._common_prefix(region, old)
+        tail = self._common_suffix(region, old, min(region.length, old.length) - head)
+        yield from self._cut(region.offset, head, old.offset, old.offset + head, slack=0)
+        middle_end = region.end - tail
+        yield from self._cut(
+            region.offset + head,
+            middle_end - region.offset - head,
+            old.offset + head,
+            old.end - tail,
+            RAW_SLACK_BYTES,
+        )
+        yield from self._cut(middle_end, tail, old.end - tail, old.end, slack=0)
+
+    def _cut(
+        self, start: int, length: int, base_start: int, base_end: int, slack: int
+    ) -> Iterator[SegmentPlan]:
+        for inside in range(0, length, self._segment_bytes):
+            piece = min(self._segment_bytes, length - inside)
+            # The window follows at the same distance from the start; near the end it keeps to the base's end.
+            at = min(base_start + inside, max(base_start, base_end - piece))
+            low = max(0, at - slack)
+            high = min(self._base.length, at + piece + slack)
+            yield SegmentPlan(start + inside, piece, low, max(0, high - low))
+
+    def _common_prefix(self, region: Region, old: Region) -> int:
+        limit = min(region.length, old.length)
+        for inside in range(0, limit, _COMPARE_BYTES):
+            size = min(_COMPARE_BYTES, limit - inside)
+            ours = self._new.read_at(region.offset + inside, size)
+            theirs = self._base.read_at(old.offset + inside, size)
+            if ours != theirs:
+                return inside + next(i for i in range(size) if ours[i] != theirs[i])
+        return limit
+
+    def _common_suffix(self, region: Region, old: Region, limit: int) -> int:
+        for inside in range(0, limit, _COMPARE_BYTES):
+            size = min(_COMPARE_BYTES, limit - inside)
+            ours = self._new.read_at(region.end - inside - size, size)
+            theirs = self._base.read_at(old.end - inside - size, size)
+            if ours != theirs:
+                return inside + next(i for i in range(size) if ours[-1 - i] != theirs[-1 - i])
+        return limit

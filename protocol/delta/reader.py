@@ -1,0 +1,280 @@
+"""The push reader: bytes of a delta file in, verified pieces of the result out, in order.
+
+Pure: the base is read through `ReadAt`, the result is handed to the caller, who writes it. Between two segments the
+whole state is a few hundred bytes (`dump`, `restore`); inside a segment a restored reader starts that segment again.
+"""
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from protocol.delta.codecs import decode_segment
+from protocol.delta.format import (
+    HEADER_PREFIX_BYTES,
+    NOTES_MAX,
+    RECORD_BYTES,
+    SEGMENT_DIGEST_BYTES,
+    Codec,
+    EndRecord,
+    Header,
+    Position,
+    SegmentHeader,
+    check_segment,
+    header_length,
+    unpack_record,
+)
+from protocol.errors import PatchError, PatchLimitError, TruncatedPatchError, WrongBaseError
+from protocol.tensors.regions import ReadAt
+
+DEFAULT_MEMORY_LIMIT_BYTES = 64 << 20
+"""What a reader accepts to spend on decoding unless it is told otherwise: a quarter of the smallest board's memory."""
+
+STATE_BYTES_MAX = 256 << 10
+"""A dumped state is never larger."""
+
+_STATE_MAGIC = b"WBS1"
+_STATE = struct.Struct(
+    "<4sHHQQII"
+)  # magic, header length, flags, patch offset, result offset, segments, notes
+_IS_FINISHED = 1
+_CRC = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A verified part of the result.
+
+    Attributes:
+        offset: Where it goes in the result.
+        data: Its bytes.
+        codec: How it was sent.
+        patch_length: Bytes of the delta file that it took.
+    """
+
+    offset: int
+    data: bytes
+    codec: Codec
+    patch_length: int
+
+
+class DeltaReader:
+    """Applies one delta file.
+
+    Args:
+        base: What the delta applies to. Its length is checked at once; its digest is the caller's to compare with
+            `header.base_sha256`, since only the caller knows when it was last measured.
+        memory_limit_bytes: A delta that declares more is refused before anything is allocated for it.
+
+    Attributes:
+        header: None until enough bytes have been fed.
+        patch_offset: From which byte of the delta file a reader restored now goes on.
+        result_offset: How much of the result has been given out.
+    """
+
+    def __init__(self, base: ReadAt, *, memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES) -> None:
+        self._base = base
+        self._memory_limit_bytes = memory_limit_bytes
+        self._buffer = bytearray()
+        self._segment: SegmentHeader | None = None
+        self._header_bytes = b""
+        self._segments = 0
+        self._notes = 0
+        self._is_finished = False
+        # A hash state cannot be stored, so only a reader that saw everything verifies the whole result itself.
+        self._hash: hashlib._Hash | None = hashlib.sha256()
+        self.header: Header | None = None
+        self.patch_offset = 0
+        self.result_offset = 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the end record was read and agreed."""
+        return self._is_finished
+
+    @property
+    def is_result_verified(self) -> bool:
+        """Whether this reader itself compared the SHA-256 of the whole result.
+
+        False for a reader that was restored: the caller reads the written file back and compares it with
+        `header.result_sha256`, which a device does in any case, because disks lie.
+        """
+        return self._is_finished and self._hash is not None
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Piece]:
+        """Accept the next bytes of the delta file and return the pieces of the result that they complete.
+
+        The pieces are made while the iterator is advanced, so memory holds one segment whatever `data` contains. An
+        iterator that is dropped early loses nothing: the next call goes on there. After each piece, `dump` describes
+        the state behind it.
+
+        Raises:
+            PatchError: While iterating: the file is damaged, hostile, or goes on after its end.
+            PatchLimitError: It needs more memory or length than was accepted.
+            WrongBaseError: It was made for another base.
+        """
+        self._buffer += data
+        return self._drain()
+
+    def finish(self) -> None:
+        """Declare that there are no more bytes.
+
+        Raises:
+            TruncatedPatchError: The file should have gone on.
+        """
+        if not self._is_finished:
+            raise TruncatedPatchError(
+                f"the delta file ends at byte {self.patch_offset + len(self._buffer)}, before its end record",
+                hint="fetch it again",
+            )
+
+    def dump(self) -> bytes:
+        """Return the state behind the last piece that was given out, for `restore`."""
+        flags = _IS_FINISHED if self._is_finished else 0
+        state = _STATE.pack(
+            _STATE_MAGIC,
+            len(self._header_bytes),
+            flags,
+            self.patch_offset,
+            self.result_offset,
+            self._segments,
+            self._notes,
+        )
+        state += self._header_bytes
+        return state + _CRC.pack(zlib.crc32(state))
+
+    @classmethod
+    def restore(
+        cls, base: ReadAt, state: bytes, *, memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES
+    ) -> Self:
+        """Return a reader that goes on where `dump` was called; feed it from byte `patch_offset` of the delta file.
+
+        Raises:
+            PatchError: The state is damaged or contradicts itself.
+            PatchLimitError, WrongBaseError: As when the header is first read.
+        """
+        if not _STATE.size + _CRC.size <= len(state) <= STATE_BYTES_MAX or state[:4] != _STATE_MAGIC:
+            raise PatchError("the stored state of a delta is not one", hint="start the delta again")
+        if zlib.crc32(state[:-4]) != _CRC.unpack(state[-4:])[0]:
+            raise PatchError("the stored state of a delta is damaged", hint="start the delta again")
+        _, length, flags, patch_offset, result_offset, segments, notes = _STATE.unpack_from(state)
+        header_bytes = state[_STATE.size : -4]
+        reader = cls(base, memory_limit_bytes=memory_limit_bytes)
+        if length != len(header_bytes) or (not length and (patch_offset or result_offset)):
+            raise PatchError("the stored state of a delta contradicts itself", hint="start the delta again")
+        if length:
+            if header_length(header_bytes[:HEADER_PREFIX_BYTES]) != length:
+                raise PatchError(
+                    "the stored state of a delta contradicts itself", hint="start the delta again"
+                )
+            reader._accept_header(header_bytes)
+            reader._hash = None
+            if patch_offset < length or result_offset > reader._result_length():
+                raise PatchError(
+                    "the stored state of a delta contradicts itself", hint="start the delta again"
+                )
+        reader.patch_offset, reader.result_offset = patch_offset, result_offset
+        reader._segments, reader._notes = segments, notes
+        reader._is_finished = bool(flags & _IS_FINISHED)
+        return reader
+
+    def _drain(self) -> Iterator[Piece]:
+        while True:
+            if self._is_finished:
+                if self._buffer:
+                    raise PatchError("there are bytes after the end of the delta file")
+                return
+            if self.header is None:
+                if not self._read_header():
+                    return
+            elif self._segment is None:
+                if len(self._buffer) < RECORD_BYTES:
+                    return
+                self._read_record(self.header)
+            else:
+                if len(self._buffer) < RECORD_BYTES + self._segment.body_length:
+                    return
+                piece = self._read_body(self._segment)
+                if piece is not None:
+                    yield piece
+
+    def _read_header(self) -> bool:
+        if len(self._buffer) < HEADER_PREFIX_BYTES:
+            return False
+        length = header_length(bytes(self._buffer[:HEADER_PREFIX_BYTES]))
+        if len(self._buffer) < length:
+            return False
+        self._accept_header(bytes(self._buffer[:length]))
+        del self._buffer[:length]
+        self.patch_offset = length
+        return True
+
+    def _accept_header(self, data: bytes) -> None:
+        header = Header.unpack(data)
+        if header.decoder_memory_bytes > self._memory_limit_bytes:
+            raise PatchLimitError(
+                f"the delta file needs {header.decoder_memory_bytes} bytes of memory,"
+                f" {self._memory_limit_bytes} are accepted"
+            )
+        if header.base_length != self._base.length:
+            raise WrongBaseError(
+                f"the delta was made for a base of {header.base_length} bytes, this one has {self._base.length}"
+            )
+        self.header = header
+        self._header_bytes = data
+
+    def _result_length(self) -> int:
+        return self.header.result_length if self.header else 0
+
+    def _position(self) -> Position:
+        return Position(_CRC.unpack(self._header_bytes[-4:])[0], self.patch_offset, self.result_offset)
+
+    def _read_record(self, header: Header) -> None:
+        record = unpack_record(bytes(self._buffer[:RECORD_BYTES]), self._position())
+        if isinstance(record, EndRecord):
+            self._finish(record, header)
+            return
+        check_segment(record, header, self.result_offset)
+        self._segment = record
+
+    def _read_body(self, segment: SegmentHeader) -> Piece | None:
+        length = RECORD_BYTES + segment.body_length
+        body = bytes(memoryview(self._buffer)[RECORD_BYTES:length])
+        piece: Piece | None = None
+        if segment.codec is Codec.NOTES:
+            self._read_note(segment, body)
+        else:
+            data = decode_segment(segment, body, self._base)
+            piece = Piece(self.result_offset, data, segment.codec, length)
+            if self._hash is not None:
+                self._hash.update(data)
+            self.result_offset += len(data)
+            self._segments += 1
+        del self._buffer[:length]
+        self.patch_offset += length
+        self._segment = None
+        return piece
+
+    def _read_note(self, segment: SegmentHeader, body: bytes) -> None:
+        if zlib.crc32(body) != segment.body_crc:
+            raise PatchError("a note record is damaged")
+        self._notes += 1
+        if self._notes > NOTES_MAX:
+            raise PatchLimitError(f"the delta file has more than {NOTES_MAX} note records")
+
+    def _finish(self, record: EndRecord, header: Header) -> None:
+        found = EndRecord(
+            self._segments,
+            self.result_offset,
+            self.patch_offset + RECORD_BYTES,
+            header.result_sha256[:SEGMENT_DIGEST_BYTES],
+        )
+        if record != found or self.result_offset != header.result_length:
+            raise PatchError("the delta file's end record does not agree with its segments")
+        if self._hash is not None and self._hash.digest() != header.result_sha256:
+            raise PatchError("the result does not have the announced SHA-256", hint="the delta file is wrong")
+        del self._buffer[:RECORD_BYTES]
+        self.patch_offset += RECORD_BYTES
+        self._is_finished = True
