@@ -8,12 +8,11 @@ says with `sent()` that the network took its bytes. README.md lists what is done
 """
 
 import heapq
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from server.broker import matching
 from server.broker.limits import BrokerLimits, BrokerStatistics
 from server.broker.packets import (
-    PROTOCOL_LEVEL,
     SUBACK_FAILURE,
     Connack,
     Connect,
@@ -34,16 +33,10 @@ from server.broker.packets import (
     Unsubscribe,
     wire_bytes,
 )
-from server.broker.sessions import Connection, Session
+from server.broker.sessions import ACCEPTED, REFUSED_UNAVAILABLE, Connection, Session, refusal_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-# CONNACK return codes (standard, section 3.2.2.3).
-ACCEPTED: Final = 0
-REFUSED_VERSION: Final = 1
-REFUSED_CLIENT_ID: Final = 2
-REFUSED_UNAVAILABLE: Final = 3
 
 
 class Send(NamedTuple):
@@ -201,7 +194,7 @@ class BrokerCore:
         if connection.session is not None:
             self._fail(connection, "a second CONNECT on one connection")
             return
-        refusal = self._refusal(packet)
+        refusal = refusal_of(packet, self.limits)
         if refusal != ACCEPTED:
             self.statistics.refused_connects += 1
             self._control(connection, Connack(session_present=False, code=refusal))
@@ -234,16 +227,6 @@ class BrokerCore:
         for repeated in session.repetitions():
             self._send(connection, repeated, wire_bytes(repeated))
         self._pump(session, connection)
-
-    def _refusal(self, packet: Connect) -> int:
-        if packet.protocol_level != PROTOCOL_LEVEL:
-            return REFUSED_VERSION
-        if not packet.client_id:
-            # Nobody could ever come back to a persistent session without a name (section 3.1.3.1).
-            return ACCEPTED if packet.clean_session else REFUSED_CLIENT_ID
-        if len(packet.client_id.encode()) > self.limits.client_id_bytes_max:
-            return REFUSED_CLIENT_ID
-        return ACCEPTED
 
     def _new_client_id(self) -> str:
         while True:

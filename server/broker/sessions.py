@@ -12,17 +12,35 @@ packet that would have to be repeated if the connection were lost now (standard,
 """
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from server.broker.limits import BrokerLimits
-from server.broker.packets import Puback, Pubcomp, Publish, Pubrec, Pubrel, Will
+from server.broker.packets import PROTOCOL_LEVEL, Connect, Puback, Pubcomp, Publish, Pubrec, Pubrel, Will
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_PACKET_ID_MAX = 65_535
+_PACKET_ID_MAX: Final = 65_535
+
+# CONNACK return codes (section 3.2.2.3); nobody is refused for a user name or password.
+ACCEPTED: Final = 0
+REFUSED_VERSION: Final = 1
+REFUSED_CLIENT_ID: Final = 2
+REFUSED_UNAVAILABLE: Final = 3
+
+
+def refusal_of(packet: Connect, limits: BrokerLimits) -> int:
+    """Return the code with which a CONNECT has to be answered, as far as the packet itself decides it."""
+    if packet.protocol_level != PROTOCOL_LEVEL:
+        return REFUSED_VERSION
+    if not packet.client_id:
+        # Nobody could ever come back to a persistent session without a name (section 3.1.3.1).
+        return ACCEPTED if packet.clean_session else REFUSED_CLIENT_ID
+    if len(packet.client_id.encode()) > limits.client_id_bytes_max:
+        return REFUSED_CLIENT_ID
+    return ACCEPTED
 
 
 class Connection:

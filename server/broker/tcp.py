@@ -7,8 +7,6 @@ There is no authentication and no TLS, so it refuses to listen anywhere but on l
 
 import asyncio
 import contextlib
-import errno
-import ipaddress
 import logging
 import threading
 from collections import deque
@@ -16,9 +14,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
-from protocol.errors import PortInUseError, RequestError, TransportError
+from protocol.errors import RequestError, TransportError
 from server.broker.core import BrokerCore, Output, Send
 from server.broker.limits import BrokerLimits, BrokerStatistics
+from server.broker.listening import Acceptor, listen, loopback_address
 from server.broker.packets import Packet, PacketReader, Publish, encode
 
 _LOG = logging.getLogger(__name__)
@@ -44,8 +43,6 @@ LINGER_S: Final = 2.0
 
 START_S_MAX: Final = 10.0
 """How long starting and stopping the thread may take; both are a few system calls."""
-
-_BACKLOG: Final = 4_096
 
 
 class _EncodedCache:
@@ -83,7 +80,7 @@ class _Connection(asyncio.BufferedProtocol):
         self.connection_id = 0
         self.reader = PacketReader(edge.limits.packet_bytes_max)
         self._transport: asyncio.Transport | None = None
-        self._waiting: deque[bytes] = deque()
+        self.waiting: deque[bytes] = deque()  # filled by the edge
         self._is_paused = False
         self._is_closing = False
         self._linger: asyncio.TimerHandle | None = None
@@ -115,19 +112,20 @@ class _Connection(asyncio.BufferedProtocol):
         if self._linger is not None:
             self._linger.cancel()
         self._transport = None
-        self._waiting.clear()
+        self.waiting.clear()
         self._edge.lost(self)
 
     # The edge's side
 
-    def push(self, data: bytes) -> None:
-        self._waiting.append(data)
-
     def flush(self) -> int:
         """Hand over what the socket takes now; return how many bytes that was."""
-        transport, waiting = self._transport, self._waiting
+        transport, waiting = self._transport, self.waiting
         if transport is None or transport.is_closing():
             return 0
+        if len(waiting) == 1 and not self._is_paused:  # nearly always in a fan-out
+            data = waiting.popleft()
+            transport.write(data)
+            return len(data)
         byte_count = 0
         while waiting and not self._is_paused:
             data = waiting.popleft()
@@ -138,7 +136,7 @@ class _Connection(asyncio.BufferedProtocol):
         return byte_count
 
     def _joined(self, first: bytes) -> bytes:
-        parts, byte_count, waiting = [first], len(first), self._waiting
+        parts, byte_count, waiting = [first], len(first), self.waiting
         while waiting and byte_count + len(waiting[0]) <= COALESCE_BYTES:
             byte_count += len(waiting[0])
             parts.append(waiting.popleft())
@@ -150,7 +148,7 @@ class _Connection(asyncio.BufferedProtocol):
             return
         self.flush()
         self._is_closing = True
-        self._waiting.clear()
+        self.waiting.clear()
         self._transport.close()
         if self._transport.get_write_buffer_size():
             self._linger = asyncio.get_running_loop().call_later(LINGER_S, self.abort)
@@ -227,7 +225,7 @@ class _Edge:
             connection.abort()
 
     async def stop(self) -> None:
-        """Close all connections and wait until they are gone."""
+        """Close all connections and wait until they are gone; the port must be closed already."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -237,23 +235,31 @@ class _Edge:
         await self._everyone_left.wait()
 
     def _carry_out(self, outputs: list[Output]) -> None:
+        connections, encoded, sent = self._connections, self._encoded.encoded, self.core.sent
         while outputs:
             touched: dict[int, _Connection] = {}
+            last: Packet | None = None
+            data = b""
             for output in outputs:
-                connection = self._connections.get(output.connection_id)
+                connection_id = output[0]
+                connection = connections.get(connection_id)
                 if connection is None:
                     continue
                 if type(output) is Send:
-                    connection.push(self._encoded.encoded(output.packet))
-                    touched[output.connection_id] = connection
+                    packet = output[1]
+                    if packet is not last:
+                        last, data = packet, encoded(packet)
+                    connection.waiting.append(data)
+                    touched[connection_id] = connection
                 else:
                     self._close(connection, output[1])
-                    touched.pop(output.connection_id, None)
+                    touched.pop(connection_id, None)
             outputs = []
+            now_ms = self.now_ms()
             for connection_id, connection in touched.items():
                 byte_count = connection.flush()
                 if byte_count:
-                    outputs += self.core.sent(connection_id, byte_count, self.now_ms())
+                    outputs += sent(connection_id, byte_count, now_ms)
 
     def _close(self, connection: _Connection, reason: object) -> None:
         _LOG.debug("connection %d closed: %s", connection.connection_id, reason)
@@ -299,7 +305,7 @@ class EmbeddedBroker:
         self.port = port
         self._limits = limits or BrokerLimits()
         self._edge: _Edge | None = None
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stop_wanted: asyncio.Event | None = None
@@ -314,28 +320,22 @@ class EmbeddedBroker:
             PortInUseError: Another program listens there.
             RequestError: The system does not allow it.
         """
-        assert self._server is None, "a broker is started once at a time"
+        assert self._acceptor is None, "a broker is started once at a time"
+        listener = listen(self.host, self.port)
+        self.port = listener.getsockname()[1]
         edge = _Edge(self._limits)
-        loop = asyncio.get_running_loop()
-        try:
-            server = await loop.create_server(
-                lambda: _Connection(edge), self.host, self.port, backlog=_BACKLOG
-            )
-        except OSError as error:
-            raise _listen_error(self.host, self.port, error) from error
-        self._edge, self._server, self._loop = edge, server, loop
-        self.port = server.sockets[0].getsockname()[1]
+        self._acceptor = Acceptor(listener, lambda: _Connection(edge))
+        self._edge, self._loop = edge, asyncio.get_running_loop()
         return self.port
 
     async def stop(self) -> None:
         """Close the port and every connection; what the broker held is gone."""
-        if self._server is None or self._edge is None:
+        if self._acceptor is None or self._edge is None:
             return
-        self._server.close()
+        await self._acceptor.stop()
         await self._edge.stop()
-        await self._server.wait_closed()
         self._last_statistics = self._edge.core.statistics
-        self._server = self._edge = self._loop = None
+        self._acceptor = self._edge = self._loop = None
 
     # In a thread of its own
 
@@ -422,43 +422,10 @@ class EmbeddedBroker:
         self._stop_wanted = asyncio.Event()
         try:
             await self.start()
-        except (RequestError, OSError) as error:
+        except RequestError as error:
             failures.append(error)
             return
         finally:
             ready.set()
         await self._stop_wanted.wait()
         await self.stop()
-
-
-def loopback_address(host: str) -> str:
-    """Return the address to listen on.
-
-    Raises:
-        RequestError: It is not a loopback address.
-    """
-    address = "127.0.0.1" if host == "localhost" else host
-    try:
-        is_loopback = ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise RequestError(
-            f"the embedded broker does not listen on {host!r}: it has neither authentication nor TLS and serves "
-            "loopback addresses only",
-            hint="run mosquitto or EMQX for other machines and give whimbrel its address",
-        )
-    return address
-
-
-def _listen_error(host: str, port: int, error: OSError) -> RequestError:
-    if error.errno == errno.EADDRINUSE:
-        return PortInUseError(
-            f"port {port} on {host} is in use by another program",
-            hint="stop that program, or choose another port; 0 takes a free one",
-        )
-    reason = error.strerror or str(error)
-    return RequestError(
-        f"cannot listen on {host} port {port}: {reason}",
-        hint="choose a port from 1024 on; 0 takes a free one",
-    )

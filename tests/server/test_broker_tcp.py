@@ -66,13 +66,13 @@ def test_a_port_in_use_is_an_error_that_says_what_to_do() -> None:
         second.close()
 
 
-def test_closing_leaves_no_thread_and_no_socket_and_it_can_start_again() -> None:
+def test_closing_leaves_no_thread_and_no_socket_and_it_starts_again_on_the_same_port() -> None:
     threads, process = threading.active_count(), psutil.Process()
     sockets = len(process.net_connections())
-    broker = EmbeddedBroker()
+    broker, ports = EmbeddedBroker(), set()
     for _ in range(3):
-        broker.port = 0
         with broker:
+            ports.add(broker.port)
             wires = [Wire(address_of(broker)) for _ in range(10)]
             for number, wire in enumerate(wires):
                 wire.connect(Connect(f"client-{number}"))
@@ -82,8 +82,17 @@ def test_closing_leaves_no_thread_and_no_socket_and_it_can_start_again() -> None
         assert not is_listening(broker.port)
         assert broker.statistics().connections_total == 10
     broker.close()
+    assert len(ports) == 1
     assert threading.active_count() == threads
     assert len(process.net_connections()) == sockets
+
+
+def test_connections_that_are_just_being_accepted_do_not_outlive_the_broker() -> None:
+    for _ in range(20):
+        with EmbeddedBroker() as broker, contextlib.ExitStack() as stack:
+            for _ in range(20):
+                stack.enter_context(contextlib.closing(socket.create_connection((broker.host, broker.port))))
+            broker.close()
 
 
 def test_it_runs_in_a_loop_that_is_there_already() -> None:
