@@ -1,0 +1,1 @@
+"""The edge of the server: broker, database, files, keys, clock."""

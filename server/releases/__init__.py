@@ -1,0 +1,1 @@
+"""Releases: from a model file to signed targets, and the deltas between them."""

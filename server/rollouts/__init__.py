@@ -1,0 +1,1 @@
+"""Rollouts: who is asked when, and what stops one."""

@@ -1,0 +1,366 @@
+"""The store in a relational database: SQLite by default, PostgreSQL by URL. The only importer of `sqlalchemy`.
+
+Records are JSON in the shape of their structs, beside the columns that queries need: a field that is added later costs
+no migration. Every write is one transaction that is durable on return (SQLite: write-ahead log, `synchronous=FULL`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+import msgspec
+from msgspec import Struct
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    and_,
+    bindparam,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from protocol.errors import AlreadyPublishedError, RequestError, StorageError, StorageFullError
+from protocol.ids import Family, Version
+from protocol.trust import Documents
+from server.fleet.registry import DeviceRecord
+from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, Record, ReleaseRecord, Repository
+from server.rollouts.campaign import MemberRecord, RolloutRecord
+
+SCHEMA_VERSION: Final = 1
+LOCK_WAIT_S: Final = 30
+"""How long a writer waits for another process; the longest transaction signs a few documents."""
+
+_schema: Final = MetaData()
+_NAME = String(128)
+_CONSTANTS = Table("constants", _schema, Column("name", _NAME, primary_key=True), Column("value", Integer))
+_DOCUMENTS = Table("documents", _schema, Column("name", _NAME, primary_key=True), Column("body", LargeBinary))
+_RELEASES = Table(
+    "releases",
+    _schema,
+    Column("number", Integer, primary_key=True),
+    Column("family", _NAME, nullable=False),
+    Column("version", _NAME, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+)
+_DEVICES = Table("devices", _schema, Column("device", _NAME, primary_key=True), Column("body", LargeBinary))
+_ROLLOUTS = Table(
+    "rollouts",
+    _schema,
+    Column("number", Integer, primary_key=True),
+    Column("id", _NAME, nullable=False, unique=True),
+    Column("body", LargeBinary, nullable=False),
+)
+_MEMBERS = Table(
+    "rollout_members",
+    _schema,
+    Column("rollout", _NAME, primary_key=True),
+    Column("device", _NAME, primary_key=True),
+    Column("body", LargeBinary),
+)
+_REFUSALS = Table(
+    "refused_deltas",
+    _schema,
+    Column("base", String(64), primary_key=True),
+    Column("result", String(64), primary_key=True),
+    Column("body", LargeBinary),
+)
+_CACHED = Table(
+    "cached_blobs", _schema, Column("name", String(64), primary_key=True), Column("body", LargeBinary)
+)
+
+_KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
+    DeviceRecord: (_DEVICES, ("device",)),
+    MemberRecord: (_MEMBERS, ("rollout", "device")),
+    DeltaRefusal: (_REFUSALS, ("base", "result")),
+    CacheEntry: (_CACHED, ("name",)),
+}
+_Kind = TypeVar("_Kind", bound=Struct)
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class SqlStore:
+    """`Store` in a database; safe to use from several threads and processes.
+
+    Args:
+        url: SQLAlchemy URL.
+
+    Raises:
+        RequestError: The URL names no usable database.
+        StorageError: The database cannot be opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            arguments = {"timeout": LOCK_WAIT_S} if url.startswith("sqlite") else {}
+            self._engine: Engine = create_engine(url, connect_args=arguments)
+        except (ArgumentError, NoSuchModuleError, ImportError) as error:
+            raise RequestError(
+                f"database {url[:80]!r}: {error}", hint="use sqlite:///FILE or a URL with an installed driver"
+            ) from error
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _prepare_sqlite)
+            event.listen(self._engine, "begin", _begin_sqlite)
+
+    def create(self, repository: Repository) -> None:
+        """Lay out an empty database around a new repository.
+
+        Raises:
+            RequestError: The database holds a repository.
+        """
+        with self._writing() as connection:
+            _schema.create_all(connection)
+            if connection.execute(select(_DOCUMENTS.c.name)).first():
+                raise RequestError(
+                    "the database holds a repository already", hint="choose another folder or database"
+                )
+            constants = [{"name": "schema", "value": SCHEMA_VERSION}, {"name": "changes", "value": 0}]
+            connection.execute(insert(_CONSTANTS), constants)
+            _write_repository(connection, repository)
+
+    def check(self) -> None:
+        """Refuse a database that this program does not understand.
+
+        Raises:
+            RequestError: It was laid out by another version, or not at all.
+        """
+        try:
+            version = self._scalar(select(_CONSTANTS.c.value).where(_CONSTANTS.c.name == "schema"))
+        except StorageError as error:
+            raise RequestError(
+                f"the database holds no repository: {error}", hint="run `whimbrel init`"
+            ) from error
+        if version != SCHEMA_VERSION:
+            raise RequestError(
+                f"the database has layout {version}, understood is {SCHEMA_VERSION}",
+                hint="use the version of whimbrel that wrote it",
+            )
+
+    def save(self, records: Sequence[Record]) -> None:
+        """Write all records in one transaction; a record replaces the one with its key."""
+        rows: dict[Table, dict[tuple[str, ...], dict[str, Any] | None]] = {}
+        rollouts = []
+        for record in records:
+            if isinstance(record, RolloutRecord):
+                rollouts.append(record)
+            elif isinstance(record, CacheRemoval):
+                rows.setdefault(_CACHED, {})[record.name,] = None
+            else:
+                table, names = _KEYS[type(record)]
+                key = tuple(getattr(record, name) for name in names)
+                row = dict(zip(names, key, strict=True)) | {"body": _encode(record)}
+                rows.setdefault(table, {})[key] = row
+        with self._writing() as connection:
+            for table, by_key in rows.items():
+                _replace(connection, table, by_key)
+            for rollout in rollouts:
+                body = _encode(rollout)
+                connection.execute(update(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id).values(body=body))
+
+    def devices(self) -> list[DeviceRecord]:
+        """Every device that ever reported."""
+        return self._load(DeviceRecord, select(_DEVICES.c.body).order_by(_DEVICES.c.device))
+
+    def rollouts(self) -> list[RolloutRecord]:
+        """Every rollout, oldest first."""
+        return self._load(RolloutRecord, select(_ROLLOUTS.c.body).order_by(_ROLLOUTS.c.number))
+
+    def members(self, rollout: str | None = None) -> list[MemberRecord]:
+        """What rollouts asked of devices, and what came of it."""
+        query = select(_MEMBERS.c.body).order_by(_MEMBERS.c.rollout, _MEMBERS.c.device)
+        return self._load(
+            MemberRecord, query if rollout is None else query.where(_MEMBERS.c.rollout == rollout)
+        )
+
+    def refusals(self) -> list[DeltaRefusal]:
+        """Deltas that are not worth sending."""
+        return self._load(DeltaRefusal, select(_REFUSALS.c.body))
+
+    def cached(self) -> list[CacheEntry]:
+        """Blobs that a broker may retain."""
+        return self._load(CacheEntry, select(_CACHED.c.body))
+
+    def releases(self) -> list[ReleaseRecord]:
+        """Every release, in the order in which they were added."""
+        return self._load(ReleaseRecord, select(_RELEASES.c.body).order_by(_RELEASES.c.number))
+
+    def release(self, family: Family, version: Version) -> ReleaseRecord | None:
+        """One release."""
+        found = self._load(ReleaseRecord, select(_RELEASES.c.body).where(_named(family, version)))
+        return found[0] if found else None
+
+    def add_release(self, record: ReleaseRecord) -> None:
+        """Store a draft; a draft of the same name is replaced."""
+        family, version = Family(record.release.family), Version(record.release.version)
+        with self._writing() as connection:
+            _refuse_published(connection, family, version)
+            connection.execute(delete(_RELEASES).where(_named(family, version)))
+            connection.execute(insert(_RELEASES).values(family=family, version=version, body=_encode(record)))
+
+    def repository(self) -> Repository | None:
+        """What was signed last."""
+        with self._reading() as connection:
+            return _read_repository(connection)
+
+    def sign(
+        self, update_repository: Callable[[Repository], Repository], published: ReleaseRecord | None = None
+    ) -> Repository:
+        """Replace the repository in one transaction that excludes every other signer."""
+        with self._writing() as connection:
+            # On SQLite the transaction holds the write lock from its beginning; elsewhere this row is the lock.
+            connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
+            before = _read_repository(connection)
+            if before is None:
+                raise RequestError("there is no repository here", hint="run `whimbrel init`")
+            if published is not None:
+                family, version = Family(published.release.family), Version(published.release.version)
+                _refuse_published(connection, family, version)
+                body = _encode(published)
+                connection.execute(update(_RELEASES).where(_named(family, version)).values(body=body))
+            after = update_repository(before)
+            if after != before:
+                _write_repository(connection, after)
+                _count_change(connection)
+            return after
+
+    def create_rollout(self, make: Callable[[int, list[RolloutRecord]], RolloutRecord]) -> RolloutRecord:
+        """Store a new rollout."""
+        with self._writing() as connection:
+            bodies = connection.execute(select(_ROLLOUTS.c.body).order_by(_ROLLOUTS.c.number)).scalars()
+            before = [_decoded(RolloutRecord, body) for body in bodies]
+            highest = connection.execute(select(func.max(_ROLLOUTS.c.number))).scalar()
+            number = (highest or 0) + 1
+            record = make(number, before)
+            connection.execute(insert(_ROLLOUTS).values(number=number, id=record.id, body=_encode(record)))
+            _count_change(connection)
+            return record
+
+    def changes(self) -> int:
+        """Grows with everything that other processes want noticed."""
+        return int(self._scalar(select(_CONSTANTS.c.value).where(_CONSTANTS.c.name == "changes")) or 0)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def _load(self, kind: type[_Kind], query: Any) -> list[_Kind]:
+        with self._reading() as connection:
+            return [_decoded(kind, body) for body in connection.execute(query).scalars()]
+
+    def _scalar(self, query: Any) -> Any:
+        with self._reading() as connection:
+            return connection.execute(query).scalar()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with _database_errors(self._engine), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with _database_errors(self._engine), self._engine.connect() as raw:
+            connection = raw.execution_options(whimbrel_writes=True)
+            with connection.begin():
+                yield connection
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # SQLAlchemy's BEGIN is ours to spell, see `_begin_sqlite`
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A transaction that reads first and writes later would fail when another process wrote in between."""
+    writes = connection.get_execution_options().get("whimbrel_writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _replace(
+    connection: Connection, table: Table, rows: dict[tuple[str, ...], dict[str, Any] | None]
+) -> None:
+    """Delete and insert: the one upsert that every database spells alike."""
+    keys = [column.name for column in table.primary_key.columns]
+    old = delete(table).where(and_(*(table.c[name] == bindparam(f"key_{name}") for name in keys)))
+    connection.execute(
+        old, [{f"key_{name}": value for name, value in zip(keys, key, strict=True)} for key in rows]
+    )
+    new = [row for row in rows.values() if row is not None]
+    if new:
+        connection.execute(insert(table), new)
+
+
+def _named(family: Family, version: Version) -> Any:
+    return and_(_RELEASES.c.family == family, _RELEASES.c.version == version)
+
+
+def _refuse_published(connection: Connection, family: Family, version: Version) -> None:
+    body = connection.execute(select(_RELEASES.c.body).where(_named(family, version))).scalar()
+    if body is not None and _decoded(ReleaseRecord, body).published_ms is not None:
+        raise AlreadyPublishedError(
+            f"{family} {version} is published and cannot change", hint="publish under another version"
+        )
+
+
+def _count_change(connection: Connection) -> None:
+    row = _CONSTANTS.c.name == "changes"
+    connection.execute(update(_CONSTANTS).where(row).values(value=_CONSTANTS.c.value + 1))
+
+
+def _read_repository(connection: Connection) -> Repository | None:
+    rows = connection.execute(select(_DOCUMENTS.c.name, _DOCUMENTS.c.body))
+    bodies: dict[str, bytes] = {row.name: row.body for row in rows}
+    if not bodies:
+        return None
+    roots: list[bytes] = []
+    while f"root.{len(roots) + 1}" in bodies:
+        roots.append(bodies[f"root.{len(roots) + 1}"])
+    return Repository(
+        roots=tuple(roots),
+        documents=Documents(
+            timestamp=bodies["timestamp"], snapshot=bodies["snapshot"], targets=bodies["targets"]
+        ),
+    )
+
+
+def _write_repository(connection: Connection, repository: Repository) -> None:
+    documents = repository.documents
+    bodies = {f"root.{version}": root for version, root in enumerate(repository.roots, start=1)}
+    bodies |= {
+        "timestamp": documents.timestamp,
+        "snapshot": documents.snapshot,
+        "targets": documents.targets,
+    }
+    _replace(connection, _DOCUMENTS, {(name,): {"name": name, "body": body} for name, body in bodies.items()})
+
+
+def _decoded(kind: type[_Kind], body: bytes) -> _Kind:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise StorageError(
+            f"database: a {kind.__name__} cannot be read: {error}", hint="restore it from a backup"
+        ) from error
+
+
+@contextmanager
+def _database_errors(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        reason = str(error.orig)
+        kind = StorageFullError if "disk is full" in reason else StorageError
+        raise kind(f"database {engine.url.render_as_string()}: {reason}") from error

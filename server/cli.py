@@ -1,0 +1,416 @@
+"""The `whimbrel` command: releases, rollouts, the server.
+
+Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import msgspec
+
+from protocol.errors import WhimbrelError
+from server import delta_cli, operations
+from server.config import (
+    DEFAULT_FLEET,
+    DEFAULT_FOLDER,
+    DEFAULT_PORT,
+    EMBEDDED,
+    FOLDER_VARIABLE,
+    parse_broker,
+    read_config,
+)
+from server.operations import RolloutStatus
+from server.ports import ReleaseRecord
+from server.runtime import Server
+
+_INTEGER_MAX: Final = 1 << 44
+"""Above every count, size or time that makes sense here, and exact in every program that reads JSON."""
+
+_NOT_SERVED: Final = "no server runs on this folder: this takes effect once `whimbrel serve` does"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        Exit code.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as ended:  # --help, --version or wrong usage; argparse has printed already
+        return int(ended.code or 0)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except WhimbrelError as error:
+        print(f"whimbrel: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has enough. Python would complain once more when it flushes at its end.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="whimbrel", description="Ships model updates to a fleet of devices as signed deltas over MQTT."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--dir",
+        type=Path,
+        default=Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER),
+        help=f"folder of the server (default: ${FOLDER_VARIABLE}, else ./{DEFAULT_FOLDER})",
+    )
+    common.add_argument("--json", action="store_true", help="print JSON for programs")
+    _add_init(commands)
+    _add_release(commands, common)
+    _add_rollout(commands, common)
+    devices = commands.add_parser("devices", parents=[common], help="list the devices and what they run")
+    devices.set_defaults(run=_devices)
+    _add_serve(commands, common)
+    delta_cli.add_parser(commands)
+    return parser
+
+
+def _add_init(commands: Any) -> None:
+    init = commands.add_parser("init", help="make keys, an empty signed repository and a database")
+    init.add_argument("folder", metavar="DIR", type=Path, help="new or empty folder")
+    init.add_argument("--fleet", default=DEFAULT_FLEET, help="name of the fleet (default: %(default)s)")
+    init.add_argument(
+        "--broker", default=EMBEDDED, metavar="HOST:PORT", help="broker to use (default: an embedded one)"
+    )
+    init.add_argument(
+        "--port", type=_port, default=DEFAULT_PORT, help="of the embedded broker (default: %(default)s)"
+    )
+    init.add_argument("--json", action="store_true", help="print JSON for programs")
+    init.set_defaults(run=_init)
+
+
+def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
+    release = commands.add_parser("release", help="add, publish and list releases")
+    actions = release.add_subparsers(metavar="ACTION", required=True)
+    add = actions.add_parser("add", parents=[common], help="check a model file and keep it as a draft")
+    _add_name(add)
+    add.add_argument("files", metavar="FILE", nargs="+", type=Path, help="the model, then its other files")
+    add.add_argument("--runtime", required=True, choices=["onnx", "llama"], help="engine that loads it")
+    add.add_argument(
+        "--health", required=True, type=Path, help="JSON file: what a device must see in its trial"
+    )
+    add.add_argument("--memory-bytes", type=_count, default=0, help="memory that a device needs to run it")
+    add.add_argument("--tier", action="append", default=[], help="hardware tier that may take it; repeatable")
+    add.add_argument("--runtime-version-min", default="", help="oldest version of the engine")
+    add.set_defaults(run=_release_add)
+    publish = actions.add_parser("publish", parents=[common], help="sign a draft, for good")
+    _add_name(publish)
+    publish.set_defaults(run=_release_publish)
+    listing = actions.add_parser("list", parents=[common], help="list drafts and published releases")
+    listing.set_defaults(run=_release_list)
+
+
+def _add_rollout(commands: Any, common: argparse.ArgumentParser) -> None:
+    rollout = commands.add_parser("rollout", help="start rollouts and see how they go")
+    actions = rollout.add_subparsers(metavar="ACTION", required=True)
+    start = actions.add_parser("start", parents=[common], help="bring a published release to the fleet")
+    _add_name(start)
+    start.add_argument(
+        "--canary", type=_positive, default=2, help="devices that go first (default: %(default)s)"
+    )
+    start.add_argument(
+        "--wave-timeout",
+        type=_positive,
+        default=3600,
+        metavar="S",
+        help="seconds that a device may take before it counts as failed (default: %(default)s)",
+    )
+    start.add_argument(
+        "--max-failures",
+        type=_count,
+        default=0,
+        help="failures in a wave that are accepted (default: %(default)s)",
+    )
+    start.set_defaults(run=_rollout_start)
+    status = actions.add_parser("status", parents=[common], help="show one rollout, or all")
+    status.add_argument("rollout", metavar="ID", nargs="?", help="for example r1")
+    status.set_defaults(run=_rollout_status)
+    listing = actions.add_parser("list", parents=[common], help="list all rollouts")
+    listing.set_defaults(run=_rollout_status, rollout=None)
+
+
+def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
+    serve = commands.add_parser("serve", parents=[common], help="run the server until it is interrupted")
+    serve.add_argument("--broker", metavar="HOST:PORT", help=f"instead of the configured one; or {EMBEDDED}")
+    serve.add_argument("--port", type=_port, help="of the embedded broker, instead of the configured one")
+    serve.set_defaults(run=_serve)
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("family", metavar="FAMILY", help="model family, for example digits")
+    parser.add_argument("version", metavar="VERSION", help="for example 2.0")
+
+
+# Commands
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    root = operations.init_repository(
+        arguments.folder, arguments.fleet, broker=arguments.broker, port=arguments.port
+    )
+    lines = [
+        f"Repository of fleet {arguments.fleet} in {arguments.folder}",
+        f"Devices start their trust from {root}",
+        f"Keys are in {arguments.folder / operations.KEYS_FOLDER}: keep a copy where no one else reads it",
+    ]
+    _print(arguments, {"folder": str(arguments.folder), "fleet": arguments.fleet, "root": str(root)}, lines)
+    return 0
+
+
+def _release_add(arguments: argparse.Namespace) -> int:
+    record = operations.add_release(
+        arguments.dir,
+        arguments.family,
+        arguments.version,
+        arguments.files,
+        runtime=arguments.runtime,
+        health=arguments.health,
+        memory_bytes=arguments.memory_bytes,
+        tiers=arguments.tier,
+        runtime_version_min=arguments.runtime_version_min,
+    )
+    name = f"{arguments.family} {arguments.version}"
+    lines = [
+        f"Draft {name}: {_bytes(record.release.bytes_total)} in {len(record.release.files)} file(s)",
+        f"Publish it with `whimbrel release publish {name}`",
+    ]
+    _print(arguments, _release_json(record), lines)
+    return 0
+
+
+def _release_publish(arguments: argparse.Namespace) -> int:
+    record = operations.publish_release(arguments.dir, arguments.family, arguments.version)
+    name = f"{arguments.family} {arguments.version}"
+    lines = [f"Published {name}", f"Bring it to the fleet with `whimbrel rollout start {name}`"]
+    _print(arguments, _release_json(record), lines)
+    return 0
+
+
+def _release_list(arguments: argparse.Namespace) -> int:
+    records = operations.list_releases(arguments.dir)
+    rows = [
+        [
+            record.release.family,
+            record.release.version,
+            record.release.runtime,
+            _bytes(record.release.bytes_total),
+            "draft" if record.published_ms is None else f"published {_instant(record.published_ms)}",
+        ]
+        for record in records
+    ]
+    table = _table(["FAMILY", "VERSION", "RUNTIME", "SIZE", "STATE"], rows)
+    _print(arguments, [_release_json(record) for record in records], table or ["No release yet"])
+    return 0
+
+
+def _rollout_start(arguments: argparse.Namespace) -> int:
+    record = operations.start_rollout(
+        arguments.dir,
+        arguments.family,
+        arguments.version,
+        canary_count=arguments.canary,
+        wave_timeout_ms=arguments.wave_timeout * 1000,
+        failures_max=arguments.max_failures,
+    )
+    is_served = operations.is_served(arguments.dir)
+    lines = [f"Rollout {record.id} of {record.family} {record.version}: {record.canary_count} canaries first"]
+    lines.append(
+        f"Follow it with `whimbrel rollout status {record.id}`" if is_served else f"Note: {_NOT_SERVED}"
+    )
+    _print(arguments, {**msgspec.to_builtins(record), "is_served": is_served}, lines)
+    return 0
+
+
+def _rollout_status(arguments: argparse.Namespace) -> int:
+    if arguments.rollout is None:
+        statuses = operations.list_rollouts(arguments.dir)
+        rows = [
+            [
+                status.rollout.id,
+                status.rollout.family,
+                status.rollout.version,
+                status.rollout.state,
+                _counts(status),
+                status.rollout.reason,
+            ]
+            for status in statuses
+        ]
+        table = _table(["ID", "FAMILY", "VERSION", "STATE", "DEVICES", "REASON"], rows)
+        _print(arguments, [_status_json(status) for status in statuses], table or ["No rollout yet"])
+        return 0
+    status = operations.rollout_status(arguments.dir, arguments.rollout)
+    _print(
+        arguments,
+        {**_status_json(status), "members": msgspec.to_builtins(status.members)},
+        _status_lines(status),
+    )
+    return 0
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    devices = operations.list_devices(arguments.dir)
+    rows = [
+        [
+            device.device,
+            "online" if device.is_online else "offline",
+            device.family,
+            device.version or "-",
+            device.report.state if device.report else "-",
+            _instant(device.seen_ms),
+        ]
+        for device in devices
+    ]
+    table = _table(["DEVICE", "LINK", "FAMILY", "VERSION", "STATE", "LAST SEEN"], rows)
+    _print(arguments, msgspec.to_builtins(devices), table or ["No device has reported yet"])
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(format="whimbrel: %(message)s", level=logging.WARNING)
+    config = read_config(arguments.dir)
+    if arguments.broker is not None:
+        parse_broker(arguments.broker)
+        config = msgspec.structs.replace(config, broker=arguments.broker)
+    if arguments.port is not None:
+        config = msgspec.structs.replace(config, port=arguments.port)
+    stop = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    server = Server(config)
+    server.start()
+    try:
+        host, port = server.broker_address
+        kind = "embedded broker on" if server.broker is not None else "broker"
+        lines = [f"Serving fleet {config.fleet} through the {kind} {host}:{port}; Ctrl-C ends it"]
+        _print(arguments, {"fleet": config.fleet, "host": host, "port": port}, lines)
+        sys.stdout.flush()
+        while not stop.wait(0.2):
+            if server.wait_stopped(0):
+                break
+    finally:
+        server.stop()
+    if isinstance(server.failure, WhimbrelError):
+        raise server.failure
+    return 1 if server.failure else 0
+
+
+# Output
+
+
+def _print(arguments: argparse.Namespace, value: Any, lines: list[str]) -> None:
+    print(json.dumps(value) if arguments.json else "\n".join(lines))
+
+
+def _release_json(record: ReleaseRecord) -> dict[str, Any]:
+    value: dict[str, Any] = msgspec.to_builtins(record)
+    value["release"]["health"]["prompts"] = len(record.release.health.prompts)
+    return value
+
+
+def _status_json(status: RolloutStatus) -> dict[str, Any]:
+    return {**msgspec.to_builtins(status.rollout), "counts": status.counts}
+
+
+def _status_lines(status: RolloutStatus) -> list[str]:
+    rollout = status.rollout
+    lines = [
+        f"Rollout {rollout.id}: {rollout.family} {rollout.version}, {rollout.state}"
+        + (f": {rollout.reason}" if rollout.reason else ""),
+        f"Devices: {_counts(status) or 'none asked yet'}",
+    ]
+    rows = []
+    for member in status.members:
+        update = member.update
+        received = f"{_bytes(update.received_bytes)} of {_bytes(update.full_bytes_total)}" if update else "-"
+        rows.append(
+            [member.device, member.wave, member.status, received, member.code or "-", member.detail[:60]]
+        )
+    return lines + _table(["DEVICE", "WAVE", "STATUS", "RECEIVED", "CODE", "DETAIL"], rows)
+
+
+def _counts(status: RolloutStatus) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(status.counts.items()))
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    """Left-aligned columns; nothing at all without rows."""
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [titles, *rows]
+    ]
+
+
+def _bytes(count: int) -> str:
+    if count < 1000:
+        return f"{count} B"
+    size = float(count)
+    for unit in ("kB", "MB", "GB", "TB"):
+        size /= 1000
+        if size < 999.5 or unit == "TB":
+            break
+    return f"{size:.1f} {unit}"
+
+
+def _instant(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if at_ms else "-"
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no integer") from None
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+    return value
+
+
+def _count(text: str) -> int:
+    return _integer(text, 0, _INTEGER_MAX)
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1, _INTEGER_MAX)
+
+
+def _port(text: str) -> int:
+    return _integer(text, 0, 65_535)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

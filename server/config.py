@@ -1,0 +1,136 @@
+"""Settings of a server: the file `whimbrel.toml` in its folder, checked field by field."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocol.errors import RequestError
+from protocol.ids import FleetId, parse_fleet_id
+
+CONFIG_FILE: Final = "whimbrel.toml"
+DATABASE_FILE: Final = "whimbrel.sqlite"
+DEFAULT_FLEET: Final = "fleet"
+EMBEDDED: Final = "embedded"
+DEFAULT_PORT: Final = 1883
+DEFAULT_FOLDER: Final = "whimbrel"
+FOLDER_VARIABLE: Final = "WHIMBREL_DIR"
+
+_Port = Annotated[int, Meta(ge=0, le=65_535)]
+_Seconds = Annotated[int, Meta(ge=1, le=604_800)]
+
+
+class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    fleet: str
+    broker: str = EMBEDDED
+    port: _Port = DEFAULT_PORT
+    database: str = ""
+    retained_mib_max: Annotated[int, Meta(ge=0, le=1 << 20)] = 512
+    delta_workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    delta_timeout_s: _Seconds = 3_600
+
+
+class ServerConfig(Struct, frozen=True, kw_only=True):
+    """What a server needs to know.
+
+    Attributes:
+        folder: Keys, blobs, metadata, and the database unless `database` says otherwise.
+        fleet: Name of the fleet.
+        broker: `embedded`, or `HOST:PORT` of mosquitto, EMQX and the like.
+        port: Where the embedded broker listens on loopback; 0 lets the system choose.
+        database: SQLAlchemy URL; empty for the SQLite file in the folder.
+        retained_bytes_max: Bytes of chunks that the broker is asked to retain.
+        delta_workers: Deltas built at the same time.
+        delta_timeout_s: After which a build is given up.
+    """
+
+    folder: Path
+    fleet: FleetId
+    broker: str = EMBEDDED
+    port: _Port = DEFAULT_PORT
+    database: str = ""
+    retained_bytes_max: int = 512 << 20
+    delta_workers: int = 1
+    delta_timeout_s: int = 3_600
+
+    @property
+    def database_url(self) -> str:
+        """SQLAlchemy URL of the database."""
+        return self.database or f"sqlite:///{(self.folder / DATABASE_FILE).absolute()}"
+
+    @property
+    def address(self) -> tuple[str, int] | Literal["embedded"]:
+        """Host and port of the broker.
+
+        Raises:
+            RequestError: The setting is neither `embedded` nor `HOST:PORT`.
+        """
+        return parse_broker(self.broker)
+
+
+def parse_broker(text: str) -> tuple[str, int] | Literal["embedded"]:
+    """Check a broker setting.
+
+    Raises:
+        RequestError: It is neither `embedded` nor `HOST:PORT`.
+    """
+    if text == EMBEDDED:
+        return "embedded"
+    host, _, port = text.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) <= 65_535:
+        raise RequestError(f"broker {text[:200]!r} is not allowed", hint="use `embedded` or HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def read_config(folder: Path) -> ServerConfig:
+    """Read the settings of a folder that `whimbrel init` made.
+
+    Raises:
+        RequestError: There are none, or they are malformed; names the field.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        file = msgspec.convert(tomllib.loads(path.read_text("utf-8")), _File)
+    except FileNotFoundError as error:
+        raise RequestError(
+            f"{folder} holds no repository", hint=f"run `whimbrel init {folder}` or give --dir"
+        ) from error
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise RequestError(f"{path}: {error}", hint="correct the file") from error
+    parse_broker(file.broker)
+    return ServerConfig(
+        folder=folder,
+        fleet=parse_fleet_id(file.fleet),
+        broker=file.broker,
+        port=file.port,
+        database=file.database,
+        retained_bytes_max=file.retained_mib_max << 20,
+        delta_workers=file.delta_workers,
+        delta_timeout_s=file.delta_timeout_s,
+    )
+
+
+def config_text(config: ServerConfig) -> str:
+    """The settings as a file that a person edits."""
+    lines = [
+        "# Settings of this Whimbrel server.",
+        f"fleet = {_quoted(config.fleet)}  # first level of every topic",
+        f'broker = {_quoted(config.broker)}  # "embedded", or "HOST:PORT" of mosquitto, EMQX, ...',
+        f"port = {config.port}  # where the embedded broker listens on loopback",
+        f"retained_mib_max = {config.retained_bytes_max >> 20}  # chunks that the broker keeps in its memory",
+        f"delta_workers = {config.delta_workers}  # deltas built at the same time",
+        f"delta_timeout_s = {config.delta_timeout_s}",
+    ]
+    if config.database:
+        lines.append(f"database = {_quoted(config.database)}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """TOML's basic strings are JSON's, for the characters that occur here."""
+    return json.dumps(text)

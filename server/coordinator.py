@@ -1,0 +1,489 @@
+"""The server's decisions: what each device should run, which deltas are built, what the broker retains. Pure.
+
+`handle(event, now_ms)` returns orders; see `effects.py` for their contract. Nothing here waits, reads a clock or opens
+anything, so a simulator can run a thousand of these in virtual time.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from protocol.chunks import chunk_count
+from protocol.errors import MessageError
+from protocol.ids import Digest
+from protocol.messages import ChunkRequest, Desired, decode_window
+from protocol.release import Release, delta_target
+from server.effects import (
+    AnswerChunks,
+    AnswerMetadata,
+    BuildDelta,
+    CacheBlob,
+    Effect,
+    PublishDesired,
+    PublishMetadata,
+    Save,
+    SignMetadata,
+    UncacheBlob,
+)
+from server.events import (
+    BlobUncached,
+    BrokerConnected,
+    DeadlineReached,
+    DeltaBuilt,
+    DeltaFailed,
+    Event,
+    LinkReceived,
+    MetadataChanged,
+    ReportReceived,
+    RequestReceived,
+    RolloutRequested,
+    SigningFailed,
+    Started,
+)
+from server.fleet.registry import DeviceRecord, Registry, is_news, next_desired_sequence
+from server.ports import CacheEntry, CacheRemoval, DeltaRefusal
+from server.releases.catalog import Catalog, blob_target
+from server.releases.delta_planner import (
+    Pair,
+    artifacts_for,
+    can_build,
+    is_worthwhile,
+    pairs_for,
+    plan_cache,
+    retired_deltas,
+)
+from server.rollouts.campaign import Campaign, MemberRecord, canary_rank
+from server.rollouts.states import ACTIVE, FINAL, RolloutState, RolloutTrigger
+
+if TYPE_CHECKING:
+    from protocol.trust import Target
+
+RETAINED_BYTES_MAX: Final = 512 << 20
+"""Default budget of retained chunks: they are the broker's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorLimits:
+    """What the coordinator may use.
+
+    Attributes:
+        retained_bytes_max: Bytes of chunks that the broker is asked to retain.
+        devices_max: Devices that are taken notice of; any client of the broker can invent one.
+    """
+
+    retained_bytes_max: int = RETAINED_BYTES_MAX
+    devices_max: int = 200_000
+
+
+class Coordinator:
+    """Decides for one fleet.
+
+    Args:
+        limits: What it may use.
+    """
+
+    def __init__(self, limits: CoordinatorLimits | None = None) -> None:
+        self.limits = limits or CoordinatorLimits()
+        self.registry = Registry()
+        self.catalog = Catalog()
+        self.campaigns: dict[str, Campaign] = {}
+        self.cached: dict[Digest, int] = {}  # lengths of blobs that the broker should retain
+        self._leaving: dict[Digest, int] = {}  # lengths of blobs that it should forget
+        self._refused: set[Pair] = set()  # built, and not worth sending
+        self._failed: set[Pair] = set()  # could not be built or signed; tried again after a restart
+        self._building: set[Pair] = set()
+        self._built: dict[Pair, Target] = {}  # wait for a signature
+        self._signing: set[Pair] = set()
+        self._is_refreshing = False
+        self._refresh_ms = 0
+        self._effects: list[Effect] = []
+        self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
+            Started: self._on_started,
+            BrokerConnected: self._on_connected,
+            ReportReceived: self._on_report,
+            LinkReceived: self._on_link,
+            RequestReceived: self._on_request,
+            RolloutRequested: self._on_rollout,
+            MetadataChanged: self._on_metadata,
+            SigningFailed: self._on_signing_failed,
+            DeltaBuilt: self._on_built,
+            DeltaFailed: self._on_build_failed,
+            BlobUncached: self._on_uncached,
+            DeadlineReached: self._on_deadline,
+        }
+
+    def handle(self, event: Event, now_ms: int) -> tuple[Effect, ...]:
+        """Take in what happened; returns what to do, in order."""
+        self._effects = []
+        self._handlers[type(event)](event, now_ms)
+        return tuple(self._effects)
+
+    def deadline(self) -> int | None:
+        """When `DeadlineReached` is due, if nothing happens before."""
+        deadlines = [campaign.deadline() for campaign in self.campaigns.values()]
+        if not self._is_refreshing:
+            deadlines.append(self._refresh_ms or self.catalog.refresh_ms)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    # Events
+
+    def _on_started(self, event: Started, now_ms: int) -> None:
+        self.catalog = event.catalog
+        self.registry.load(event.devices)
+        self._refused = {(refusal.base, refusal.result) for refusal in event.refusals}
+        members: dict[str, list[MemberRecord]] = {}
+        for member in event.members:
+            members.setdefault(member.rollout, []).append(member)
+        for record in event.rollouts:
+            if record.state not in FINAL or members.get(record.id):
+                self.campaigns[record.id] = Campaign(record, members.get(record.id, ()))
+        self.cached = {entry.name: entry.length for entry in event.cached}
+        self._advance_all(now_ms)
+        self._plan_cache()
+        self._refresh_if_due(now_ms)
+
+    def _on_connected(self, _: BrokerConnected, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
+        """The broker may be new, or have lost its memory: everything that it should hold is sent again."""
+        self._effects.append(PublishMetadata())
+        self._effects += [UncacheBlob(name, chunk_count(length)) for name, length in self._leaving.items()]
+        self._effects += [CacheBlob(name, chunk_count(length)) for name, length in self.cached.items()]
+        self._effects += [
+            PublishDesired(device.device, device.desired)
+            for device in self.registry
+            if device.desired_sequence
+        ]
+
+    def _on_report(self, event: ReportReceived, now_ms: int) -> None:
+        before = self.registry.get(event.device)
+        if event.report.device != event.device or not is_news(before, event.report) or self._is_full(before):
+            return
+        record = msgspec.structs.replace(before, report=event.report, seen_ms=now_ms)
+        self._put_device(record)
+        if event.report.update is not None:
+            campaign = self.campaigns.get(event.report.update.rollout)
+            member = campaign.observe(event.device, event.report.update, now_ms) if campaign else None
+            if campaign and member:
+                self._effects.append(Save(member))
+                self._advance(campaign, now_ms)
+        self._reconsider(before, record, now_ms)
+
+    def _reconsider(self, before: DeviceRecord, record: DeviceRecord, now_ms: int) -> None:
+        """What a device runs has changed: it may be new to a rollout, or have got there on another way."""
+        files = [device.report.files if device.report else None for device in (before, record)]
+        if (before.family, before.version, files[0]) == (record.family, record.version, files[1]):
+            return
+        for campaign in self._active():
+            if campaign.record.family != record.family:
+                continue
+            member = campaign.members.get(record.device)
+            if member is not None and member.status == "asked" and runs(record, self._release(campaign)):
+                self._effects.append(Save(campaign.count_committed(record.device, now_ms)))
+            if member is None or member.status != campaign.members[record.device].status:
+                self._advance(campaign, now_ms)
+
+    def _on_link(self, event: LinkReceived, now_ms: int) -> None:
+        before = self.registry.get(event.device)
+        if before.is_online != event.is_online and not self._is_full(before):
+            self._put_device(
+                msgspec.structs.replace(
+                    before,
+                    is_online=event.is_online,
+                    seen_ms=now_ms if event.is_online else before.seen_ms,
+                )
+            )
+
+    def _on_request(self, event: RequestReceived, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
+        request = event.request
+        if not isinstance(request, ChunkRequest):
+            self._effects.append(AnswerMetadata(event.device, request.root_version))
+            return
+        count = self.catalog.blob_chunks(Digest(request.blob))
+        if count is None:
+            return  # not signed, or no longer: a device that follows the metadata does not ask for it
+        try:
+            chunks = tuple(index for index in decode_window(request) if index < count)
+        except MessageError:
+            return  # a device that cannot spell its request cannot read an answer about that either
+        if chunks:
+            self._effects.append(AnswerChunks(event.device, Digest(request.blob), chunks))
+
+    def _on_rollout(self, event: RolloutRequested, now_ms: int) -> None:
+        if event.rollout.id in self.campaigns:
+            return
+        campaign = self.campaigns[event.rollout.id] = Campaign(event.rollout)
+        self._advance(campaign, now_ms)
+
+    def _on_metadata(self, event: MetadataChanged, now_ms: int) -> None:
+        self.catalog = event.catalog
+        self._is_refreshing = False
+        self._refresh_ms = 0
+        for pair in [pair for pair in self._built if self.catalog.delta(*pair) is not None]:
+            del self._built[pair]
+        self._signing &= set(self._built)
+        self._effects.append(PublishMetadata())
+        self._advance_all(now_ms)
+
+    def _on_signing_failed(self, event: SigningFailed, now_ms: int) -> None:
+        self._is_refreshing = False
+        self._refresh_ms = event.retry_at_ms
+        self._signing -= set(event.pairs)
+        for pair in event.pairs:
+            self._built.pop(pair, None)
+            self._failed.add(pair)
+        self._advance_all(now_ms)
+
+    def _on_built(self, event: DeltaBuilt, now_ms: int) -> None:
+        pair = (event.base, event.result)
+        self._building.discard(pair)
+        full = self.catalog.file(event.result)
+        if full is None:
+            self._failed.add(pair)  # its release went away while it was built
+        elif is_worthwhile(event.blob.length, full.length):
+            self._built[pair] = blob_target(delta_target(*pair), event.blob, event.memory_bytes)
+        else:
+            self._refused.add(pair)
+            self._effects.append(
+                Save(DeltaRefusal(base=event.base, result=event.result, length=event.blob.length))
+            )
+        self._advance_all(now_ms)
+
+    def _on_build_failed(self, event: DeltaFailed, now_ms: int) -> None:
+        self._building.discard((event.base, event.result))
+        self._failed.add((event.base, event.result))
+        self._advance_all(now_ms)
+
+    def _on_uncached(self, event: BlobUncached, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
+        if self._leaving.pop(event.name, None) is not None:
+            self._effects.append(Save(CacheRemoval(name=event.name)))
+
+    def _on_deadline(self, _: DeadlineReached, now_ms: int) -> None:
+        for campaign in self._active():
+            expired = campaign.expire(now_ms)
+            if expired:
+                self._effects += [Save(member) for member in expired]
+                self._advance(campaign, now_ms)
+        self._refresh_if_due(now_ms)
+
+    # Rollouts
+
+    def _active(self) -> list[Campaign]:
+        return [campaign for campaign in self.campaigns.values() if campaign.state in ACTIVE]
+
+    def _advance_all(self, now_ms: int) -> None:
+        for campaign in list(self.campaigns.values()):
+            if campaign.state not in FINAL:
+                self._advance(campaign, now_ms)
+
+    def _advance(self, campaign: Campaign, now_ms: int) -> None:
+        """Move a rollout on as far as it goes."""
+        before = None
+        while campaign.state is not before and campaign.state not in FINAL:
+            before = campaign.state
+            match campaign.state:
+                case RolloutState.CREATED:
+                    self._take_up(campaign, now_ms)
+                case RolloutState.PREPARING:
+                    self._begin(campaign, now_ms)
+                case RolloutState.CANARY:
+                    self._judge_canary(campaign, now_ms)
+                case RolloutState.REST:
+                    self._judge_rest(campaign, now_ms)
+
+    def _take_up(self, campaign: Campaign, now_ms: int) -> None:
+        record = campaign.record
+        if self.catalog.release(record.family, record.version) is None:
+            self._move(campaign, RolloutTrigger.STOP, now_ms, "its release is not published")
+            return
+        for other in self._active():
+            if other.record.family == record.family:
+                reason = f"rollout {other.record.id} of the same family was still under way"
+                self._move(campaign, RolloutTrigger.STOP, now_ms, reason)
+                return
+        self._move(campaign, RolloutTrigger.PREPARE, now_ms)
+
+    def _begin(self, campaign: Campaign, now_ms: int) -> None:
+        devices = self.registry.of_family(campaign.record.family)
+        if devices and self._are_deltas_ready(campaign, devices):
+            self._move(campaign, RolloutTrigger.BEGIN, now_ms)
+            self._ask_canaries(campaign, now_ms)
+
+    def _ask_canaries(self, campaign: Campaign, now_ms: int) -> None:
+        """Ask the next few devices, those first whose tier the release is for."""
+        release = self._release(campaign)
+
+        def rank(device: DeviceRecord) -> tuple[bool, bytes]:
+            tier = device.report.tier if device.report else ""
+            is_foreign = bool(release.resources.tiers and tier and tier not in release.resources.tiers)
+            return is_foreign, canary_rank(campaign.record.id, device.device)
+
+        candidates = sorted(self._candidates(campaign), key=rank)
+        self._ask(campaign, candidates[: campaign.record.canary_count], now_ms)
+
+    def _judge_canary(self, campaign: Campaign, now_ms: int) -> None:
+        if self._stop_if_failing(campaign, now_ms) or not campaign.is_wave_decided:
+            return
+        if not self._candidates(campaign):
+            self._move(campaign, RolloutTrigger.FINISH, now_ms)
+            self._plan_cache()
+        elif campaign.has_proof:
+            self._move(campaign, RolloutTrigger.WIDEN, now_ms)
+        else:
+            self._ask_canaries(campaign, now_ms)
+
+    def _judge_rest(self, campaign: Campaign, now_ms: int) -> None:
+        if self._stop_if_failing(campaign, now_ms):
+            return
+        candidates = self._candidates(campaign)
+        if candidates:
+            # Devices that arrive late may need deltas of their own; those that do not are asked at once.
+            ready = [device for device in candidates if self._are_deltas_ready(campaign, [device])]
+            self._ask(campaign, ready, now_ms)
+            candidates = self._candidates(campaign)
+        if campaign.is_wave_decided and not candidates:
+            self._move(campaign, RolloutTrigger.FINISH, now_ms)
+            self._plan_cache()
+
+    def _stop_if_failing(self, campaign: Campaign, now_ms: int) -> bool:
+        failures = campaign.failures()
+        if failures <= campaign.record.failures_max:
+            return False
+        reason = f"{failures} failed in the {campaign.wave} wave, allowed are {campaign.record.failures_max}"
+        self._move(campaign, RolloutTrigger.STOP, now_ms, reason)
+        for member in campaign.withdraw(now_ms):
+            self._effects.append(Save(member))
+            self._withdraw(campaign, self.registry.get(member.device))
+        self._plan_cache()
+        return True
+
+    def _withdraw(self, campaign: Campaign, device: DeviceRecord) -> None:
+        """Let a device that has not begun keep what it runs."""
+        desired = None
+        sequence = next_desired_sequence(device)
+        if device.version:
+            desired = Desired(
+                sequence=sequence,
+                rollout=campaign.record.id,
+                family=campaign.record.family,
+                version=device.version,
+            )
+        self._put_device(msgspec.structs.replace(device, desired=desired, desired_sequence=sequence))
+        self._effects.append(PublishDesired(device.device, desired))
+
+    def _ask(self, campaign: Campaign, devices: Iterable[DeviceRecord], now_ms: int) -> None:
+        """Ask devices: first everything durable, then the chunks that they need, then the requests."""
+        requests = []
+        release = self._release(campaign)
+        for device in devices:
+            if runs(device, release):
+                self._effects.append(Save(campaign.count_committed(device.device, now_ms)))
+                continue
+            sequence = next_desired_sequence(device)
+            desired = Desired(
+                sequence=sequence,
+                rollout=campaign.record.id,
+                family=campaign.record.family,
+                version=campaign.record.version,
+            )
+            self._effects.append(Save(campaign.ask(device.device, sequence, now_ms)))
+            self._put_device(msgspec.structs.replace(device, desired=desired, desired_sequence=sequence))
+            requests.append(PublishDesired(device.device, desired))
+        if requests:
+            self._plan_cache()
+            self._effects += requests
+
+    def _move(self, campaign: Campaign, trigger: RolloutTrigger, now_ms: int, reason: str = "") -> None:
+        self._effects.append(Save(campaign.move(trigger, now_ms, reason)))
+
+    def _release(self, campaign: Campaign) -> Release:
+        release = self.catalog.release(campaign.record.family, campaign.record.version)
+        assert release is not None, "published releases stay"
+        return release
+
+    def _candidates(self, campaign: Campaign) -> list[DeviceRecord]:
+        if self.registry.count(campaign.record.family) == len(campaign.members):
+            return []  # the usual case once the last wave is under way, and the cheap one
+        devices = self.registry.of_family(campaign.record.family)
+        return [device for device in devices if device.device not in campaign.members]
+
+    # Deltas
+
+    def _are_deltas_ready(self, campaign: Campaign, devices: Iterable[DeviceRecord]) -> bool:
+        """Whether nothing is left to build or sign for `devices`; starts what is."""
+        release = self._release(campaign)
+        pairs = dict.fromkeys(pair for device in devices for pair in pairs_for(release, device.report))
+        open_pairs = [pair for pair in pairs if self._is_open(pair)]
+        for pair in open_pairs:
+            if pair not in self._building and pair not in self._built:
+                self._building.add(pair)
+                self._effects.append(BuildDelta(*pair))
+        if open_pairs and not any(pair in self._building for pair in open_pairs):
+            self._sign_built()
+        return not open_pairs
+
+    def _is_open(self, pair: Pair) -> bool:
+        return (
+            pair not in self._refused
+            and pair not in self._failed
+            and self.catalog.delta(*pair) is None
+            and can_build(self.catalog, pair)
+        )
+
+    def _sign_built(self) -> None:
+        pairs = tuple(pair for pair in self._built if pair not in self._signing)
+        if not pairs:
+            return
+        self._signing.update(pairs)
+        needed = {file.sha256 for campaign in self._active() for file in self._release(campaign).files}
+        self._effects.append(
+            SignMetadata(
+                added=tuple(self._built[pair] for pair in pairs),
+                retired=retired_deltas(self.catalog, needed, len(pairs)),
+                pairs=pairs,
+            )
+        )
+
+    def _refresh_if_due(self, now_ms: int) -> None:
+        if not self._is_refreshing and (self._refresh_ms or self.catalog.refresh_ms) <= now_ms:
+            self._is_refreshing = True
+            self._effects.append(SignMetadata())
+
+    # The broker's cache
+
+    def _plan_cache(self) -> None:
+        """Compare what the waves under way need with what the broker retains, within the budget."""
+        needs = (
+            artifacts_for(self.catalog, release, self.registry.get(device).report)
+            for campaign in self._active()
+            if (release := self.catalog.release(campaign.record.family, campaign.record.version))
+            for device in campaign.undecided
+        )
+        planned = plan_cache(needs, self.limits.retained_bytes_max)
+        for name in [name for name in self.cached if name not in planned]:
+            length = self._leaving[name] = self.cached.pop(name)
+            self._effects.append(UncacheBlob(name, chunk_count(length)))
+        for name, length in planned.items():
+            if name not in self.cached:
+                self._leaving.pop(name, None)
+                self.cached[name] = length
+                self._effects.append(Save(CacheEntry(name=name, length=length)))
+                self._effects.append(CacheBlob(name, chunk_count(length)))
+
+    # Devices
+
+    def _put_device(self, record: DeviceRecord) -> None:
+        self.registry.put(record)
+        self._effects.append(Save(record))
+
+    def _is_full(self, record: DeviceRecord) -> bool:
+        return record.seen_ms == 0 and len(self.registry) >= self.limits.devices_max
+
+
+def runs(device: DeviceRecord, release: Release) -> bool:
+    """Whether a device reports that it runs `release`, with the files that the release consists of."""
+    if device.report is None or (device.version, device.family) != (release.version, release.family):
+        return False
+    return not device.report.files or {file.sha256 for file in release.files} <= set(
+        device.report.files.values()
+    )

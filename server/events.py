@@ -1,0 +1,120 @@
+"""What can happen to the coordinator: nouns in."""
+
+from dataclasses import dataclass
+
+from protocol.ids import DeviceId, Digest
+from protocol.messages import Report, Request
+from server.fleet.registry import DeviceRecord
+from server.ports import CacheEntry, DeltaRefusal, StoredBlob
+from server.releases.catalog import Catalog
+from server.rollouts.campaign import MemberRecord, RolloutRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The server begins; what the store knows. Always the first event."""
+
+    catalog: Catalog
+    devices: list[DeviceRecord]
+    rollouts: list[RolloutRecord]
+    members: list[MemberRecord]
+    refusals: list[DeltaRefusal]
+    cached: list[CacheEntry]
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConnected:
+    """A connection to a broker that may have forgotten everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportReceived:
+    """A device said something about itself."""
+
+    device: DeviceId
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReceived:
+    """The broker said something about a device's connection."""
+
+    device: DeviceId
+    is_online: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReceived:
+    """A device asks for chunks or for metadata."""
+
+    device: DeviceId
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequested:
+    """An operator wants a rollout; it is in the store already."""
+
+    rollout: RolloutRecord
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataChanged:
+    """Something was signed: a release by an operator, deltas by this server, or a refresh."""
+
+    catalog: Catalog
+
+
+@dataclass(frozen=True, slots=True)
+class SigningFailed:
+    """Deltas could not be signed; whole files go out instead."""
+
+    pairs: tuple[tuple[Digest, Digest], ...]
+    retry_at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaBuilt:
+    """A delta is in the blob store."""
+
+    base: Digest
+    result: Digest
+    blob: StoredBlob
+    memory_bytes: int  # what a device needs to apply it
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaFailed:
+    """A delta could not be built."""
+
+    base: Digest
+    result: Digest
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlobUncached:
+    """The broker confirmed that it retains no chunk of a blob any more."""
+
+    name: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineReached:
+    """`Coordinator.deadline()` has passed."""
+
+
+Event = (
+    Started
+    | BrokerConnected
+    | ReportReceived
+    | LinkReceived
+    | RequestReceived
+    | RolloutRequested
+    | MetadataChanged
+    | SigningFailed
+    | DeltaBuilt
+    | DeltaFailed
+    | BlobUncached
+    | DeadlineReached
+)

@@ -1,0 +1,1 @@
+"""The devices: what they reported about themselves."""

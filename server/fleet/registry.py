@@ -1,0 +1,80 @@
+"""Which devices there are and what they last said about themselves. Pure."""
+
+from collections.abc import Iterable, Iterator
+
+from msgspec import Struct
+
+from protocol.ids import DeviceId, Family
+from protocol.messages import Desired, Report
+
+
+class DeviceRecord(Struct, frozen=True, kw_only=True):
+    """One device as the server knows it."""
+
+    v: int = 1
+    device: DeviceId
+    report: Report | None = None
+    desired: Desired | None = None
+    desired_sequence: int = 0  # of the last `Desired`, also when that was withdrawn
+    is_online: bool = False  # what the broker said last; a hint only
+    seen_ms: int = 0  # server clock, of the last message from the device
+
+    @property
+    def family(self) -> str:
+        """Model family that the device runs, empty before its first report."""
+        return self.report.family if self.report else ""
+
+    @property
+    def version(self) -> str:
+        """Version that the device runs, empty when it runs none."""
+        return self.report.version if self.report else ""
+
+
+class Registry:
+    """All devices, by identity and by model family."""
+
+    def __init__(self) -> None:
+        self._devices: dict[DeviceId, DeviceRecord] = {}
+        self._families: dict[str, dict[DeviceId, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._devices)
+
+    def __iter__(self) -> Iterator[DeviceRecord]:
+        return iter(self._devices.values())
+
+    def get(self, device: DeviceId) -> DeviceRecord:
+        """The record of `device`; an empty one when it was never heard of."""
+        return self._devices.get(device) or DeviceRecord(device=device)
+
+    def put(self, record: DeviceRecord) -> None:
+        """Replace the record of a device."""
+        before = self._devices.get(record.device)
+        if before is not None and before.family != record.family:
+            self._families.get(before.family, {}).pop(record.device, None)
+        self._devices[record.device] = record
+        self._families.setdefault(record.family, {})[record.device] = None
+
+    def load(self, records: Iterable[DeviceRecord]) -> None:
+        """Take over what the store knows."""
+        for record in records:
+            self.put(record)
+
+    def of_family(self, family: Family) -> list[DeviceRecord]:
+        """Devices that reported `family`."""
+        return [self._devices[device] for device in self._families.get(family, {})]
+
+    def count(self, family: Family) -> int:
+        """How many devices reported `family`."""
+        return len(self._families.get(family, ()))
+
+
+def is_news(record: DeviceRecord, report: Report) -> bool:
+    """Whether `report` is newer than what is known; repeated and overtaken reports are not (SPEC section 3)."""
+    return record.report is None or report.sequence > record.report.sequence
+
+
+def next_desired_sequence(record: DeviceRecord) -> int:
+    """A number above every one that the device has seen, also when this server's store is younger than the device."""
+    reported = record.report.update.sequence if record.report and record.report.update else 0
+    return max(record.desired_sequence, reported) + 1

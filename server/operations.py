@@ -1,0 +1,328 @@
+"""What an operator can do, as plain calls: the command line, the simulator and tests all use these.
+
+Each call opens the folder, acts in one transaction and closes it. A running server on the same folder notices.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from protocol.errors import RequestError
+from protocol.ids import Family, Version, parse_digest, parse_family, parse_fleet_id, parse_version
+from protocol.release import RuntimeName, encode_release, file_target, release_target
+from server.adapters.blobs import FolderBlobs, storage_errors, write_file
+from server.adapters.clock import SystemClock
+from server.adapters.keys import KeyFolder
+from server.adapters.lock import is_locked
+from server.adapters.store import SqlStore
+from server.config import (
+    CONFIG_FILE,
+    DEFAULT_FLEET,
+    DEFAULT_PORT,
+    EMBEDDED,
+    ServerConfig,
+    config_text,
+    parse_broker,
+    read_config,
+)
+from server.fleet.registry import DeviceRecord
+from server.ports import Clock, ReleaseRecord, Repository
+from server.releases.catalog import blob_target
+from server.releases.importer import import_release
+from server.releases.publisher import Publisher
+from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
+from server.rollouts.states import ACTIVE, RolloutState
+
+KEYS_FOLDER: Final = "keys"
+METADATA_FOLDER: Final = "metadata"
+BLOBS_FOLDER: Final = "blobs"
+LOCK_FILE: Final = "serve.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """An open folder of a server."""
+
+    config: ServerConfig
+    store: SqlStore
+    blobs: FolderBlobs
+    clock: Clock
+
+    def publisher(self) -> Publisher:
+        """Signs with the keys that are there."""
+        return Publisher(KeyFolder(self.config.folder / KEYS_FOLDER).load())
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server runs on this folder, and will notice what changes."""
+        return is_locked(self.config.folder / LOCK_FILE)
+
+
+class RolloutStatus(Struct, frozen=True, kw_only=True):
+    """A rollout with what became of its devices."""
+
+    rollout: RolloutRecord
+    counts: dict[MemberStatus, int]
+    members: list[MemberRecord]
+
+
+@contextmanager
+def opened(folder: Path, config: ServerConfig | None = None, clock: Clock | None = None) -> Iterator[Home]:
+    """Open a folder that `init_repository` made.
+
+    Raises:
+        RequestError: There is no repository, or not one that this version understands.
+    """
+    config = config or read_config(folder)
+    store = SqlStore(config.database_url)
+    try:
+        store.check()
+        yield Home(config, store, FolderBlobs(folder / BLOBS_FOLDER), clock or SystemClock())
+    finally:
+        store.close()
+
+
+def init_repository(
+    folder: Path,
+    fleet: str = DEFAULT_FLEET,
+    *,
+    broker: str = EMBEDDED,
+    port: int = DEFAULT_PORT,
+    database: str = "",
+    clock: Clock | None = None,
+) -> Path:
+    """Make keys, an empty signed repository, a database and a settings file.
+
+    Returns:
+        The root document that devices start their trust from.
+
+    Raises:
+        RequestError: There is a repository already; nothing is overwritten.
+        StorageError: The folder cannot be written.
+    """
+    parse_broker(broker)
+    config = ServerConfig(
+        folder=folder, fleet=parse_fleet_id(fleet), broker=broker, port=port, database=database
+    )
+    with storage_errors(folder):
+        if (folder / CONFIG_FILE).exists():
+            raise RequestError(f"{folder} holds a repository already", hint="choose another folder")
+        if folder.exists() and any(folder.iterdir()):
+            raise RequestError(f"{folder} is not empty", hint="choose another folder")
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _lay_out(config, (clock or SystemClock()).now_ms())
+    except BaseException:
+        for path in folder.iterdir():  # it was empty: all that is here is ours and half done
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not existed:
+            folder.rmdir()
+        raise
+    return folder / METADATA_FOLDER / "1.root.json"
+
+
+def add_release(
+    folder: Path,
+    family: str,
+    version: str,
+    files: list[Path],
+    *,
+    runtime: RuntimeName,
+    health: Path,
+    memory_bytes: int = 0,
+    tiers: list[str] | None = None,
+    runtime_version_min: str = "",
+) -> ReleaseRecord:
+    """Check and copy the files of a release, and keep it as a draft.
+
+    Raises:
+        AlreadyPublishedError: A published release has this name.
+        WhimbrelError: As `server.releases.importer.import_release`.
+    """
+    with opened(folder) as home:
+        known = home.store.release(parse_family(family), parse_version(version))
+        if known is not None and known.published_ms is not None:
+            home.store.add_release(known)  # raises the error that says so, before a large file is copied
+        release = import_release(
+            home.blobs,
+            family=family,
+            version=version,
+            files=files,
+            runtime=runtime,
+            health=health,
+            memory_bytes=memory_bytes,
+            tiers=tiers,
+            runtime_version_min=runtime_version_min,
+        )
+        record = ReleaseRecord(release=release, added_ms=home.clock.now_ms())
+        home.store.add_release(record)
+        return record
+
+
+def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
+    """Sign a draft: from now on it can be rolled out, and never changes.
+
+    Raises:
+        RequestError: There is no such draft.
+        AlreadyPublishedError: It is published.
+        MissingKeyError: A signing key is not there.
+        StorageError: A file of the draft is missing or damaged.
+    """
+    with opened(folder) as home:
+        record = _release(home, parse_family(family), parse_version(version))
+        if record.published_ms is not None:
+            home.store.add_release(record)  # raises the error that says so
+        publisher = home.publisher()
+        release = record.release
+        description = home.blobs.put(encode_release(release))
+        path = release_target(Family(release.family), Version(release.version))
+        targets = [blob_target(path, description)]
+        for file in release.files:
+            blob = home.blobs.describe(parse_digest(file.sha256))
+            targets.append(blob_target(file_target(blob.digest), blob))
+        now_ms = home.clock.now_ms()
+        published = msgspec.structs.replace(record, published_ms=now_ms)
+        repository = home.store.sign(
+            lambda before: publisher.publish(before, targets, (), now_ms).repository, published
+        )
+        write_metadata(folder, repository)
+        return published
+
+
+def list_releases(folder: Path) -> list[ReleaseRecord]:
+    """All releases, in the order in which they were added."""
+    with opened(folder) as home:
+        return home.store.releases()
+
+
+def start_rollout(
+    folder: Path,
+    family: str,
+    version: str,
+    *,
+    canary_count: int = 2,
+    wave_timeout_ms: int = 3_600_000,
+    failures_max: int = 0,
+) -> RolloutRecord:
+    """Ask for a rollout; the server takes it up.
+
+    Raises:
+        RequestError: The release is not published, a number is out of range, or the family is busy.
+    """
+    if canary_count < 1 or wave_timeout_ms < 1 or failures_max < 0:
+        raise RequestError("a rollout needs a canary, time, and no negative number of failures")
+    with opened(folder) as home:
+        record = _release(home, parse_family(family), parse_version(version))
+        if record.published_ms is None:
+            raise RequestError(
+                f"{family} {version} is not published",
+                hint=f"run `whimbrel release publish {family} {version}`",
+            )
+        now_ms = home.clock.now_ms()
+
+        def make(number: int, before: list[RolloutRecord]) -> RolloutRecord:
+            for other in before:
+                if other.family == family and other.state in {*ACTIVE, RolloutState.CREATED}:
+                    raise RequestError(
+                        f"rollout {other.id} of {family} {other.version} is under way",
+                        hint="wait until it is finished or stopped",
+                    )
+            return RolloutRecord(
+                id=f"r{number}",
+                family=Family(family),
+                version=Version(version),
+                canary_count=canary_count,
+                wave_timeout_ms=wave_timeout_ms,
+                failures_max=failures_max,
+                created_ms=now_ms,
+            )
+
+        return home.store.create_rollout(make)
+
+
+def list_rollouts(folder: Path) -> list[RolloutStatus]:
+    """All rollouts, oldest first."""
+    with opened(folder) as home:
+        members: dict[str, list[MemberRecord]] = {}
+        for member in home.store.members():
+            members.setdefault(member.rollout, []).append(member)
+        return [_status(record, members.get(record.id, [])) for record in home.store.rollouts()]
+
+
+def rollout_status(folder: Path, rollout: str) -> RolloutStatus:
+    """One rollout.
+
+    Raises:
+        RequestError: There is no such rollout.
+    """
+    with opened(folder) as home:
+        for record in home.store.rollouts():
+            if record.id == rollout:
+                return _status(record, home.store.members(rollout))
+    raise RequestError(f"there is no rollout {rollout[:80]!r}", hint="see `whimbrel rollout list`")
+
+
+def list_devices(folder: Path) -> list[DeviceRecord]:
+    """All devices that ever reported."""
+    with opened(folder) as home:
+        return home.store.devices()
+
+
+def is_served(folder: Path) -> bool:
+    """Whether a server runs on this folder."""
+    return is_locked(folder / LOCK_FILE)
+
+
+def _lay_out(config: ServerConfig, now_ms: int) -> None:
+    with storage_errors(config.folder):
+        (config.folder / METADATA_FOLDER).mkdir()
+    keys = KeyFolder(config.folder / KEYS_FOLDER)
+    keys.create()
+    published = Publisher(keys.load()).create(now_ms)
+    store = SqlStore(config.database_url)
+    try:
+        store.create(published.repository)
+    finally:
+        store.close()
+    FolderBlobs(config.folder / BLOBS_FOLDER)
+    write_metadata(config.folder, published.repository)
+    # Last: its presence says that all the rest is there.
+    write_file(config.folder / CONFIG_FILE, config_text(config).encode())
+
+
+def write_metadata(folder: Path, repository: Repository) -> None:
+    """Copy the signed documents into the folder, for people and installers; the database is what counts."""
+    metadata = folder / METADATA_FOLDER
+    for version, root in enumerate(repository.roots, start=1):
+        path = metadata / f"{version}.root.json"
+        if not path.exists():
+            write_file(path, root)
+    documents = repository.documents
+    write_file(metadata / "targets.json", documents.targets)
+    write_file(metadata / "snapshot.json", documents.snapshot)
+    write_file(metadata / "timestamp.json", documents.timestamp)
+
+
+def _release(home: Home, family: Family, version: Version) -> ReleaseRecord:
+    record = home.store.release(family, version)
+    if record is not None:
+        return record
+    known = sorted({release.release.family for release in home.store.releases()})
+    if family not in known:
+        hint = f"known are {', '.join(known)[:200]}" if known else "run `whimbrel release add`"
+        raise RequestError(f"there is no model family {family}", hint=hint)
+    raise RequestError(f"{family} has no version {version}", hint="see `whimbrel release list`")
+
+
+def _status(record: RolloutRecord, members: list[MemberRecord]) -> RolloutStatus:
+    counts: dict[MemberStatus, int] = {}
+    for member in members:
+        counts[member.status] = counts.get(member.status, 0) + 1
+    return RolloutStatus(rollout=record, counts=counts, members=members)

@@ -1,0 +1,249 @@
+"""What the server's core needs from the world: ports with their contracts, and the records that cross them.
+
+No adapter is imported here. Records are versioned by the store's schema and named independently of their classes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from msgspec import Struct
+
+from protocol.ids import DeviceId, Digest, Family, Version
+from protocol.messages import Desired
+from protocol.release import ChunkTree, Release
+from protocol.trust import Documents, Target
+from server.fleet.registry import DeviceRecord
+from server.rollouts.campaign import MemberRecord, RolloutRecord
+
+
+class StoredBlob(Struct, frozen=True, kw_only=True):
+    """A blob that is complete and durable in the blob store, with the tree over its chunks."""
+
+    digest: Digest
+    length: int
+    tree: ChunkTree
+
+
+class Repository(Struct, frozen=True, kw_only=True):
+    """Everything that was signed: all versions of root, oldest first, and the newest of the other documents."""
+
+    roots: tuple[bytes, ...]
+    documents: Documents
+
+
+class ReleaseRecord(Struct, frozen=True, kw_only=True):
+    """A release that was added; devices learn of it once it is published."""
+
+    release: Release
+    added_ms: int
+    published_ms: int | None = None
+
+
+class DeltaRefusal(Struct, frozen=True, kw_only=True):
+    """A delta that was built and is not worth sending; never built again."""
+
+    base: Digest
+    result: Digest
+    length: int
+
+
+class CacheEntry(Struct, frozen=True, kw_only=True):
+    """A blob whose chunks the broker was told to retain."""
+
+    name: Digest
+    length: int
+
+
+class CacheRemoval(Struct, frozen=True, kw_only=True):
+    """The broker confirmed that it retains no chunk of this blob any more."""
+
+    name: Digest
+
+
+Record = DeviceRecord | RolloutRecord | MemberRecord | DeltaRefusal | CacheEntry | CacheRemoval
+
+
+class Clock(Protocol):
+    """Wall-clock time."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Byte strings by name; what is there is complete and never changes."""
+
+    def put(self, data: bytes) -> StoredBlob:
+        """Store `data` and the index blobs of its chunk tree; durable on return.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        ...
+
+    def put_file(self, path: Path) -> StoredBlob:
+        """Like `put`, for the bytes of a file, in bounded memory."""
+        ...
+
+    def describe(self, digest: Digest) -> StoredBlob:
+        """Read a blob from end to end.
+
+        Raises:
+            StorageError: It is not there, or its bytes no longer have that digest.
+        """
+        ...
+
+    def read_chunk(self, name: Digest, index: int) -> bytes:
+        """Payload of one chunk of a data or index blob.
+
+        Raises:
+            StorageError: There is no such chunk.
+        """
+        ...
+
+    def path(self, name: Digest) -> Path:
+        """Where a blob lies, for worker processes that read it."""
+        ...
+
+
+class Store(Protocol):
+    """The truth: every answer comes from what was committed, every write is durable on return."""
+
+    def save(self, records: Sequence[Record]) -> None:
+        """Write all records in one transaction; a record replaces the one with its key."""
+        ...
+
+    def devices(self) -> list[DeviceRecord]:
+        """Every device that ever reported."""
+        ...
+
+    def rollouts(self) -> list[RolloutRecord]:
+        """Every rollout, oldest first."""
+        ...
+
+    def members(self, rollout: str | None = None) -> list[MemberRecord]:
+        """What rollouts asked of devices, and what came of it."""
+        ...
+
+    def refusals(self) -> list[DeltaRefusal]:
+        """Deltas that are not worth sending."""
+        ...
+
+    def cached(self) -> list[CacheEntry]:
+        """Blobs that a broker may retain."""
+        ...
+
+    def releases(self) -> list[ReleaseRecord]:
+        """Every release, in the order in which they were added."""
+        ...
+
+    def release(self, family: Family, version: Version) -> ReleaseRecord | None:
+        """One release."""
+        ...
+
+    def add_release(self, record: ReleaseRecord) -> None:
+        """Store a draft; a draft of the same name is replaced.
+
+        Raises:
+            AlreadyPublishedError: A published release has this name.
+        """
+        ...
+
+    def repository(self) -> Repository | None:
+        """What was signed last; None before `init`."""
+        ...
+
+    def sign(
+        self,
+        update: Callable[[Repository], Repository],
+        published: ReleaseRecord | None = None,
+    ) -> Repository:
+        """Replace the repository by `update(repository)` in one transaction that excludes every other signer.
+
+        Args:
+            update: Signs; what it raises leaves everything as it was.
+            published: A release that becomes published in the same transaction.
+
+        Raises:
+            AlreadyPublishedError: `published` has been published before.
+        """
+        ...
+
+    def create_rollout(self, make: Callable[[int, list[RolloutRecord]], RolloutRecord]) -> RolloutRecord:
+        """Store a new rollout in a transaction; `make` gets its number and all rollouts so far."""
+        ...
+
+    def changes(self) -> int:
+        """Grows with every release that is published and every rollout that is requested, by any process."""
+        ...
+
+    def close(self) -> None:
+        """Release the database."""
+        ...
+
+
+class Transport(Protocol):
+    """The way to the broker. Everything is sent in the order of the calls, except answers, which overtake.
+
+    While there is no connection, what is handed over is dropped: the coordinator sends the whole state again once it
+    hears `BrokerConnected`.
+    """
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker accepted us and our subscriptions."""
+        ...
+
+    def publish_desired(self, device: DeviceId, desired: Desired | None) -> None:
+        """Retain what a device should run; None takes the message away."""
+        ...
+
+    def publish_documents(self, repository: Repository) -> None:
+        """Retain all signed documents, in an order in which a reader of the stream can verify them."""
+        ...
+
+    def cache_blob(self, name: Digest, chunk_count: int) -> None:
+        """Retain all chunks of a blob; they are read while they are sent."""
+        ...
+
+    def uncache_blob(self, name: Digest, chunk_count: int) -> None:
+        """Take the chunks of a blob away; `BlobUncached` follows when the broker confirmed it."""
+        ...
+
+    def answer_chunks(self, device: DeviceId, name: Digest, chunks: Iterable[int]) -> None:
+        """Send chunks to one device, paced; a chunk that already waits for it is not queued twice."""
+        ...
+
+    def answer_metadata(self, device: DeviceId, bundle: bytes) -> None:
+        """Send the signed documents to one device."""
+        ...
+
+
+class DeltaBuilder(Protocol):
+    """Builds deltas outside this process; `DeltaBuilt` or `DeltaFailed` follows for every call of `build`."""
+
+    def build(self, base: Digest, result: Digest) -> None:
+        """Start, or queue, one build."""
+        ...
+
+
+__all__ = [
+    "BlobStore",
+    "CacheEntry",
+    "CacheRemoval",
+    "Clock",
+    "DeltaBuilder",
+    "DeltaRefusal",
+    "DeviceRecord",
+    "MemberRecord",
+    "Record",
+    "ReleaseRecord",
+    "Repository",
+    "RolloutRecord",
+    "Store",
+    "StoredBlob",
+    "Target",
+    "Transport",
+]

@@ -1,0 +1,148 @@
+"""Deltas built in child processes: minutes of work and a model's worth of memory stay out of the server.
+
+A child per delta, so that one that dies, hangs or eats all memory costs that delta and nothing else, and so that the
+server can stop at once. This module is also the child: `python -m server.releases.builders BLOBS BASE RESULT`.
+"""
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from protocol.delta.writer import make_delta
+from protocol.errors import WhimbrelError
+from protocol.ids import Digest, parse_digest
+from server.adapters.blobs import FileSource, FolderBlobs, storage_errors
+from server.events import DeltaBuilt, DeltaFailed, Event
+from server.ports import StoredBlob
+
+_LOG: Final = logging.getLogger(__name__)
+
+NICENESS: Final = 10
+"""A build is never urgent; answering devices is."""
+
+_OUTPUT_BYTES_MAX: Final = 4_096
+
+
+class BuiltDelta(Struct, frozen=True, kw_only=True):
+    """What a child prints."""
+
+    blob: StoredBlob
+    memory_bytes: int
+
+
+def build_delta(blobs: FolderBlobs, base: Digest, result: Digest) -> BuiltDelta:
+    """Build the delta between two stored files and store it.
+
+    Raises:
+        StorageError: A file is missing, or there is no room.
+        PatchLimitError: A file is beyond the format's limits.
+    """
+    with (
+        storage_errors(blobs.path(base)),
+        blobs.path(base).open("rb") as base_file,
+        blobs.path(result).open("rb") as result_file,
+        blobs.partial() as partial,
+    ):
+        stats = make_delta(FileSource(base_file), FileSource(result_file), partial)
+        partial.flush()
+        return BuiltDelta(
+            blob=blobs.put_file(Path(partial.name)), memory_bytes=stats.header.decoder_memory_bytes
+        )
+
+
+class BuildPool:
+    """`DeltaBuilder` with a bounded number of children.
+
+    Args:
+        folder: Of the blob store.
+        workers: Children at the same time.
+        timeout_s: After which a build is given up.
+        post: Takes `DeltaBuilt` and `DeltaFailed`; called from threads of this class.
+    """
+
+    def __init__(self, folder: Path, workers: int, timeout_s: int, post: Callable[[Event], None]) -> None:
+        self._folder = folder
+        self._timeout_s = timeout_s
+        self._post = post
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="whimbrel-build")
+        self._lock = threading.Lock()
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._is_stopping = False
+
+    def build(self, base: Digest, result: Digest) -> None:
+        """Start, or queue, one build."""
+        self._threads.submit(self._build, base, result)
+
+    def stop(self) -> None:
+        """End all children; what they had not finished is built again after the next start."""
+        with self._lock:
+            self._is_stopping = True
+            for child in self._children:
+                child.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _build(self, base: Digest, result: Digest) -> None:
+        event = self._run(base, result)
+        if isinstance(event, DeltaFailed) and not self._is_stopping:
+            _LOG.warning("delta %.12s to %.12s: %s", base, result, event.detail)
+        if not self._is_stopping:
+            self._post(event)
+
+    def _run(self, base: Digest, result: Digest) -> Event:
+        command = [sys.executable, "-m", __name__, str(self._folder.absolute()), base, result]
+        with self._lock:
+            if self._is_stopping:
+                return DeltaFailed(base, result, "the server stops")
+            try:
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                )
+            except OSError as error:
+                return DeltaFailed(base, result, f"no process: {error.strerror}")
+            self._children.add(child)
+        try:
+            with child:
+                output, errors = child.communicate(timeout=self._timeout_s)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            return DeltaFailed(base, result, f"given up after {self._timeout_s} s")
+        finally:
+            with self._lock:
+                self._children.discard(child)
+        if child.returncode != 0:
+            last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
+            return DeltaFailed(base, result, f"ended with {child.returncode}: {last[0][:400]}")
+        built = msgspec.json.decode(output[:_OUTPUT_BYTES_MAX], type=BuiltDelta)
+        return DeltaBuilt(base, result, built.blob, built.memory_bytes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The child."""
+    parser = argparse.ArgumentParser(description="Build one delta between two stored files.")
+    parser.add_argument("blobs", type=Path)
+    parser.add_argument("base", type=parse_digest)
+    parser.add_argument("result", type=parse_digest)
+    arguments = parser.parse_args(argv)
+    os.nice(NICENESS)
+    try:
+        built = build_delta(FolderBlobs(arguments.blobs), arguments.base, arguments.result)
+    except WhimbrelError as error:
+        sys.stderr.write(f"{error.code}: {error}\n")
+        return 1
+    sys.stdout.buffer.write(msgspec.json.encode(built))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What is signed and published, indexed for the questions that are asked of it. Pure."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from protocol.chunks import chunk_count, index_lengths, index_name
+from protocol.ids import Digest, Family, Version, parse_digest
+from protocol.release import ArtifactCustom, Release, delta_target, file_target, release_target
+from protocol.trust import Target
+from server.ports import StoredBlob
+
+NEVER_MS: Final = 1 << 52
+"""An instant that does not come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Published releases, their targets, and the blobs that devices may ask for.
+
+    Attributes:
+        targets: Signed targets by path.
+        releases: Published releases.
+        refresh_ms: When metadata has to be signed again, so that it never expires.
+    """
+
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    releases: Mapping[tuple[Family, Version], Release] = field(default_factory=dict)
+    refresh_ms: int = NEVER_MS
+    _blobs: Mapping[Digest, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(targets: Mapping[str, Target], releases: Iterable[Release], refresh_ms: int) -> "Catalog":
+        """Index what is signed. A release whose target is not signed is left out."""
+        blobs = {name: length for target in targets.values() for name, length in target_blobs(target)}
+        published = {
+            (Family(release.family), Version(release.version)): release
+            for release in releases
+            if release_target(Family(release.family), Version(release.version)) in targets
+        }
+        return Catalog(targets, published, refresh_ms, blobs)
+
+    def release(self, family: Family, version: Version) -> Release | None:
+        """A published release."""
+        return self.releases.get((family, version))
+
+    def file(self, digest: Digest) -> Target | None:
+        """The target of a whole file."""
+        return self.targets.get(file_target(digest))
+
+    def delta(self, base: Digest, result: Digest) -> Target | None:
+        """The target of the delta between two files."""
+        return self.targets.get(delta_target(base, result))
+
+    def description(self, release: Release) -> Target:
+        """The target of a published release's description."""
+        return self.targets[release_target(Family(release.family), Version(release.version))]
+
+    def blob_chunks(self, name: Digest) -> int | None:
+        """Number of chunks of a data or index blob; None when nothing signed has this name."""
+        length = self._blobs.get(name)
+        return None if length is None else chunk_count(length)
+
+    def deltas(self) -> list[tuple[Digest, Digest]]:
+        """Base and result of every signed delta."""
+        pairs = []
+        for path in self.targets:
+            parts = path.split("/")
+            if len(parts) == 3 and path == delta_target(Digest(parts[1]), Digest(parts[2])):
+                pairs.append((parse_digest(parts[1]), parse_digest(parts[2])))
+        return pairs
+
+
+def target_blobs(target: Target) -> list[tuple[Digest, int]]:
+    """Name and length of the blobs that a target consists of: its data, then its indexes."""
+    tree = target.custom.chunks
+    lengths = index_lengths(target.length)
+    indexes = [(index_name(tree, level), lengths[level - 1]) for level in range(1, tree.levels + 1)]
+    return [(target.digest, target.length), *indexes]
+
+
+def blob_target(path: str, blob: StoredBlob, memory_bytes: int = 0) -> Target:
+    """The target of a blob that is in the blob store."""
+    return Target(path, blob.length, blob.digest, ArtifactCustom(chunks=blob.tree, memory_bytes=memory_bytes))

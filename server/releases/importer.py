@@ -1,0 +1,112 @@
+"""From a model file on disk to the draft of a release: everything that can be refused is refused here."""
+
+from pathlib import Path
+from typing import Final
+
+from protocol.errors import ModelFileError, ReleaseError, RequestError
+from protocol.ids import parse_family, parse_version
+from protocol.release import (
+    FILES_MAX,
+    Release,
+    ReleaseFile,
+    Resources,
+    RuntimeName,
+    check_release,
+    decode_health_plan,
+    decode_release,
+    encode_release,
+)
+from protocol.tensors import parse_gguf, parse_onnx
+from server.adapters.blobs import FileSource
+from server.ports import BlobStore
+
+RUNTIME_VERSION_MIN: Final[dict[RuntimeName, str]] = {"onnx": "1.17", "llama": "0.3"}
+"""Oldest runtimes that the engines on devices are made for; a release may ask for more."""
+
+
+def import_release(
+    blobs: BlobStore,
+    *,
+    family: str,
+    version: str,
+    files: list[Path],
+    runtime: RuntimeName,
+    health: Path,
+    memory_bytes: int = 0,
+    tiers: list[str] | None = None,
+    runtime_version_min: str = "",
+) -> Release:
+    """Check the files of a release to be, and copy them into the blob store.
+
+    Args:
+        blobs: Takes the files.
+        family: Model family.
+        version: A new version of it.
+        files: The model first, then what belongs to it, for example external ONNX tensors.
+        runtime: Which engine loads the first file.
+        health: JSON file with the health plan.
+        memory_bytes: What a device needs to run the model; 0 for no statement.
+        tiers: Hardware tiers that may take it; none for all.
+        runtime_version_min: Oldest version of the runtime that loads it.
+
+    Raises:
+        RequestError: A file cannot be read, or there are too many.
+        ModelFileError: The model is damaged or not of that runtime's kind.
+        ReleaseError: The health plan or the description is malformed.
+        TopicError: The family or version is no name.
+        StorageError: The blob store cannot be written.
+    """
+    parse_family(family)
+    parse_version(version)
+    if not 1 <= len(files) <= FILES_MAX:
+        raise RequestError(f"{len(files)} files, allowed are 1 to {FILES_MAX}")
+    plan = decode_health_plan(_read(health), str(health))
+    _check_model(files[0], runtime, {path.name for path in files[1:]})
+    stored = [blobs.put_file(path) for path in files]
+    release = Release(
+        family=family,
+        version=version,
+        runtime=runtime,
+        runtime_version_min=runtime_version_min or RUNTIME_VERSION_MIN[runtime],
+        files=[
+            ReleaseFile(name=path.name, length=blob.length, sha256=blob.digest)
+            for path, blob in zip(files, stored, strict=True)
+        ],
+        resources=Resources(memory_bytes=memory_bytes, tiers=tiers or []),
+        health=plan,
+    )
+    check_release(release)
+    return decode_release(encode_release(release))  # names and bounds, as devices will check them
+
+
+def _check_model(path: Path, runtime: RuntimeName, others: set[str]) -> None:
+    try:
+        with path.open("rb") as file:
+            missing = _external_locations(FileSource(file), runtime) - others
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}", hint="give a file that can be read") from error
+    except ModelFileError as error:
+        raise ModelFileError(
+            f"{path}: {error.message}", hint=error.hint or f"give a {runtime} model"
+        ) from error
+    if missing:
+        raise ReleaseError(
+            f"{path} keeps tensors in other files: {', '.join(sorted(missing))[:200]}",
+            hint="name them behind the model, with these file names",
+        )
+
+
+def _external_locations(source: FileSource, runtime: RuntimeName) -> set[str]:
+    if source.length == 0:
+        raise ModelFileError("the file is empty")
+    if runtime == "llama":
+        parse_gguf(source)
+        return set()
+    return set(parse_onnx(source).external_locations)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}", hint="give a JSON file that can be read") from error
