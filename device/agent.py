@@ -645,8 +645,8 @@ class Agent:
             self._delta_unusable(event.code, event.detail)
         elif self.state in REVOCABLE:
             self._fail(event.code, event.detail, retryable=event.is_retryable)
-        else:
-            # The record could not be written in a state that cannot be left: say so, and keep serving.
+        elif self.record.update is not None and self.record.update.code != event.code:
+            # The record could not be written in a state that cannot be left: say so once, and keep serving.
             self._note(code=event.code, detail=event.detail)
             self._report()
 
@@ -726,11 +726,18 @@ class Agent:
         self._entered_ms = self._now_ms
 
     def _persist(self) -> None:
-        """Write the state down before acting on it. A suspended update is recorded as what it was."""
-        state = self.record.state if self.state is State.SUSPENDED else self.state
-        self._note(
-            writes=self._update.writes + 1, counters=counters_of(self._tally)
-        ) if self.record.update else None
+        """Write the state down before acting on it.
+
+        A suspended update is recorded as what it was. Admission is repeated from the sync, because the signed
+        artifacts that it chooses from are not kept.
+        """
+        state = self.state
+        if state is State.SUSPENDED:
+            state = self.record.state
+        elif state is State.ADMITTING:
+            state = State.SYNCING
+        if self.record.update is not None:
+            self._note(writes=self._update.writes + 1, counters=counters_of(self._tally))
         self.record = replace(self.record, state=state)
         self._emit(Persist(self.record))
 

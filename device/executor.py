@@ -1,9 +1,8 @@
-"""Carries effects out against the ports, in order. The order means the same on a Pi and in the simulator, because
-it is this code in both.
+"""Carries effects out against the ports, in order: this code, on a Pi and in the simulator.
 
-Effects without a serial are done at once; `Persist` among them is the barrier, since it returns only when the record is
-durable. Effects with a serial go to a worker and answer with an event. The first effect that fails ends its
-tuple, and the agent hears `EffectFailed`.
+Short effects are done at once; `Persist` among them is the barrier, since it returns only when the record is durable. Long
+ones, and those that remove files, go to the device's worker, which does one after the other; those with a serial answer
+with an event. The first short effect that fails ends its tuple, and the agent hears `EffectFailed`.
 """
 
 from collections.abc import Callable
@@ -64,12 +63,12 @@ class Executor:
                 disk, effect.blob, effect.index, effect.payload
             ),
             effects.SyncBlob: lambda effect: disk.sync(blobs.blob_file(effect.blob)),
-            effects.RemoveBlobs: lambda effect: blobs.remove_blobs(disk, effect.keep),
-            effects.EmptySlot: lambda effect: empty_slot(disk, effect.slot),
             effects.PointCurrent: lambda effect: disk.point(CURRENT_LINK, slot_folder(effect.slot)),
             effects.Trace: lambda _effect: None,
         }
-        self._jobs: Final[dict[type, Callable[[Any], events.Event]]] = {
+        self._jobs: Final[dict[type, Callable[[Any], events.Event | None]]] = {
+            effects.RemoveBlobs: lambda effect: blobs.remove_blobs(disk, effect.keep),
+            effects.EmptySlot: lambda effect: empty_slot(disk, effect.slot),
             effects.OpenBlob: lambda effect: events.BlobOpened(
                 effect.serial, blobs.open_blob(disk, effect.plan)
             ),
@@ -123,11 +122,14 @@ class Executor:
             self._model.close()
             self._model = None
 
-    def _work(self, job: Callable[[Any], events.Event], effect: Any) -> None:
+    def _work(self, job: Callable[[Any], events.Event | None], effect: Any) -> None:
         try:
-            self._post(job(effect))
+            answer = job(effect)
         except WhimbrelError as error:
-            self._post(events.EffectFailed(effect.serial, error.code, str(error), error.is_retryable))
+            serial = getattr(effect, "serial", 0)
+            answer = events.EffectFailed(serial, error.code, str(error), error.is_retryable)
+        if answer is not None:
+            self._post(answer)
 
     def _publish(self, effect: effects.Publish) -> None:
         self._transport.publish(effect.topic, effect.payload, effect.qos, retain=effect.retain)

@@ -1,0 +1,111 @@
+"""A disk in memory with the durability rules of the `Disk` port: what was not synced may be lost or torn at a crash.
+
+The twin of `device.adapters.disk`; both pass one contract suite.
+"""
+
+import random
+from typing import Final
+
+from device.ports import Disk
+from protocol.errors import StorageError, StorageFullError
+
+SECTOR_BYTES: Final = 512
+"""A torn write ends at a multiple of this: what a medium writes at once."""
+
+
+class _File:
+    """Content as a reader sees it, and the parts that a crash may take back."""
+
+    __slots__ = ("content", "pending")
+
+    def __init__(self, length: int) -> None:
+        self.content = bytearray(length)
+        self.pending: list[tuple[int, bytes]] = []  # offset and what was there before, oldest first
+
+
+class SimulatedDisk(Disk):
+    """Files in memory.
+
+    Args:
+        capacity_bytes: Room for all files.
+    """
+
+    def __init__(self, capacity_bytes: int = 1 << 40) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.links: dict[str, str] = {}
+        self._files: dict[str, _File] = {}
+
+    def crash(self, rng: random.Random) -> None:
+        """Cut the power: each write that was not synced is kept, lost, or torn at a sector, independently."""
+        for file in {id(file): file for file in self._files.values()}.values():
+            for offset, before in reversed(file.pending):
+                kept = rng.choice(
+                    (0, len(before), rng.randrange(len(before) + 1) // SECTOR_BYTES * SECTOR_BYTES)
+                )
+                file.content[offset + kept : offset + len(before)] = before[kept:]
+            file.pending.clear()
+
+    def length(self, name: str) -> int | None:
+        """As `Disk.length`."""
+        file = self._files.get(name)
+        return None if file is None else len(file.content)
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """As `Disk.read`."""
+        return bytes(self._file(name).content[offset : offset + length])
+
+    def create(self, name: str, length: int) -> None:
+        """As `Disk.create`."""
+        if length > self.free_bytes():
+            raise StorageFullError(f"{name}: no room for {length} bytes, {self.free_bytes()} are free")
+        self._files[name] = _File(length)
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """As `Disk.write`."""
+        file = self._file(name)
+        before = bytes(file.content[offset : offset + len(data)]).ljust(len(data), b"\0")
+        file.pending.append((offset, before))
+        file.content[offset : offset + len(data)] = data
+
+    def sync(self, name: str) -> None:
+        """As `Disk.sync`."""
+        self._file(name).pending.clear()
+
+    def replace(self, source: str, target: str) -> None:
+        """As `Disk.replace`."""
+        self._files[target] = self._file(source)
+        del self._files[source]
+
+    def link(self, source: str, target: str) -> None:
+        """As `Disk.link`."""
+        self._files[target] = self._file(source)
+
+    def remove(self, name: str) -> None:
+        """As `Disk.remove`."""
+        self._files.pop(name, None)
+
+    def names(self, folder: str) -> list[str]:
+        """As `Disk.names`."""
+        return sorted(name for name in self._files if name.startswith(folder + "/"))
+
+    def forget_cached(self, name: str) -> None:
+        """As `Disk.forget_cached`; there is no cache."""
+
+    def free_bytes(self) -> int:
+        """As `Disk.free_bytes`."""
+        used = sum(len(file.content) for file in {id(file): file for file in self._files.values()}.values())
+        return self.capacity_bytes - used
+
+    def path(self, name: str) -> str:
+        """As `Disk.path`; the name itself, for engines that know this disk."""
+        return name
+
+    def point(self, name: str, target: str) -> None:
+        """As `Disk.point`."""
+        self.links[name] = target
+
+    def _file(self, name: str) -> _File:
+        file = self._files.get(name)
+        if file is None:
+            raise StorageError(f"{name}: there is no such file")
+        return file

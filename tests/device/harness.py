@@ -1,0 +1,353 @@
+"""One real agent with its real executor, over a simulated disk, a cache that forgets nothing, and scripted models.
+
+The world is single-threaded and runs in virtual time: `settle` carries out everything that follows from what was
+said so far, and moves the clock to the agent's deadlines until the world is quiet.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from device import events
+from device.agent import Agent
+from device.config import AgentConfig
+from device.effects import Effect, Trace
+from device.executor import ROOT_FILE, Executor
+from device.journal import Journal, Record, SlotRecord
+from device.ports import Model, ModelSource, TrialOrder
+from device.slots import SlotHealth, SlotName, slot_file
+from device.states import State
+from protocol.chunks import build_tree, encode_chunk, index_name
+from protocol.constants import CHUNK_BYTES
+from protocol.errors import EngineError
+from protocol.ids import DeviceId, Digest, Family, FleetId, Version, digest_of
+from protocol.messages import (
+    Desired,
+    LatencySummary,
+    Report,
+    TrialEvidence,
+    decode_message,
+    encode_message,
+)
+from protocol.release import (
+    ArtifactCustom,
+    ChunkTree,
+    ClassPrompt,
+    HealthPlan,
+    Prompt,
+    Release,
+    ReleaseFile,
+    Resources,
+    encode_release,
+    file_target,
+    release_target,
+)
+from protocol.topics import Topics
+from protocol.trust import Target
+from server.ports import Repository
+from server.releases.publisher import Publisher
+from simulator.disk import SimulatedDisk
+
+FLEET = FleetId("test-fleet")
+FAMILY = Family("digits")
+DEVICE = DeviceId("device-1")
+START_MS = 1_700_000_000_000
+TOPICS = Topics(FLEET)
+
+
+class PowerCutError(Exception):
+    """The power went, at the effect that was chosen."""
+
+
+def chunks_of(data: bytes) -> list[bytes]:
+    return [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
+
+
+def health(**changes: object) -> HealthPlan:
+    fields: dict[str, object] = {
+        "prompts": [ClassPrompt(name=f"p{label}", input=[0.0], label=label) for label in range(4)],
+        "latency_p99_ms_max": 100.0,
+        "memory_peak_bytes_max": 1 << 30,
+    }
+    return HealthPlan(**{**fields, **changes})  # type: ignore[arg-type]  # a test's keyword arguments
+
+
+class Cache:
+    """What a broker's retained cache and a server would give: topics to payloads."""
+
+    def __init__(self) -> None:
+        keys = {
+            role: Ed25519PrivateKey.generate().private_bytes(
+                Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+            )
+            for role in ("root", "targets", "snapshot", "timestamp")
+        }
+        self.retained: dict[str, bytes] = {}
+        self.files: dict[str, bytes] = {}
+        self.publisher = Publisher(keys)  # type: ignore[arg-type]  # the literal role names above
+        self.repository: Repository = self.publisher.create(START_MS).repository
+        self.root = self.repository.roots[0]
+        self.sequence = 0
+
+    def add_blob(self, data: bytes) -> tuple[Digest, ChunkTree]:
+        parts = chunks_of(data)
+        tree, indexes = build_tree(bytes.fromhex(digest_of(part)) for part in parts)
+        name = digest_of(data)
+        for blob, content in [(name, data)] + [
+            (index_name(tree, level), index) for level, index in enumerate(indexes, start=1)
+        ]:
+            for number, part in enumerate(chunks_of(content)):
+                self.retained[TOPICS.chunk(blob, number)] = encode_chunk(blob, number, part)
+        return name, tree
+
+    def publish(
+        self, version: str, model: bytes, deltas: Iterable[Target] = (), **release_changes: object
+    ) -> Release:
+        fields: dict[str, object] = {
+            "family": FAMILY,
+            "version": version,
+            "runtime": "onnx",
+            "runtime_version_min": "1.0",
+            "files": [ReleaseFile(name="model.onnx", length=len(model), sha256=digest_of(model))],
+            "resources": Resources(memory_bytes=1000),
+            "health": health(),
+        }
+        release = Release(**{**fields, **release_changes})  # type: ignore[arg-type]  # a test's keyword arguments
+        description = encode_release(release)
+        self.files[digest_of(model)] = model
+        targets = list(deltas)
+        for path, data in [
+            (release_target(FAMILY, Version(version)), description),
+            (file_target(digest_of(model)), model),
+        ]:
+            name, tree = self.add_blob(data)
+            targets.append(Target(path, len(data), name, ArtifactCustom(chunks=tree)))
+        self.repository = self.publisher.publish(self.repository, targets, (), START_MS).repository
+        self.publish_metadata()
+        return release
+
+    def publish_metadata(self) -> None:
+        documents = self.repository.documents
+        self.retained[TOPICS.metadata("timestamp")] = documents.timestamp
+        self.retained[TOPICS.metadata("snapshot")] = documents.snapshot
+        self.retained[TOPICS.metadata("targets")] = documents.targets
+        for number, root in enumerate(self.repository.roots, start=1):
+            self.retained[TOPICS.root(number)] = root
+
+    def desire(self, version: str, *, sequence: int | None = None, family: str = FAMILY) -> bytes:
+        self.sequence = self.sequence + 1 if sequence is None else sequence
+        desired = Desired(sequence=self.sequence, rollout="r1", family=family, version=version)
+        payload = encode_message(desired)
+        self.retained[TOPICS.desired(DEVICE)] = payload
+        return payload
+
+
+class ScriptedModel(Model):
+    """Answers with the digest of its file."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.is_closed = False
+
+    def answer(self, prompt: Prompt) -> str:
+        assert not self.is_closed, "a closed model was asked"
+        return f"{self.digest}:{prompt.name}"
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@dataclass
+class ScriptedEngine:
+    """Models by digest of their file: what a trial measures, and which cannot be loaded."""
+
+    disk: SimulatedDisk
+    evidence: dict[str, TrialEvidence] = field(default_factory=dict)
+    unloadable: set[str] = field(default_factory=set)
+    trials: list[str] = field(default_factory=list)
+    loads: list[str] = field(default_factory=list)
+
+    def versions(self) -> dict[str, str]:
+        return {"onnx": "1.30.0"}
+
+    def load(self, source: ModelSource) -> Model:
+        digest = self._digest(source)
+        if digest in self.unloadable:
+            raise EngineError("the runtime refuses the file")
+        self.loads.append(digest)
+        return ScriptedModel(digest)
+
+    def trial(self, order: TrialOrder) -> TrialEvidence:
+        digest = self._digest(order.model)
+        self.trials.append(digest)
+        return self.evidence.get(digest, good_evidence())
+
+    def _digest(self, source: ModelSource) -> str:
+        return digest_of(self.disk.read(source.path, 0, self.disk.length(source.path) or 0))
+
+
+def good_evidence(**changes: object) -> TrialEvidence:
+    fields: dict[str, object] = {
+        "prompts_passed": 4,
+        "prompts_total": 4,
+        "load_ms": 5.0,
+        "latency": LatencySummary(p50_ms=1.0, p95_ms=2.0, p99_ms=3.0),
+        "memory_peak_bytes": 1 << 20,
+    }
+    return TrialEvidence(**{**fields, **changes})  # type: ignore[arg-type]  # a test's keyword arguments
+
+
+class Device:
+    """A device that can lose its connection and its power at any effect."""
+
+    def __init__(self, cache: Cache, model: bytes, *, seed: int = 1, **config: object) -> None:
+        fields: dict[str, object] = {"device": DEVICE, "fleet": FLEET, "family": FAMILY, "tier": "pi"}
+        self.config = AgentConfig(**{**fields, **config})  # type: ignore[arg-type]  # a test's keyword arguments
+        self.cache = cache
+        self.disk = SimulatedDisk()
+        self.engine = ScriptedEngine(self.disk)
+        self.rng = random.Random(seed)
+        self.now_ms = START_MS
+        self.reports: list[Report] = []
+        self.rows: list[str] = []
+        self.effects: list[Effect] = []
+        self.fetched: list[tuple[str, int]] = []
+        self.answer_requests: Callable[[str, bytes], None] | None = None
+        self.cut_at: int | None = None
+        self._install_factory(model)
+        self.boot()
+
+    def _install_factory(self, model: bytes) -> None:
+        name = slot_file(SlotName.A, "model.onnx")
+        self.disk.create(name, len(model))
+        self.disk.write(name, 0, model)
+        self.disk.sync(name)
+        self.disk.create(ROOT_FILE, len(self.cache.root))
+        self.disk.write(ROOT_FILE, 0, self.cache.root)
+        self.disk.sync(ROOT_FILE)
+        slot = SlotRecord(
+            health=SlotHealth.GOOD,
+            version="v1",
+            main_file="model.onnx",
+            files={"model.onnx": digest_of(model)},
+        )
+        Journal(self.disk).save(Record(active=SlotName.A, slots={SlotName.A: slot, SlotName.B: SlotRecord()}))
+
+    def boot(self) -> None:
+        self.queue: deque[events.Event] = deque()
+        self.jobs: deque[Callable[[], None]] = deque()
+        self.subscriptions: set[str] = set()
+        self.is_connected = False
+        self.agent = Agent(self.config, self.rng)
+        self.executor = Executor(
+            disk=self.disk, transport=self, engine=self.engine, workers=self, post=self.queue.append
+        )
+        self.queue.append(self.executor.boot_event(memory_bytes=1 << 30))
+
+    def connect(self) -> None:
+        self.is_connected = True
+        self.queue.append(events.Connected())
+
+    def disconnect(self) -> None:
+        """Lose the connection, and whatever was on its way."""
+        self.is_connected = False
+        self.subscriptions.clear()
+        kept = [event for event in self.queue if not isinstance(event, events.MessageReceived)]
+        self.queue.clear()
+        self.queue.extend([*kept, events.Disconnected()])
+
+    def step(self) -> bool:
+        """Handle one event, or else one job; whether there was any."""
+        if not self.queue and self.jobs:
+            self.jobs.popleft()()
+            return True
+        if not self.queue:
+            return False
+        for effect in self.agent.handle(self.queue.popleft(), self.now_ms):
+            self._carry_out(effect)
+            if self.queue and isinstance(self.queue[-1], events.EffectFailed) and not self.queue[-1].serial:
+                break  # as the executor drops the rest of a tuple
+        return True
+
+    def _carry_out(self, effect: Effect) -> None:
+        if self.cut_at is not None and len(self.effects) >= self.cut_at:
+            raise PowerCutError
+        self.effects.append(effect)
+        if isinstance(effect, Trace):
+            self.rows.append(
+                f"{effect.row.source.value} {effect.row.trigger.value} {effect.row.target.value}"
+            )
+        self.executor.run((effect,))
+
+    def settle(self, until: Callable[[], bool] = lambda: False, *, deadlines: int = 200) -> None:
+        """Carry everything out; when nothing is left to do, let the next deadline come."""
+        for _ in range(deadlines):
+            while self.step():
+                if until():
+                    return
+            deadline = self.agent.deadline()
+            if deadline is None:
+                return
+            self.now_ms = max(self.now_ms, deadline)
+            self.queue.append(events.DeadlineReached())
+        raise AssertionError(f"the agent never came to rest: {self.rows[-10:]}")
+
+    # --- the ports that the world plays ---------------------------------------------------------------------
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self.jobs.append(work)
+
+    def subscribe(self, filters: tuple[str, ...], qos: int) -> None:  # noqa: ARG002 - the port's signature
+        assert len(filters) <= 8
+        if not self.is_connected:
+            return
+        self.subscriptions.update(filters)
+        for topic, payload in sorted(self.cache.retained.items()):
+            if any(matches(pattern, topic) for pattern in filters):
+                self.deliver(topic, payload)
+
+    def unsubscribe(self, filters: tuple[str, ...]) -> None:
+        self.subscriptions.difference_update(filters)
+
+    def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:  # noqa: ARG002 - likewise
+        if not self.is_connected:
+            return
+        if topic == TOPICS.report(DEVICE):
+            self.reports.append(decode_message(Report, payload))
+        elif self.answer_requests is not None:
+            self.answer_requests(topic, payload)
+
+    def deliver(self, topic: str, payload: bytes) -> None:
+        self.queue.append(events.MessageReceived(topic, payload))
+
+    # --- what tests ask -------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        return self.agent.state
+
+    @property
+    def record(self) -> Record:
+        record = Journal(self.disk).load()
+        assert record is not None
+        return record
+
+    def answer(self) -> str:
+        model = self.executor.model
+        assert isinstance(model, ScriptedModel), "nothing answers"
+        assert not model.is_closed
+        return model.digest
+
+
+def matches(pattern: str, topic: str) -> bool:
+    if pattern.endswith("/+"):
+        return topic.rpartition("/")[0] == pattern.removesuffix("/+")
+    return pattern == topic
+
+
+def model_bytes(seed: int, length: int = 20 * CHUNK_BYTES + 17) -> bytes:
+    return random.Random(seed).randbytes(length)

@@ -1,0 +1,453 @@
+import random
+from collections import Counter
+
+import pytest
+
+from device import effects
+from device.slots import SlotHealth, SlotName
+from device.states import State
+from protocol.chunks import encode_chunk
+from protocol.ids import DeviceId, digest_of
+from protocol.messages import (
+    ChunkRequest,
+    LatencySummary,
+    MetadataBundle,
+    MetadataRequest,
+    TrialEvidence,
+    decode_request,
+    decode_window,
+    encode_message,
+)
+from protocol.release import Resources
+from protocol.topics import ChunkTopic
+from tests.device.harness import (
+    DEVICE,
+    TOPICS,
+    Cache,
+    Device,
+    PowerCutError,
+    good_evidence,
+    model_bytes,
+)
+
+V1 = model_bytes(1)
+V2 = model_bytes(2)
+NORMAL_PATH = [
+    "idle requested syncing",
+    "syncing metadata_verified admitting",
+    "admitting admitted downloading",
+    "downloading downloaded installing",
+    "installing installed verifying",
+    "verifying verified trial",
+    "trial trial_passed committing",
+    "committing committed idle",
+]
+
+
+@pytest.fixture
+def cache() -> Cache:
+    cache = Cache()
+    cache.publish("v1", V1)
+    return cache
+
+
+def online(cache: Cache, **config: object) -> Device:
+    device = Device(cache, V1, **config)
+    device.connect()
+    device.settle()
+    return device
+
+
+def ask(device: Device, version: str, **changes: int) -> None:
+    device.deliver(TOPICS.desired(DEVICE), device.cache.desire(version, **changes))
+
+
+def test_a_good_release_takes_the_normal_path_and_is_served(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle()
+    assert device.rows == NORMAL_PATH
+    assert device.answer() == digest_of(V2)
+    assert device.disk.links["current"] == "slots/b"
+    report = device.reports[-1]
+    assert report.version == "v2"
+    assert report.files == {"model.onnx": digest_of(V2)}
+    assert report.update is not None
+    assert report.update.outcome == "committed"
+    assert report.update.redundant_chunks == 0
+    assert report.update.received_bytes >= len(V2)
+    assert device.record.active is SlotName.B
+    assert device.record.slots[SlotName.A].health is SlotHealth.GOOD
+    assert device.disk.names("blobs") == []
+
+
+def test_the_old_version_answers_until_the_new_one_is_committed(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    answers = []
+
+    def note() -> bool:
+        answers.append((device.state, device.answer()))
+        return False
+
+    device.settle(until=note)
+    assert {answer for state, answer in answers if state is State.TRIAL} == {digest_of(V1)}
+    assert answers[-1] == (State.IDLE, digest_of(V2))
+
+
+def test_a_release_that_fails_its_trial_is_rolled_back_and_never_tried_again(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v3", V2)
+    device.engine.evidence[digest_of(V2)] = good_evidence(prompts_passed=1)
+    ask(device, "v3")
+    device.settle()
+    assert device.state is State.ROLLED_BACK
+    assert device.answer() == digest_of(V1)
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rolled_back", "trial.answers")
+    assert device.disk.names("slots/b") == []
+    ask(device, "v3")
+    device.settle()
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rejected", "admission.quarantined")
+    assert device.engine.trials == [digest_of(V2)]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "code"),
+    [
+        (good_evidence(prompts_passed=3), "trial.answers"),
+        (good_evidence(memory_peak_bytes=2 << 30), "trial.memory"),
+        (good_evidence(latency=None, detail="killed by signal 11"), "trial.crashed"),
+        (good_evidence(latency=LatencySummary(p50_ms=1, p95_ms=1, p99_ms=101)), "trial.latency"),
+    ],
+)
+def test_each_health_limit_rolls_back_with_its_own_code(
+    cache: Cache, evidence: TrialEvidence, code: str
+) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    device.engine.evidence[digest_of(V2)] = evidence
+    ask(device, "v2")
+    device.settle()
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rolled_back", code)
+    assert device.answer() == digest_of(V1)
+
+
+def test_a_model_that_passes_its_trial_and_cannot_be_served_is_rolled_back(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    device.engine.unloadable.add(digest_of(V2))
+    ask(device, "v2")
+    device.settle()
+    assert device.state is State.ROLLED_BACK
+    assert device.answer() == digest_of(V1)
+    assert device.disk.links["current"] == "slots/a"
+    assert device.record.active is SlotName.A
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "code"),
+    [
+        ({"resources": Resources(memory_bytes=2 << 30)}, {}, "admission.memory"),
+        ({"resources": Resources(tiers=["jetson"])}, {}, "admission.tier"),
+        ({"runtime": "llama"}, {}, "admission.runtime"),
+        ({"runtime_version_min": "1.31"}, {}, "admission.runtime"),
+        ({}, {"disk_reserve_bytes": 1 << 41}, "admission.disk"),
+        ({}, {"family": "other"}, "admission.family"),
+    ],
+)
+def test_what_cannot_succeed_is_refused_before_its_first_byte(
+    cache: Cache, changes: dict[str, object], config: dict[str, object], code: str
+) -> None:
+    device = online(cache, **config)
+    cache.publish("v2", V2, **changes)
+    ask(device, "v2")
+    device.settle()
+    assert device.state is State.REJECTED
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rejected", code)
+    stored = {effect.blob for effect in device.effects if isinstance(effect, effects.WriteChunk)}
+    assert digest_of(V2) not in stored
+    assert device.answer() == digest_of(V1)
+
+
+def test_a_repeated_or_older_wish_changes_nothing(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2", sequence=5)
+    device.settle()
+    before = len(device.rows)
+    ask(device, "v1", sequence=5)
+    ask(device, "v1", sequence=4)
+    device.settle()
+    assert len(device.rows) == before
+    assert device.reports[-1].version == "v2"
+
+
+def test_a_wish_for_what_runs_withdraws_an_update_under_way(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.DOWNLOADING)
+    ask(device, "v1")
+    device.settle()
+    assert device.state is State.IDLE
+    assert device.reports[-1].version == "v1"
+    assert device.disk.names("blobs") == []
+
+
+def test_a_wish_during_the_trial_waits_for_its_end(cache: Cache) -> None:
+    device = online(cache)
+    v4 = model_bytes(4)
+    cache.publish("v2", V2)
+    cache.publish("v4", v4)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.TRIAL)
+    ask(device, "v4")
+    device.settle()
+    assert device.answer() == digest_of(v4)
+    assert [row for row in device.rows if row.endswith("committed idle")] == ["committing committed idle"] * 2
+
+
+def test_a_lost_connection_makes_no_chunk_come_twice(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    rng = random.Random(7)
+    for _ in range(12):
+        steps = rng.randrange(4, 12)
+        for _ in range(steps):
+            device.step()
+        device.disconnect()
+        device.settle()
+        device.connect()
+    device.settle()
+    assert device.answer() == digest_of(V2)
+    update = device.reports[-1].update
+    assert update is not None
+    assert update.resumes >= 5
+    assert update.redundant_chunks == 0
+    stored = Counter(
+        (effect.blob, effect.index) for effect in device.effects if isinstance(effect, effects.WriteChunk)
+    )
+    assert max(stored.values()) == 1
+
+
+def test_chunks_that_no_cache_has_are_asked_for_by_bitmap(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    hidden = {topic: payload for topic, payload in cache.retained.items() if digest_of(V2) in topic}
+    for topic in hidden:
+        del cache.retained[topic]
+    asked: Counter[int] = Counter()
+
+    def serve(topic: str, payload: bytes) -> None:
+        assert topic == TOPICS.request(DEVICE)
+        request = decode_request(payload)
+        assert isinstance(request, ChunkRequest)
+        for index in decode_window(request):
+            asked[index] += 1
+            device.deliver(TOPICS.chunk_answer(DEVICE), hidden[TOPICS.chunk(digest_of(V2), index)])
+
+    device.answer_requests = serve
+    ask(device, "v2")
+    device.settle()
+    assert device.answer() == digest_of(V2)
+    assert len(asked) == len(hidden)
+    assert set(asked.values()) == {1}
+
+
+def test_metadata_comes_by_request_where_the_broker_keeps_nothing(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    documents = {topic: payload for topic, payload in cache.retained.items() if "/md/" in topic}
+    for topic in documents:
+        del cache.retained[topic]
+
+    def serve(_topic: str, payload: bytes) -> None:
+        request = decode_request(payload)
+        assert isinstance(request, MetadataRequest)
+        signed = cache.repository.documents
+        bundle = MetadataBundle(
+            roots=list(cache.repository.roots[request.root_version :]),
+            timestamp=signed.timestamp,
+            snapshot=signed.snapshot,
+            targets=signed.targets,
+        )
+        device.deliver(TOPICS.metadata_answer(DEVICE), encode_message(bundle))
+
+    device.answer_requests = serve
+    ask(device, "v2")
+    device.settle()
+    assert device.answer() == digest_of(V2)
+
+
+def test_a_poisoned_chunk_in_the_cache_costs_time_and_nothing_else(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    topic = TOPICS.chunk(digest_of(V2), 3)
+    good = cache.retained[topic]
+    cache.retained[topic] = encode_chunk(digest_of(V2), 3, b"\0" * (len(good) - 40))
+
+    def serve(_topic: str, payload: bytes) -> None:
+        request = decode_request(payload)
+        assert isinstance(request, ChunkRequest)
+        assert decode_window(request) == [3]
+        device.deliver(TOPICS.chunk_answer(DEVICE), good)
+
+    device.answer_requests = serve
+    ask(device, "v2")
+    device.settle()
+    assert device.answer() == digest_of(V2)
+    update = device.reports[-1].update
+    assert update is not None
+    assert update.invalid_chunks == 1
+
+
+def test_an_update_that_nobody_serves_fails_for_good_after_bounded_attempts(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    for topic in list(cache.retained):
+        if isinstance(TOPICS.parse(topic), ChunkTopic) and digest_of(V2) in topic:
+            del cache.retained[topic]
+    ask(device, "v2")
+    device.settle()
+    assert device.state is State.FAILED
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("failed", "transport.stalled")
+    assert device.agent.deadline() is None
+    assert device.answer() == digest_of(V1)
+
+
+def test_metadata_that_does_not_verify_is_never_acted_on(cache: Cache) -> None:
+    device = online(cache)
+    stranger = Cache()
+    stranger.publish("v2", V2)
+    cache.retained.update({topic: data for topic, data in stranger.retained.items() if "/dev/" not in topic})
+    ask(device, "v2")
+    device.settle()
+    assert device.state is State.FAILED
+    update = device.reports[-1].update
+    assert update is not None
+    assert update.code == "trust.unverified"
+
+
+def test_a_replayed_older_repository_is_refused_by_the_floors(cache: Cache) -> None:
+    device = online(cache)
+    old = {topic: payload for topic, payload in cache.retained.items() if "/md/" in topic}
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle()
+    cache.retained.update(old)
+    ask(device, "v1")
+    device.settle()
+    assert device.state is State.FAILED
+    update = device.reports[-1].update
+    assert update is not None
+    assert update.code == "trust.rollback"
+
+
+def test_a_full_disk_fails_the_update_and_leaves_the_old_version(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.DOWNLOADING)
+    device.disk.capacity_bytes -= device.disk.free_bytes()
+    device.settle()
+    assert device.answer() == digest_of(V1)
+    assert "downloading failed failed" in device.rows
+    assert "storage.full" in {report.update.code for report in device.reports if report.update is not None}
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rejected", "admission.disk")
+
+
+def test_a_damaged_active_slot_is_noticed_at_boot_and_the_other_one_serves(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle()
+    device.disk.write("slots/b/model.onnx", 1000, b"rot")
+    device.boot()
+    device.connect()
+    device.settle()
+    assert device.answer() == digest_of(V1)
+    assert device.reports[-1].version == "v1"
+
+
+def test_garbage_from_the_broker_never_stops_the_agent(cache: Cache) -> None:
+    device = online(cache)
+    rng = random.Random(3)
+    topics = [
+        *cache.retained,
+        TOPICS.desired(DEVICE),
+        TOPICS.chunk_answer(DEVICE),
+        "wb1.other/md/timestamp",
+        "x",
+        "",
+    ]
+    for _ in range(2000):
+        device.deliver(rng.choice(topics), rng.randbytes(rng.choice((0, 1, 39, 40, 41, 300))))
+    device.deliver(TOPICS.desired(DeviceId("other")), cache.desire("v9"))
+    device.settle()
+    assert device.state is State.IDLE
+    assert device.answer() == digest_of(V1)
+
+
+def test_a_power_cut_at_any_effect_leads_to_the_new_version_or_keeps_the_old(cache: Cache) -> None:
+    """Cuts the power before every single effect of an update, with unsynced data kept, lost or torn."""
+    cache.publish("v2", V2)
+    reference = online(cache)
+    ask(reference, "v2", sequence=1)
+    reference.settle()
+    count = len(reference.effects)
+    assert count > 60
+    for cut_at in range(count):
+        device = Device(cache, V1, seed=cut_at)
+        device.cut_at = cut_at
+        rng = random.Random(cut_at)
+        try:
+            device.connect()
+            device.settle()
+        except PowerCutError:
+            device.disk.crash(rng)
+            device.cut_at = None
+            device.boot()
+            device.settle()
+            assert device.answer() in {digest_of(V1), digest_of(V2)}, f"cut at {cut_at}"
+            device.connect()
+            device.settle()
+        assert device.answer() == digest_of(V2), f"cut at {cut_at}: {device.rows}"
+        update = device.reports[-1].update
+        assert update is not None
+        assert update.outcome == "committed", f"cut at {cut_at}"
+
+
+def test_a_release_that_takes_the_device_down_is_given_up_after_three_trials(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    for _ in range(10):
+        device.settle(
+            until=lambda: any(isinstance(effect, effects.StartTrial) for effect in device.effects[-1:])
+        )
+        if device.state is not State.TRIAL:
+            break
+        device.disk.crash(random.Random(1))
+        device.boot()
+        device.connect()
+    device.settle()
+    assert device.state is State.ROLLED_BACK
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.code, update.tries) == ("trial.crashed", 3)
+    assert device.engine.trials == []
