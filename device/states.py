@@ -1,7 +1,7 @@
 """What an update may do, as data: states, triggers, transitions, and the one machine built from them. Nothing else.
 
 Everything about states stands in this file; the diagrams in README.md and SPEC.md are printed from it
-(`python -m device.diagram`), and a test fails when they differ. One `transitions.Machine` without a model of its own serves
+(`make diagram`), and a test fails when they differ. One `transitions.Machine` without a model of its own serves
 every agent in the process: 5 microseconds a transition and 49 bytes an agent.
 """
 

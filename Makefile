@@ -1,0 +1,77 @@
+# Everything a newcomer, a developer and CI run. Each target sets up what it needs; the environment lives in .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEVICES ?= 36
+SEED ?= 1
+COUNT ?= 200
+
+# The environment is known by the lock file that it was made from.
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "whimbrel: Python 3.11 to 3.13 is needed (try: make PYTHON=python3.12 $@)" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || { echo "setting up .venv"; $(PYTHON) -m venv .venv; }
+	@$(BIN)/python tools/environment.py locks/$(1).lock
+endef
+
+.PHONY: help
+help: ## list the targets
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
+
+.PHONY: demo
+demo: ## bring up a broker, a server and 36 devices; ship a good and a bad release of a real model (about two minutes)
+	$(call environment,demo)
+	$(BIN)/whimbrel-sim run --devices $(DEVICES) --seed $(SEED) --report whimbrel-report.html
+
+.PHONY: demo-llm
+demo-llm: ## the same with a language model: SmolLM2-135M under llama.cpp, 4 devices (compiles llama.cpp: ten more minutes)
+	$(call environment,llm)
+	$(BIN)/python -m examples.smollm2.fetch
+	[ -f .cache/smollm2/report.json ] || $(BIN)/python -m examples.smollm2.build --model .cache/models/smollm2-135m-q4_1.gguf --out .cache/smollm2
+	$(BIN)/whimbrel-sim run --llm --models .cache/smollm2 --devices 4 --seed $(SEED) --report whimbrel-llm-report.html
+
+.PHONY: setup
+setup: ## make the development environment (compiles llama.cpp once: about eight minutes)
+	$(call environment,dev)
+
+.PHONY: test
+test: setup ## run all tests
+	$(BIN)/python -m examples.smollm2.fetch
+	@command -v mosquitto >/dev/null || echo "note: mosquitto is not installed (apt-get install mosquitto): its tests are skipped"
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: setup ## check style, formatting, types and import rules
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: setup ## format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: kill-test
+kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200)
+	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED)
+
+.PHONY: bench-transport
+bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
+	$(BIN)/python -m benchmarks.transport
+
+.PHONY: diagram
+diagram: setup ## write the state diagram into README.md and protocol/SPEC.md
+	$(BIN)/python -m tools.diagram README.md protocol/SPEC.md
+
+.PHONY: lock
+lock: setup ## pin all dependencies anew (needs uv)
+	tools/lock.sh
+
+.PHONY: clean
+clean: ## remove the environment and everything generated
+	rm -rf .venv .cache dist whimbrel-report.html whimbrel-llm-report.html
