@@ -5,8 +5,8 @@ import zlib
 
 from protocol.delta.bsdiff import decode_bsdiff
 from protocol.delta.compression import decompress
-from protocol.delta.format import SEGMENT_DIGEST_BYTES, Codec, SegmentHeader
-from protocol.delta.tensor import decode_tensor, read_runs
+from protocol.delta.format import SEGMENT_DIGEST_BYTES, Codec, Header, SegmentHeader, check_memory
+from protocol.delta.tensor import decode_tensor, read_runs, working_bytes
 from protocol.errors import PatchError, WrongBaseError
 from protocol.tensors.regions import ReadAt
 
@@ -28,17 +28,18 @@ def segment_digest(result: bytes) -> bytes:
     return hashlib.sha256(result).digest()[:SEGMENT_DIGEST_BYTES]
 
 
-def decode_segment(segment: SegmentHeader, body: bytes, base: ReadAt) -> bytes:
+def decode_segment(segment: SegmentHeader, body: bytes, base: ReadAt, header: Header) -> bytes:
     """Return the result of a segment that `check_segment` accepted, verified by its digest.
 
     Raises:
         PatchError: The body is damaged.
+        PatchLimitError: Its runs need more memory than the header declared.
         WrongBaseError: The body is whole, and the base does not give the result.
     """
     if zlib.crc32(body) != segment.body_crc:
         raise PatchError("a segment's payload is damaged")
     window = read_window(base, segment.window_offset, segment.window_length)
-    result = _decode(segment, body, window)
+    result = _decode(segment, body, window, header)
     if len(result) != segment.result_length or segment_digest(result) != segment.digest:
         if segment.window_length:
             raise WrongBaseError(
@@ -49,7 +50,7 @@ def decode_segment(segment: SegmentHeader, body: bytes, base: ReadAt) -> bytes:
     return result
 
 
-def _decode(segment: SegmentHeader, body: bytes, window: bytes) -> bytes:
+def _decode(segment: SegmentHeader, body: bytes, window: bytes, header: Header) -> bytes:
     codec = segment.codec
     if codec is Codec.COPY:
         return window
@@ -61,5 +62,7 @@ def _decode(segment: SegmentHeader, body: bytes, window: bytes) -> bytes:
         return decode_bsdiff(body, window, segment.result_length)
     if codec is Codec.TENSOR:
         parameters, payload = body[: segment.parameter_length], body[segment.parameter_length :]
-        return decode_tensor(payload, window, read_runs(parameters, segment.result_length, len(window)))
+        runs = read_runs(parameters, segment.result_length, len(window))
+        check_memory(segment, header, working_bytes(runs))
+        return decode_tensor(payload, window, runs)
     raise PatchError(f"codec {codec} gives no result")

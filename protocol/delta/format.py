@@ -318,6 +318,21 @@ def check_segment(segment: SegmentHeader, header: Header, result_offset: int) ->
         )
 
 
+def check_memory(segment: SegmentHeader, header: Header, working_bytes: int = 0) -> None:
+    """Check what decoding a segment takes against what the header declared.
+
+    Raises:
+        PatchLimitError: It takes more.
+    """
+    needed = segment_memory_bytes(
+        segment.codec, segment.result_length, segment.window_length, segment.body_length, working_bytes
+    )
+    if needed > header.decoder_memory_bytes:
+        raise PatchLimitError(
+            f"a segment needs {needed} bytes of memory, {header.decoder_memory_bytes} were declared"
+        )
+
+
 def _check_codec_lengths(segment: SegmentHeader) -> None:
     codec = segment.codec
     has_parameters = segment.parameter_length > 0
@@ -334,11 +349,14 @@ def _check_codec_lengths(segment: SegmentHeader) -> None:
 MEMORY_FIXED_BYTES = 4 << 20
 """Buffers of the reader and of zstd, temporaries that do not depend on a segment's size."""
 
-# Bytes of working memory per byte of result, beside payload, base window and result.
-_WORKING_FACTORS = {Codec.COPY: 0, Codec.RAW: 0, Codec.SELF: 1, Codec.BSDIFF: 4, Codec.TENSOR: 16}
+# Bytes of working memory per byte of result, beside payload, base window and result. For tensor segments this is the
+# least; their runs tell the rest (`tensor.working_bytes`).
+_WORKING_FACTORS = {Codec.COPY: 0, Codec.RAW: 0, Codec.SELF: 1, Codec.BSDIFF: 4, Codec.TENSOR: 2}
 
 
-def segment_memory_bytes(codec: Codec, result_length: int, window_length: int, body_length: int) -> int:
+def segment_memory_bytes(
+    codec: Codec, result_length: int, window_length: int, body_length: int, working_bytes: int = 0
+) -> int:
     """Return what decoding a segment may take (SPEC section 6.4): the rule by which a header declares memory."""
-    working = _WORKING_FACTORS[codec] * result_length
+    working = max(working_bytes, _WORKING_FACTORS[codec] * result_length)
     return MEMORY_FIXED_BYTES + body_length + window_length + result_length + working

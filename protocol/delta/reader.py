@@ -196,7 +196,7 @@ class DeltaReader:
             else:
                 if len(self._buffer) < RECORD_BYTES + self._segment.body_length:
                     return
-                piece = self._read_body(self._segment)
+                piece = self._read_body(self._segment, self.header)
                 if piece is not None:
                     yield piece
 
@@ -239,14 +239,14 @@ class DeltaReader:
         check_segment(record, header, self.result_offset)
         self._segment = record
 
-    def _read_body(self, segment: SegmentHeader) -> Piece | None:
+    def _read_body(self, segment: SegmentHeader, header: Header) -> Piece | None:
         length = RECORD_BYTES + segment.body_length
         body = bytes(memoryview(self._buffer)[RECORD_BYTES:length])
         piece: Piece | None = None
         if segment.codec is Codec.NOTES:
             self._read_note(segment, body)
         else:
-            data = decode_segment(segment, body, self._base)
+            data = decode_segment(segment, body, self._base, header)
             piece = Piece(self.result_offset, data, segment.codec, length)
             if self._hash is not None:
                 self._hash.update(data)

@@ -18,10 +18,13 @@ _ALL_ZERO, _DENSE, _SPARSE = 0, 1, 2
 _PLANE_ZERO, _PLANE_STORED, _PLANE_ZSTD = 0, 1, 2
 _DEPTH_MAX = 3
 _VARINT_BYTES_MAX = 9
+_SCATTER_VALUES = 1 << 16  # positions made at once
 
 # Which representations are worth trying, by the share of values that are not zero.
 _SPARSE_ONLY_BELOW = 0.02
-_DENSE_ONLY_ABOVE = 0.7
+_DENSE_ONLY_ABOVE = (
+    0.5  # a limit of the format too: above it gaps cannot win, and would cost the reader memory
+)
 
 
 def write_varint(value: int, out: bytearray) -> None:
@@ -125,10 +128,9 @@ def _encode_dense(symbols: Unsigned, effort: str) -> bytes:
 def _encode_sparse(symbols: Unsigned, positions: npt.NDArray[np.intp], effort: str, depth: int) -> bytes:
     out = bytearray([_SPARSE])
     write_varint(len(positions), out)
-    gaps = np.diff(positions, prepend=-1) - 1
-    _encode_planes(gaps.astype("<u4"), effort, out)
-    values = symbols[positions] - symbols.dtype.type(1)
-    out += encode_symbols(values, effort, depth - 1)
+    # Values come before gaps: a reader then never holds the gaps of two levels at once.
+    out += encode_symbols(symbols[positions] - symbols.dtype.type(1), effort, depth - 1)
+    _encode_planes((np.diff(positions, prepend=-1) - 1).astype("<u4"), effort, out)
     return bytes(out)
 
 
@@ -171,14 +173,21 @@ def decode_symbols(payload: Payload, count: int, width: int, depth: int = _DEPTH
 
 
 def _decode_sparse(payload: Payload, count: int, width: int, depth: int) -> Unsigned:
-    used = payload.varint(count)
+    used = payload.varint(count // 2)
+    values = decode_symbols(payload, used, width, depth - 1)
+    values += values.dtype.type(1)
     gaps = _decode_planes(payload, used, 32)
-    positions = np.cumsum(gaps, dtype=np.int64)
-    positions += np.arange(used)
-    if used and positions[-1] >= count:
-        raise PatchError("a stream has values after its end")
     symbols: Unsigned = np.zeros(count, f"<u{width // 8}")
-    symbols[positions] = decode_symbols(payload, used, width, depth - 1) + symbols.dtype.type(1)
+    before = -1
+    for start in range(0, used, _SCATTER_VALUES):
+        positions = gaps[start : start + _SCATTER_VALUES].astype(np.int64)
+        positions += 1
+        np.cumsum(positions, out=positions)
+        positions += before
+        before = int(positions[-1])
+        if before >= count:
+            raise PatchError("a stream has values after its end")
+        symbols[positions] = values[start : start + _SCATTER_VALUES]
     return symbols
 
 

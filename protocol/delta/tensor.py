@@ -34,6 +34,7 @@ GAIN_LIMIT = 1 << 22
 
 _CHUNK_CODES = 1 << 16  # codes predicted at once: temporaries stay in the processor's cache
 _SPLIT_CLASSES, _ONE_CLASS = 1, 0
+_CLASSES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,19 @@ def read_runs(parameters: bytes, result_length: int, window_length: int) -> list
     if left:
         raise PatchError(f"the runs of a segment leave {left} bytes out")
     return runs
+
+
+def working_bytes(runs: Sequence[Run]) -> int:
+    """Return what decoding these runs takes beside payload, window and result (SPEC section 6.4).
+
+    Ten arrays of the size of the codes (symbols, values, gaps, expected values, contexts), and two of the blocks.
+    """
+    total = 0
+    for run in runs:
+        layout = LAYOUT_BY_NUMBER[run.layout]
+        code_bytes = layout.codes.count * _word_width(layout.codes) // 8
+        total += run.blocks * (10 * code_bytes + 2 * layout.block_bytes)
+    return total
 
 
 def takes_gain(layout: BlockLayout) -> bool:
@@ -310,8 +324,10 @@ def _encode_classes(symbols: Unsigned, context: npt.NDArray[np.uint8] | None, ef
         return whole
     classes = context & 0x0F
     parts = bytearray([_SPLIT_CLASSES])
-    for number in np.flatnonzero(np.bincount(classes, minlength=16)):
-        parts += encode_symbols(symbols[classes == number], effort)
+    for number in range(_CLASSES):
+        chosen = symbols[classes == number]
+        if len(chosen):
+            parts += encode_symbols(chosen, effort)
     return min(whole, bytes(parts), key=len)
 
 
@@ -325,8 +341,10 @@ def _decode_classes(
     if mode != _SPLIT_CLASSES or context is None:
         raise PatchError(f"a stream has the unknown mode {mode}")
     classes = context & 0x0F
-    sizes = np.bincount(classes, minlength=16)
     symbols: Unsigned = np.zeros(count, f"<u{width // 8}")
-    for number in np.flatnonzero(sizes):
-        symbols[classes == number] = decode_symbols(reader, int(sizes[number]), width)
+    for number in range(_CLASSES):
+        chosen = classes == number
+        size = int(np.count_nonzero(chosen))
+        if size:
+            symbols[chosen] = decode_symbols(reader, size, width)
     return symbols

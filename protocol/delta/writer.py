@@ -36,7 +36,7 @@ from protocol.delta.format import (
 from protocol.delta.gain import with_gains
 from protocol.delta.matching import match_regions
 from protocol.delta.planner import Planner, SegmentPlan
-from protocol.delta.tensor import encode_tensor, write_runs
+from protocol.delta.tensor import encode_tensor, working_bytes, write_runs
 from protocol.errors import ModelFileError, PatchLimitError
 from protocol.tensors import map_regions
 from protocol.tensors.regions import BytesSource, Layout, ReadAt, Region
@@ -143,8 +143,8 @@ def make_delta(
 
 def _plan_memory_bytes(plan: SegmentPlan) -> int:
     """The most that any rung may need; a body longer than the result would be sent raw."""
-    codecs = (Codec.TENSOR, Codec.SELF) if plan.runs else (Codec.BSDIFF, Codec.SELF)
-    return max(segment_memory_bytes(codec, plan.length, plan.window_length, plan.length) for codec in codecs)
+    codec = Codec.TENSOR if plan.runs else Codec.BSDIFF
+    return segment_memory_bytes(codec, plan.length, plan.window_length, plan.length, working_bytes(plan.runs))
 
 
 def _sha256(source: ReadAt) -> bytes:
@@ -197,7 +197,9 @@ class _Encoder:
             zlib.crc32(best.body),
         )
         # The check is against what was hashed, so a wrong encoder can never write a wrong file.
-        decode_segment(segment, best.body, _Window(self._base.length, plan.window_offset, window))
+        decode_segment(
+            segment, best.body, _Window(self._base.length, plan.window_offset, window), self.stats.header
+        )
         self._notes.add(plan, result, window, is_copy=best.codec is Codec.COPY)
         self._put(segment.pack(self._position()) + best.body)
         self._result_offset += len(result)

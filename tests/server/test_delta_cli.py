@@ -1,0 +1,205 @@
+"""`whimbrel delta`: what a user sees, and what is left on disk when something goes wrong."""
+
+import argparse
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from protocol.errors import (
+    PatchError,
+    RequestError,
+    StorageFullError,
+    TruncatedPatchError,
+    WhimbrelError,
+    WrongBaseError,
+)
+from protocol.tensors import Layout
+from server import delta_cli
+from tests.protocol.model_files import block_file, blocks, moved_blocks
+
+_BLOCKS = blocks(Layout.Q4_0, 500, 1)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "old.gguf").write_bytes(block_file(Layout.Q4_0, _BLOCKS))
+    (tmp_path / "new.gguf").write_bytes(block_file(Layout.Q4_0, moved_blocks(Layout.Q4_0, _BLOCKS, 2, 0.01)))
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def _run(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    delta_cli.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(["delta", *map(str, words)])
+    code: int = args.run(args)
+    return code
+
+
+def _make(files: Path, *options: str) -> Path:
+    patch = files / "out" / "patch"
+    assert _run("make", files / "old.gguf", files / "new.gguf", "-o", patch, *options) == 0
+    return patch
+
+
+def _report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def test_make_and_apply_give_back_the_new_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patch = _make(files, "--json")
+    made = _report(capsys)
+    assert made["patch_bytes"] == patch.stat().st_size
+    assert made["ratio"] == pytest.approx(made["patch_bytes"] / made["result_bytes"], abs=1e-6)
+    assert made["peak_memory_bytes"] > 1 << 20
+    result = files / "out" / "result"
+    assert _run("apply", files / "old.gguf", patch, "-o", result, "--json") == 0
+    assert _report(capsys)["result_sha256"] == made["result_sha256"]
+    assert result.read_bytes() == (files / "new.gguf").read_bytes()
+    assert sorted(path.name for path in (files / "out").iterdir()) == ["patch", "result"]
+
+
+def test_a_person_reads_sizes_ratio_time_and_memory(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patch = _make(files)
+    shown = capsys.readouterr().out
+    assert "% of the result" in shown
+    assert "MB/s" in shown
+    assert _run("inspect", patch) == 0
+    shown = capsys.readouterr().out
+    assert "q4_0" in shown
+    assert "1 changed or new" in shown
+
+
+def test_inspect_counts_every_byte(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patch = _make(files, "--profile", "fast")
+    capsys.readouterr()
+    _run("inspect", patch, "--json")
+    report = _report(capsys)
+    assert sum(row["patch_bytes"] for row in report["codecs"].values()) == patch.stat().st_size
+    assert sum(row["result_bytes"] for row in report["codecs"].values()) == report["result_bytes"]
+    assert report["profile"] == "fast"
+    assert [tensor["name"] for tensor in report["tensors"]] == ["w"]
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 5000])
+def test_an_empty_file_is_a_file(files: Path, content: bytes) -> None:
+    (files / "a").write_bytes(b"")
+    (files / "b").write_bytes(content)
+    assert _run("make", files / "a", files / "b", "-o", files / "p") == 0
+    assert _run("apply", files / "a", files / "p", "-o", files / "c") == 0
+    assert (files / "c").read_bytes() == content
+
+
+def _refused(kind: type[WhimbrelError], message: str, files: Path, *words: object) -> None:
+    before = sorted(path.name for path in (files / "out").iterdir())
+    with pytest.raises(kind) as caught:
+        _run(*words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in (files / "out").iterdir()) == before
+
+
+def test_missing_files_are_named(files: Path) -> None:
+    old, out = files / "old.gguf", files / "out" / "p"
+    _refused(RequestError, "nothing: no such file", files, "make", files / "nothing", old, "-o", out)
+    _refused(RequestError, "no such file or folder", files, "make", old, old, "-o", files / "no" / "p")
+    _refused(RequestError, "nothing: no such file", files, "inspect", files / "nothing")
+    _refused(RequestError, "out", files, "make", files / "out", old, "-o", out)
+    _refused(RequestError, "is a folder", files, "make", old, old, "-o", files / "out")
+
+
+def test_an_output_that_exists_is_kept(files: Path) -> None:
+    patch = _make(files)
+    content = patch.read_bytes()
+    _refused(RequestError, "--force", files, "make", files / "old.gguf", files / "old.gguf", "-o", patch)
+    assert patch.read_bytes() == content
+    _make(files, "--force")
+
+
+def test_a_truncated_delta_is_refused(files: Path) -> None:
+    patch = _make(files)
+    for length in (0, 50, 130, patch.stat().st_size - 1):
+        (files / "cut").write_bytes(patch.read_bytes()[:length])
+        target = files / "out" / "r"
+        _refused(
+            TruncatedPatchError,
+            "ends at byte",
+            files,
+            "apply",
+            files / "old.gguf",
+            files / "cut",
+            "-o",
+            target,
+        )
+        _refused(TruncatedPatchError, "ends at byte", files, "inspect", files / "cut")
+
+
+def test_a_file_that_is_no_delta_is_refused(files: Path) -> None:
+    old = files / "old.gguf"
+    _refused(PatchError, "not a delta file", files, "apply", old, old, "-o", files / "out" / "r")
+    _refused(PatchError, "not a delta file", files, "inspect", old)
+
+
+def test_a_wrong_base_is_refused_before_anything_is_written(files: Path) -> None:
+    patch, target = _make(files), files / "out" / "r"
+    _refused(WrongBaseError, "SHA-256 differs", files, "apply", files / "new.gguf", patch, "-o", target)
+    (files / "short").write_bytes(b"short")
+    _refused(WrongBaseError, "a base of", files, "apply", files / "short", patch, "-o", target)
+
+
+def test_a_damaged_delta_leaves_nothing_behind(files: Path) -> None:
+    patch = _make(files)
+    rng = np.random.default_rng(1)
+    for offset in rng.integers(0, patch.stat().st_size, 10):
+        damaged = bytearray(patch.read_bytes())
+        damaged[int(offset)] ^= 0x40
+        (files / "bad").write_bytes(damaged)
+        _refused(PatchError, "", files, "apply", files / "old.gguf", files / "bad", "-o", files / "out" / "r")
+
+
+def test_a_memory_limit_is_kept(files: Path) -> None:
+    patch = _make(files)
+    words = ("apply", files / "old.gguf", patch, "-o", files / "out" / "r", "--memory-limit-mib", 1)
+    _refused(PatchError, "bytes of memory", files, *words)
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    words = ("make", files / "old.gguf", files / "new.gguf", "-o", files / "out" / "p")
+    _refused(StorageFullError, "no space left", files, *words)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_device_is_not_a_model(files: Path) -> None:
+    _refused(RequestError, "not a regular file", files, "inspect", "/dev/full")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_reported(files: Path) -> None:
+    (files / "out").chmod(0o500)
+    words = ("make", files / "old.gguf", files / "new.gguf", "-o", files / "out" / "p")
+    _refused(RequestError, "permission denied", files, *words)
+
+
+def test_usage_errors_end_with_two(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["make", files / "old.gguf"], ["nothing"], []):
+        with pytest.raises(SystemExit) as caught:
+            _run(*words)
+        assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_what_a_segment_size_outside_its_limits_says(files: Path) -> None:
+    words = ("make", files / "old.gguf", files / "new.gguf", "-o", files / "out" / "p", "--segment-kib", 0)
+    _refused(PatchError, "segments of 0 bytes", files, *words)
