@@ -34,9 +34,9 @@ from device.effects import (
     Subscribe,
     Trace,
 )
-from device.journal import QUARANTINE_MAX, InstallItem, Record, SlotRecord, UpdateRecord
+from device.journal import InstallItem, Record, SlotRecord, UpdateRecord
+from device.ledger import Ledger
 from device.ports import ModelSource, TrialOrder
-from device.reporting import build_report, counters_of, tally_of
 from device.slots import SlotHealth, SlotName
 from device.states import RESTING, REVOCABLE, State, Trigger, fire
 from device.sync import MetadataSync
@@ -46,7 +46,7 @@ from protocol.chunks import Chunk, decode_chunk
 from protocol.errors import ReleaseError, WhimbrelError
 from protocol.ids import Digest, Family, Version
 from protocol.messages import Desired, MetadataBundle, TrialEvidence, decode_message, encode_message
-from protocol.release import Release, decode_release, release_digest, release_target
+from protocol.release import decode_release, release_digest, release_target
 from protocol.topics import (
     ChunkAnswerTopic,
     ChunkTopic,
@@ -82,21 +82,15 @@ class Agent:
     def __init__(self, config: AgentConfig, rng: random.Random) -> None:
         self.config = config
         self.state = State.IDLE
-        self.record = Record()
+        self._ledger = Ledger(config)
         self._rng = rng
         self._topics = Topics(config.fleet)
         self._out: list[Effect] = []
         self._now_ms = 0
         self._entered_ms = 0
         self._connected = False
-        self._reports = 0
-        self._runtimes: dict[str, str] = {}
-        self._memory_bytes = 0
-        self._files: dict[str, str] = {}  # of the active slot, as last measured
-        self._disk_free_bytes = 0
         self._sync: MetadataSync | None = None
         self._targets: dict[str, Target] = {}
-        self._tally = Tally()
         self._transfer: Transfer | None = None
         self._requester = Requester(self._topics, config.device, rng, config.groups_outstanding)
         self._serial = 0
@@ -124,7 +118,12 @@ class Agent:
             events.DeadlineReached: self._on_deadline,
         }
 
-    # --- the four verbs ------------------------------------------------------------------------------------
+    @property
+    def record(self) -> Record:
+        """What the agent holds to be true; durable once the `Persist` that carries it is."""
+        return self._ledger.record
+
+    # --- the two verbs ------------------------------------------------------------------------------------
 
     def handle(self, event: events.Event, now_ms: int) -> tuple[Effect, ...]:
         """Take note of a fact and say what has to be done, in order.
@@ -150,18 +149,13 @@ class Agent:
     # --- start ---------------------------------------------------------------------------------------------
 
     def _on_booted(self, event: events.Booted) -> None:
-        record = event.record or Record()
-        self.record = replace(record, boots=record.boots + 1)
-        self.state = record.state
+        self._ledger.boot(event.record, event.runtimes, event.memory_bytes)
+        self.state = self._ledger.record.state
         self._entered_ms = self._now_ms
-        self._runtimes = event.runtimes
-        self._memory_bytes = event.memory_bytes
         self._sync = MetadataSync(self._topics, self.config.device, self._rng, event.root)
-        if self.record.update is not None:
-            self._tally = tally_of(self.record.update.counters)
-        self._emit(Persist(self.record))
+        self._emit(Persist(self._ledger.record))
         self._inventory = self._next_serial()
-        self._emit(Probe(self._inventory, self.record.active))
+        self._emit(Probe(self._inventory, self._ledger.record.active))
         if self.state in {State.SYNCING, State.DOWNLOADING}:
             self._move(Trigger.SUSPENDED)
 
@@ -175,37 +169,37 @@ class Agent:
                 self._ask_measurement()
             case State.TRIAL:
                 self._begin_trial()
-            case State.FAILED if self._update.retry:
+            case State.FAILED if self._ledger.update.retry:
                 self._schedule_retry()
 
     def _on_inventory(self, event: events.Probed) -> None:
         """The active slot was measured at boot: serve it if it is what was signed, else what was there before."""
-        self._files = event.files
-        self._disk_free_bytes = event.disk_free_bytes
-        if self.record.active is None:
+        self._ledger.files = event.files
+        self._ledger.disk_free_bytes = event.disk_free_bytes
+        if self._ledger.record.active is None:
             self._serving_settled()
-        elif event.files == self.record.active_slot.files:
-            self._ask_serve(self.record.active)
+        elif event.files == self._ledger.record.active_slot.files:
+            self._ask_serve(self._ledger.record.active)
         else:
             self._abandon_active("slot.damaged")
         self._report()
 
     def _abandon_active(self, code: str) -> None:
         """The active slot cannot be served. Fall back to the other one if that one ever proved itself."""
-        active = self.record.active
+        active = self._ledger.record.active
         assert active is not None
-        if self.record.slots[active.other].health is not SlotHealth.GOOD:
+        if self._ledger.record.slots[active.other].health is not SlotHealth.GOOD:
             self._serving_settled()  # nothing better to offer; an update may still bring one
             return
-        self._set_slot(active, replace(self.record.slots[active], health=SlotHealth.BAD))
-        self.record = replace(self.record, active=active.other)
+        self._ledger.set_slot(active, replace(self._ledger.record.slots[active], health=SlotHealth.BAD))
+        self._ledger.change(active=active.other)
         if self.state is State.COMMITTING:
             self._move(Trigger.SWAP_FAILED, code)
-            self._quarantine()
-            self._note(code=code, detail="the new version could not be served")
+            self._ledger.quarantine()
+            self._ledger.note(code=code, detail="the new version could not be served")
         self._persist()
         self._emit(PointCurrent(active.other))
-        self._files = {}
+        self._ledger.files = {}
         self._inventory = self._next_serial()
         self._emit(Probe(self._inventory, active.other))
 
@@ -218,8 +212,8 @@ class Agent:
         self._emit(Subscribe(inbox, 1))
         self._report()
         if self.state is State.SUSPENDED:
-            self._tally.resumes += 1
-            if self.record.state is State.DOWNLOADING:
+            self._ledger.tally.resumes += 1
+            if self._ledger.record.state is State.DOWNLOADING:
                 self._move(Trigger.DOWNLOAD_RESUMED)
                 self._begin_download()
             else:
@@ -240,7 +234,7 @@ class Agent:
         try:
             message = self._decoded(event)
         except WhimbrelError:
-            self._tally.invalid_chunks += 1
+            self._ledger.tally.invalid_chunks += 1
             return
         if isinstance(message, Chunk):
             self._on_chunk(message)
@@ -271,19 +265,22 @@ class Agent:
     # --- what should run -----------------------------------------------------------------------------------
 
     def _on_desired(self, desired: Desired) -> None:
-        if desired.sequence <= self.record.desired_sequence:
+        if desired.sequence <= self._ledger.record.desired_sequence:
             return  # repeated, or replayed
         if self.state not in RESTING + REVOCABLE:
             self._pending = desired
             return
-        self.record = replace(self.record, desired_sequence=desired.sequence)
-        if desired.family == self.config.family and desired.version == self.record.active_slot.version:
+        self._ledger.change(desired_sequence=desired.sequence)
+        if (
+            desired.family == self.config.family
+            and desired.version == self._ledger.record.active_slot.version
+        ):
             self._withdraw()
             return
         self._drop_work()
-        self._tally = Tally()
+        self._ledger.tally = Tally()
         update = UpdateRecord(desired=desired, started_ms=self._now_ms)
-        self.record = replace(self.record, update=update)
+        self._ledger.change(update=update)
         self._move(Trigger.REQUESTED)
         self._persist()
         self._report()
@@ -296,10 +293,10 @@ class Agent:
         """What runs is what should run; an update under way is no longer wanted."""
         if self.state in (*REVOCABLE, State.FAILED):
             self._drop_work()
-            self._note(
+            self._ledger.note(
                 outcome="failed", code="update.withdrawn", detail="another version was asked for", retry=False
             )
-            self._note(finished_ms=self._now_ms)
+            self._ledger.note(finished_ms=self._now_ms)
             self._move(Trigger.WITHDRAWN)
             self._persist()
             self._emit(RemoveBlobs(frozenset()))
@@ -327,10 +324,10 @@ class Agent:
         documents = self._sync.documents()
         if documents is None:
             return
-        verified = self._sync.verify(documents, self.record.floors, self._now_ms)
+        verified = self._sync.verify(documents, self._ledger.record.floors, self._now_ms)
         if verified is None:
             return
-        desired = self._update.desired
+        desired = self._ledger.update.desired
         target = verified.targets.get(release_target(Family(desired.family), Version(desired.version)))
         if target is None:
             self._sync.last_error = ReleaseError(
@@ -338,8 +335,8 @@ class Agent:
             )
             return
         # The floors are durable before anything is done with what the metadata says.
-        is_newer_root = verified.floors.root > self.record.floors.root
-        self.record = replace(self.record, floors=verified.floors)
+        is_newer_root = verified.floors.root > self._ledger.record.floors.root
+        self._ledger.change(floors=verified.floors)
         self._persist()
         if is_newer_root:
             self._emit(SaveRoot(verified.root))
@@ -349,7 +346,9 @@ class Agent:
         self._begin_transfer([description], read_last=True)
 
     def _begin_transfer(self, artifacts: list[Artifact], *, read_last: bool) -> None:
-        self._transfer = Transfer(artifacts, self._requester, self._tally, self._ask, read_last=read_last)
+        self._transfer = Transfer(
+            artifacts, self._requester, self._ledger.tally, self._ask, read_last=read_last
+        )
         self._progress(self._transfer.resume(self._now_ms))
 
     def _progress(self, effects: Iterable[Effect]) -> None:
@@ -366,18 +365,18 @@ class Agent:
 
     def _on_release(self, data: bytes) -> None:
         """The signed description is there: judge it, then measure."""
-        desired = self._update.desired
+        desired = self._ledger.update.desired
         try:
             release = decode_release(data)
             if (release.family, release.version) != (desired.family, desired.version):
                 raise ReleaseError(f"description of {release.family} {release.version} under another name")
             sha256 = release_digest(release)
-            check_quarantine(sha256, self.record.quarantine)
-            check_release_fits(release, self.config, self._runtimes)
+            check_quarantine(sha256, self._ledger.record.quarantine)
+            check_release_fits(release, self.config, self._ledger.runtimes)
         except WhimbrelError as error:
             self._refuse(error.code, str(error))
             return
-        self._note(release=release, release_sha256=sha256)
+        self._ledger.note(release=release, release_sha256=sha256)
         self._move(Trigger.METADATA_VERIFIED)
         self._persist()
         self._ask_probe()
@@ -385,7 +384,7 @@ class Agent:
     # --- admitting -----------------------------------------------------------------------------------------
 
     def _ask_probe(self) -> None:
-        self._emit(Probe(self._ask(), self.record.active))
+        self._emit(Probe(self._ask(), self._ledger.record.active))
 
     def _on_probed(self, event: events.Probed) -> None:
         if event.serial == self._inventory:
@@ -393,11 +392,15 @@ class Agent:
             return
         if not self._answers(event.serial):
             return
-        self._files = event.files
-        self._disk_free_bytes = event.disk_free_bytes
+        self._ledger.files = event.files
+        self._ledger.disk_free_bytes = event.disk_free_bytes
         try:
             items = plan_items(
-                self._release, self._targets, event.files, self.config, full_only=self._update.full_only
+                self._ledger.release,
+                self._targets,
+                event.files,
+                self.config,
+                full_only=self._ledger.update.full_only,
             )
             check_disk(items, event.disk_free_bytes, event.inactive_bytes, self.config)
         except WhimbrelError as error:
@@ -406,9 +409,9 @@ class Agent:
         self._admit(items)
 
     def _admit(self, items: tuple[InstallItem, ...]) -> None:
-        slot = self.record.active.other if self.record.active is not None else SlotName.A
-        self._note(items=items, slot=slot)
-        self._set_slot(slot, SlotRecord())
+        slot = self._ledger.record.active.other if self._ledger.record.active is not None else SlotName.A
+        self._ledger.note(items=items, slot=slot)
+        self._ledger.set_slot(slot, SlotRecord())
         self._move(Trigger.ADMITTED)
         self._persist()
         self._emit(
@@ -428,7 +431,7 @@ class Agent:
         if self._transfer is not None:
             self._progress(self._transfer.resume(self._now_ms))
         else:
-            self._begin_transfer(_artifacts_of(self._update.items), read_last=False)
+            self._begin_transfer(_artifacts_of(self._ledger.update.items), read_last=False)
 
     def _on_blob_opened(self, event: events.BlobOpened) -> None:
         if self._answers(event.serial) and self._transfer is not None:
@@ -444,7 +447,7 @@ class Agent:
 
     def _on_downloaded(self) -> None:
         self._move(Trigger.DOWNLOADED)
-        self._set_slot(self._slot, SlotRecord(health=SlotHealth.INSTALLING))
+        self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.INSTALLING))
         self._persist()
         self._report()
         self._ask_install_step()
@@ -452,9 +455,11 @@ class Agent:
     # --- installing and verifying --------------------------------------------------------------------------
 
     def _ask_install_step(self) -> None:
-        update = self._update
+        update = self._ledger.update
         limit = self.config.delta_memory_bytes_max
-        self._emit(InstallStep(self._ask(), self.record.active, self._slot, update.items, limit))
+        self._emit(
+            InstallStep(self._ask(), self._ledger.record.active, self._ledger.slot, update.items, limit)
+        )
 
     def _on_install_progressed(self, event: events.InstallProgressed) -> None:
         if not self._answers(event.serial):
@@ -467,18 +472,18 @@ class Agent:
         self._ask_measurement()
 
     def _ask_measurement(self) -> None:
-        self._emit(MeasureSlot(self._ask(), self._slot))
+        self._emit(MeasureSlot(self._ask(), self._ledger.slot))
 
     def _on_slot_measured(self, event: events.SlotMeasured) -> None:
         if not self._answers(event.serial):
             return
-        wanted = {file.name: file.sha256 for file in self._release.files}
+        wanted = {file.name: file.sha256 for file in self._ledger.release.files}
         if event.files != wanted:
             self._delta_unusable("verify.mismatch", "the installed files are not the signed ones")
             return
-        release = self._release
-        self._set_slot(
-            self._slot,
+        release = self._ledger.release
+        self._ledger.set_slot(
+            self._ledger.slot,
             SlotRecord(
                 health=SlotHealth.VERIFIED,
                 version=release.version,
@@ -493,10 +498,12 @@ class Agent:
 
     def _delta_unusable(self, code: str, detail: str) -> None:
         """A delta did not lead to the signed file: begin again with whole files, once."""
-        if self._update.full_only or not any(item.action == "delta" for item in self._update.items):
+        if self._ledger.update.full_only or not any(
+            item.action == "delta" for item in self._ledger.update.items
+        ):
             self._fail(code, detail, retryable=True)
             return
-        self._note(full_only=True, code=code, detail=detail)
+        self._ledger.note(full_only=True, code=code, detail=detail)
         self._drop_work()
         self._move(Trigger.DELTA_UNUSABLE, code)
         self._persist()
@@ -507,52 +514,56 @@ class Agent:
 
     def _begin_trial(self) -> None:
         """Count the try durably, then start: a model that takes the device down is counted too."""
-        update, slot = self._update, self._slot
+        update, slot = self._ledger.update, self._ledger.slot
         if update.tries >= TRIES_MAX:
             self._conclude(Verdict("trial.crashed", f"{TRIES_MAX} trials did not come to an end"), None)
             return
-        self._note(tries=update.tries + 1)
-        self._set_slot(slot, replace(self.record.slots[slot], health=SlotHealth.ON_TRIAL))
+        self._ledger.note(tries=update.tries + 1)
+        self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.ON_TRIAL))
         self._persist()
-        file = self.record.slots[slot].main_file
+        file = self._ledger.record.slots[slot].main_file
         order = TrialOrder(
-            ModelSource(self._release.runtime, ""), self._release.health, self.config.memory_bytes_max
+            ModelSource(self._ledger.release.runtime, ""),
+            self._ledger.release.health,
+            self.config.memory_bytes_max,
         )
         self._emit(StartTrial(self._ask(), slot, file, order))
 
     def _on_trial_finished(self, event: events.TrialFinished) -> None:
         if self._answers(event.serial):
-            verdict = judge(event.evidence, self._release.health, self.config.memory_bytes_max)
+            verdict = judge(event.evidence, self._ledger.release.health, self.config.memory_bytes_max)
             self._conclude(verdict, event.evidence)
 
     def _conclude(self, verdict: Verdict, evidence: TrialEvidence | None) -> None:
-        slot = self._slot
-        self._note(evidence=evidence, code=verdict.code, detail=verdict.detail)
+        slot = self._ledger.slot
+        self._ledger.note(evidence=evidence, code=verdict.code, detail=verdict.detail)
         if verdict.passed:
             self._move(Trigger.TRIAL_PASSED)
-            self._set_slot(slot, replace(self.record.slots[slot], health=SlotHealth.GOOD))
-            self.record = replace(self.record, active=slot)
+            self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.GOOD))
+            self._ledger.change(active=slot)
             self._persist()  # the commit point: from here on the new slot is the active one
-            self._files = dict(self.record.slots[slot].files)  # read back from the medium before the trial
+            self._ledger.files = dict(
+                self._ledger.record.slots[slot].files
+            )  # read back from the medium before the trial
             self._emit(PointCurrent(slot))
             self._ask_serve(slot)
             return
         self._move(Trigger.TRIAL_FAILED, verdict.code)
-        self._quarantine()
-        self._set_slot(slot, replace(self.record.slots[slot], health=SlotHealth.BAD))
+        self._ledger.quarantine()
+        self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.BAD))
         self._persist()
         self._report()
-        if self._serving is self.record.active:
+        if self._serving is self._ledger.record.active:
             self._restored()  # the old version never stopped answering
 
     def _ask_serve(self, slot: SlotName) -> None:
-        record = self.record.slots[slot]
+        record = self._ledger.record.slots[slot]
         self._serve = self._next_serial()
         self._emit(Serve(self._serve, slot, record.runtime, record.main_file))
 
     def _on_serving_started(self, event: events.ServingStarted) -> None:
         if event.serial == self._serve:
-            self._serving = self.record.active
+            self._serving = self._ledger.record.active
             self._serving_settled()
 
     def _serving_settled(self) -> None:
@@ -566,28 +577,28 @@ class Agent:
             self._resume_after_boot()
 
     def _restored(self) -> None:
-        self._emit(EmptySlot(self._slot))
-        self._set_slot(self._slot, SlotRecord(health=SlotHealth.BAD))
+        self._emit(EmptySlot(self._ledger.slot))
+        self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.BAD))
         self._move(Trigger.RESTORED)
         self._finish("rolled_back")
-
-    def _quarantine(self) -> None:
-        quarantine = (*self.record.quarantine, self._update.release_sha256)[-QUARANTINE_MAX:]
-        self.record = replace(self.record, quarantine=quarantine)
 
     # --- ends ----------------------------------------------------------------------------------------------
 
     def _refuse(self, code: str, detail: str) -> None:
         self._drop_work()
-        self._note(code=code, detail=detail)
+        self._ledger.note(code=code, detail=detail)
         self._move(Trigger.REFUSED, code)
         self._finish("rejected")
 
     def _fail(self, code: str, detail: str, *, retryable: bool) -> None:
         """Give up cleanly; try again later where that can help."""
         self._drop_work()
-        retry = retryable and self._update.attempts < ATTEMPTS_MAX and self._update.writes < WRITES_MAX
-        self._note(code=code, detail=detail, retry=retry)
+        retry = (
+            retryable
+            and self._ledger.update.attempts < ATTEMPTS_MAX
+            and self._ledger.update.writes < WRITES_MAX
+        )
+        self._ledger.note(code=code, detail=detail, retry=retry)
         self._move(Trigger.FAILED, code)
         if retry:
             self._persist()
@@ -597,19 +608,19 @@ class Agent:
             self._finish("failed")
 
     def _schedule_retry(self) -> None:
-        longest_ms = min(RETRY_BASE_MS << self._update.attempts, RETRY_CAP_MS)
+        longest_ms = min(RETRY_BASE_MS << self._ledger.update.attempts, RETRY_CAP_MS)
         self._retry_ms = self._now_ms + self._rng.randint(RETRY_BASE_MS // 5, longest_ms)
 
     def _retry(self) -> None:
         self._retry_ms = None
-        self._note(retry=False, attempts=self._update.attempts + 1)
+        self._ledger.note(retry=False, attempts=self._ledger.update.attempts + 1)
         self._move(Trigger.RETRIED)
         self._persist()
         self._report()
         self._begin_sync()
 
     def _finish(self, outcome: str) -> None:
-        self._note(outcome=outcome, finished_ms=self._now_ms, retry=False)
+        self._ledger.note(outcome=outcome, finished_ms=self._now_ms, retry=False)
         self._persist()
         self._emit(RemoveBlobs(frozenset()))
         self._report()
@@ -645,9 +656,9 @@ class Agent:
             self._delta_unusable(event.code, event.detail)
         elif self.state in REVOCABLE:
             self._fail(event.code, event.detail, retryable=event.is_retryable)
-        elif self.record.update is not None and self.record.update.code != event.code:
+        elif self._ledger.record.update is not None and self._ledger.record.update.code != event.code:
             # The record could not be written in a state that cannot be left: say so once, and keep serving.
-            self._note(code=event.code, detail=event.detail)
+            self._ledger.note(code=event.code, detail=event.detail)
             self._report()
 
     def _on_deadline(self, _event: events.DeadlineReached) -> None:
@@ -670,21 +681,6 @@ class Agent:
                 return
 
     # --- small things --------------------------------------------------------------------------------------
-
-    @property
-    def _update(self) -> UpdateRecord:
-        assert self.record.update is not None
-        return self.record.update
-
-    @property
-    def _release(self) -> Release:
-        assert self._update.release is not None
-        return self._update.release
-
-    @property
-    def _slot(self) -> SlotName:
-        assert self._update.slot is not None
-        return self._update.slot
 
     def _emit(self, *effects: Effect) -> None:
         self._out.extend(effects)
@@ -709,55 +705,20 @@ class Agent:
         self._job_deadline_ms = None
         return True
 
-    def _set_slot(self, slot: SlotName, content: SlotRecord) -> None:
-        self.record = replace(self.record, slots={**self.record.slots, slot: content})
-
-    def _note(self, **changes: Any) -> None:
-        if self.record.update is not None:
-            self.record = replace(self.record, update=replace(self.record.update, **changes))
-
     def _move(self, trigger: Trigger, code: str = "") -> None:
         row = fire(self, trigger)
-        if self.record.update is not None:
-            spent = dict(self.record.update.states_ms)
-            spent[row.source.value] = spent.get(row.source.value, 0) + max(0, self._now_ms - self._entered_ms)
-            self._note(states_ms=spent)
-            self._emit(Trace(row, self.record.update.desired.version, code))
+        self._ledger.spend(row.source, self._now_ms - self._entered_ms)
         self._entered_ms = self._now_ms
+        self._emit(Trace(row, self._ledger.update.desired.version, code))
 
     def _persist(self) -> None:
-        """Write the state down before acting on it.
-
-        A suspended update is recorded as what it was. Admission is repeated from the sync, because the signed
-        artifacts that it chooses from are not kept.
-        """
-        state = self.state
-        if state is State.SUSPENDED:
-            state = self.record.state
-        elif state is State.ADMITTING:
-            state = State.SYNCING
-        if self.record.update is not None:
-            self._note(writes=self._update.writes + 1, counters=counters_of(self._tally))
-        self.record = replace(self.record, state=state)
-        self._emit(Persist(self.record))
+        """Write the state down before acting on it."""
+        self._emit(self._ledger.persist(self.state))
 
     def _report(self) -> None:
-        if not self._connected:
-            return
-        self._note(counters=counters_of(self._tally))
-        self._reports += 1
-        report = build_report(
-            self.config,
-            self.record,
-            self.state,
-            self._reports,
-            files=self._files,
-            runtimes=self._runtimes,
-            disk_free_bytes=self._disk_free_bytes,
-            memory_bytes=self._memory_bytes,
-        )
-        topic = self._topics.report(self.config.device)
-        self._emit(Publish(topic, encode_message(report), 1, retain=True))
+        if self._connected:
+            payload = encode_message(self._ledger.report(self.state))
+            self._emit(Publish(self._topics.report(self.config.device), payload, 1, retain=True))
 
 
 def _artifacts_of(items: tuple[InstallItem, ...]) -> list[Artifact]:

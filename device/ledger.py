@@ -1,0 +1,113 @@
+"""What a device knows about itself: the durable record, what it has measured, and what the update has cost. Pure."""
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from device.config import AgentConfig
+from device.download import Tally
+from device.effects import Persist
+from device.journal import QUARANTINE_MAX, Record, SlotRecord, UpdateRecord
+from device.reporting import build_report, counters_of, tally_of
+from device.slots import SlotName
+from device.states import State
+from protocol.messages import Report
+from protocol.release import Release
+
+
+class Ledger:
+    """The record and its changes.
+
+    Args:
+        config: Who this is.
+    """
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.record = Record()
+        self.tally = Tally()
+        self.runtimes: dict[str, str] = {}
+        self.memory_bytes = 0
+        self.files: dict[str, str] = {}  # of the active slot, as last measured
+        self.disk_free_bytes = 0
+        self._config = config
+        self._reports = 0
+
+    def boot(self, record: Record | None, runtimes: dict[str, str], memory_bytes: int) -> None:
+        """Take over what the disk knows."""
+        record = record or Record()
+        self.record = replace(record, boots=record.boots + 1)
+        self.runtimes = runtimes
+        self.memory_bytes = memory_bytes
+        if record.update is not None:
+            self.tally = tally_of(record.update.counters)
+
+    @property
+    def update(self) -> UpdateRecord:
+        """The update under way; there must be one."""
+        assert self.record.update is not None
+        return self.record.update
+
+    @property
+    def release(self) -> Release:
+        """What the update leads to; its description must have been read."""
+        assert self.update.release is not None
+        return self.update.release
+
+    @property
+    def slot(self) -> SlotName:
+        """Where the update is built; admission must have chosen it."""
+        assert self.update.slot is not None
+        return self.update.slot
+
+    def change(self, **changes: Any) -> None:
+        """Change fields of the record."""
+        self.record = replace(self.record, **changes)
+
+    def note(self, **changes: Any) -> None:
+        """Change fields of the update, if there is one."""
+        if self.record.update is not None:
+            self.change(update=replace(self.record.update, **changes))
+
+    def set_slot(self, slot: SlotName, content: SlotRecord) -> None:
+        """Change what is known of a slot."""
+        self.change(slots={**self.record.slots, slot: content})
+
+    def quarantine(self) -> None:
+        """Never try this release again."""
+        self.change(quarantine=(*self.record.quarantine, self.update.release_sha256)[-QUARANTINE_MAX:])
+
+    def spend(self, state: State, spent_ms: int) -> None:
+        """Account for the time that the update was in a state."""
+        if self.record.update is not None:
+            before_ms = self.update.states_ms.get(state.value, 0)
+            self.note(states_ms={**self.update.states_ms, state.value: before_ms + max(0, spent_ms)})
+
+    def persist(self, state: State) -> Persist:
+        """The record as it has to be on disk before the state is acted upon.
+
+        A suspended update is recorded as what it was. Admission is repeated from the sync, because the signed
+        artifacts that it chooses from are not kept.
+        """
+        if state is State.SUSPENDED:
+            state = self.record.state
+        elif state is State.ADMITTING:
+            state = State.SYNCING
+        if self.record.update is not None:
+            self.note(writes=self.update.writes + 1, counters=counters_of(self.tally))
+        self.change(state=state)
+        return Persist(self.record)
+
+    def report(self, state: State) -> Report:
+        """What to tell the server now."""
+        self.note(counters=counters_of(self.tally))
+        self._reports += 1
+        return build_report(
+            self._config,
+            self.record,
+            state,
+            self._reports,
+            files=self.files,
+            runtimes=self.runtimes,
+            disk_free_bytes=self.disk_free_bytes,
+            memory_bytes=self.memory_bytes,
+        )
