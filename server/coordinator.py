@@ -42,7 +42,7 @@ from server.events import (
     SigningFailed,
     Started,
 )
-from server.fleet.registry import DeviceRecord, Registry, is_news, next_desired_sequence
+from server.fleet.registry import DeviceRecord, Registry, is_news, next_desired_sequence, runs
 from server.ports import CacheEntry, CacheRemoval, DeltaRefusal
 from server.releases.catalog import Catalog, blob_target
 from server.releases.delta_planner import (
@@ -161,13 +161,22 @@ class Coordinator:
             return
         record = msgspec.structs.replace(before, report=event.report, seen_ms=now_ms)
         self._put_device(record)
-        if event.report.update is not None:
-            campaign = self.campaigns.get(event.report.update.rollout)
-            member = campaign.observe(event.device, event.report.update, now_ms) if campaign else None
-            if campaign and member:
+        update = event.report.update
+        campaign = self.campaigns.get(update.rollout) if update else None
+        if update and campaign and self._is_credible(campaign, record):
+            member = campaign.observe(event.device, update, now_ms)
+            if member:
                 self._effects.append(Save(member))
                 self._advance(campaign, now_ms)
         self._reconsider(before, record, now_ms)
+
+    def _is_credible(self, campaign: Campaign, device: DeviceRecord) -> bool:
+        """A commit counts only with the measured files of the release."""
+        update = device.report.update if device.report else None
+        if update is None or update.outcome != "committed":
+            return True
+        release = self.catalog.release(campaign.record.family, campaign.record.version)
+        return release is not None and runs(device, release)
 
     def _reconsider(self, before: DeviceRecord, record: DeviceRecord, now_ms: int) -> None:
         """What a device runs has changed: it may be new to a rollout, or have got there on another way."""
@@ -318,8 +327,12 @@ class Coordinator:
             is_foreign = bool(release.resources.tiers and tier and tier not in release.resources.tiers)
             return is_foreign, canary_rank(campaign.record.id, device.device)
 
-        candidates = sorted(self._candidates(campaign), key=rank)
-        self._ask(campaign, candidates[: campaign.record.canary_count], now_ms)
+        candidates = self._candidates(campaign)
+        for device in candidates:
+            if runs(device, release):  # no trial, so no proof: it takes no canary's place
+                self._effects.append(Save(campaign.count_committed(device.device, now_ms)))
+        waiting = sorted((device for device in candidates if not runs(device, release)), key=rank)
+        self._ask(campaign, waiting[: campaign.record.canary_count], now_ms)
 
     def _judge_canary(self, campaign: Campaign, now_ms: int) -> None:
         if self._stop_if_failing(campaign, now_ms) or not campaign.is_wave_decided:
@@ -478,12 +491,3 @@ class Coordinator:
 
     def _is_full(self, record: DeviceRecord) -> bool:
         return record.seen_ms == 0 and len(self.registry) >= self.limits.devices_max
-
-
-def runs(device: DeviceRecord, release: Release) -> bool:
-    """Whether a device reports that it runs `release`, with the files that the release consists of."""
-    if device.report is None or (device.version, device.family) != (release.version, release.family):
-        return False
-    return not device.report.files or {file.sha256 for file in release.files} <= set(
-        device.report.files.values()
-    )

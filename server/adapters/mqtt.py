@@ -91,6 +91,7 @@ class _Connection:
     """State of one connection; goes with it."""
 
     client: Client
+    is_accepted: bool = False
     is_lost: bool = False
     reason: str = ""
     granted: set[int] = field(default_factory=set)
@@ -269,12 +270,13 @@ class MqttTransport:
         client.max_inflight_messages_set(WINDOW_MESSAGES)
         client.connect_timeout = CONNECT_TIMEOUT_S
         connection = _Connection(client)
-        accepted = threading.Event()
 
         def on_connect(_c: Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
             if reason.is_failure:
                 self._lose(connection, f"refused: {reason}")
-            accepted.set()
+            with self._condition:
+                connection.is_accepted = True
+                self._condition.notify_all()
 
         client.on_connect = on_connect
         client.on_disconnect = lambda _c, _u, _f, reason, _p: self._lose(connection, str(reason))
@@ -287,8 +289,10 @@ class MqttTransport:
             self._failed(error.strerror or str(error))
             return None
         client.loop_start()
-        if not accepted.wait(CONNECT_TIMEOUT_S) or connection.is_lost or not self._subscribe(connection):
-            self._failed(connection.reason or "no answer in time")
+        is_accepted = self._wait(connection, lambda: connection.is_accepted, CONNECT_TIMEOUT_S)
+        if not (is_accepted and self._subscribe(connection)):
+            if not self._is_stopping:
+                self._failed(connection.reason or "no answer in time")
             _close(client)
             return None
         with self._condition:
@@ -307,13 +311,15 @@ class MqttTransport:
             if code != MQTT_ERR_SUCCESS or mid is None:
                 return False
             wanted.add(mid)
+        return self._wait(connection, lambda: wanted <= connection.granted, SUBSCRIBE_TIMEOUT_S)
+
+    def _wait(self, connection: _Connection, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for the broker; false when it did not answer in time, refused, or we have to stop."""
         with self._condition:
-            return (
-                self._condition.wait_for(
-                    lambda: connection.is_lost or wanted <= connection.granted, SUBSCRIBE_TIMEOUT_S
-                )
-                and not connection.is_lost
+            self._condition.wait_for(
+                lambda: condition() or connection.is_lost or self._is_stopping, timeout_s
             )
+            return condition() and not connection.is_lost and not self._is_stopping
 
     def _pump(self, connection: _Connection) -> None:
         """Send until the connection is lost: one of each lane in turn, as far as the windows allow."""

@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from protocol.ids import DeviceId, Family
 from protocol.messages import Desired, Report
+from protocol.release import Release
 
 
 class DeviceRecord(Struct, frozen=True, kw_only=True):
@@ -78,3 +79,12 @@ def next_desired_sequence(record: DeviceRecord) -> int:
     """A number above every one that the device has seen, also when this server's store is younger than the device."""
     reported = record.report.update.sequence if record.report and record.report.update else 0
     return max(record.desired_sequence, reported) + 1
+
+
+def runs(device: DeviceRecord, release: Release) -> bool:
+    """Whether a device reports that it runs `release`, with the files that the release consists of."""
+    if device.report is None or (device.version, device.family) != (release.version, release.family):
+        return False
+    return not device.report.files or {file.sha256 for file in release.files} <= set(
+        device.report.files.values()
+    )

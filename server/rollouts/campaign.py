@@ -184,8 +184,11 @@ class Campaign:
 
     @property
     def has_proof(self) -> bool:
-        """Whether any device of the canary wave has committed: a wave that only refused proves nothing."""
-        return self._counts["canary"]["committed"] > 0
+        """Whether a device that was asked as a canary has committed: a wave that only refused proves nothing."""
+        return any(
+            member.wave == "canary" and member.status == "committed" and member.sequence > 0
+            for member in self.members.values()
+        )
 
     def failures(self) -> int:
         """Failures in the wave under way."""

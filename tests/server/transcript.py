@@ -1,0 +1,289 @@
+"""A coordinator that is played from a text: lines that begin with `>` happen, the lines below are what it orders.
+
+> report a 1                          device a runs version 1
+> report a 1 running r1               ... and says how the update of rollout r1 is going (`#2` for sequence 2)
+> rollout r1 2 canary=1 failures=0    an operator starts rollout r1 of version 2
+> built 1-2 1000                      the delta is there, with its length; `failed 1-2` if it could not be built
+> signed                              what was to be signed last is signed; `unsigned` if that failed
+> connect                             the broker is there
+> link a online
+> chunks a file2 0,1,5
+> metadata a 1
+> uncached file2
+> wait 1000                           milliseconds pass, and the deadline with them if it is due
+> restart                             everything is read from the store, unsaved memory is gone
+"""
+
+import base64
+from collections.abc import Iterable
+
+import msgspec
+
+from protocol.ids import DeviceId, Digest, Family, Version, digest_of
+from protocol.messages import ChunkRequest, MetadataRequest, UpdateReport
+from protocol.release import delta_target
+from protocol.trust import Target
+from server.coordinator import Coordinator, CoordinatorLimits
+from server.effects import (
+    AnswerChunks,
+    AnswerMetadata,
+    BuildDelta,
+    CacheBlob,
+    Effect,
+    PublishDesired,
+    PublishMetadata,
+    Save,
+    SignMetadata,
+    UncacheBlob,
+)
+from server.events import (
+    BlobUncached,
+    BrokerConnected,
+    DeadlineReached,
+    DeltaBuilt,
+    DeltaFailed,
+    Event,
+    LinkReceived,
+    MetadataChanged,
+    ReportReceived,
+    RequestReceived,
+    RolloutRequested,
+    SigningFailed,
+    Started,
+)
+from server.fleet.registry import DeviceRecord
+from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, Record
+from server.releases.catalog import target_blobs
+from server.rollouts.campaign import MemberRecord, RolloutRecord
+from tests.server.samples import NOW_MS, model_bytes, paper_catalog, paper_release, report, stored
+
+VERSIONS = ("1", "2", "3")
+
+
+class Play:
+    """A coordinator with a store in memory.
+
+    Args:
+        limits: Of the coordinator.
+        tiers: That version 3 is for.
+    """
+
+    def __init__(self, limits: CoordinatorLimits | None = None, tiers: tuple[str, ...] = ()) -> None:
+        self.limits = limits or CoordinatorLimits()
+        self.releases = [paper_release(version, tiers if version == "3" else ()) for version in VERSIONS]
+        self.now_ms = NOW_MS
+        self.deltas: dict[str, Target] = {}
+        self.signing: SignMetadata | None = None
+        self.sequences: dict[str, int] = {}
+        self.store: dict[tuple[str, ...], Record] = {}
+        self.refresh_ms = 1 << 52
+        self.last_effects: tuple[Effect, ...] = ()
+        self.coordinator = Coordinator(self.limits)
+        self.happen(self._started())
+
+    def play(self, text: str) -> str:
+        """The same text with what the coordinator really ordered."""
+        lines: list[str] = []
+        for line in text.strip().splitlines():
+            if line.strip().startswith(">"):
+                lines.append(line.strip())
+                lines += self.command(line.strip()[1:].split())
+        return "\n".join(lines)
+
+    def check(self, text: str) -> None:
+        """Assert that the coordinator orders what the text says."""
+        expected = "\n".join(line.strip() for line in text.strip().splitlines())
+        assert self.play(text) == expected
+
+    def command(self, words: list[str]) -> list[str]:
+        """Let one thing happen."""
+        if words[0] == "restart":
+            self.coordinator = Coordinator(self.limits)
+        if words[0] == "wait":
+            self.now_ms += int(words[1])
+            self.last_effects = ()
+            deadline_ms = self.coordinator.deadline()
+            is_due = deadline_ms is not None and deadline_ms <= self.now_ms
+            return self.happen(DeadlineReached()) if is_due else []
+        return self.happen(self._event(words))
+
+    def happen(self, event: Event) -> list[str]:
+        """Hand an event over, keep what is to be saved, describe what is ordered."""
+        effects = self.last_effects = self.coordinator.handle(event, self.now_ms)
+        for effect in effects:
+            if isinstance(effect, Save):
+                self._save(effect.record)
+            if isinstance(effect, SignMetadata):
+                self.signing = effect
+        return list(self._describe(effects))
+
+    def _event(self, words: list[str]) -> Event:
+        match words:
+            case ["report", device, version, *update]:
+                return self._report(device, version, update)
+            case ["rollout", rollout, version, *options]:
+                numbers = {name: int(value) for name, value in (option.split("=") for option in options)}
+                return RolloutRequested(
+                    RolloutRecord(
+                        id=rollout,
+                        family=Family("digits"),
+                        version=Version(version),
+                        canary_count=numbers.get("canary", 1),
+                        failures_max=numbers.get("failures", 0),
+                        wave_timeout_ms=numbers.get("timeout", 10_000),
+                        created_ms=self.now_ms,
+                    )
+                )
+            case ["built", pair, length]:
+                blob = stored(pair.encode() * (int(length) // len(pair)))
+                return DeltaBuilt(*self._pair(pair), blob, 4096)
+            case ["failed", pair]:
+                return DeltaFailed(*self._pair(pair), "no memory")
+            case ["signed"]:
+                assert self.signing is not None
+                self.deltas |= {target.path: target for target in self.signing.added}
+                return MetadataChanged(paper_catalog(*self.releases, extra=tuple(self.deltas.values())))
+            case ["unsigned"]:
+                assert self.signing is not None
+                return SigningFailed(self.signing.pairs, self.now_ms + 1000)
+            case ["connect"]:
+                return BrokerConnected()
+            case ["link", device, state]:
+                return LinkReceived(DeviceId(device), state == "online")
+            case ["chunks", device, name, numbers]:
+                return RequestReceived(DeviceId(device), self._request(name, numbers))
+            case ["metadata", device, version]:
+                return RequestReceived(DeviceId(device), MetadataRequest(root_version=int(version)))
+            case ["uncached", name]:
+                return BlobUncached(self._digest(name))
+            case ["restart"]:
+                return self._started()
+        raise AssertionError(words)
+
+    def _report(self, device: str, version: str, update: list[str]) -> Event:
+        self.sequences[device] = self.sequences.get(device, 0) + 1
+        about = None
+        options = dict(word.split("=") for word in update if "=" in word)
+        update = [word for word in update if "=" not in word]
+        if update:
+            outcome, rollout = update[0], update[1]
+            wanted = self.coordinator.campaigns[rollout].record.version
+            sequence = int(update[2][1:]) if len(update) > 2 else 1
+            about = msgspec.convert(
+                {"rollout": rollout, "sequence": sequence, "version": wanted, "outcome": outcome},
+                UpdateReport,
+            )
+        said = report(
+            device,
+            self.sequences[device],
+            version.replace("-", ""),
+            about,
+            files={"model.onnx": digest_of(b"foreign")} if "foreign" in options.get("file", "") else None,
+            tier=options.get("tier", ""),
+        )
+        return ReportReceived(DeviceId(device), said)
+
+    def _request(self, name: str, numbers: str) -> ChunkRequest:
+        bits = bytearray(8)
+        for number in map(int, numbers.split(",")):
+            bits[number // 8] |= 0x80 >> number % 8
+        return ChunkRequest(blob=self._digest(name), first=0, wanted=base64.b64encode(bits).decode())
+
+    def _started(self) -> Started:
+        records = list(self.store.values())
+        return Started(
+            catalog=paper_catalog(
+                *self.releases, extra=tuple(self.deltas.values()), refresh_ms=self.refresh_ms
+            ),
+            devices=[record for record in records if isinstance(record, DeviceRecord)],
+            rollouts=[record for record in records if isinstance(record, RolloutRecord)],
+            members=[record for record in records if isinstance(record, MemberRecord)],
+            refusals=[record for record in records if isinstance(record, DeltaRefusal)],
+            cached=[record for record in records if isinstance(record, CacheEntry)],
+        )
+
+    def _save(self, record: Record) -> None:
+        match record:
+            case DeviceRecord():
+                self.store["device", record.device] = record
+            case RolloutRecord():
+                self.store["rollout", record.id] = record
+            case MemberRecord():
+                self.store["member", record.rollout, record.device] = record
+            case DeltaRefusal():
+                self.store["refusal", record.base, record.result] = record
+            case CacheEntry():
+                self.store["cached", record.name] = record
+            case CacheRemoval():
+                del self.store["cached", record.name]
+
+    def _pair(self, text: str) -> tuple[Digest, Digest]:
+        base, _, result = text.partition("-")
+        return digest_of(model_bytes(base)), digest_of(model_bytes(result))
+
+    def _digest(self, name: str) -> Digest:
+        for version in VERSIONS:
+            if name == f"file{version}":
+                return digest_of(model_bytes(version))
+        return digest_of(name.replace("release", "release ").encode())
+
+    def _label(self, digest: str) -> str:
+        labels = {digest_of(model_bytes(version)): version for version in VERSIONS}
+        if digest in labels:
+            return labels[Digest(digest)]
+        for path, target in self.coordinator.catalog.targets.items():
+            for level, (name, _) in enumerate(target_blobs(target)):
+                if name == digest:
+                    kind, *rest = path.removesuffix(".json").split("/")
+                    label = "-".join(labels.get(Digest(part), part) for part in rest if part != "digits")
+                    return f"{kind.removesuffix('s')}{label}" + ("/index" if level else "")
+        return digest[:6]
+
+    def _describe(self, effects: Iterable[Effect]) -> Iterable[str]:
+        for effect in effects:
+            match effect:
+                case Save(record):
+                    yield f"save {self._record(record)}"
+                case PublishDesired(device, None):
+                    yield f"desired {device} nothing"
+                case PublishDesired(device, desired):
+                    assert desired is not None
+                    yield f"desired {device} {desired.version} for {desired.rollout} #{desired.sequence}"
+                case PublishMetadata():
+                    yield "publish metadata"
+                case CacheBlob(name, count):
+                    yield f"cache {self._blob(name)} x{count}"
+                case UncacheBlob(name, count):
+                    yield f"uncache {self._blob(name)} x{count}"
+                case AnswerChunks(device, name, chunks):
+                    yield f"answer {device} {self._blob(name)} {','.join(map(str, chunks))}"
+                case AnswerMetadata(device, version):
+                    yield f"answer {device} metadata after root {version}"
+                case BuildDelta(base, result):
+                    yield f"build {self._label(base)}-{self._label(result)}"
+                case SignMetadata(added, retired, pairs):
+                    names = [f"{self._label(base)}-{self._label(result)}" for base, result in pairs]
+                    assert [target.path for target in added] == [delta_target(*pair) for pair in pairs]
+                    assert not retired
+                    yield f"sign {' '.join(names) or 'again'}"
+
+    def _blob(self, name: str) -> str:
+        label = self._label(name)
+        return f"file{label}" if label in VERSIONS else label
+
+    def _record(self, record: Record) -> str:
+        match record:
+            case DeviceRecord():
+                return f"device {record.device} running {record.version or 'nothing'}"
+            case RolloutRecord():
+                return f"rollout {record.id} {record.state}" + (
+                    f" ({record.reason})" if record.reason else ""
+                )
+            case MemberRecord():
+                return f"member {record.device} {record.wave} {record.status}"
+            case DeltaRefusal():
+                return f"refusal {self._label(record.base)}-{self._label(record.result)}"
+            case CacheEntry():
+                return f"cached {self._blob(record.name)}"
+            case CacheRemoval():
+                return f"uncached {self._blob(record.name)}"
