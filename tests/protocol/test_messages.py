@@ -1,0 +1,101 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import MessageError
+from protocol.ids import digest_of
+from protocol.messages import (
+    REQUEST_WINDOW_CHUNKS_MAX,
+    ChunkRequest,
+    Desired,
+    Link,
+    MetadataBundle,
+    MetadataRequest,
+    Report,
+    UpdateReport,
+    decode_message,
+    decode_request,
+    decode_window,
+    encode_message,
+    encode_window,
+)
+
+DESIRED = Desired(sequence=3, rollout="r1", family="digits", version="v2")
+REPORT = Report(
+    device="pi-7",
+    sequence=9,
+    state="idle",
+    family="digits",
+    version="v1",
+    files={"model.onnx": digest_of(b"x")},
+    update=UpdateReport(rollout="r1", sequence=3, version="v2", outcome="committed"),
+)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        DESIRED,
+        REPORT,
+        Link(online=True),
+        MetadataBundle(roots=[b"1"], timestamp=b"t", snapshot=b"s", targets=b"\xff"),
+    ],
+)
+def test_a_message_comes_back_as_it_was_sent(message: Desired | Report | Link | MetadataBundle) -> None:
+    assert decode_message(type(message), encode_message(message)) == message
+
+
+@pytest.mark.parametrize(
+    "message", [ChunkRequest(blob=digest_of(b"x"), first=8, wanted="gA=="), MetadataRequest(root_version=1)]
+)
+def test_a_request_comes_back_as_it_was_sent(message: ChunkRequest | MetadataRequest) -> None:
+    assert decode_request(encode_message(message)) == message
+
+
+def test_unknown_fields_are_ignored_and_another_version_is_refused() -> None:
+    fields = json.loads(encode_message(DESIRED))
+    assert decode_message(Desired, json.dumps({**fields, "later": 1}).encode()) == DESIRED
+    with pytest.raises(MessageError, match="version 2"):
+        decode_message(Desired, json.dumps({**fields, "v": 2}).encode())
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"{}",
+        b"[" * 100_000,
+        b'{"v":1,"sequence":-1,"rollout":"r","family":"f","version":"v"}',
+        b'{"v":1,"sequence":9007199254740992,"rollout":"r","family":"f","version":"v"}',
+        b'{"v":1,"sequence":1,"rollout":"' + b"r" * 129 + b'","family":"f","version":"v"}',
+        b" " * 65_537,
+        b"\xff\xfe",
+    ],
+)
+def test_a_malformed_message_is_refused(payload: bytes) -> None:
+    with pytest.raises(MessageError):
+        decode_message(Desired, payload)
+
+
+@given(st.binary(max_size=200))
+def test_decoding_never_does_anything_but_refuse(payload: bytes) -> None:
+    for kind in (Desired, Report, Link, MetadataBundle):
+        with pytest.raises(MessageError):
+            decode_message(kind, payload)
+    with pytest.raises(MessageError):
+        decode_request(payload)
+
+
+@given(st.integers(0, 1 << 40), st.sets(st.integers(0, REQUEST_WINDOW_CHUNKS_MAX - 1), min_size=1))
+def test_a_window_names_exactly_the_chunks_it_was_made_of(first: int, offsets: set[int]) -> None:
+    wanted = sorted(first + offset for offset in offsets)
+    request = ChunkRequest(blob=digest_of(b"x"), first=first, wanted=encode_window(wanted, first))
+    assert decode_window(request) == wanted
+
+
+@pytest.mark.parametrize("wanted", ["", "!", "gA", "AAAAAAAAAAAA"])
+def test_a_malformed_window_is_refused(wanted: str) -> None:
+    with pytest.raises(MessageError):
+        decode_window(ChunkRequest(blob=digest_of(b"x"), first=0, wanted=wanted))
