@@ -1,0 +1,221 @@
+"""The Llama architecture in numpy: forward, and backward through the layers that an adapter touches. No files.
+
+Weights are named and shaped as in a GGUF file: each matrix is (outputs, inputs), `attn_q` and `attn_k` are permuted so
+that rotary embedding turns neighbouring pairs (0, 1), (2, 3), ... as llama.cpp does. Sources: Touvron et al. (2023);
+Su et al. (2021) for rotary embedding; Ainslie et al. (2023) for grouped queries; Shazeer (2020) for SwiGLU.
+
+The element type of the weights decides the arithmetic: float32 to train, float64 to check gradients.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Weights = Mapping[str, Array]
+
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+NORMS = ("attn_norm", "ffn_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a Llama model's metadata says of its size.
+
+    Attributes:
+        layers: Number of transformer blocks.
+        heads: Query heads; the model's width is a multiple.
+        kv_heads: Key and value heads; each serves `heads / kv_heads` query heads.
+        epsilon: Added to the mean square in RMS normalization.
+        rope_base: Base of the rotary frequencies.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    epsilon: float
+    rope_base: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrace:
+    """What one layer's forward pass keeps for its backward pass."""
+
+    attn_unit: Array  # normalized inputs before the norm's weight, and the factor that normalized them
+    attn_factor: Array
+    attn_in: Array
+    query: Array
+    key: Array
+    value: Array
+    attention: Array
+    mixed: Array
+    ffn_unit: Array
+    ffn_factor: Array
+    ffn_in: Array
+    gate: Array
+    up: Array
+    ffn_mid: Array
+
+
+# Per adapted matrix: its inputs and the gradient at its outputs, both flattened to (tokens, features).
+Taps = dict[str, tuple[Array, Array]]
+
+
+def forward_layer(shape: Shape, weights: Weights, hidden: Array) -> tuple[Array, LayerTrace]:
+    """One block: hidden states of shape (sequences, tokens, width) in and out, and what backward needs."""
+    cosine, sine = _rotation(shape, hidden, weights)
+    attn_in, attn_unit, attn_factor = rms_norm(hidden, weights["attn_norm"], shape.epsilon)
+    query = _rotated(_split(_linear(attn_in, weights["attn_q"]), shape.heads), cosine, sine)
+    key = _rotated(_split(_linear(attn_in, weights["attn_k"]), shape.kv_heads), cosine, sine)
+    value = _split(_linear(attn_in, weights["attn_v"]), shape.kv_heads)
+    grouped = _grouped(query, shape)
+    scores = grouped @ key[:, :, None].swapaxes(-1, -2) / np.sqrt(query.shape[-1]).astype(hidden.dtype)
+    tokens = hidden.shape[1]
+    scores = np.where(np.tri(tokens, dtype=bool), scores, np.array(-np.inf, hidden.dtype))
+    attention = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    attention /= attention.sum(axis=-1, keepdims=True)
+    mixed = _joined((attention @ value[:, :, None]).reshape(query.shape))
+    middle = hidden + _linear(mixed, weights["attn_output"])
+    ffn_in, ffn_unit, ffn_factor = rms_norm(middle, weights["ffn_norm"], shape.epsilon)
+    gate, up = _linear(ffn_in, weights["ffn_gate"]), _linear(ffn_in, weights["ffn_up"])
+    ffn_mid = gate * _sigmoid(gate) * up
+    out = middle + _linear(ffn_mid, weights["ffn_down"])
+    trace = LayerTrace(
+        attn_unit=attn_unit,
+        attn_factor=attn_factor,
+        attn_in=attn_in,
+        query=grouped,
+        key=key,
+        value=value,
+        attention=attention,
+        mixed=mixed,
+        ffn_unit=ffn_unit,
+        ffn_factor=ffn_factor,
+        ffn_in=ffn_in,
+        gate=gate,
+        up=up,
+        ffn_mid=ffn_mid,
+    )
+    return out, trace
+
+
+def backward_layer(shape: Shape, weights: Weights, trace: LayerTrace, upstream: Array) -> tuple[Array, Taps]:
+    """The gradient at the block's input, and the taps of all its matrices, from the gradient at its output."""
+    taps: Taps = {"ffn_down": (_flat(trace.ffn_mid), _flat(upstream))}
+    at_mid = _linear_back(upstream, weights["ffn_down"])
+    sigmoid = _sigmoid(trace.gate)
+    at_up = at_mid * trace.gate * sigmoid
+    at_gate = at_mid * trace.up * sigmoid * (1 + trace.gate * (1 - sigmoid))
+    taps["ffn_up"] = (_flat(trace.ffn_in), _flat(at_up))
+    taps["ffn_gate"] = (_flat(trace.ffn_in), _flat(at_gate))
+    at_ffn_in = _linear_back(at_up, weights["ffn_up"]) + _linear_back(at_gate, weights["ffn_gate"])
+    at_middle = upstream + _rms_norm_back(at_ffn_in, weights["ffn_norm"], trace.ffn_unit, trace.ffn_factor)
+
+    taps["attn_output"] = (_flat(trace.mixed), _flat(at_middle))
+    at_mixed = _split(_linear_back(at_middle, weights["attn_output"]), shape.heads)
+    at_grouped = _grouped(at_mixed, shape)
+    at_attention = at_grouped @ trace.value[:, :, None].swapaxes(-1, -2)
+    at_value = (trace.attention.swapaxes(-1, -2) @ at_grouped).sum(axis=2)
+    at_scores = trace.attention * (
+        at_attention - (at_attention * trace.attention).sum(axis=-1, keepdims=True)
+    )
+    at_scores /= np.sqrt(trace.query.shape[-1]).astype(upstream.dtype)
+    cosine, sine = _rotation(shape, upstream, weights)
+    at_query = _rotated((at_scores @ trace.key[:, :, None]).reshape(at_mixed.shape), cosine, -sine)
+    at_key = _rotated((at_scores.swapaxes(-1, -2) @ trace.query).sum(axis=2), cosine, -sine)
+    at_attn_in = np.zeros_like(upstream)
+    for name, gradient in (("attn_q", at_query), ("attn_k", at_key), ("attn_v", at_value)):
+        joined = _joined(gradient)
+        taps[name] = (_flat(trace.attn_in), _flat(joined))
+        at_attn_in += _linear_back(joined, weights[name])
+    return at_middle + _rms_norm_back(
+        at_attn_in, weights["attn_norm"], trace.attn_unit, trace.attn_factor
+    ), taps
+
+
+def rms_norm(inputs: Array, weight: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """Root-mean-square normalization: its result, the result before the weight, and the factor applied."""
+    factor = 1.0 / np.sqrt(np.square(inputs).mean(axis=-1, keepdims=True) + np.array(epsilon, inputs.dtype))
+    unit = inputs * factor
+    return unit * weight, unit, factor
+
+
+def head_loss(
+    hidden: Array, targets: npt.NDArray[np.int64], norm: Array, embedding: Array, epsilon: float
+) -> tuple[float, Array]:
+    """Mean cross-entropy of the next tokens, and its gradient at the last block's output.
+
+    Args:
+        hidden: The last block's output at the positions that predict, shape (n, width).
+        targets: The tokens that follow, shape (n,).
+        norm: Weight of the final normalization.
+        embedding: Token embedding, shape (vocabulary, width); the output matrix is tied to it.
+        epsilon: As in `Shape`.
+    """
+    normed, unit, factor = rms_norm(hidden, norm, epsilon)
+    logits = normed @ embedding.T
+    logits -= logits.max(axis=1, keepdims=True)
+    rows = np.arange(len(targets))
+    chosen = logits[rows, targets]
+    np.exp(logits, out=logits)
+    total = logits.sum(axis=1, keepdims=True)
+    loss = float((np.log(total[:, 0]) - chosen).mean())
+    logits /= total * len(targets)
+    logits[rows, targets] -= 1.0 / len(targets)
+    return loss, _rms_norm_back(logits @ embedding, norm, unit, factor)
+
+
+def _rms_norm_back(upstream: Array, weight: Array, unit: Array, factor: Array) -> Array:
+    at_unit = upstream * weight
+    return np.asarray(factor * (at_unit - unit * (at_unit * unit).mean(axis=-1, keepdims=True)))
+
+
+def _flat(values: Array) -> Array:
+    return np.asarray(values.reshape(-1, values.shape[-1]))
+
+
+def _linear(inputs: Array, matrix: Array) -> Array:
+    return (_flat(inputs) @ matrix.T).reshape(*inputs.shape[:-1], matrix.shape[0])
+
+
+def _linear_back(upstream: Array, matrix: Array) -> Array:
+    return (_flat(upstream) @ matrix).reshape(*upstream.shape[:-1], matrix.shape[1])
+
+
+def _split(values: Array, heads: int) -> Array:
+    sequences, tokens, width = values.shape
+    return values.reshape(sequences, tokens, heads, width // heads).swapaxes(1, 2)
+
+
+def _joined(values: Array) -> Array:
+    sequences, heads, tokens, size = values.shape
+    return values.swapaxes(1, 2).reshape(sequences, tokens, heads * size)
+
+
+def _grouped(values: Array, shape: Shape) -> Array:
+    """Query heads beside the key and value head that serves them: (sequences, kv heads, group, tokens, size)."""
+    sequences, _, tokens, size = values.shape
+    return values.reshape(sequences, shape.kv_heads, shape.heads // shape.kv_heads, tokens, size)
+
+
+def _rotation(shape: Shape, hidden: Array, weights: Weights) -> tuple[Array, Array]:
+    size = weights["attn_q"].shape[0] // shape.heads
+    frequencies = shape.rope_base ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    angles = np.arange(hidden.shape[1])[:, None] * frequencies
+    return np.cos(angles).astype(hidden.dtype), np.sin(angles).astype(hidden.dtype)
+
+
+def _rotated(values: Array, cosine: Array, sine: Array) -> Array:
+    even, odd = values[..., 0::2], values[..., 1::2]
+    out = np.empty_like(values)
+    out[..., 0::2] = even * cosine - odd * sine
+    out[..., 1::2] = even * sine + odd * cosine
+    return out
+
+
+def _sigmoid(values: Array) -> Array:
+    # The tanh form cannot overflow.
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)))
