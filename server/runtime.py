@@ -49,7 +49,7 @@ from server.operations import BLOBS_FOLDER, KEYS_FOLDER, LOCK_FILE, write_metada
 from server.ports import Clock, Record, Repository
 from server.releases.builders import BuildPool
 from server.releases.catalog import Catalog
-from server.releases.publisher import Publisher, checked
+from server.releases.publisher import Publisher
 from server.rollouts.states import FINAL, RolloutState
 
 _LOG: Final = logging.getLogger(__name__)
@@ -380,7 +380,7 @@ class Server:
 
     def _catalog(self, repository: Repository) -> Catalog:
         self._repository = repository
-        published = checked(repository, self._clock.now_ms())
+        published = self._publisher.checked(repository, self._clock.now_ms())
         releases = [record.release for record in self._opened.releases() if record.published_ms is not None]
         return Catalog.of(published.targets, releases, published.refresh_ms)
 

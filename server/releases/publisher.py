@@ -129,8 +129,8 @@ class Publisher:
         Raises:
             MissingKeyError: A role that has to sign has no key.
         """
-        due = {role for role, at_ms in _refresh_times(repository).items() if at_ms <= now_ms}
-        if "root" in due and "root" in self._signers:
+        due = {role for role, at_ms in self._refresh_times(repository).items() if at_ms <= now_ms}
+        if "root" in due:
             repository = self._renew_root(repository, now_ms)
         if "targets" in due:
             return self.publish(repository, (), (), now_ms)
@@ -144,7 +144,17 @@ class Publisher:
             timestamp = self._timestamp(snapshot, repository.documents, now_ms)
             documents = msgspec.structs.replace(repository.documents, timestamp=timestamp)
             repository = msgspec.structs.replace(repository, documents=documents)
-        return checked(repository, now_ms)
+        return self.checked(repository, now_ms)
+
+    def checked(self, repository: Repository, now_ms: int) -> Published:
+        """Verify a repository as a device would that starts from its first root.
+
+        Raises:
+            TrustError: A device would refuse it.
+        """
+        documents = msgspec.structs.replace(repository.documents, roots=repository.roots[1:])
+        verified = verify(repository.roots[0], documents, Floors(), now_ms)
+        return Published(repository, verified.targets, min(self._refresh_times(repository).values()))
 
     def _complete(
         self,
@@ -161,7 +171,7 @@ class Publisher:
         signed_snapshot = self._sign("snapshot", snapshot)
         timestamp = self._timestamp(snapshot, previous, now_ms, signed_snapshot)
         documents = Documents(timestamp=timestamp, snapshot=signed_snapshot, targets=signed_targets)
-        return checked(Repository(roots=roots, documents=documents), now_ms)
+        return self.checked(Repository(roots=roots, documents=documents), now_ms)
 
     def _timestamp(
         self,
@@ -182,6 +192,22 @@ class Publisher:
         root.expires = _expires("root", now_ms)
         return msgspec.structs.replace(repository, roots=(*repository.roots, self._sign("root", root)))
 
+    def _refresh_times(self, repository: Repository) -> dict[Role, int]:
+        """When each role should sign again; root only where its key is, since it is meant to be kept elsewhere."""
+        documents = repository.documents
+        signed: dict[Role, Any] = {
+            "timestamp": _parse(Timestamp, documents.timestamp),
+            "snapshot": _parse(Snapshot, documents.snapshot),
+            "targets": _parse(Targets, documents.targets),
+        }
+        if "root" in self._signers:
+            signed["root"] = _parse(Root, repository.roots[-1])
+        return {
+            role: (document.expires - _EPOCH) // dt.timedelta(milliseconds=1)
+            - LIFETIME_MS[role] // REFRESH_SHARE
+            for role, document in signed.items()
+        }
+
     def _sign(self, role: Role, signed: _Signed) -> bytes:
         metadata = Metadata(signed)
         metadata.sign(self._signer(role))
@@ -200,31 +226,6 @@ class Publisher:
                 f"the key of role {role} is missing", hint=f"put {role}.pem back into the folder keys"
             )
         return signer
-
-
-def checked(repository: Repository, now_ms: int) -> Published:
-    """Verify a repository as a device would that starts from its first root.
-
-    Raises:
-        TrustError: A device would refuse it.
-    """
-    documents = msgspec.structs.replace(repository.documents, roots=repository.roots[1:])
-    verified = verify(repository.roots[0], documents, Floors(), now_ms)
-    return Published(repository, verified.targets, min(_refresh_times(repository).values()))
-
-
-def _refresh_times(repository: Repository) -> dict[Role, int]:
-    documents = repository.documents
-    signed: dict[Role, Any] = {
-        "timestamp": _parse(Timestamp, documents.timestamp),
-        "snapshot": _parse(Snapshot, documents.snapshot),
-        "targets": _parse(Targets, documents.targets),
-        "root": _parse(Root, repository.roots[-1]),
-    }
-    return {
-        role: (document.expires - _EPOCH) // dt.timedelta(milliseconds=1) - LIFETIME_MS[role] // REFRESH_SHARE
-        for role, document in signed.items()
-    }
 
 
 def _parse(kind: type[_Signed], data: bytes) -> _Signed:

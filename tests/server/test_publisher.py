@@ -173,7 +173,11 @@ def test_the_root_key_may_be_away(empty: Repository) -> None:
     del keys["root"]
     publisher = Publisher(keys)
     publisher.publish(empty, [_file("one")], (), NOW_MS)
-    assert len(publisher.refresh(empty, NOW_MS + 300 * DAY_MS).repository.roots) == 1
+    now_ms = NOW_MS + 300 * DAY_MS
+    after = publisher.refresh(empty, now_ms)
+    assert len(after.repository.roots) == 1
+    assert after.refresh_ms > now_ms  # or it would sign again and again
+    assert publisher.refresh(after.repository, now_ms) == after
 
 
 @pytest.mark.parametrize("pem", [b"", b"no key", _pem(b"k" * 32)[:60]])

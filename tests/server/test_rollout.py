@@ -149,9 +149,7 @@ def test_failures_are_counted_for_each_wave() -> None:
     assert campaign.failures() == 1
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["running", "committed", "failed", None])))
-)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["running", "committed", "failed", None]))))
 def test_a_campaign_is_the_same_after_a_restart(steps: list[tuple[str, Outcome | None]]) -> None:
     campaign = _campaign(A, B, C)
     now_ms = NOW_MS
