@@ -9,6 +9,10 @@ import zstandard
 from protocol.errors import PatchError
 
 _LEVELS = {"fast": 3, "small": 19}
+# Residuals hold no repetitions: with almost no search zstd is a fast Huffman coder, and often a better one than with it.
+_ENTROPY_ONLY = zstandard.ZstdCompressionParameters.from_level(
+    1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, target_length=0, write_checksum=0
+)
 # A frame of ours never needs a larger window than one segment or one field stream.
 _MAX_WINDOW_BYTES = 32 << 20
 
@@ -20,7 +24,9 @@ def compress(data: bytes, effort: str) -> bytes:
         data: Any bytes.
         effort: "fast" or "small".
     """
-    return zstandard.ZstdCompressor(level=_LEVELS[effort], write_checksum=False).compress(data)
+    frame = zstandard.ZstdCompressor(level=_LEVELS[effort], write_checksum=False).compress(data)
+    coded = zstandard.ZstdCompressor(compression_params=_ENTROPY_ONLY).compress(data)
+    return min(frame, coded, key=len)
 
 
 def decompress(frame: bytes, length: int) -> bytes:

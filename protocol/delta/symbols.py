@@ -18,7 +18,12 @@ _ALL_ZERO, _DENSE, _SPARSE = 0, 1, 2
 _PLANE_ZERO, _PLANE_STORED, _PLANE_ZSTD = 0, 1, 2
 _DEPTH_MAX = 3
 _VARINT_BYTES_MAX = 9
-_SCATTER_VALUES = 1 << 16  # positions made at once
+_SCATTER_VALUES = 1 << 15  # positions made at once; a multiple of eight
+
+# A gap plus 4 is written as its bit length and its three highest bits in one byte, and the bits below those.
+_LEADING_BITS = 3
+_LEADING = 1 << (_LEADING_BITS - 1)
+_WIDTH_MAX = 24
 
 # Which representations are worth trying, by the share of values that are not zero.
 _SPARSE_ONLY_BELOW = 0.02
@@ -130,8 +135,21 @@ def _encode_sparse(symbols: Unsigned, positions: npt.NDArray[np.intp], effort: s
     write_varint(len(positions), out)
     # Values come before gaps: a reader then never holds the gaps of two levels at once.
     out += encode_symbols(symbols[positions] - symbols.dtype.type(1), effort, depth - 1)
-    _encode_planes((np.diff(positions, prepend=-1) - 1).astype("<u4"), effort, out)
+    _encode_gaps((np.diff(positions, prepend=-1) - 1).astype(np.uint32), effort, out)
     return bytes(out)
+
+
+def _encode_gaps(gaps: Unsigned, effort: str, out: bytearray) -> None:
+    """Magnitudes as bytes, which have a skewed distribution; the bits below them are noise and are packed as they are."""
+    values = gaps + np.uint32(_LEADING)
+    # Exact for integers below 2**53: frexp gives the bit length.
+    widths = (np.frexp(values.astype(np.float64))[1] - _LEADING_BITS).astype(np.uint8)
+    classes = (widths << (_LEADING_BITS - 1)) | ((values >> widths) & (_LEADING - 1)).astype(np.uint8)
+    _encode_planes(classes, effort, out)
+    for width in range(1, int(widths.max()) + 1):
+        low = values[widths == width]
+        bits = (low[:, None] >> np.arange(width, dtype=np.uint32)) & np.uint32(1)
+        out += np.packbits(bits.astype(np.uint8), bitorder="little").tobytes()
 
 
 def _encode_planes(values: Unsigned, effort: str, out: bytearray) -> None:
@@ -176,7 +194,7 @@ def _decode_sparse(payload: Payload, count: int, width: int, depth: int) -> Unsi
     used = payload.varint(count // 2)
     values = decode_symbols(payload, used, width, depth - 1)
     values += values.dtype.type(1)
-    gaps = _decode_planes(payload, used, 32)
+    gaps = _decode_gaps(payload, used)
     symbols: Unsigned = np.zeros(count, f"<u{width // 8}")
     before = -1
     for start in range(0, used, _SCATTER_VALUES):
@@ -189,6 +207,30 @@ def _decode_sparse(payload: Payload, count: int, width: int, depth: int) -> Unsi
             raise PatchError("a stream has values after its end")
         symbols[positions] = values[start : start + _SCATTER_VALUES]
     return symbols
+
+
+def _decode_gaps(payload: Payload, count: int) -> Unsigned:
+    classes = _decode_planes(payload, count, 8)
+    widths = classes >> (_LEADING_BITS - 1)
+    gaps: Unsigned = (classes & (_LEADING - 1)).astype(np.uint32)
+    gaps += np.uint32(_LEADING)
+    widest = int(widths.max(initial=0))
+    if widest > _WIDTH_MAX:
+        raise PatchError(f"a gap of {widest} bits is longer than any segment")
+    for width in range(1, widest + 1):
+        places = np.flatnonzero(widths == width)
+        packed = np.frombuffer(payload.take(-(-len(places) * width // 8)), np.uint8)
+        for start in range(0, len(places), _SCATTER_VALUES):
+            some = places[start : start + _SCATTER_VALUES]
+            part = packed[start * width // 8 : -(-(start + len(some)) * width // 8)]
+            bits = np.zeros((len(some), 32), np.uint8)
+            bits[:, :width] = np.unpackbits(part, count=len(some) * width, bitorder="little").reshape(
+                -1, width
+            )
+            low = np.packbits(bits, axis=1, bitorder="little").view("<u4").reshape(-1)
+            gaps[some] = (gaps[some] << np.uint32(width)) | low
+    gaps -= np.uint32(_LEADING)
+    return gaps
 
 
 def _decode_planes(payload: Payload, count: int, width: int) -> Unsigned:
