@@ -8,7 +8,7 @@ import zstandard
 
 from protocol.errors import PatchError
 
-_LEVELS = {"fast": 3, "small": 19}
+_LEVELS = {"fast": 3, "small": 12, "smallest": 19}
 # Residuals hold no repetitions: with almost no search zstd is a fast Huffman coder, and often a better one than with it.
 _ENTROPY_ONLY = zstandard.ZstdCompressionParameters.from_level(
     1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, target_length=0, write_checksum=0
@@ -22,7 +22,7 @@ def compress(data: bytes, effort: str) -> bytes:
 
     Args:
         data: Any bytes.
-        effort: "fast" or "small".
+        effort: "fast"; "small", which is enough for residuals; or "smallest", which pays for text.
     """
     frame = zstandard.ZstdCompressor(level=_LEVELS[effort], write_checksum=False).compress(data)
     coded = zstandard.ZstdCompressor(compression_params=_ENTROPY_ONLY).compress(data)

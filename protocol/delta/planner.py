@@ -7,6 +7,7 @@ tensors share a segment, large ones are cut at block borders, and what has no te
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from protocol.delta.anchors import Anchors
 from protocol.delta.layouts import LAYOUTS
 from protocol.delta.tensor import RUNS_MAX, Run
 from protocol.tensors.regions import Layout, ReadAt, Region
@@ -78,10 +79,14 @@ class Planner:
         base: The base, looked at only where bytes without tensor layout are compared.
         new: The new file, likewise.
         segment_bytes: No segment's result is longer.
+        base_regions: The base's map.
     """
 
-    def __init__(self, base: ReadAt, new: ReadAt, segment_bytes: int) -> None:
+    def __init__(
+        self, base: ReadAt, new: ReadAt, segment_bytes: int, base_regions: Sequence[Region] = ()
+    ) -> None:
         self._base = base
+        self._anchors = Anchors(base, base_regions)
         self._new = new
         self._segment_bytes = segment_bytes
         self._open = _Open()
@@ -150,9 +155,12 @@ class Planner:
             piece = min(self._segment_bytes, length - inside)
             # The window follows at the same distance from the start; near the end it keeps to the base's end.
             at = min(base_start + inside, max(base_start, base_end - piece))
-            low = max(0, at - slack)
-            high = min(self._base.length, at + piece + slack)
-            yield SegmentPlan(start + inside, piece, low, max(0, high - low))
+            if slack:
+                moved_to = self._anchors.locate(self._new.read_at(start + inside, piece))
+                at = at if moved_to is None else moved_to
+            low = min(max(0, at - slack), self._base.length)
+            high = max(low, min(self._base.length, at + piece + slack))
+            yield SegmentPlan(start + inside, piece, low, high - low)
 
     def _common_prefix(self, region: Region, old: Region) -> int:
         limit = min(region.length, old.length)

@@ -122,8 +122,9 @@ def make_delta(
     if max(base.length, new.length) > BLOB_BYTES_MAX:
         raise PatchLimitError(f"a file has more than {BLOB_BYTES_MAX} bytes")
     new_regions = map_regions(new)
-    matches = match_regions(map_regions(base), new_regions, base, new)
-    plans = list(Planner(base, new, segment_bytes).plan(new_regions, matches))
+    base_regions = map_regions(base)
+    matches = match_regions(base_regions, new_regions, base, new)
+    plans = list(Planner(base, new, segment_bytes, base_regions).plan(new_regions, matches))
     header = Header(
         profile,
         base.length,
@@ -171,6 +172,7 @@ class _Encoder:
         self._new = new
         self._sink = sink
         self._effort = _EFFORTS[header.profile]
+        self._self_effort = "smallest" if header.profile is Profile.SMALL else "fast"
         self._notes = _Notes(regions)
         self._result_offset = 0
         self.stats = DeltaStats(header)
@@ -243,9 +245,9 @@ class _Encoder:
         if plan.runs:
             found.append(self._tensor(plan, result, window))
             if len(found[-1].body) > _POOR_RATIO * len(result):
-                found.append(_Encoded(Codec.SELF, compress(result, self._effort)))
+                found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
         else:
-            found.append(_Encoded(Codec.SELF, compress(result, self._effort)))
+            found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
             if window and _is_alike(result, window):
                 body = encode_bsdiff(result, window, self._effort)
                 found.append(_Encoded(Codec.BSDIFF, body, 0, plan.window_offset, len(window)))
@@ -342,5 +344,5 @@ class _Notes:
         if not tensors:
             return b""
         text = json.dumps({"tensors": tensors}, separators=(",", ":"), ensure_ascii=False).encode()
-        packed = compress(text, "small")
+        packed = compress(text, "smallest")
         return packed if len(packed) <= NOTES_BYTES_MAX else b""

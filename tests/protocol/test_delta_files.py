@@ -82,6 +82,25 @@ def test_an_insertion_costs_only_itself() -> None:
     assert _check(_NOISE, _NOISE[:9000] + b"inserted" + _NOISE[9000:], 1 << 20) < 700
 
 
+_LARGE = np.random.default_rng(13).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        pytest.param(_LARGE[600_000:] + _LARGE[:600_000], id="rotated"),
+        pytest.param(
+            _LARGE[:300_000] + bytes(400_000) + _LARGE[300_000:], id="inserted far beyond the slack"
+        ),
+        pytest.param(_LARGE[:200_000] + _LARGE[700_000:], id="cut out"),
+        pytest.param(_LARGE * 3, id="repeated"),
+    ],
+)
+def test_bytes_that_moved_far_are_found_again(new: bytes) -> None:
+    # A segment across a seam finds only one of its two halves.
+    assert _check(_LARGE, new, 64 << 10) < (64 << 10) + 0.03 * len(new)
+
+
 def _model(tmp_path: Path, kind: Kind, update: float, **changes: tuple[object, ...] | None) -> bytes:
     tensors = {
         "embd": (weights((64, 256), 1, update), kind),
