@@ -50,7 +50,7 @@ from server.ports import Clock, Record, Repository
 from server.releases.builders import BuildPool
 from server.releases.catalog import Catalog
 from server.releases.publisher import Publisher
-from server.rollouts.states import FINAL, RolloutState
+from server.rollouts.states import RolloutState
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Server:
         self._changes = -1
         self._records_saved = 0
         self._transactions = 0
-        self._deltas_built = 0
+        self._deltas_signed = 0
         self._failure: BaseException | None = None
 
     # Life
@@ -207,10 +207,6 @@ class Server:
         """Wait until the server ended by itself, see `failure`; false when the time ran out."""
         return self._has_stopped.wait(timeout_s)
 
-    def notice(self) -> None:
-        """Look at the store now instead of at the next poll."""
-        self._changes = -1
-
     def status(self) -> dict[str, Any]:
         """A consistent picture for people and programs: rollouts, devices, the cache, counters."""
         with self._lock:
@@ -246,7 +242,7 @@ class Server:
         return counters | {
             "records_saved": self._records_saved,
             "transactions": self._transactions,
-            "deltas_signed": self._deltas_built,
+            "deltas_signed": self._deltas_signed,
         }
 
     # The loop
@@ -362,7 +358,7 @@ class Server:
         except (RequestError, StorageError) as error:
             _LOG.error("metadata cannot be signed: %s", error)
             return SigningFailed(effect.pairs, self._clock.now_ms() + SIGNING_RETRY_MS)
-        self._deltas_built += len(effect.pairs)
+        self._deltas_signed += len(effect.pairs)
         return MetadataChanged(self._catalog(repository))
 
     def _signed(self, added: tuple[Target, ...], retired: tuple[str, ...]) -> Repository:
@@ -398,7 +394,7 @@ class Server:
         events += [
             RolloutRequested(record)
             for record in self._opened.rollouts()
-            if record.id not in known and record.state not in FINAL and record.state is RolloutState.CREATED
+            if record.id not in known and record.state is RolloutState.CREATED
         ]
         self._handle(events)
 

@@ -3,25 +3,36 @@
 from pathlib import Path
 from typing import Final
 
+from protocol.chunks import build_tree
 from protocol.errors import ModelFileError, ReleaseError, RequestError
-from protocol.ids import parse_family, parse_version
+from protocol.ids import digest_of, parse_family, parse_version
 from protocol.release import (
     FILES_MAX,
+    ClassPrompt,
+    HealthPlan,
     Release,
     ReleaseFile,
     Resources,
     RuntimeName,
-    check_release,
+    TextPrompt,
     decode_health_plan,
     decode_release,
     encode_release,
 )
 from protocol.tensors import parse_gguf, parse_onnx
 from server.adapters.blobs import FileSource
-from server.ports import BlobStore
+from server.ports import BlobStore, StoredBlob
 
 RUNTIME_VERSION_MIN: Final[dict[RuntimeName, str]] = {"onnx": "1.17", "llama": "0.3"}
 """Oldest runtimes that the engines on devices are made for; a release may ask for more."""
+
+
+PROMPT_KINDS: Final[dict[RuntimeName, type[ClassPrompt | TextPrompt]]] = {
+    "onnx": ClassPrompt,
+    "llama": TextPrompt,
+}
+
+_NOTHING: Final = StoredBlob(digest=digest_of(b""), length=0, tree=build_tree(())[0])
 
 
 def import_release(
@@ -61,22 +72,37 @@ def import_release(
     if not 1 <= len(files) <= FILES_MAX:
         raise RequestError(f"{len(files)} files, allowed are 1 to {FILES_MAX}")
     plan = decode_health_plan(_read(health), str(health))
+    _check_prompts(plan, runtime, health)
+
+    def described(blobs_of_files: list[StoredBlob]) -> Release:
+        release = Release(
+            family=family,
+            version=version,
+            runtime=runtime,
+            runtime_version_min=runtime_version_min or RUNTIME_VERSION_MIN[runtime],
+            files=[
+                ReleaseFile(name=path.name, length=blob.length, sha256=blob.digest)
+                for path, blob in zip(files, blobs_of_files, strict=True)
+            ],
+            resources=Resources(memory_bytes=memory_bytes, tiers=tiers or []),
+            health=plan,
+        )
+        return decode_release(encode_release(release))  # names and bounds, as devices will check them
+
+    described([_NOTHING] * len(files))  # before anything large is copied
     _check_model(files[0], runtime, {path.name for path in files[1:]})
-    stored = [blobs.put_file(path) for path in files]
-    release = Release(
-        family=family,
-        version=version,
-        runtime=runtime,
-        runtime_version_min=runtime_version_min or RUNTIME_VERSION_MIN[runtime],
-        files=[
-            ReleaseFile(name=path.name, length=blob.length, sha256=blob.digest)
-            for path, blob in zip(files, stored, strict=True)
-        ],
-        resources=Resources(memory_bytes=memory_bytes, tiers=tiers or []),
-        health=plan,
-    )
-    check_release(release)
-    return decode_release(encode_release(release))  # names and bounds, as devices will check them
+    return described([blobs.put_file(path) for path in files])
+
+
+def _check_prompts(plan: HealthPlan, runtime: RuntimeName, source: Path) -> None:
+    """A runtime can answer prompts of one kind only; on a device the others would look like a bad model."""
+    kind = PROMPT_KINDS[runtime]
+    for prompt in plan.prompts:
+        if not isinstance(prompt, kind):
+            raise ReleaseError(
+                f"{source}: prompt {prompt.name!r} is not of the kind that {runtime} models answer",
+                hint='use kind "class" for onnx and "text" for llama',
+            )
 
 
 def _check_model(path: Path, runtime: RuntimeName, others: set[str]) -> None:

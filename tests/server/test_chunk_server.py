@@ -1,6 +1,8 @@
 """The server over real brokers: what it retains, what it answers, and what it does when a broker forgets."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -322,6 +324,40 @@ def test_an_embedded_broker_that_lost_its_memory_is_filled_again_after_a_restart
             _until(partial(getattr, radio, "chunks"))
             radio.close()
             assert server.failure is None
+
+
+def test_a_server_that_was_killed_goes_on_where_it_was(tmp_path: Path, broker: Address) -> None:
+    home = tmp_path / "server"
+    models = publish_models(tmp_path, {"1": 1, "2": 2})
+    command = [
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        "--dir",
+        str(home),
+        "--broker",
+        f"127.0.0.1:{broker.port}",
+    ]
+    radio = Radio(broker.port)
+    radio.report(1, "1", models["1"])
+    asked = []
+    rollout = operations.start_rollout(home, "digits", "2")
+    for _ in range(2):
+        radio.last.clear()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as serving:
+            try:
+                _until(radio.desired)
+                asked.append(radio.desired())
+            finally:
+                serving.kill()
+    assert asked[0] == asked[1]
+    assert not operations.is_served(home)
+    with _serving(home, broker.port):
+        update = UpdateReport(rollout=rollout.id, sequence=1, version="2", outcome="committed")
+        radio.report(2, "2", models["2"], update)
+        _until(lambda: operations.rollout_status(home, rollout.id).rollout.state == "finished")
+    radio.close()
 
 
 def test_a_large_blob_is_retained_at_once_and_in_bounded_memory(tmp_path: Path) -> None:

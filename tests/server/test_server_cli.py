@@ -1,7 +1,7 @@
 """The `whimbrel` command from end to end, each time as a person would type it."""
 
 import json
-import os
+import random
 import signal
 import socket
 import subprocess
@@ -139,7 +139,7 @@ def test_a_file_that_is_not_what_it_says_is_refused(run: Run, files: tuple[str, 
     model, health = files
     run("init", "server")
     (tmp_path / "empty").write_bytes(b"")
-    (tmp_path / "noise").write_bytes(os.urandom(1000))
+    (tmp_path / "noise").write_bytes(random.Random(1).randbytes(1000))
     (tmp_path / "short").write_bytes(Path(model).read_bytes()[:-1000])
     (tmp_path / "bad.json").write_text('{"prompts": []}')
 
@@ -149,10 +149,17 @@ def test_a_file_that_is_not_what_it_says_is_refused(run: Run, files: tuple[str, 
 
     for name in ("empty", "noise", "short", "missing", "."):
         assert name in add(str(tmp_path / name)) or name == "."
-    assert "GGUF" in add(model, runtime="llama")
     assert "bad.json" in add(model, plan=str(tmp_path / "bad.json"))
     assert "missing.json" in add(model, plan="missing.json")
+    text = {"kind": "text", "name": "hello", "prompt": "a", "completion": "b", "logprob_mean_min": -1.0}
+    (tmp_path / "text.json").write_text(
+        json.dumps(json.loads(Path(health).read_text()) | {"prompts": [text]})
+    )
+    assert "'hello'" in add(model, plan=str(tmp_path / "text.json"))
+    assert "GGUF" in add(model, runtime="llama", plan=str(tmp_path / "text.json"))
     assert "lower-case" in add(model, name="Digits")
+    two = ["release", "add", "digits", "1", model, model, "--runtime", "onnx", "--health", health]
+    assert "one name" in run(*two, code=1)
     assert run("release", "list") == []
     assert [path for path in (tmp_path / "server/blobs").rglob("*") if path.is_file()] == []
 
