@@ -1,0 +1,127 @@
+"""Classifiers under onnxruntime. The only module of the device that imports it, and only when a model is loaded."""
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from protocol.errors import EngineError
+from protocol.release import ClassPrompt, Prompt
+
+DISTRIBUTION: Final = "onnxruntime"
+"""The name under which the package index knows the runtime."""
+
+_LOG_ERRORS: Final = 3
+"""onnxruntime's severity "error": warnings about an odd processor would fill a device's log."""
+
+_DETAIL_CHARS_MAX: Final = 300
+"""onnxruntime's messages may hold a whole graph; a report carries one line."""
+
+
+class OnnxModel:
+    """A loaded classifier; one answer at a time, from any thread.
+
+    Args:
+        session: An `onnxruntime.InferenceSession`.
+    """
+
+    def __init__(self, session: Any) -> None:
+        inputs = session.get_inputs()
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)":
+            given = ", ".join(each.type for each in inputs) or "none"
+            raise EngineError(f"the model's inputs are {given}; one tensor(float) is supported")
+        self._lock: Final = threading.Lock()
+        self._session: Any | None = session
+        self._input_name: Final[str] = inputs[0].name
+        self._input_shape: Final[list[int | str | None]] = list(inputs[0].shape)
+        self._output_name: Final[str] = session.get_outputs()[0].name
+
+    def answer(self, prompt: Prompt) -> str:
+        """Classify one input: the number of the class with the highest score, or the label that the model names.
+
+        Raises:
+            EngineError: A text prompt, a wrong number of values, a result that names no class, or a closed model.
+        """
+        if not isinstance(prompt, ClassPrompt):
+            raise EngineError(f"prompt {prompt.name} is text, and an ONNX model answers class prompts only")
+        shape = _shape_for(self._input_shape, len(prompt.input))
+        if shape is None:
+            raise EngineError(
+                f"prompt {prompt.name} has {len(prompt.input)} values, "
+                f"and the model's input has the shape {self._input_shape}"
+            )
+        values = np.asarray(prompt.input, dtype=np.float32).reshape(shape)
+        with self._lock:  # `close` waits for a running answer
+            if self._session is None:
+                raise EngineError("the model is closed")
+            try:
+                output = self._session.run([self._output_name], {self._input_name: values})[0]
+            except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no base class
+                raise EngineError(f"onnxruntime gave no answer: {_line(error)}") from error
+        return _class_of(output)
+
+    def close(self) -> None:
+        """Give the memory back, after the answer that is under way; a second call does nothing."""
+        with self._lock:
+            self._session = None
+
+
+def load_onnx(path: str) -> OnnxModel:
+    """Load a model for one thread of the processor, so that it leaves the others to the device's own work.
+
+    Raises:
+        EngineError: The runtime is missing, or refuses the file.
+    """
+    try:
+        import onnxruntime  # noqa: PLC0415 - a device without it runs other models
+    except ImportError as error:
+        raise EngineError(
+            "onnxruntime is not installed", hint="install whimbrel with the extra 'onnx'"
+        ) from error
+    try:
+        onnxruntime.set_default_logger_severity(_LOG_ERRORS)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = _LOG_ERRORS
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no base class
+        raise EngineError(f"onnxruntime cannot load the file: {_line(error)}") from error
+    return OnnxModel(session)
+
+
+def _shape_for(declared: Sequence[int | str | None], length: int) -> tuple[int, ...] | None:
+    """Shape of `length` values as a batch of one; `None` where they do not fit.
+
+    A first dimension without a size is the batch. One other dimension may be without a size: it takes what is left.
+    """
+    sizes = [size if isinstance(size, int) and size > 0 else None for size in declared]
+    if len(sizes) > 1 and sizes[0] is None:
+        sizes[0] = 1
+    known = math.prod(size for size in sizes if size is not None)
+    unknown = sizes.count(None)
+    if unknown > 1 or length % known or (unknown == 0 and known != length):
+        return None
+    return tuple(length // known if size is None else size for size in sizes)
+
+
+def _class_of(output: object) -> str:
+    if not isinstance(output, np.ndarray):
+        raise EngineError("the model's first output is no tensor")
+    flat = output.reshape(-1)
+    if flat.size == 0:
+        raise EngineError("the model's first output is empty")
+    if output.dtype.kind in "iuOUS" and flat.size == 1:
+        return str(flat[0])  # a label, as exported classifiers of scikit-learn give it
+    if output.dtype.kind not in "iuf" or flat.size == 1:
+        raise EngineError(f"the model's first output, {output.dtype} {list(output.shape)}, names no class")
+    if not np.isfinite(flat).all():
+        raise EngineError("the model's scores are not finite")
+    return str(int(flat.argmax()))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_DETAIL_CHARS_MAX] or type(error).__name__

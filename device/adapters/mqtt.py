@@ -1,0 +1,425 @@
+"""Any number of paho clients on one selector loop, in one thread. The only importer of paho on a device.
+
+paho's own thread per client ends at 340 clients (`select` and three descriptors each); a loop that drives its
+socket callbacks carries thousands. The traps of such a loop, all met here: `connect` blocks, so it runs on a thread; paho does not
+reconnect by itself outside its own loops; with TLS, bytes that were decrypted already must be drained, since the socket does not
+become readable for them.
+"""
+
+import contextlib
+import heapq
+import random
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv311
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+RECONNECT_BASE_S: Final = 0.5
+RECONNECT_CAP_S: Final = 60.0
+"""Full jitter: a device waits for a random time up to the base doubled per attempt, at most the cap."""
+
+KEEPALIVE_S: Final = 30
+CONNECT_TIMEOUT_S: Final = 10.0
+QUEUED_MESSAGES_MAX: Final = 256
+"""Messages that wait in paho for the socket: reports and requests are few, and the next one says it all again."""
+
+_MISC_INTERVAL_S: Final = 1.0
+_POLL_MAX_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Where the broker is, and how to speak to it."""
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Will:
+    """What the broker says for a client that vanished."""
+
+    topic: str
+    payload: bytes
+
+
+class MqttLoop:
+    """The loop: sockets, timers, and calls from other threads."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = 0
+        self._calls: deque[Callable[[], None]] = deque()
+        self._transports: set[MqttTransport] = set()
+        self._misc_at = 0.0
+        self._is_stopping = False
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ, None)
+
+    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+        """Run `call` in the loop's thread; the only method that other threads may use."""
+        self._calls.append(call)
+        with contextlib.suppress(
+            OSError
+        ):  # full means that a wake-up is under way; closed, that nobody listens
+            self._wake_sender.send(b"\0")
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Run `call` in the loop's thread after `delay_s`."""
+        self._serial += 1
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._serial, call))
+
+    def run_until(self, is_done: Callable[[], bool], timeout_s: float) -> bool:
+        """Run until `is_done` says so; whether it did in time."""
+        end = time.monotonic() + timeout_s
+        while not is_done():
+            if time.monotonic() >= end:
+                return False
+            self.step(0.05)
+        return True
+
+    def run_forever(self) -> None:
+        """Run until `stop`."""
+        while not self._is_stopping:
+            self.step(_POLL_MAX_S)
+
+    def stop(self) -> None:
+        """Let `run_forever` return; from any thread."""
+        self.call_soon_threadsafe(self._stop)
+
+    def step(self, timeout_s: float) -> None:
+        """Wait for at most `timeout_s`, and do what is to be done."""
+        now = time.monotonic()
+        if self._timers:
+            timeout_s = min(timeout_s, max(0.0, self._timers[0][0] - now))
+        for key, mask in self._selector.select(0 if self._calls else timeout_s):
+            if key.data is None:
+                self._drain_wakeups()
+            else:
+                key.data.on_ready(mask)
+        for _ in range(len(self._calls)):
+            self._calls.popleft()()
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
+        if now >= self._misc_at:
+            self._misc_at = now + _MISC_INTERVAL_S
+            for transport in tuple(self._transports):
+                transport.on_tick()
+
+    def close(self) -> None:
+        """Give the loop's own descriptors back; its transports must be closed before."""
+        self._selector.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
+
+    def register(self, transport: "MqttTransport") -> None:
+        """Let a transport live on this loop."""
+        self._transports.add(transport)
+
+    def forget(self, transport: "MqttTransport") -> None:
+        """A transport is closed."""
+        self._transports.discard(transport)
+
+    def watch(self, sock: socket.socket, mask: int, transport: "MqttTransport") -> None:
+        """Watch a socket for the events of `mask`; none of them stops it."""
+        known = sock.fileno() in self._selector.get_map()
+        if not mask:
+            if known:
+                self._selector.unregister(sock)
+        elif known:
+            self._selector.modify(sock, mask, transport)
+        else:
+            self._selector.register(sock, mask, transport)
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+
+    def _drain_wakeups(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._wake_receiver.recv(4096):
+                pass
+
+
+class MqttTransport:
+    """One connection to the broker that comes back by itself: the `Transport` port.
+
+    Args:
+        loop: Where it lives; all methods are for the loop's thread.
+        address: The broker.
+        client_id: Identity on the broker.
+        rng: Source of jitter.
+        will: Said by the broker when the connection is lost.
+        on_connected: The broker accepted us.
+        on_disconnected: The connection is gone.
+        on_message: Something was delivered: topic and payload.
+    """
+
+    def __init__(
+        self,
+        loop: MqttLoop,
+        address: BrokerAddress,
+        client_id: str,
+        rng: random.Random,
+        *,
+        will: Will | None,
+        on_connected: Callable[[], None],
+        on_disconnected: Callable[[], None],
+        on_message: Callable[[str, bytes], None],
+    ) -> None:
+        self.error = ""  # why there is no connection
+        self._loop = loop
+        self._address = address
+        self._rng = rng
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
+        self._on_message = on_message
+        self._attempts = 0
+        self._is_enabled = False
+        self._is_connecting = False
+        self._is_connected = False
+        self._is_paused = False
+        self._wants_write = False
+        self._generation = 0  # of the wish to connect: a timer of an earlier one is void
+        self._client_id = client_id
+        self._will = will
+        self._client: Client | None = None  # a new one for each connection: nothing of an old one lingers
+        self._socket: Any = None
+        loop.register(self)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker accepted us."""
+        return self._is_connected
+
+    # --- the port -------------------------------------------------------------------------------------------
+
+    def subscribe(self, filters: tuple[str, ...], qos: int) -> None:
+        """As `Transport.subscribe`."""
+        if self._is_connected and self._client is not None:
+            self._client.subscribe([(pattern, qos) for pattern in filters])
+
+    def unsubscribe(self, filters: tuple[str, ...]) -> None:
+        """As `Transport.unsubscribe`."""
+        if self._is_connected and self._client is not None:
+            self._client.unsubscribe(list(filters))
+
+    def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
+        """As `Transport.publish`."""
+        if self._is_connected and self._client is not None:
+            self._client.publish(topic, payload, qos, retain)
+
+    # --- life -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect, and go on connecting after every loss."""
+        self._is_enabled = True
+        self._attempts = 0
+        self._generation += 1
+        self._connect()
+
+    def drop(self, *, stay_away: bool = False) -> None:
+        """Lose the connection without a word, as a link does.
+
+        Args:
+            stay_away: Do not come back before `start`.
+        """
+        self._is_enabled = self._is_enabled and not stay_away
+        self._generation += 1
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._lost("connection dropped")
+
+    def close(self) -> None:
+        """Say goodbye and stay away."""
+        self._is_enabled = False
+        self._generation += 1
+        if self._client is not None and self._socket is not None:
+            self._client.disconnect()
+            self._client.loop_write()
+            self._lost("closed")
+        self._loop.forget(self)
+
+    def pause_reading(self) -> None:
+        """Let the network fill up, as a slow link does."""
+        self._is_paused = True
+        self._watch()
+
+    def resume_reading(self) -> None:
+        """Take from the network again."""
+        self._is_paused = False
+        self._watch()
+
+    # --- the loop's side ------------------------------------------------------------------------------------
+
+    def on_ready(self, mask: int) -> None:
+        """The socket can be read from or written to."""
+        client = self._client
+        if client is None:
+            return
+        if mask & selectors.EVENT_WRITE:
+            client.loop_write()
+        if mask & selectors.EVENT_READ and client is self._client:
+            client.loop_read()
+            while isinstance(self._socket, ssl.SSLSocket) and not self._is_paused and self._socket.pending():
+                client.loop_read()
+
+    def on_tick(self) -> None:
+        """Once a second: keep-alive and acknowledgements that never came."""
+        if self._client is not None and self._socket is not None:
+            self._client.loop_misc()
+
+    # --- connecting -----------------------------------------------------------------------------------------
+
+    def _make_client(self) -> Client:
+        client = Client(
+            CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=MQTTv311, clean_session=True
+        )
+        client.max_queued_messages_set(QUEUED_MESSAGES_MAX)
+        client.connect_timeout = CONNECT_TIMEOUT_S
+        if self._address.tls is not None:
+            client.tls_set_context(self._address.tls)
+        if self._will is not None:
+            client.will_set(self._will.topic, self._will.payload, qos=1, retain=True)
+        client.on_connect = self._paho_connected
+        client.on_disconnect = self._paho_disconnected
+        client.on_message = self._paho_message
+        client.on_socket_open = self._paho_socket_opened
+        client.on_socket_close = self._paho_socket_closed
+        client.on_socket_register_write = self._paho_wants_write
+        client.on_socket_unregister_write = self._paho_wants_no_write
+        return client
+
+    def _connect(self) -> None:
+        """Open the connection on a thread of its own: paho's `connect` blocks for as long as the network likes."""
+        if self._is_connecting or self._socket is not None or not self._is_enabled:
+            return
+        self._is_connecting = True
+        self._wants_write = False
+        client = self._client = self._make_client()
+        arguments = (client, self._address.host, self._address.port)
+        threading.Thread(
+            target=self._connect_blocking, args=arguments, name="whimbrel-connect", daemon=True
+        ).start()
+
+    def _connect_blocking(self, client: Client, host: str, port: int) -> None:
+        reason = ""
+        try:
+            client.connect(host, port, KEEPALIVE_S)
+        except (OSError, ValueError) as error:
+            reason = f"{host}:{port}: {error}"
+        self._loop.call_soon_threadsafe(lambda: self._connect_ended(client, reason))
+
+    def _connect_ended(self, client: Client, reason: str) -> None:
+        self._is_connecting = False
+        if reason:
+            self.error = reason
+            self._client = None
+            self._reconnect_later()
+            return
+        self._socket = client.socket()
+        if not self._is_enabled:
+            self.drop(stay_away=True)
+        elif self._socket is None:
+            self._lost("the broker closed the connection")
+        else:
+            self._watch()
+
+    def _reconnect_later(self) -> None:
+        if not self._is_enabled:
+            return
+        longest_s = min(RECONNECT_BASE_S * 2**self._attempts, RECONNECT_CAP_S)
+        self._attempts = min(self._attempts + 1, 16)
+        self._generation += 1
+        generation = self._generation
+        self._loop.call_later(self._rng.uniform(0, longest_s), lambda: self._reconnect(generation))
+
+    def _reconnect(self, generation: int) -> None:
+        if generation == self._generation:
+            self._connect()
+
+    def _lost(self, reason: str) -> None:
+        """The connection is gone: close the socket, say so once, and come back later."""
+        if self._socket is not None:
+            self._loop.watch(self._socket, 0, self)
+            with contextlib.suppress(OSError):
+                self._socket.close()
+            self._socket = None
+        self._client = None
+        self.error = reason
+        was_connected, self._is_connected = self._is_connected, False
+        if was_connected:
+            self._on_disconnected()
+        self._reconnect_later()
+
+    def _watch(self) -> None:
+        if self._socket is not None:
+            mask = 0 if self._is_paused else selectors.EVENT_READ
+            self._loop.watch(self._socket, mask | (selectors.EVENT_WRITE if self._wants_write else 0), self)
+
+    # --- paho's callbacks -----------------------------------------------------------------------------------
+
+    def _paho_connected(
+        self,
+        client: Client,
+        _user: object,
+        _flags: ConnectFlags,
+        code: ReasonCode,
+        _properties: Properties | None,
+    ) -> None:
+        if client is not self._client:
+            return
+        if code.is_failure:
+            self.error = f"the broker refuses the connection: {code}"
+            return
+        self._attempts = 0
+        self._is_connected = True
+        self.error = ""
+        self._on_connected()
+
+    def _paho_disconnected(
+        self,
+        client: Client,
+        _user: object,
+        _flags: DisconnectFlags,
+        code: ReasonCode,
+        _properties: Properties | None,
+    ) -> None:
+        if client is self._client and self._socket is not None:
+            self._lost(self.error or str(code))
+
+    def _paho_message(self, client: Client, _user: object, message: MQTTMessage) -> None:
+        if client is self._client:
+            self._on_message(message.topic, bytes(message.payload))
+
+    def _paho_socket_opened(self, _client: Client, _user: object, sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _paho_socket_closed(self, _client: Client, _user: object, sock: Any) -> None:
+        if sock is self._socket:
+            self._loop.watch(sock, 0, self)
+
+    def _paho_wants_write(self, client: Client, _user: object, _sock: Any) -> None:
+        if client is self._client:
+            self._wants_write = True
+            self._watch()
+
+    def _paho_wants_no_write(self, client: Client, _user: object, _sock: Any) -> None:
+        if client is self._client:
+            self._wants_write = False
+            self._watch()

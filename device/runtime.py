@@ -1,0 +1,248 @@
+"""The driver of one device: events to the agent, effects to the executor, one timer. Any number share a loop.
+
+All of it happens in the loop's thread, but for long effects, which the executor gives to the workers.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from device import effects, events
+from device.adapters.disk import RealDisk
+from device.adapters.engines import LocalEngine
+from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport, Will
+from device.adapters.workers import WorkerPool
+from device.agent import Agent
+from device.config import DeviceConfig
+from device.executor import CURRENT_LINK, ROOT_FILE, Executor
+from device.journal import Journal, Record, SlotRecord
+from device.slots import READ_BYTES, SlotHealth, SlotName, empty_slot, measure_file, slot_file, slot_folder
+from protocol.errors import EngineError, RequestError
+from protocol.messages import Link, encode_message
+from protocol.release import Prompt, Release
+from protocol.topics import Topics
+from protocol.trust import check_root
+
+
+class Clock(Protocol):
+    """Milliseconds since 1970 that never go back."""
+
+    def now_ms(self) -> int:
+        """The instant."""
+
+
+class DeviceRuntime:
+    """One device on a loop.
+
+    Args:
+        config: Its settings.
+        loop: The loop, shared with others or not.
+        pool: Threads for long work.
+        clock: Source of instants.
+        rng: Source of jitter.
+        on_trace: Told of every transition.
+        trace_path: File that gets a line of JSON per transition, stored chunk and boot; a kill loses none of them.
+    """
+
+    def __init__(
+        self,
+        config: DeviceConfig,
+        loop: MqttLoop,
+        pool: WorkerPool,
+        *,
+        clock: Clock,
+        rng: random.Random,
+        on_trace: Callable[[effects.Trace, int], None] | None = None,
+        trace_path: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.disk = RealDisk(config.folder)
+        self.disk.prepare()
+        self.agent = Agent(config.agent, rng)
+        self.engine = LocalEngine()
+        self._loop = loop
+        self._clock = clock
+        self._on_trace = on_trace
+        self._trace = None if trace_path is None else _TraceFile(trace_path, config.agent.device)
+        self._workers = pool.for_device()
+        self._is_stopped = False
+        self._armed_ms: int | None = None
+        topics = Topics(config.agent.fleet)
+        self._link_topic = topics.link(config.agent.device)
+        self.transport = MqttTransport(
+            loop,
+            BrokerAddress(config.broker_host, config.broker_port),
+            config.agent.device,
+            rng,
+            will=Will(self._link_topic, encode_message(Link(online=False))),
+            on_connected=self._connected,
+            on_disconnected=lambda: self.handle(events.Disconnected()),
+            on_message=lambda topic, payload: self.handle(events.MessageReceived(topic, payload)),
+        )
+        self.executor = Executor(
+            disk=self.disk,
+            transport=self.transport,
+            engine=self.engine,
+            workers=self._workers,
+            post=self._post,
+        )
+
+    def start(self) -> None:
+        """Boot the agent from what the disk knows, and connect.
+
+        Raises:
+            DamagedRecordError: The durable record is lost.
+            TrustError: The device was never provisioned.
+        """
+        event = self.executor.boot_event(_memory_bytes())
+        self._note("boot", {})
+        self.handle(event)
+        self.transport.start()
+
+    def stop(self) -> None:
+        """Say goodbye and let go of everything; an update goes on at the next start."""
+        self._is_stopped = True
+        self._workers.stop()
+        self.transport.close()
+        self.executor.close()
+        if self._trace is not None:
+            self._trace.close()
+
+    def handle(self, event: events.Event) -> None:
+        """Let the agent take note of an event, and carry out what it orders."""
+        if self._is_stopped:
+            return
+        now_ms = self._clock.now_ms()
+        ordered = self.agent.handle(event, now_ms)
+        self.executor.run(ordered)
+        for effect in ordered:
+            self._observe(effect, now_ms)
+        self._arm()
+
+    def infer(self, prompt: Prompt) -> str:
+        """Answer with the model that serves now; a swap in between is not noticed.
+
+        Raises:
+            EngineError: There is no model, or it did not answer.
+        """
+        model = self.executor.model
+        if model is None:
+            raise EngineError("no model is loaded yet")
+        try:
+            return model.answer(prompt)
+        except EngineError:
+            current = self.executor.model
+            if current is None or current is model:
+                raise
+            return current.answer(prompt)
+
+    def _connected(self) -> None:
+        self.transport.publish(self._link_topic, encode_message(Link(online=True)), 1, retain=True)
+        self.handle(events.Connected())
+
+    def _post(self, event: events.Event) -> None:
+        self._loop.call_soon_threadsafe(partial(self.handle, event))
+
+    def _arm(self) -> None:
+        deadline_ms = self.agent.deadline()
+        if deadline_ms is None or deadline_ms == self._armed_ms:
+            return
+        self._armed_ms = deadline_ms
+        delay_s = max(0, deadline_ms - self._clock.now_ms()) / 1000
+        self._loop.call_later(delay_s, partial(self._deadline_reached, deadline_ms))
+
+    def _deadline_reached(self, deadline_ms: int) -> None:
+        if deadline_ms == self._armed_ms:
+            self._armed_ms = None
+            self.handle(events.DeadlineReached())
+
+    def _observe(self, effect: effects.Effect, now_ms: int) -> None:
+        if isinstance(effect, effects.Trace):
+            if self._on_trace is not None:
+                self._on_trace(effect, now_ms)
+            source, trigger, target = effect.row
+            fields = {"from": source.value, "trigger": trigger.value, "to": target.value}
+            self._note("transition", {**fields, "version": effect.version, "code": effect.code})
+        elif isinstance(effect, effects.WriteChunk):
+            self._note("chunk", {"blob": effect.blob, "index": effect.index})
+
+    def _note(self, kind: str, fields: dict[str, object]) -> None:
+        if self._trace is not None:
+            self._trace.write({"t": self._clock.now_ms(), "kind": kind, **fields})
+
+
+class _TraceFile:
+    """A file of JSON lines, each written with one system call, so that a kill tears none."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self._device = device
+        self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def write(self, fields: dict[str, object]) -> None:
+        os.write(self._descriptor, json.dumps({**fields, "device": self._device}).encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def install_factory(config: DeviceConfig, release: Release, files: dict[str, Path], root: bytes) -> None:
+    """What an installer does before the device is shipped: a first version, and the start of trust.
+
+    Args:
+        config: The device.
+        release: Description of the version.
+        files: Where each file of the release is now.
+        root: The server's root document.
+
+    Raises:
+        RequestError: The device was provisioned before, or a file is not the one that the release names.
+        TrustError: The root document is none.
+    """
+    disk = RealDisk(config.folder)
+    disk.prepare()
+    check_root(root)
+    journal = Journal(disk)
+    if journal.load() is not None:
+        raise RequestError(f"{config.folder}: this device is provisioned", hint="use an empty state folder")
+    for file in release.files:
+        source = files.get(file.name)
+        if source is None:
+            raise RequestError(f"file {file.name} of the release is not given", hint="give it with --file")
+        name = slot_file(SlotName.A, file.name)
+        _copy(disk, source, name)
+        if measure_file(disk, name) != file.sha256:
+            empty_slot(disk, SlotName.A)
+            raise RequestError(f"{source} is not the file {file.name} that the release names")
+    disk.create(ROOT_FILE, len(root))
+    disk.write(ROOT_FILE, 0, root)
+    disk.sync(ROOT_FILE)
+    disk.point(CURRENT_LINK, slot_folder(SlotName.A))
+    slot = SlotRecord(
+        health=SlotHealth.GOOD,
+        version=release.version,
+        runtime=release.runtime,
+        main_file=release.files[0].name,
+        files={file.name: file.sha256 for file in release.files},
+    )
+    journal.save(Record(active=SlotName.A, slots={SlotName.A: slot, SlotName.B: SlotRecord()}))
+
+
+def _copy(disk: RealDisk, source: Path, name: str) -> None:
+    try:
+        with source.open("rb") as file:
+            disk.create(name, source.stat().st_size)
+            offset = 0
+            while piece := file.read(READ_BYTES):
+                disk.write(name, offset, piece)
+                offset += len(piece)
+    except OSError as error:
+        raise RequestError(f"{source}: {error.strerror}") from error
+    disk.sync(name)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
