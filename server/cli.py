@@ -117,7 +117,9 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--health", required=True, type=Path, help="JSON file: what a device must see in its trial"
     )
-    add.add_argument("--memory-bytes", type=_count, default=0, help="memory that a device needs to run it")
+    add.add_argument(
+        "--memory-bytes", metavar="N", type=_count, default=0, help="memory that a device needs to run it"
+    )
     add.add_argument("--tier", action="append", default=[], help="hardware tier that may take it; repeatable")
     add.add_argument("--runtime-version-min", default="", help="oldest version of the engine")
     add.set_defaults(run=_release_add)
@@ -134,7 +136,11 @@ def _add_rollout(commands: Any, common: argparse.ArgumentParser) -> None:
     start = actions.add_parser("start", parents=[common], help="bring a published release to the fleet")
     _add_name(start)
     start.add_argument(
-        "--canary", type=_positive, default=2, help="devices that go first (default: %(default)s)"
+        "--canary",
+        metavar="N",
+        type=_positive,
+        default=2,
+        help="devices that go first (default: %(default)s)",
     )
     start.add_argument(
         "--wave-timeout",
@@ -145,6 +151,7 @@ def _add_rollout(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     start.add_argument(
         "--max-failures",
+        metavar="K",
         type=_count,
         default=0,
         help="failures in a wave that are accepted (default: %(default)s)",
@@ -295,6 +302,7 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="whimbrel: %(message)s", level=logging.WARNING)
+    logging.getLogger("server").setLevel(logging.INFO)
     config = read_config(arguments.dir)
     if arguments.broker is not None:
         parse_broker(arguments.broker)

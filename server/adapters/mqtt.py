@@ -297,9 +297,11 @@ class MqttTransport:
             return None
         with self._condition:
             self._connection = connection
-            self._last_error = ""
+            was_away, self._last_error = bool(self._last_error), ""
             self.counters.connections += 1
             self._condition.notify_all()
+        if was_away:
+            _LOG.info("broker %s:%d: connected", self._host, self._port)
         self._post(BrokerConnected())
         return connection
 
