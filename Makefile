@@ -31,7 +31,7 @@ demo: ## bring up a broker, a server and 36 devices; ship a good and a bad relea
 demo-llm: ## the same with a language model: SmolLM2-135M under llama.cpp, 4 devices (compiles llama.cpp: ten more minutes)
 	$(call environment,llm)
 	$(BIN)/python -m examples.smollm2.fetch
-	[ -f .cache/smollm2/report.json ] || $(BIN)/python -m examples.smollm2.build --model .cache/models/smollm2-135m-q4_1.gguf --out .cache/smollm2
+	[ -f .cache/smollm2/report.json ] || $(BIN)/python -m examples.smollm2.build --model .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf --out .cache/smollm2
 	$(BIN)/whimbrel-sim run --llm --models .cache/smollm2 --devices 4 --seed $(SEED) --report whimbrel-llm-report.html
 
 .PHONY: setup

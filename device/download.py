@@ -72,6 +72,7 @@ class BlobDownload:
         rng: Source of jitter.
         tally: Counts what arrives.
         groups_outstanding: How many groups are under way at a time.
+        use_cache: Look into the broker's cache first; without it a server is asked at once.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class BlobDownload:
         rng: random.Random,
         tally: Tally,
         groups_outstanding: int,
+        use_cache: bool = True,
     ) -> None:
         self.plan = plan
         self.present = present
@@ -95,7 +97,8 @@ class BlobDownload:
         self._groups_outstanding = groups_outstanding
         self._groups: dict[int, _Group] = {}
         self._next_group = 0
-        self._direct = False  # the cache had nothing: ask at once
+        self._use_cache = use_cache
+        self._direct = not use_cache  # the cache has nothing: ask at once
         self._stalls = 0
         self._gap_ms = 0
         self._progress_ms: int | None = None
@@ -110,7 +113,7 @@ class BlobDownload:
         """The connection is up: subscribe to what is missing."""
         self._groups.clear()
         self._next_group = 0
-        self._direct = False
+        self._direct = not self._use_cache
         self._stalls = 0
         self._progress_ms = None
         yield from self._fill()

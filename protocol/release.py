@@ -40,7 +40,7 @@ class TextPrompt(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     prompt: _Text
     completion: Annotated[str, Meta(min_length=1, max_length=8192)]
     logprob_mean_min: float  # natural logarithm, mean over the tokens of `completion`, teacher-forced
-    exact: bool = False  # the greedy continuation must equal `completion`
+    exact: bool = False  # the greedy continuation must begin with `completion`
 
 
 Prompt = ClassPrompt | TextPrompt

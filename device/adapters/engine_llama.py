@@ -50,7 +50,9 @@ class LlamaModel:
             EngineError: A class prompt, a prompt without tokens or with too many, or a closed model.
         """
         if not isinstance(prompt, TextPrompt):
-            raise EngineError(f"prompt {prompt.name} asks for a class, and a text model answers text prompts only")
+            raise EngineError(
+                f"prompt {prompt.name} asks for a class, and a text model answers text prompts only"
+            )
         with self._lock:  # `close` waits for a running answer
             llama = self._opened()
             try:
@@ -115,7 +117,7 @@ def load_llama(path: str) -> LlamaModel:
             logits_all=True,
             verbose=False,
         )
-    except Exception as error:  # noqa: BLE001 - which ones llama-cpp-python raises is not documented
+    except Exception as error:
         raise EngineError(f"llama.cpp cannot load the file: {_line(error)}") from error
     return LlamaModel(llama)
 

@@ -58,7 +58,7 @@ class OnnxModel:
                 raise EngineError("the model is closed")
             try:
                 output = self._session.run([self._output_name], {self._input_name: values})[0]
-            except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no base class
+            except Exception as error:
                 raise EngineError(f"onnxruntime gave no answer: {_line(error)}") from error
         return _class_of(output)
 
@@ -88,7 +88,7 @@ def load_onnx(path: str) -> OnnxModel:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = _LOG_ERRORS
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no base class
+    except Exception as error:
         raise EngineError(f"onnxruntime cannot load the file: {_line(error)}") from error
     return OnnxModel(session)
 

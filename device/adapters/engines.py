@@ -1,0 +1,66 @@
+"""The runtimes that this device has, behind the `Engine` port. Which one loads a file is decided here only."""
+
+import sys
+from importlib import metadata
+from typing import Final
+
+from device.adapters import engine_llama, engine_onnx
+from device.adapters.engine_llama import LlamaModel, load_llama
+from device.adapters.engine_onnx import OnnxModel, load_onnx
+from device.adapters.trial import run_trial
+from device.ports import ModelSource, TrialOrder
+from protocol.messages import TrialEvidence
+from protocol.release import RuntimeName
+
+_DISTRIBUTIONS: Final[dict[RuntimeName, str]] = {
+    "onnx": engine_onnx.DISTRIBUTION,
+    "llama": engine_llama.DISTRIBUTION,
+}
+
+
+class LocalEngine:
+    """Inference on this device: the `Engine` port.
+
+    Args:
+        python: Interpreter in which trials run.
+    """
+
+    def __init__(self, python: str = sys.executable) -> None:
+        self._python: Final = python
+
+    def versions(self) -> dict[str, str]:
+        """Installed runtimes and their versions, read from the packages' metadata: none is imported."""
+        found: dict[str, str] = {}
+        for name, distribution in _DISTRIBUTIONS.items():
+            try:
+                found[name] = metadata.version(distribution)
+            except metadata.PackageNotFoundError:
+                continue
+        return found
+
+    def load(self, source: ModelSource) -> OnnxModel | LlamaModel:
+        """Load a model into this process.
+
+        Raises:
+            EngineError: The runtime is missing, or refuses the file.
+        """
+        return load_model(source)
+
+    def trial(self, order: TrialOrder) -> TrialEvidence:
+        """Run a trial in a process of its own; waits for others of this process first.
+
+        Raises:
+            EngineError: No process could be started, which says nothing about the model.
+        """
+        return run_trial(order, self._python)
+
+
+def load_model(source: ModelSource) -> OnnxModel | LlamaModel:
+    """Load a model with the runtime that its release names.
+
+    Raises:
+        EngineError: The runtime is missing, or refuses the file.
+    """
+    if source.runtime == "onnx":
+        return load_onnx(source.path)
+    return load_llama(source.path)

@@ -1,0 +1,175 @@
+"""A device as it runs: real files, a real broker, a real server, a real model, real trials."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from device.adapters.clock import SystemClock
+from device.adapters.mqtt import MqttLoop
+from device.adapters.workers import WorkerPool
+from device.config import AgentConfig, DeviceConfig
+from device.journal import Journal
+from device.runtime import DeviceRuntime, install_factory
+from device.states import State
+from protocol.errors import RequestError
+from protocol.ids import DeviceId, Family, FleetId
+from protocol.release import decode_release
+from server.config import read_config
+from server.operations import add_release, init_repository, publish_release, rollout_status, start_rollout
+from server.runtime import Server
+from tests.models import prompts, write_classifier, write_health_plan
+from tests.server.brokers import BROKERS, running_broker
+
+HIDDEN = 40_000  # about 3 MB of weights: dozens of chunks
+WAIT_S = 60.0
+
+
+class Lab:
+    """A server and devices on one loop."""
+
+    def __init__(self, folder: Path, broker: str) -> None:
+        self.folder = folder
+        self.server_folder = folder / "server"
+        init_repository(self.server_folder, "lab")
+        self.health = write_health_plan(folder / "health.json")
+        self.publish("v1", seed=1)
+        self.server = Server(replace(read_config(self.server_folder), broker=broker, port=0), seed=1)
+        self.server.start()
+        self.loop = MqttLoop()
+        self.pool = WorkerPool(threads=2)
+        self.devices: list[DeviceRuntime] = []
+
+    def publish(self, version: str, *, seed: int, shift: int = 0) -> None:
+        model = write_classifier(self.folder / f"{version}.onnx", seed, hidden=HIDDEN, shift=shift)
+        add_release(self.server_folder, "digits", version, [model], runtime="onnx", health=self.health)
+        publish_release(self.server_folder, "digits", version)
+
+    def config(self, name: str) -> DeviceConfig:
+        host, port = self.server.broker_address
+        return DeviceConfig(
+            agent=AgentConfig(
+                device=DeviceId(name), fleet=FleetId("lab"), family=Family("digits"), tier="pi"
+            ),
+            folder=self.folder / name,
+            broker_host=host,
+            broker_port=port,
+        )
+
+    def provision(self, name: str) -> DeviceConfig:
+        config = self.config(name)
+        release = next(
+            decode_release(path.read_bytes())
+            for path in (self.server_folder / "blobs").rglob("*")
+            if path.is_file() and path.stat().st_size < 100_000 and b'"version":"v1"' in path.read_bytes()
+        )
+        model = self.folder / "v1.onnx"
+        root = (self.server_folder / "metadata" / "1.root.json").read_bytes()
+        install_factory(config, release, {release.files[0].name: model}, root)
+        return config
+
+    def start(self, config: DeviceConfig, seed: int) -> DeviceRuntime:
+        runtime = DeviceRuntime(
+            config,
+            self.loop,
+            self.pool,
+            clock=SystemClock(),
+            rng=random.Random(seed),
+            trace_path=self.folder / f"{config.agent.device}.trace",
+        )
+        runtime.start()
+        self.devices.append(runtime)
+        return runtime
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        assert self.loop.run_until(is_done, WAIT_S), [
+            (runtime.config.agent.device, runtime.agent.state, runtime.agent.record.update)
+            for runtime in self.devices
+        ]
+
+    def close(self) -> None:
+        for runtime in self.devices:
+            runtime.stop()
+        self.loop.close()
+        self.pool.close()
+        self.server.stop()
+
+
+@pytest.fixture(params=BROKERS)
+def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    if request.param == "embedded":
+        lab = Lab(tmp_path, "embedded")
+        yield lab
+        lab.close()
+        return
+    with running_broker(request.param, tmp_path / "broker") as running:
+        lab = Lab(tmp_path, f"{running.host}:{running.port}")
+        yield lab
+        lab.close()
+
+
+def version_of(runtime: DeviceRuntime) -> str:
+    return runtime.agent.record.active_slot.version
+
+
+def test_a_good_release_reaches_every_device_as_a_delta_and_a_bad_one_is_stopped(lab: Lab) -> None:
+    devices = [lab.start(lab.provision(f"device-{number}"), number) for number in range(3)]
+    lab.wait(lambda: all(device.transport.is_connected and device.executor.model for device in devices))
+    lab.wait(lambda: lab.server.status()["devices"] == len(devices))
+    lab.publish("v2", seed=2)
+    first = start_rollout(lab.server_folder, "digits", "v2", canary_count=1)
+    lab.wait(
+        lambda: all(version_of(device) == "v2" and device.agent.state is State.IDLE for device in devices)
+    )
+    lab.wait(lambda: rollout_status(lab.server_folder, first.id).rollout.state.value == "finished")
+    for device in devices:
+        update = device.agent.record.update
+        assert update is not None
+        assert update.outcome == "committed"
+        assert [item.action for item in update.items] == ["delta"]
+        assert update.counters.redundant_chunks == 0
+        for prompt in prompts():
+            assert device.infer(prompt) == str(prompt.label)
+    lab.publish("v3", seed=3, shift=1)
+    second = start_rollout(lab.server_folder, "digits", "v3", canary_count=1)
+    lab.wait(lambda: rollout_status(lab.server_folder, second.id).rollout.state.value == "stopped")
+    lab.wait(lambda: all(device.agent.state in {State.IDLE, State.ROLLED_BACK} for device in devices))
+    tried = [device for device in devices if device.agent.state is State.ROLLED_BACK]
+    assert len(tried) == 1
+    assert {version_of(device) for device in devices} == {"v2"}
+    update = tried[0].agent.record.update
+    assert update is not None
+    assert update.code == "trial.answers"
+
+
+def test_a_device_that_is_stopped_again_and_again_fetches_nothing_twice(lab: Lab) -> None:
+    config = lab.provision("device-0")
+    device = lab.start(config, 0)
+    lab.wait(lambda: device.transport.is_connected and device.executor.model is not None)
+    lab.publish("v2", seed=2)
+    start_rollout(lab.server_folder, "digits", "v2", canary_count=1)
+    for restart in range(1, 4):
+        lab.wait(lambda: lab.devices[-1].agent.state is not State.IDLE)
+        lab.loop.run_until(lambda: False, 0.05 * restart)
+        device.stop()
+        lab.devices.remove(device)
+        device = lab.start(config, restart)
+    lab.wait(lambda: version_of(device) == "v2" and device.agent.state is State.IDLE)
+    lines = [json.loads(line) for line in (lab.folder / "device-0.trace").read_text().splitlines()]
+    chunks = Counter((line["blob"], line["index"]) for line in lines if line["kind"] == "chunk")
+    assert len(chunks) > 20
+    assert max(chunks.values()) == 1
+    assert sum(line["kind"] == "boot" for line in lines) == 4
+
+
+def test_provisioning_refuses_another_file_and_a_second_time(lab: Lab) -> None:
+    config = lab.provision("device-0")
+    assert Journal(
+        DeviceRuntime(config, lab.loop, lab.pool, clock=SystemClock(), rng=random.Random(1)).disk
+    ).load()
+    with pytest.raises(RequestError, match="provisioned"):
+        lab.provision("device-0")
