@@ -54,11 +54,12 @@ class Tally:
 class _Group:
     """A group that is under way."""
 
-    __slots__ = ("filters", "number")
+    __slots__ = ("filters", "missing", "number")
 
-    def __init__(self, number: int, filters: tuple[str, ...]) -> None:
+    def __init__(self, number: int, filters: tuple[str, ...], missing: int) -> None:
         self.number = number
         self.filters = filters  # empty once it was asked for directly
+        self.missing = missing  # chunks that are still to come
 
 
 class BlobDownload:
@@ -147,7 +148,7 @@ class BlobDownload:
         if self._unsynced >= SYNC_CHUNKS or self.is_complete:
             self._unsynced = 0
             yield SyncBlob(self.plan.name)
-        yield from self._finish_group(chunk.index // GROUP_CHUNKS)
+        yield from self._note_arrival(chunk.index // GROUP_CHUNKS)
         self._note_progress(now_ms)
 
     def timeout(self, now_ms: int) -> Iterator[Effect]:
@@ -176,7 +177,7 @@ class BlobDownload:
             if not missing:
                 continue
             filters = () if self._direct else self._filters(number, missing)
-            self._groups[number] = _Group(number, filters)
+            self._groups[number] = _Group(number, filters, len(missing))
             yield Subscribe(filters, 0) if filters else self._request(number)
 
     def _filters(self, number: int, missing: list[int]) -> tuple[str, ...]:
@@ -191,9 +192,12 @@ class BlobDownload:
         request = ChunkRequest(blob=self.plan.name, first=first, wanted=encode_window(missing, first))
         return Publish(self._topics.request(self._device), encode_message(request), 1, retain=False)
 
-    def _finish_group(self, number: int) -> Iterator[Effect]:
+    def _note_arrival(self, number: int) -> Iterator[Effect]:
         group = self._groups.get(number)
-        if group is None or self._missing(number):
+        if group is None:
+            return
+        group.missing -= 1
+        if group.missing:
             return
         del self._groups[number]
         if group.filters:

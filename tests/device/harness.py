@@ -6,7 +6,7 @@ said so far, and moves the clock to the agent's deadlines until the world is qui
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -104,9 +104,7 @@ class Cache:
                 self.retained[TOPICS.chunk(blob, number)] = encode_chunk(blob, number, part)
         return name, tree
 
-    def publish(
-        self, version: str, model: bytes, deltas: Iterable[Target] = (), **release_changes: object
-    ) -> Release:
+    def publish(self, version: str, model: bytes, *, changes: dict[str, object] | None = None) -> Release:
         fields: dict[str, object] = {
             "family": FAMILY,
             "version": version,
@@ -116,10 +114,10 @@ class Cache:
             "resources": Resources(memory_bytes=1000),
             "health": health(),
         }
-        release = Release(**{**fields, **release_changes})  # type: ignore[arg-type]  # a test's keyword arguments
+        release = Release(**{**fields, **(changes or {})})  # type: ignore[arg-type]  # a test's keyword arguments
         description = encode_release(release)
         self.files[digest_of(model)] = model
-        targets = list(deltas)
+        targets: list[Target] = []
         for path, data in [
             (release_target(FAMILY, Version(version)), description),
             (file_target(digest_of(model)), model),
@@ -204,9 +202,11 @@ def good_evidence(**changes: object) -> TrialEvidence:
 class Device:
     """A device that can lose its connection and its power at any effect."""
 
-    def __init__(self, cache: Cache, model: bytes, *, seed: int = 1, **config: object) -> None:
+    def __init__(
+        self, cache: Cache, model: bytes, *, seed: int = 1, config: dict[str, object] | None = None
+    ) -> None:
         fields: dict[str, object] = {"device": DEVICE, "fleet": FLEET, "family": FAMILY, "tier": "pi"}
-        self.config = AgentConfig(**{**fields, **config})  # type: ignore[arg-type]  # a test's keyword arguments
+        self.config = AgentConfig(**{**fields, **(config or {})})  # type: ignore[arg-type]  # a test's keyword arguments
         self.cache = cache
         self.disk = SimulatedDisk()
         self.engine = ScriptedEngine(self.disk)

@@ -51,15 +51,15 @@ def cache() -> Cache:
     return cache
 
 
-def online(cache: Cache, **config: object) -> Device:
-    device = Device(cache, V1, **config)
+def online(cache: Cache, config: dict[str, object] | None = None) -> Device:
+    device = Device(cache, V1, config=config)
     device.connect()
     device.settle()
     return device
 
 
-def ask(device: Device, version: str, **changes: int) -> None:
-    device.deliver(TOPICS.desired(DEVICE), device.cache.desire(version, **changes))
+def ask(device: Device, version: str, *, sequence: int | None = None) -> None:
+    device.deliver(TOPICS.desired(DEVICE), device.cache.desire(version, sequence=sequence))
 
 
 def test_a_good_release_takes_the_normal_path_and_is_served(cache: Cache) -> None:
@@ -166,8 +166,8 @@ def test_a_model_that_passes_its_trial_and_cannot_be_served_is_rolled_back(cache
 def test_what_cannot_succeed_is_refused_before_its_first_byte(
     cache: Cache, changes: dict[str, object], config: dict[str, object], code: str
 ) -> None:
-    device = online(cache, **config)
-    cache.publish("v2", V2, **changes)
+    device = online(cache, config)
+    cache.publish("v2", V2, changes=changes)
     ask(device, "v2")
     device.settle()
     assert device.state is State.REJECTED
