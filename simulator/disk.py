@@ -7,7 +7,7 @@ import random
 from typing import Final
 
 from device.ports import Disk
-from protocol.errors import StorageError, StorageFullError
+from protocol.errors import StorageError, StorageFullError, StorageReadOnlyError
 
 SECTOR_BYTES: Final = 512
 """A torn write ends at a multiple of this: what a medium writes at once."""
@@ -32,6 +32,7 @@ class SimulatedDisk(Disk):
 
     def __init__(self, capacity_bytes: int = 1 << 40) -> None:
         self.capacity_bytes = capacity_bytes
+        self.is_read_only = False  # as after an error that made the system remount it
         self.links: dict[str, str] = {}
         self._files: dict[str, _File] = {}
 
@@ -56,12 +57,14 @@ class SimulatedDisk(Disk):
 
     def create(self, name: str, length: int) -> None:
         """As `Disk.create`."""
+        self._check_writable(name)
         if length > self.free_bytes():
             raise StorageFullError(f"{name}: no room for {length} bytes, {self.free_bytes()} are free")
         self._files[name] = _File(length)
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         """As `Disk.write`."""
+        self._check_writable(name)
         file = self._file(name)
         before = bytes(file.content[offset : offset + len(data)]).ljust(len(data), b"\0")
         file.pending.append((offset, before))
@@ -69,19 +72,23 @@ class SimulatedDisk(Disk):
 
     def sync(self, name: str) -> None:
         """As `Disk.sync`."""
+        self._check_writable(name)
         self._file(name).pending.clear()
 
     def replace(self, source: str, target: str) -> None:
         """As `Disk.replace`."""
+        self._check_writable(target)
         self._files[target] = self._file(source)
         del self._files[source]
 
     def link(self, source: str, target: str) -> None:
         """As `Disk.link`."""
+        self._check_writable(target)
         self._files[target] = self._file(source)
 
     def remove(self, name: str) -> None:
         """As `Disk.remove`."""
+        self._check_writable(name)
         self._files.pop(name, None)
 
     def names(self, folder: str) -> list[str]:
@@ -102,7 +109,12 @@ class SimulatedDisk(Disk):
 
     def point(self, name: str, target: str) -> None:
         """As `Disk.point`."""
+        self._check_writable(name)
         self.links[name] = target
+
+    def _check_writable(self, name: str) -> None:
+        if self.is_read_only:
+            raise StorageReadOnlyError(f"{name}: the disk is read-only")
 
     def _file(self, name: str) -> _File:
         file = self._files.get(name)

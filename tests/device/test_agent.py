@@ -371,6 +371,56 @@ def test_a_full_disk_fails_the_update_and_leaves_the_old_version(cache: Cache) -
     assert (update.outcome, update.code) == ("rejected", "admission.disk")
 
 
+def test_a_disk_that_cannot_be_written_does_not_stop_inference(cache: Cache) -> None:
+    device = online(cache)
+    device.disk.is_read_only = True
+    device.boot()
+    device.connect()
+    device.settle()
+    assert device.answer() == digest_of(V1)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle()
+    assert device.answer() == digest_of(V1)
+    assert device.record.active is SlotName.A
+    assert "storage.read_only" in {
+        report.update.code for report in device.reports if report.update is not None
+    }
+
+
+@pytest.mark.parametrize("state", [State.TRIAL, State.COMMITTING])
+def test_a_disk_that_fails_at_the_end_of_an_update_keeps_the_old_version_and_blames_nobody(
+    cache: Cache, state: State
+) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    trigger = {State.TRIAL: effects.StartTrial, State.COMMITTING: effects.StartTrial}[state]
+    device.settle(until=lambda: isinstance(device.effects[-1], trigger))
+    if state is State.TRIAL:
+        device.disk.is_read_only = True
+    else:
+        device.settle(until=lambda: not device.jobs)
+        device.disk.is_read_only = True
+    device.settle()
+    assert device.answer() == digest_of(V1)
+    assert device.record.active is SlotName.A
+    device.disk.is_read_only = False
+    device.boot()
+    device.connect()
+    device.settle()
+    assert device.answer() == digest_of(V2)
+    assert device.record.quarantine == ()
+
+
+def test_an_empty_wish_is_no_wish(cache: Cache) -> None:
+    device = online(cache)
+    device.deliver(TOPICS.desired(DEVICE), b"")
+    device.settle()
+    assert device.state is State.IDLE
+    assert device.rows == []
+
+
 def test_a_damaged_active_slot_is_noticed_at_boot_and_the_other_one_serves(cache: Cache) -> None:
     device = online(cache)
     cache.publish("v2", V2)

@@ -1,0 +1,96 @@
+"""What the parts of an agent share: the state, the ledger, the effects that are being put together, open questions."""
+
+import random
+from collections.abc import Iterable
+from typing import Final
+
+from device.config import AgentConfig
+from device.effects import Effect, Publish, Trace
+from device.ledger import Ledger
+from device.states import State, Trigger, fire
+from protocol.messages import encode_message
+from protocol.topics import Topics
+
+JOB_TIMEOUT_MS: Final = 3_600_000
+"""A worker that has not answered for an hour never will: hashing the largest file takes minutes."""
+
+
+class Desk:
+    """Shared by the parts of one agent, see `agent.py`.
+
+    Args:
+        config: Identity and limits.
+        rng: Source of jitter.
+    """
+
+    def __init__(self, config: AgentConfig, rng: random.Random) -> None:
+        self.config = config
+        self.rng = rng
+        self.topics = Topics(config.fleet)
+        self.ledger = Ledger(config)
+        self.state = State.IDLE
+        self.now_ms = 0
+        self.is_connected = False
+        self.job_deadline_ms: int | None = None
+        self._entered_ms = 0
+        self._out: list[Effect] = []
+        self._serial = 0
+        self._job = 0  # serial that the update waits for
+
+    def begin(self, state: State) -> None:
+        """Start in the state that the disk knows."""
+        self.state = state
+        self._entered_ms = self.now_ms
+
+    def emit(self, *effects: Effect) -> None:
+        """Order something."""
+        self._out.extend(effects)
+
+    def extend(self, effects: Iterable[Effect]) -> None:
+        """Order what a part hands over one by one."""
+        self._out.extend(effects)
+
+    def take(self) -> tuple[Effect, ...]:
+        """Everything ordered since the last call."""
+        effects, self._out = tuple(self._out), []
+        return effects
+
+    def serial(self) -> int:
+        """A new number for an effect that answers with an event."""
+        self._serial += 1
+        return self._serial
+
+    def ask(self) -> int:
+        """A serial for an effect that the update waits for; answers to earlier ones no longer count."""
+        self._job = self.serial()
+        self.job_deadline_ms = self.now_ms + JOB_TIMEOUT_MS
+        return self._job
+
+    def answers(self, serial: int) -> bool:
+        """Whether this is the answer that the update waits for; it is then no longer waited for."""
+        if serial != self._job:
+            return False
+        self.drop_question()
+        return True
+
+    def drop_question(self) -> None:
+        """No longer wait for an answer."""
+        self._job = 0
+        self.job_deadline_ms = None
+
+    def move(self, trigger: Trigger, code: str = "") -> None:
+        """Take a transition of the table."""
+        row = fire(self, trigger)
+        self.ledger.spend(row.source, self.now_ms - self._entered_ms)
+        self._entered_ms = self.now_ms
+        self.emit(Trace(row, self.ledger.update.desired.version, code))
+
+    def persist(self) -> None:
+        """Write the state down before acting on it."""
+        self.emit(self.ledger.persist(self.state))
+
+    def report(self) -> None:
+        """Tell the server how things stand."""
+        if self.is_connected:
+            payload = encode_message(self.ledger.report(self.state))
+            self.emit(Publish(self.topics.report(self.config.device), payload, 1, retain=True))

@@ -1,0 +1,88 @@
+"""Which slot answers: measured before it is served, and given up for the one before if it turns out damaged. Pure."""
+
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from device import events
+from device.desk import Desk
+from device.effects import PointCurrent, Probe, Serve
+from device.slots import SlotHealth, SlotName
+from device.states import State
+
+
+class Serving:
+    """The slot that the engine answers with.
+
+    Args:
+        desk: Shared with the other parts.
+        on_settled: The engine answers, or nothing better can be had.
+        on_swap_failed: A version that was just committed cannot be served; the record names the one before again.
+    """
+
+    def __init__(
+        self, desk: Desk, on_settled: Callable[[], None], on_swap_failed: Callable[[str], None]
+    ) -> None:
+        self.slot: SlotName | None = None  # what the engine answers with
+        self._desk = desk
+        self._on_settled = on_settled
+        self._on_swap_failed = on_swap_failed
+        self._inventory = 0  # serial of the probe whose answer decides what is served
+        self._serve = 0  # serial of the last `Serve`
+
+    def take_inventory(self) -> None:
+        """Measure the active slot, and serve it if it is what was signed."""
+        self._inventory = self._desk.serial()
+        self._desk.emit(Probe(self._inventory, self._desk.ledger.record.active))
+
+    def begin(self, slot: SlotName) -> None:
+        """Let the engine answer with a slot whose files were measured."""
+        record = self._desk.ledger.record.slots[slot]
+        self._serve = self._desk.serial()
+        self._desk.emit(Serve(self._serve, slot, record.runtime, record.main_file))
+
+    def probed(self, event: events.Probed) -> bool:
+        """Whether this was the inventory."""
+        if event.serial != self._inventory:
+            return False
+        ledger = self._desk.ledger
+        ledger.files = event.files
+        ledger.disk_free_bytes = event.disk_free_bytes
+        if ledger.record.active is None:
+            self._on_settled()
+        elif event.files == ledger.record.active_slot.files:
+            self.begin(ledger.record.active)
+        else:
+            self._abandon("slot.damaged")
+        self._desk.report()
+        return True
+
+    def started(self, event: events.ServingStarted) -> None:
+        """The engine answers."""
+        if event.serial == self._serve:
+            self.slot = self._desk.ledger.record.active
+            self._on_settled()
+
+    def failed(self, event: events.EffectFailed) -> bool:
+        """Whether it was about serving that something failed."""
+        if event.serial and event.serial == self._serve:
+            self._abandon("engine.failed")
+            return True
+        return bool(event.serial) and self.probed(events.Probed(event.serial, {}, 0, 0))
+
+    def _abandon(self, code: str) -> None:
+        """The active slot cannot be served: fall back to the other one, if that one ever proved itself."""
+        desk, ledger = self._desk, self._desk.ledger
+        active = ledger.record.active
+        assert active is not None
+        if ledger.record.slots[active.other].health is not SlotHealth.GOOD:
+            self._on_settled()  # nothing better to offer; an update may still bring one
+            return
+        ledger.set_slot(active, replace(ledger.record.slots[active], health=SlotHealth.BAD))
+        ledger.change(active=active.other)
+        if desk.state is State.COMMITTING:
+            self._on_swap_failed(code)
+        desk.persist()
+        desk.emit(PointCurrent(active.other))
+        ledger.files = {}
+        self.take_inventory()

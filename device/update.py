@@ -1,0 +1,557 @@
+"""One update from the wish to its end: what happens on entering each state of the table. Pure.
+
+Syncing and admitting decide whether it can succeed; downloading and installing leave the active slot alone; the trial decides; the
+commit point is one durable record. `agent.py` says which event leads here.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from msgspec.structs import replace
+
+from device import events
+from device.admission import check_disk, check_quarantine, check_release_fits, plan_items
+from device.desk import Desk
+from device.download import Tally
+from device.effects import (
+    Effect,
+    EmptySlot,
+    InstallStep,
+    MeasureSlot,
+    PointCurrent,
+    Probe,
+    RemoveBlobs,
+    SaveRoot,
+    StartTrial,
+)
+from device.journal import InstallItem, SlotRecord, UpdateRecord
+from device.ports import ModelSource, TrialOrder
+from device.serving import Serving
+from device.slots import SlotHealth, SlotName
+from device.states import RESTING, REVOCABLE, State, Trigger
+from device.sync import MetadataSync
+from device.transfer import Artifact, Requester, Transfer
+from device.trial import TRIES_MAX, Verdict, judge
+from protocol.chunks import Chunk
+from protocol.errors import ReleaseError, WhimbrelError
+from protocol.ids import Digest, Family, Version
+from protocol.messages import Desired, MetadataBundle, TrialEvidence
+from protocol.release import decode_release, release_digest, release_target
+from protocol.trust import Target
+
+ATTEMPTS_MAX: Final = 6
+"""Times an update is begun before a failure that may pass is reported as final."""
+
+RETRY_BASE_MS: Final = 5_000
+RETRY_CAP_MS: Final = 600_000
+"""Full jitter: a retry waits for a random time up to `RETRY_BASE_MS` doubled per attempt, at most this."""
+
+WRITES_MAX: Final = 200
+"""State changes recorded for one update; more is a loop, whatever its reason."""
+
+
+class Update:
+    """The update under way, or the wait for one.
+
+    Args:
+        desk: Shared with the other parts.
+        serving: Which slot answers.
+        root: The newest trusted root document.
+    """
+
+    def __init__(self, desk: Desk, serving: Serving, root: bytes) -> None:
+        config = desk.config
+        self._desk = desk
+        self._ledger = desk.ledger
+        self._serving = serving
+        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root)
+        self._requester = Requester(desk.topics, config.device, desk.rng, config.groups_outstanding)
+        self._targets: dict[str, Target] = {}
+        self._transfer: Transfer | None = None
+        self._retry_ms: int | None = None
+        self._told: tuple[int, str, str] | None = None  # trouble that was reported although it is not durable
+        self._pending: Desired | None = None  # arrived while the slot could not be given up
+
+    # --- time and connection -------------------------------------------------------------------------------
+
+    def deadline(self) -> int | None:
+        """When to call `timeout`."""
+        candidates = [self._retry_ms, self._desk.job_deadline_ms]
+        if self._desk.state is State.SYNCING:
+            candidates.append(self._sync.deadline_ms)
+        if self._transfer is not None:
+            candidates.append(self._transfer.deadline_ms)
+        return min((instant for instant in candidates if instant is not None), default=None)
+
+    def timeout(self) -> None:
+        """Some deadline has passed."""
+        now_ms = self._desk.now_ms
+        if self._retry_ms is not None and now_ms >= self._retry_ms and self._desk.state is State.FAILED:
+            self._retry()
+        if self._desk.job_deadline_ms is not None and now_ms >= self._desk.job_deadline_ms:
+            self._desk.drop_question()
+            self.failed(
+                events.EffectFailed(0, "effect.timeout", "a worker did not answer", is_retryable=True)
+            )
+        for waiting in (self._sync if self._desk.state is State.SYNCING else None, self._transfer):
+            if waiting is None or waiting.deadline_ms is None or now_ms < waiting.deadline_ms:
+                continue
+            try:
+                self._desk.extend(waiting.timeout(now_ms))
+            except WhimbrelError as error:
+                self._fail(error.code, str(error), retryable=True)
+                return
+
+    def connected(self) -> None:
+        """Go on with what needs the network."""
+        if self._desk.state is not State.SUSPENDED:
+            return
+        self._ledger.tally.resumes += 1
+        if self._ledger.record.state is State.DOWNLOADING:
+            self._desk.move(Trigger.DOWNLOAD_RESUMED)
+            self._begin_download()
+        else:
+            self._desk.move(Trigger.SYNC_RESUMED)
+            self._begin_sync()
+
+    def disconnected(self) -> None:
+        """Wait; the disk keeps what came."""
+        self._sync.pause()
+        if self._transfer is not None:
+            self._transfer.pause()
+        self.suspend()
+
+    def suspend(self) -> None:
+        """Without a connection, what needs one waits."""
+        if self._desk.state in {State.SYNCING, State.DOWNLOADING}:
+            self._desk.move(Trigger.SUSPENDED)
+
+    def resume_after_boot(self) -> None:
+        """Go on from the durable state, once the old version answers again (or cannot)."""
+        match self._desk.state:
+            case State.INSTALLING:
+                self._ask_install_step()
+            case State.VERIFYING:
+                self._ask_measurement()
+            case State.TRIAL:
+                self._begin_trial()
+            case State.FAILED if self._ledger.update.retry:
+                self._schedule_retry()
+
+    # --- what should run -----------------------------------------------------------------------------------
+
+    def request(self, desired: Desired) -> None:
+        """A wish arrived; older and repeated ones change nothing."""
+        if desired.sequence <= self._ledger.record.desired_sequence:
+            return
+        if self._desk.state not in RESTING + REVOCABLE:
+            self._pending = desired
+            return
+        self._ledger.change(desired_sequence=desired.sequence)
+        family = self._desk.config.family
+        if (desired.family, desired.version) == (family, self._ledger.record.active_slot.version):
+            self._withdraw()
+            return
+        self._drop_work()
+        self._ledger.tally = Tally()
+        self._ledger.change(update=UpdateRecord(desired=desired, started_ms=self._desk.now_ms))
+        self._desk.move(Trigger.REQUESTED)
+        self._desk.persist()
+        self._desk.report()
+        if desired.family != family:
+            self._refuse("admission.family", f"this device runs {family}, not {desired.family}")
+            return
+        self._begin_sync()
+
+    def _withdraw(self) -> None:
+        """What runs is what should run; an update under way is no longer wanted."""
+        if self._desk.state in (*REVOCABLE, State.FAILED):
+            self._drop_work()
+            self._ledger.note(
+                outcome="failed", code="update.withdrawn", detail="another version was asked for"
+            )
+            self._ledger.note(finished_ms=self._desk.now_ms, retry=False)
+            self._desk.move(Trigger.WITHDRAWN)
+            self._desk.persist()
+            self._desk.emit(RemoveBlobs(frozenset()))
+        else:
+            self._desk.persist()
+        self._desk.report()
+
+    def document_received(self, document: str, data: bytes) -> None:
+        """A signed document arrived."""
+        self._desk.extend(self._sync.receive(document, data))
+        self._try_metadata()
+
+    def bundle_received(self, bundle: MetadataBundle) -> None:
+        """A set of signed documents arrived."""
+        self._sync.receive_bundle(bundle)
+        self._try_metadata()
+
+    # --- syncing -------------------------------------------------------------------------------------------
+
+    def _begin_sync(self) -> None:
+        if not self._desk.is_connected:
+            self._desk.move(Trigger.SUSPENDED)
+            return
+        self._desk.drop_question()
+        self._transfer = None
+        self._desk.extend(self._sync.begin(self._desk.now_ms))
+
+    def _try_metadata(self) -> None:
+        """Believe a set of documents once it verifies and names the release; wait for more until then."""
+        if self._desk.state is not State.SYNCING or self._transfer is not None:
+            return
+        documents = self._sync.documents()
+        if documents is None:
+            return
+        verified = self._sync.verify(documents, self._ledger.record.floors, self._desk.now_ms)
+        if verified is None:
+            return
+        desired = self._ledger.update.desired
+        target = verified.targets.get(release_target(Family(desired.family), Version(desired.version)))
+        if target is None:
+            self._sync.last_error = ReleaseError(
+                f"{desired.family} {desired.version} is not in the signed metadata"
+            )
+            return
+        # The floors are durable before anything is done with what the metadata says.
+        is_newer_root = verified.floors.root > self._ledger.record.floors.root
+        self._ledger.change(floors=verified.floors)
+        self._desk.persist()
+        if is_newer_root:
+            self._desk.emit(SaveRoot(verified.root))
+        self._desk.extend(self._sync.end())
+        self._targets = verified.targets
+        description = Artifact(target.digest, target.length, target.custom.chunks)
+        self._begin_transfer([description], read_last=True)
+
+    def _begin_transfer(self, artifacts: list[Artifact], *, read_last: bool) -> None:
+        self._transfer = Transfer(
+            artifacts, self._requester, self._ledger.tally, self._desk.ask, read_last=read_last
+        )
+        self._progress(self._transfer.resume(self._desk.now_ms))
+
+    def _progress(self, effects: Iterable[Effect]) -> None:
+        """Something of the transfer moved; go on once all of it is there."""
+        self._desk.extend(effects)
+        transfer = self._transfer
+        if transfer is None or not transfer.is_finished or self._desk.state is State.SUSPENDED:
+            return
+        self._transfer = None
+        if transfer.content is not None:
+            self._on_release(transfer.content)
+        else:
+            self._on_downloaded()
+
+    def _on_release(self, data: bytes) -> None:
+        """The signed description is there: judge it, then measure."""
+        desired = self._ledger.update.desired
+        try:
+            release = decode_release(data)
+            if (release.family, release.version) != (desired.family, desired.version):
+                raise ReleaseError(f"description of {release.family} {release.version} under another name")
+            sha256 = release_digest(release)
+            check_quarantine(sha256, self._ledger.record.quarantine)
+            check_release_fits(release, self._desk.config, self._ledger.runtimes)
+        except WhimbrelError as error:
+            self._refuse(error.code, str(error))
+            return
+        self._ledger.note(release=release, release_sha256=sha256)
+        self._desk.move(Trigger.METADATA_VERIFIED)
+        self._desk.persist()
+        self._ask_probe()
+
+    # --- admitting -----------------------------------------------------------------------------------------
+
+    def _ask_probe(self) -> None:
+        self._desk.emit(Probe(self._desk.ask(), self._ledger.record.active))
+
+    def probed(self, event: events.Probed) -> None:
+        """The device measured itself: plan, or refuse."""
+        if not self._desk.answers(event.serial):
+            return
+        self._ledger.files = event.files
+        self._ledger.disk_free_bytes = event.disk_free_bytes
+        try:
+            items = plan_items(
+                self._ledger.release,
+                self._targets,
+                event.files,
+                self._desk.config,
+                full_only=self._ledger.update.full_only,
+            )
+            check_disk(items, event.disk_free_bytes, event.inactive_bytes, self._desk.config)
+        except WhimbrelError as error:
+            self._refuse(error.code, str(error))
+            return
+        self._admit(items)
+
+    def _admit(self, items: tuple[InstallItem, ...]) -> None:
+        slot = self._ledger.record.active.other if self._ledger.record.active is not None else SlotName.A
+        self._ledger.note(items=items, slot=slot)
+        self._ledger.set_slot(slot, SlotRecord())
+        self._desk.move(Trigger.ADMITTED)
+        self._desk.persist()
+        self._desk.emit(
+            EmptySlot(slot),
+            RemoveBlobs(frozenset().union(*(each.blobs for each in _artifacts_of(items)))),
+        )
+        self._desk.report()
+        if self._desk.is_connected:
+            self._begin_download()
+        else:
+            self._desk.move(Trigger.SUSPENDED)
+
+    # --- downloading ---------------------------------------------------------------------------------------
+
+    def _begin_download(self) -> None:
+        """Fetch what the plan needs; what is on disk of it is found when each blob is opened."""
+        if self._transfer is not None:
+            self._progress(self._transfer.resume(self._desk.now_ms))
+        else:
+            self._begin_transfer(_artifacts_of(self._ledger.update.items), read_last=False)
+
+    def blob_opened(self, event: events.BlobOpened) -> None:
+        """Storage for a blob is ready."""
+        if self._desk.answers(event.serial) and self._transfer is not None:
+            self._progress(
+                self._transfer.opened(event.present, self._desk.now_ms, connected=self._desk.is_connected)
+            )
+
+    def blob_read(self, event: events.BlobRead) -> None:
+        """The content of a blob is there."""
+        if self._desk.answers(event.serial) and self._transfer is not None:
+            self._progress(self._transfer.read(event.data))
+
+    def chunk_received(self, chunk: Chunk) -> None:
+        """A chunk arrived."""
+        if self._transfer is not None:
+            self._progress(self._transfer.receive(chunk, self._desk.now_ms))
+
+    def _on_downloaded(self) -> None:
+        self._desk.move(Trigger.DOWNLOADED)
+        self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.INSTALLING))
+        self._desk.persist()
+        self._desk.report()
+        self._ask_install_step()
+
+    # --- installing and verifying --------------------------------------------------------------------------
+
+    def _ask_install_step(self) -> None:
+        update = self._ledger.update
+        limit = self._desk.config.delta_memory_bytes_max
+        self._desk.emit(
+            InstallStep(self._desk.ask(), self._ledger.record.active, self._ledger.slot, update.items, limit)
+        )
+
+    def install_progressed(self, event: events.InstallProgressed) -> None:
+        """A step of the installation is durable."""
+        if not self._desk.answers(event.serial):
+            return
+        if not event.done:
+            self._ask_install_step()
+            return
+        self._desk.move(Trigger.INSTALLED)
+        self._desk.persist()
+        self._ask_measurement()
+
+    def _ask_measurement(self) -> None:
+        self._desk.emit(MeasureSlot(self._desk.ask(), self._ledger.slot))
+
+    def slot_measured(self, event: events.SlotMeasured) -> None:
+        """The result was read back."""
+        if not self._desk.answers(event.serial):
+            return
+        wanted = {file.name: file.sha256 for file in self._ledger.release.files}
+        if event.files != wanted:
+            self._delta_unusable("verify.mismatch", "the installed files are not the signed ones")
+            return
+        release = self._ledger.release
+        self._ledger.set_slot(
+            self._ledger.slot,
+            SlotRecord(
+                health=SlotHealth.VERIFIED,
+                version=release.version,
+                runtime=release.runtime,
+                main_file=release.files[0].name,
+                files=wanted,
+            ),
+        )
+        self._desk.move(Trigger.VERIFIED)
+        self._desk.report()
+        self._begin_trial()
+
+    def _delta_unusable(self, code: str, detail: str) -> None:
+        """A delta did not lead to the signed file: begin again with whole files, once."""
+        if self._ledger.update.full_only or not any(
+            item.action == "delta" for item in self._ledger.update.items
+        ):
+            self._fail(code, detail, retryable=True)
+            return
+        self._ledger.note(full_only=True, code=code, detail=detail)
+        self._drop_work()
+        self._desk.move(Trigger.DELTA_UNUSABLE, code)
+        self._desk.persist()
+        self._desk.report()
+        self._begin_sync()
+
+    # --- trial, commit, rollback ---------------------------------------------------------------------------
+
+    def _begin_trial(self) -> None:
+        """Count the try durably, then start: a model that takes the device down is counted too."""
+        update, slot = self._ledger.update, self._ledger.slot
+        if update.tries >= TRIES_MAX:
+            self._conclude(Verdict("trial.crashed", f"{TRIES_MAX} trials did not come to an end"), None)
+            return
+        self._ledger.note(tries=update.tries + 1)
+        self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.ON_TRIAL))
+        self._desk.persist()
+        file = self._ledger.record.slots[slot].main_file
+        order = TrialOrder(
+            ModelSource(self._ledger.release.runtime, ""),
+            self._ledger.release.health,
+            self._desk.config.memory_bytes_max,
+        )
+        self._desk.emit(StartTrial(self._desk.ask(), slot, file, order))
+
+    def trial_finished(self, event: events.TrialFinished) -> None:
+        """The evidence is there: judge it."""
+        if self._desk.answers(event.serial):
+            verdict = judge(event.evidence, self._ledger.release.health, self._desk.config.memory_bytes_max)
+            self._conclude(verdict, event.evidence)
+
+    def _conclude(self, verdict: Verdict, evidence: TrialEvidence | None) -> None:
+        slot = self._ledger.slot
+        self._ledger.note(evidence=evidence, code=verdict.code, detail=verdict.detail)
+        if verdict.passed:
+            self._desk.move(Trigger.TRIAL_PASSED)
+            self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.GOOD))
+            self._ledger.change(active=slot)
+            self._desk.persist()  # the commit point: from here on the new slot is the active one
+            # Read back from the medium before the trial.
+            self._ledger.files = dict(self._ledger.record.slots[slot].files)
+            self._desk.emit(PointCurrent(slot))
+            self._serving.begin(slot)
+            return
+        self._desk.move(Trigger.TRIAL_FAILED, verdict.code)
+        if not verdict.code.startswith("storage."):  # a disk that fails says nothing about the release
+            self._ledger.quarantine()
+        self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.BAD))
+        self._desk.persist()
+        self._desk.report()
+        if self._serving.slot is self._ledger.record.active:
+            self.restored()  # the old version never stopped answering
+
+    def swap_failed(self, code: str) -> None:
+        """The version that was just committed cannot be served: the one before takes its place again."""
+        self._desk.move(Trigger.SWAP_FAILED, code)
+        self._ledger.quarantine()
+        self._ledger.note(code=code, detail="the new version could not be served")
+
+    def committed(self) -> None:
+        """The engine answers with the new version."""
+        self._desk.move(Trigger.COMMITTED)
+        self._finish("committed")
+
+    def restored(self) -> None:
+        """The version before answers: the update is over."""
+        self._desk.emit(EmptySlot(self._ledger.slot))
+        self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.BAD))
+        self._desk.move(Trigger.RESTORED)
+        self._finish("rolled_back")
+
+    # --- ends ----------------------------------------------------------------------------------------------
+
+    def _refuse(self, code: str, detail: str) -> None:
+        self._drop_work()
+        self._ledger.note(code=code, detail=detail)
+        self._desk.move(Trigger.REFUSED, code)
+        self._finish("rejected")
+
+    def _fail(self, code: str, detail: str, *, retryable: bool) -> None:
+        """Give up cleanly; try again later where that can help."""
+        self._drop_work()
+        retry = (
+            retryable
+            and self._ledger.update.attempts < ATTEMPTS_MAX
+            and self._ledger.update.writes < WRITES_MAX
+        )
+        self._ledger.note(code=code, detail=detail, retry=retry)
+        self._desk.move(Trigger.FAILED, code)
+        if retry:
+            self._desk.persist()
+            self._desk.report()
+            self._schedule_retry()
+        else:
+            self._finish("failed")
+
+    def _schedule_retry(self) -> None:
+        longest_ms = min(RETRY_BASE_MS << self._ledger.update.attempts, RETRY_CAP_MS)
+        self._retry_ms = self._desk.now_ms + self._desk.rng.randint(RETRY_BASE_MS // 5, longest_ms)
+
+    def _retry(self) -> None:
+        self._retry_ms = None
+        self._ledger.note(retry=False, attempts=self._ledger.update.attempts + 1)
+        self._desk.move(Trigger.RETRIED)
+        self._desk.persist()
+        self._desk.report()
+        self._begin_sync()
+
+    def _finish(self, outcome: str) -> None:
+        self._ledger.note(outcome=outcome, finished_ms=self._desk.now_ms, retry=False)
+        self._desk.persist()
+        self._desk.emit(RemoveBlobs(frozenset()))
+        self._desk.report()
+        if (pending := self._pending) is not None:
+            self._pending = None
+            self.request(pending)
+
+    def _drop_work(self) -> None:
+        """Forget answers that are still to come, and the transfer; what is on disk stays."""
+        self._desk.drop_question()
+        self._retry_ms = None
+        if self._transfer is not None:
+            self._desk.extend(self._transfer.stop())
+            self._transfer = None
+        self._desk.extend(self._sync.end())
+
+    # --- trouble -------------------------------------------------------------------------------------------
+
+    def failed(self, event: events.EffectFailed) -> None:
+        """An effect could not be carried out, and those after it were dropped."""
+        if event.serial and not self._desk.answers(event.serial):
+            return
+        state, update = self._desk.state, self._ledger.record.update
+        if state is State.TRIAL:
+            self._conclude(Verdict(event.code, event.detail), None)
+        elif state is State.COMMITTING:
+            self._uncommit(event)
+        elif event.code.startswith("patch.") and state is State.INSTALLING:
+            self._delta_unusable(event.code, event.detail)
+        elif state in REVOCABLE:
+            self._fail(event.code, event.detail, retryable=event.is_retryable)
+        elif (
+            update is not None
+            and (told := (update.desired.sequence, update.outcome, event.code)) != self._told
+        ):
+            # The record cannot be written in a state that cannot be left: say so once, and keep serving.
+            self._told = told
+            self._ledger.note(code=update.code or event.code, detail=update.detail or event.detail)
+            self._desk.report()
+
+    def _uncommit(self, event: events.EffectFailed) -> None:
+        """The commit point did not become durable: the version before, which still answers, stays."""
+        self._ledger.change(active=self._ledger.slot.other)
+        self._ledger.files = dict(self._ledger.record.active_slot.files)
+        self._ledger.note(code=event.code, detail=event.detail)
+        self._desk.move(Trigger.SWAP_FAILED, event.code)
+        self._desk.persist()
+        self.restored()
+
+
+def _artifacts_of(items: tuple[InstallItem, ...]) -> list[Artifact]:
+    """What has to be fetched for a plan."""
+    return [
+        Artifact(Digest(item.blob), item.blob_length, item.tree) for item in items if item.tree is not None
+    ]
