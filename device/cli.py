@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,16 @@ def _provision(arguments: argparse.Namespace) -> int:
     named = {path.name: path for path in arguments.file}
     if len(release.files) == 1 and len(arguments.file) == 1:
         named = {release.files[0].name: arguments.file[0]}
-    install_factory(config, release, named, _read(arguments.root))
+    with RealDisk(config.folder).locked():
+        install_factory(config, release, named, _read(arguments.root))
     print(f"{config.agent.device} is provisioned with {release.family} {release.version}")
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
-    loop = MqttLoop()
-    pool = WorkerPool(threads=1)
     disk = RealDisk(config.folder)
-    disk.prepare()
-    with disk.locked():
+    with disk.locked(), closing(MqttLoop()) as loop, closing(WorkerPool(threads=1)) as pool:
         clock, rng = SystemClock(), system_rng()
         runtime = DeviceRuntime(config, loop, pool, clock=clock, rng=rng, trace_path=arguments.trace)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,8 +93,6 @@ def _run(arguments: argparse.Namespace) -> int:
             loop.run_forever()
         finally:
             runtime.stop()
-            loop.close()
-            pool.close()
     return 0
 
 

@@ -6,6 +6,7 @@ All of it happens in the loop's thread, but for long effects, which the executor
 import json
 import os
 import random
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -68,9 +69,13 @@ class DeviceRuntime:
         self._clock = clock
         self._on_trace = on_trace
         self._trace = None if trace_path is None else _TraceFile(trace_path, config.agent.device)
-        self._workers = pool.for_device()
+        self._workers = pool.for_device(
+            on_bug=lambda error: loop.call_soon_threadsafe(partial(_raise, error))
+        )
         self._is_stopped = False
         self._armed_ms: int | None = None
+        self._thread = 0  # in which events are handled
+        self._has_failed = False
         topics = Topics(config.agent.fleet)
         self._link_topic = topics.link(config.agent.device)
         self.transport = MqttTransport(
@@ -107,6 +112,7 @@ class DeviceRuntime:
         """Say goodbye and let go of everything; an update goes on at the next start."""
         self._is_stopped = True
         self._workers.stop()
+        self.engine.stop()
         self.transport.close()
         self.executor.close()
         if self._trace is not None:
@@ -117,9 +123,12 @@ class DeviceRuntime:
         if self._is_stopped:
             return
         now_ms = self._clock.now_ms()
-        ordered = self.agent.handle(event, now_ms)
-        self.executor.run(ordered)
-        for effect in ordered:
+        self._thread = threading.get_ident()
+        for effect in self.agent.handle(event, now_ms):
+            self._has_failed = False
+            self.executor.run((effect,))
+            if self._has_failed:  # those after it are dropped, as in a single run of all
+                break
             self._observe(effect, now_ms)
         self._arm()
 
@@ -145,6 +154,8 @@ class DeviceRuntime:
         self.handle(events.Connected())
 
     def _post(self, event: events.Event) -> None:
+        if threading.get_ident() == self._thread:  # workers post too, but only from their own threads
+            self._has_failed = isinstance(event, events.EffectFailed)
         self._loop.call_soon_threadsafe(partial(self.handle, event))
 
     def _arm(self) -> None:
@@ -180,7 +191,12 @@ class _TraceFile:
 
     def __init__(self, path: Path, device: str) -> None:
         self._device = device
-        self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            self._descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RequestError(
+                f"{path}: {error.strerror}", hint="choose another file for the trace"
+            ) from error
 
     def write(self, fields: dict[str, object]) -> None:
         os.write(self._descriptor, json.dumps({**fields, "device": self._device}).encode() + b"\n")
@@ -242,6 +258,10 @@ def _copy(disk: RealDisk, source: Path, name: str) -> None:
     except OSError as error:
         raise RequestError(f"{source}: {error.strerror}") from error
     disk.sync(name)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _memory_bytes() -> int:

@@ -36,7 +36,7 @@ class RealDisk:
             StorageError: The folder cannot be made or read.
         """
         with _storage_errors(str(self.folder)):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(self.folder)
             for path in self.folder.rglob("*" + _TEMPORARY_SUFFIX):
                 path.unlink(missing_ok=True)
 
@@ -48,6 +48,7 @@ class RealDisk:
             StorageError: Another process runs on it.
         """
         with _storage_errors(str(self.folder)):
+            _make_folder(self.folder)
             descriptor = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             try:
@@ -106,7 +107,7 @@ class RealDisk:
     def replace(self, source: str, target: str) -> None:
         """As `Disk.replace`."""
         with _storage_errors(target):
-            self._path(target).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(self._path(target).parent)
             path = self._path(source)
             self._rename(path, target)
             _sync_folder(path.parent)
@@ -154,12 +155,19 @@ class RealDisk:
             self._rename(temporary, name)
 
     def _path(self, name: str) -> Path:
-        """Where a name leads; names are built by our own modules, so a bad one is a bug."""
+        """Where a name leads; names are built by our own modules, so a bad one is a bug.
+
+        A symbolic link on the way, which nobody but an intruder puts there, is not followed.
+        """
         pure = PurePosixPath(name)
         assert name
         assert not pure.is_absolute()
         assert ".." not in pure.parts
-        return self.folder / pure
+        path = self.folder / pure
+        for folder in path.parents[: len(pure.parts) - 1]:
+            if folder.is_symlink():
+                raise StorageError(f"{name}: {folder} is a symbolic link", hint="remove it")
+        return path
 
     @contextmanager
     def _opened(self, name: str, flags: int) -> Iterator[int]:
@@ -174,7 +182,7 @@ class RealDisk:
         """A temporary name beside `name`; nothing is left behind when what follows fails."""
         path = self._path(name)
         temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary.unlink(missing_ok=True)
         try:
             yield temporary
@@ -185,6 +193,15 @@ class RealDisk:
         path = self._path(target)
         source.replace(path)
         _sync_folder(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder durably: what is synced inside it is lost if its own name is."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:

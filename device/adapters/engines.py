@@ -1,6 +1,7 @@
 """The runtimes that this device has, behind the `Engine` port. Which one loads a file is decided here only."""
 
 import sys
+import threading
 from importlib import metadata
 from typing import Final
 
@@ -27,6 +28,7 @@ class LocalEngine:
 
     def __init__(self, python: str = sys.executable) -> None:
         self._python: Final = python
+        self._is_stopped: Final = threading.Event()
 
     def versions(self) -> dict[str, str]:
         """Installed runtimes and their versions, read from the packages' metadata: none is imported."""
@@ -52,7 +54,11 @@ class LocalEngine:
         Raises:
             EngineError: No process could be started, which says nothing about the model.
         """
-        return run_trial(order, self._python)
+        return run_trial(order, self._python, self._is_stopped.is_set)
+
+    def stop(self) -> None:
+        """Break off the trial under way, and every later one: the agent is about to end."""
+        self._is_stopped.set()
 
 
 def load_model(source: ModelSource) -> OnnxModel | LlamaModel:

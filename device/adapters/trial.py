@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final
 
@@ -51,6 +52,7 @@ _LINE_BYTES_MAX: Final = 128 * 1024
 _STDERR_BYTES_MAX: Final = 4096
 """What is kept of the end of the child's error output."""
 
+_STOPPED_DETAIL: Final = "the agent was stopped"
 _DETAIL_CHARS_MAX: Final = 400
 _STDERR_CHARS_MAX: Final = 300
 
@@ -116,31 +118,44 @@ _order_encoder = msgspec.json.Encoder()
 _line_decoder: Final = msgspec.json.Decoder(Line)
 
 
-def run_trial(order: TrialOrder, python: str = sys.executable) -> TrialEvidence:
+def run_trial(
+    order: TrialOrder, python: str = sys.executable, is_stopped: Callable[[], bool] = lambda: False
+) -> TrialEvidence:
     """Try a model in a process of its own.
 
     Args:
         order: The trial; its limits are enforced from here.
         python: Interpreter for the child.
+        is_stopped: Asked all the time; once it says so, the trial is broken off.
 
     Raises:
         EngineError: No child could be started, which says nothing about the model.
     """
-    with _TRIALS_AT_ONCE:  # before any clock starts
+    while not _TRIALS_AT_ONCE.acquire(timeout=_MEMORY_POLL_MS / 1000):  # before any clock starts
+        if is_stopped():
+            return TrialEvidence(
+                prompts_passed=0, prompts_total=len(order.health.prompts), detail=_STOPPED_DETAIL
+            )
+    try:
         child = _start(order, python)
-        watch = _Watch(child, order)
+        watch = _Watch(child, order, is_stopped)
         try:
             watch.follow()
             return watch.evidence()
         finally:
             _end(child)
+    finally:
+        _TRIALS_AT_ONCE.release()
 
 
 class _Watch:
     """Follows one child from its first line to its last."""
 
-    def __init__(self, child: "subprocess.Popen[bytes]", order: TrialOrder) -> None:
+    def __init__(
+        self, child: "subprocess.Popen[bytes]", order: TrialOrder, is_stopped: Callable[[], bool]
+    ) -> None:
         self._child = child
+        self._is_stopped = is_stopped
         self._health = order.health
         self._memory_bytes_max = min(order.health.memory_peak_bytes_max, order.memory_bytes_max)
         self._memory_peak_bytes: int | None = None
@@ -253,6 +268,8 @@ class _Watch:
         now_ms = _now_ms()
         if now_ms - self._heard_ms > self._silence_ms_max:
             self._detail = self._silence_detail
+        elif self._is_stopped():
+            self._detail = _STOPPED_DETAIL
         elif now_ms > self._end_ms:
             self._detail = f"not finished within {_trial_ms_max(self._health)} ms"
 

@@ -16,9 +16,13 @@ class WorkerPool:
     def __init__(self, threads: int = 2) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="whimbrel-worker")
 
-    def for_device(self) -> "DeviceWorkers":
-        """The queue of one device."""
-        return DeviceWorkers(self._executor)
+    def for_device(self, on_bug: Callable[[Exception], None]) -> "DeviceWorkers":
+        """The queue of one device.
+
+        Args:
+            on_bug: Told, in a thread of the pool, of an exception that work let out: it is a bug, and meant to be loud.
+        """
+        return DeviceWorkers(self._executor, on_bug)
 
     def close(self) -> None:
         """Let running work end, drop what waits."""
@@ -30,10 +34,12 @@ class DeviceWorkers:
 
     Args:
         executor: The shared pool.
+        on_bug: Told of an exception that work let out.
     """
 
-    def __init__(self, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, executor: ThreadPoolExecutor, on_bug: Callable[[Exception], None]) -> None:
         self._executor = executor
+        self._on_bug = on_bug
         self._lock = threading.Lock()
         self._waiting: deque[Callable[[], None]] = deque()
         self._is_running = False
@@ -70,5 +76,7 @@ class DeviceWorkers:
             work = self._waiting.popleft()
         try:
             work()
+        except Exception as error:  # noqa: BLE001 - nobody else would ever see it
+            self._on_bug(error)
         finally:
             self._schedule()
