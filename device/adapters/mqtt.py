@@ -122,7 +122,9 @@ class MqttLoop:
                 transport.on_tick()
 
     def close(self) -> None:
-        """Give the loop's own descriptors back; its transports must be closed before."""
+        """Close the transports that are left, and give the loop's own descriptors back."""
+        for transport in tuple(self._transports):
+            transport.close()
         self._selector.close()
         self._wake_receiver.close()
         self._wake_sender.close()
@@ -137,6 +139,8 @@ class MqttLoop:
 
     def watch(self, sock: socket.socket, mask: int, transport: "MqttTransport") -> None:
         """Watch a socket for the events of `mask`; none of them stops it."""
+        if sock.fileno() < 0:
+            return  # closed, and forgotten when it was
         known = sock.fileno() in self._selector.get_map()
         if not mask:
             if known:
@@ -328,9 +332,7 @@ class MqttTransport:
     def _connect_ended(self, client: Client, reason: str) -> None:
         self._is_connecting = False
         if reason:
-            self.error = reason
-            self._client = None
-            self._reconnect_later()
+            self._lost(reason)
             return
         self._socket = client.socket()
         if not self._is_enabled:
@@ -360,7 +362,9 @@ class MqttTransport:
             with contextlib.suppress(OSError):
                 self._socket.close()
             self._socket = None
-        self._client = None
+        if self._client is not None:  # paho tidies up when it is collected, long after; nobody listens by then
+            self._client.on_socket_close = self._client.on_disconnect = None
+            self._client = None
         self.error = reason
         was_connected, self._is_connected = self._is_connected, False
         if was_connected:
