@@ -98,7 +98,9 @@ class Record(Struct, frozen=True, kw_only=True):
 
     state: State = State.IDLE
     active: SlotName | None = None
-    slots: dict[SlotName, SlotRecord] = msgspec.field(default_factory=lambda: dict.fromkeys(SlotName, SlotRecord()))
+    slots: dict[SlotName, SlotRecord] = msgspec.field(
+        default_factory=lambda: dict.fromkeys(SlotName, SlotRecord())
+    )
     floors: Floors = Floors()
     desired_sequence: int = 0
     boots: int = 0  # upper half of the report sequence
