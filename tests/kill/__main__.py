@@ -6,17 +6,19 @@ slot that is byte for byte a signed release and answers; in the end the last upd
 """
 
 import argparse
+import json
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
-from device.states import State
+from device.states import RESTING, State
 from protocol.errors import WhimbrelError
 from protocol.release import Release
 from server import operations
@@ -24,7 +26,7 @@ from server.config import read_config
 from server.rollouts.campaign import RolloutRecord
 from server.rollouts.states import FINAL, RolloutState
 from server.runtime import Server
-from tests.kill.device import Device
+from tests.kill.device import Device, Trace
 from tests.kill.models import VERSIONS, write_models
 
 FAMILY: Final = "digits"
@@ -34,26 +36,23 @@ LIFE_S_MAX: Final = 20.0
 CONVERGE_S_MAX: Final = 90.0
 _OPERATOR_INTERVAL_S: Final = 0.1
 _CHUNKS_AIMED_MAX: Final = 60
-_START_S_MAX: Final = 0.8
-_ANYWHERE_S_MAX: Final = 4.0
-
-# How long after entering a state the kill may come: about as long as the state lasts here.
-_DELAYS_S: Final = {
+PHASES_S: Final = {
     State.SYNCING: 0.05,
+    State.ADMITTING: 0.03,
     State.DOWNLOADING: 0.2,
-    State.INSTALLING: 0.6,
+    State.INSTALLING: 0.5,
     State.VERIFYING: 0.03,
     State.TRIAL: 0.8,
-    State.COMMITTING: 0.03,
-    State.IDLE: 0.1,
+    State.COMMITTING: 0.06,
+    State.IDLE: 0.05,
 }
-_AIMS: Final[tuple[tuple[str, int], ...]] = (
-    ("start", 3),
-    ("anywhere", 2),
-    ("chunk", 5),
-    *((state.value, 3 if state is State.COMMITTING else 2) for state in _DELAYS_S if state is not State.IDLE),
-    (State.IDLE.value, 1),
-)
+"""The phases of an update in their order. A kill comes at any instant of one; how long it lasts is known once it was seen
+to last, and before that taken from here."""
+
+_NETWORKED: Final = (State.SYNCING, State.DOWNLOADING)
+_PHASE_S_MAX: Final = 2.0
+_START: Final = "start"
+_CHUNK: Final = "chunk"
 
 
 @dataclass
@@ -72,27 +71,28 @@ class Outcome:
 class Operator:
     """Rolls out one version after the other, so that there is always an update to be killed in."""
 
-    def __init__(self, home: Path, outcome: Outcome) -> None:
+    def __init__(self, home: Path, device: Device, outcome: Outcome) -> None:
         self._home = home
+        self._device = device
         self._outcome = outcome
         self._current: RolloutRecord | None = None
         self._looked_at = 0.0
         self.version = VERSIONS[0]
 
     def look(self) -> None:
-        """Start the next rollout once the last one is through; now and then is enough."""
+        """Start the next rollout once the last one is through; now and then is enough, and only where it may be."""
         now = time.monotonic()
-        if now - self._looked_at < _OPERATOR_INTERVAL_S:
+        is_under_way = self._current is not None and self._device.trace.state not in RESTING
+        if is_under_way or now - self._looked_at < _OPERATOR_INTERVAL_S:
             return
         self._looked_at = now
-        if self.is_done():
+        if self.is_done() and operations.list_devices(self._home):
             following = VERSIONS[(VERSIONS.index(self.version) + 1) % len(VERSIONS)]
-            if operations.list_devices(self._home):
-                self._current = operations.start_rollout(self._home, FAMILY, following, canary_count=1)
-                self.version = following
+            self._current = operations.start_rollout(self._home, FAMILY, following, canary_count=1)
+            self.version = following
 
     def is_done(self) -> bool:
-        """Whether no rollout is under way; one that ended badly is a violation."""
+        """Whether no rollout is under way; one that did not end with the right version on the device is a violation."""
         if self._current is None:
             return True
         status = operations.rollout_status(self._home, self._current.id)
@@ -103,6 +103,14 @@ class Operator:
             self._outcome.violations.append(
                 f"rollout {status.rollout.id} ended as {status.rollout.state}: {bad}"
             )
+        record = self._device.record()
+        update = None if record is None else record.update
+        if (
+            record is None
+            or update is None
+            or (record.active_slot.version, update.outcome) != (self.version, "committed")
+        ):
+            self._outcome.violations.append(f"{self.version} was rolled out, and the device does not run it")
         self._outcome.updates += 1
         self._current = None
         return True
@@ -126,7 +134,7 @@ def run(count: int, seed: int, folder: Path, *, show: bool = False) -> Outcome:
     with Server(read_config(home), seed=seed) as server:
         device = Device(folder, server.broker_port, releases)
         device.provision(VERSIONS[0], {"model.onnx": models[VERSIONS[0]][0]}, root)
-        operator = Operator(home, outcome)
+        operator = Operator(home, device, outcome)
         try:
             while outcome.kills < count and not outcome.violations:
                 _live_and_die(device, operator, rng, outcome)
@@ -145,10 +153,10 @@ def run(count: int, seed: int, folder: Path, *, show: bool = False) -> Outcome:
 
 def _live_and_die(device: Device, operator: Operator, rng: random.Random, outcome: Outcome) -> None:
     """One life of the agent, up to the moment that was drawn for its death."""
-    aim = rng.choices([name for name, _ in _AIMS], [weight for _, weight in _AIMS])[0]
-    share = rng.random()
+    aim = _draw_aim(device.trace.state, rng)
+    boots = device.trace.boots
     device.start()
-    _await_aim(device, operator, aim, share)
+    _await_aim(device, operator, aim, rng.random())
     _spare_the_last_trial(device, operator)
     if not device.is_running:
         outcome.violations.append(f"the agent ended by itself: {_last_line(device.log)}")
@@ -156,38 +164,52 @@ def _live_and_die(device: Device, operator: Operator, rng: random.Random, outcom
     device.kill()
     outcome.kills += 1
     device.trace.follow()
-    outcome.states[device.trace.state.value] += 1
+    is_up = device.trace.boots > boots
+    outcome.states[device.trace.state.value if is_up else "starting"] += 1
     outcome.violations += [f"kill {outcome.kills} ({aim}): {wrong}" for wrong in device.examine()]
 
 
+def _draw_aim(state: State, rng: random.Random) -> str:
+    """The start, a chunk, or a phase that the update under way has not left yet: several kills fall into each update."""
+    phases = list(PHASES_S)
+    place = phases.index(state) if state in PHASES_S and state not in RESTING else 0
+    if state is State.SUSPENDED:
+        place = phases.index(State.DOWNLOADING)
+    aims = [_START, *(phase.value for phase in phases[place:])]
+    if place <= phases.index(State.DOWNLOADING):
+        aims += [_CHUNK] * 2
+    return rng.choice(aims)
+
+
 def _await_aim(device: Device, operator: Operator, aim: str, share: float) -> None:
-    end = time.monotonic() + LIFE_S_MAX
+    """Wait for the moment; one that does not come is given up after `LIFE_S_MAX`."""
+    trace = device.trace
+    boots, stored = trace.boots, trace.chunks
 
-    def wait(condition_s: float, *, state: State | None = None, chunks: int = 0) -> None:
-        began = time.monotonic()
-        visits, stored = device.trace.visits.copy(), device.trace.chunks
-
+    def wait(condition: Callable[[], bool], timeout_s: float = LIFE_S_MAX) -> None:
         def has_come() -> bool:
             operator.look()
-            if time.monotonic() > end:
-                return True
-            if state is not None:
-                return device.trace.visits[state] > visits[state]
-            return device.trace.chunks - stored >= chunks and time.monotonic() - began >= condition_s
+            return condition()
 
-        device.wait_for(has_come, LIFE_S_MAX)
+        device.wait_for(has_come, timeout_s)
 
-    if aim == "start":
-        wait(share * _START_S_MAX)
-    elif aim == "anywhere":
-        wait(share * _ANYWHERE_S_MAX)
-    elif aim == "chunk":
-        wait(0.0, chunks=1 + int(share * _CHUNKS_AIMED_MAX))
+    if aim == _START:
+        wait(lambda: False, share * device.start_s)
+    elif aim == _CHUNK:
+        aimed = stored + 1 + int(share * _CHUNKS_AIMED_MAX)
+        wait(lambda: trace.chunks >= aimed)
     else:
         state = State(aim)
-        if device.trace.state is not state:
-            wait(0.0, state=state)
-        wait(share * _DELAYS_S[state])
+        visits = trace.visits[state]
+        goes_on = trace.state is state and state not in _NETWORKED  # a start suspends what needs the network
+        wait(lambda: trace.boots > boots if goes_on else trace.visits[state] > visits)
+        wait(lambda: False, share * _phase_s(trace, state))
+
+
+def _phase_s(trace: Trace, state: State) -> float:
+    if state is State.IDLE or state not in trace.lasted_ms:  # idle lasts until the operator looks
+        return PHASES_S[state]
+    return min((trace.lasted_ms[state] + 1) / 1000, _PHASE_S_MAX)
 
 
 def _spare_the_last_trial(device: Device, operator: Operator) -> None:
@@ -195,7 +217,7 @@ def _spare_the_last_trial(device: Device, operator: Operator) -> None:
 
     def is_spared() -> bool:
         operator.look()
-        return device.may_be_killed_in_trial
+        return device.may_be_killed
 
     device.wait_for(is_spared, CONVERGE_S_MAX)
 
@@ -226,19 +248,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="kills (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="decides the moments (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="whimbrel-kill-") as folder:
-        try:
-            outcome = run(arguments.count, arguments.seed, Path(folder), show=sys.stderr.isatty())
-        except WhimbrelError as error:
-            sys.stderr.write(f"kill test: {error}\n")
-            return 1
-    sys.stdout.write(summary(outcome, arguments.seed))
+    folder = Path(tempfile.mkdtemp(prefix="whimbrel-kill-"))
+    is_kept = True
+    try:
+        outcome = run(arguments.count, arguments.seed, folder, show=sys.stderr.isatty())
+        is_kept = bool(outcome.violations)
+    except WhimbrelError as error:
+        sys.stderr.write(f"kill test: {error}\n")
+        return 1
+    finally:
+        if is_kept:
+            sys.stderr.write(f"what was left behind is in {folder}\n")
+        else:
+            shutil.rmtree(folder)
+    if arguments.json:
+        sys.stdout.write(json.dumps({"seed": arguments.seed, **asdict(outcome)}) + "\n")
+    else:
+        sys.stdout.write(summary(outcome, arguments.seed))
     return 1 if outcome.violations else 0
 
 
 def summary(outcome: Outcome, seed: int) -> str:
     """The table that is printed."""
+    order = ["starting", *(state.value for state in State)]
     lines = [
         "",
         f"seed                      {seed}",
@@ -246,13 +280,14 @@ def summary(outcome: Outcome, seed: int) -> str:
         f"updates brought through   {outcome.updates}",
         f"chunks stored             {outcome.chunks}",
         f"chunks fetched twice      {outcome.chunks_again}",
+        f"violations                {len(outcome.violations)}",
         f"seconds                   {outcome.seconds:.0f}",
         "killed in state",
-        *(f"  {state:<24}{count}" for state, count in sorted(outcome.states.items())),
+        *(f"  {state:<24}{outcome.states[state]}" for state in order if outcome.states[state]),
         *(f"VIOLATION: {violation}" for violation in outcome.violations),
-        "every kill left a model that starts, and the last update came through"
+        "every kill left a model that starts, and every update came through"
         if not outcome.violations
-        else f"replay with --seed {seed}",
+        else f"try again with --seed {seed}: the moments are drawn alike, the machine's timing is not",
         "",
     ]
     return "\n".join(lines)

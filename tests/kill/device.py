@@ -41,12 +41,19 @@ class Device:
         self._releases = releases
         self._disk = RealDisk(self.config.folder)
         self._process: subprocess.Popen[bytes] | None = None
+        self._tries_before = 0
+        self._started_s = 0.0
+        self.start_s = 0.5  # until the agent is up; measured at every start that comes so far
         self.trace = Trace(self.trace_file)
 
     def provision(self, version: str, files: dict[str, Path], root: Path) -> None:
         install_factory(self.config, self._releases[version], files, root.read_bytes())
 
     def start(self) -> None:
+        self._tries_before = self.tries
+        if self.trace.booted_ms / 1000 > self._started_s > 0:
+            self.start_s = self.trace.booted_ms / 1000 - self._started_s
+        self._started_s = time.time()
         command = [sys.executable, "-m", "device.cli", "run", "--config", str(self._config_file)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen([*command, "--trace", str(self.trace_file)], stderr=log)
@@ -96,9 +103,12 @@ class Device:
         return record.update.tries
 
     @property
-    def may_be_killed_in_trial(self) -> bool:
-        """Three trials cut short are taken for a model that takes the device down, as they should be."""
-        return self.tries < TRIES_MAX - 1
+    def may_be_killed(self) -> bool:
+        """Three trials cut short are taken for a model that takes the device down, as they should be.
+
+        A life begins one trial of an update at most, so only one that began after two of them has to be spared.
+        """
+        return self._tries_before < TRIES_MAX - 1 or self.tries < TRIES_MAX - 1
 
     def record(self) -> Record | None:
         return Journal(self._disk).load()
@@ -159,9 +169,12 @@ class Trace:
         self._offset = 0
         self.state = State.IDLE
         self.boots = 0
+        self.booted_ms = 0
         self.chunks = 0
         self.chunks_again = 0
         self.visits: dict[State, int] = dict.fromkeys(State, 0)
+        self.lasted_ms: dict[State, int] = {}  # the last stay in each state that no kill cut short
+        self._entered_ms: int | None = None
         self._stored: set[tuple[str, int]] = set()  # in the update under way
 
     def follow(self) -> None:
@@ -182,9 +195,10 @@ class Trace:
         match line["kind"]:
             case "boot":
                 self.boots += 1
+                self.booted_ms = line["t"]
+                self._entered_ms = None
             case "transition":
-                self.state = State(line["to"])
-                self.visits[self.state] += 1
+                self._move(State(line["to"]), line["t"])
                 if line["trigger"] == "requested":
                     self._stored.clear()
             case "chunk":
@@ -192,3 +206,10 @@ class Trace:
                 chunk = (line["blob"], line["index"])
                 self.chunks_again += chunk in self._stored
                 self._stored.add(chunk)
+
+    def _move(self, state: State, now_ms: int) -> None:
+        if self._entered_ms is not None:
+            self.lasted_ms[self.state] = now_ms - self._entered_ms
+        self.state = state
+        self._entered_ms = now_ms
+        self.visits[state] += 1
