@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from device import effects, events
 from device.adapters.disk import RealDisk
@@ -27,6 +27,9 @@ from protocol.messages import Link, encode_message
 from protocol.release import Prompt, Release
 from protocol.topics import Topics
 from protocol.trust import check_root
+
+WORK_END_S_MAX: Final = 10.0
+"""Until work that was broken off has noticed: one disk operation, or the load of a model."""
 
 
 class Clock(Protocol):
@@ -109,11 +112,17 @@ class DeviceRuntime:
         self.transport.start()
 
     def stop(self) -> None:
-        """Say goodbye and let go of everything; an update goes on at the next start."""
+        """Say goodbye and let go of everything; an update goes on at the next start.
+
+        Work under way is broken off, so that another agent can start on the folder at once.
+        """
         self._is_stopped = True
-        self._workers.stop()
-        self.engine.stop()
+        # A farewell keeps the broker from saying the Will; QoS 0, since nobody waits here for an acknowledgement.
+        self.transport.publish(self._link_topic, encode_message(Link(online=False)), 0, retain=True)
         self.transport.close()
+        self.disk.close()
+        self.engine.stop()
+        self._workers.stop(WORK_END_S_MAX)
         self.executor.close()
         if self._trace is not None:
             self._trace.close()

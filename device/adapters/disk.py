@@ -28,6 +28,7 @@ class RealDisk:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
+        self._is_closed = False
 
     def prepare(self) -> None:
         """Make the folder, and remove temporary files of an earlier life; for the one process that writes here.
@@ -60,6 +61,10 @@ class RealDisk:
             yield
         finally:
             os.close(descriptor)
+
+    def close(self) -> None:
+        """Refuse everything from now on, so that work which goes on elsewhere ends and nothing is written any more."""
+        self._is_closed = True
 
     def length(self, name: str) -> int | None:
         """As `Disk.length`."""
@@ -159,6 +164,8 @@ class RealDisk:
 
         A symbolic link on the way, which nobody but an intruder puts there, is not followed.
         """
+        if self._is_closed:
+            raise StorageError(f"{name}: the agent on this folder has ended")
         pure = PurePosixPath(name)
         assert name
         assert not pure.is_absolute()

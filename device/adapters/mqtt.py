@@ -362,7 +362,9 @@ class MqttTransport:
             with contextlib.suppress(OSError):
                 self._socket.close()
             self._socket = None
-        if self._client is not None:  # paho tidies up when it is collected, long after; nobody listens by then
+        if (
+            self._client is not None
+        ):  # paho tidies up when it is collected, long after; nobody listens by then
             self._client.on_socket_close = self._client.on_disconnect = None
             self._client = None
         self.error = reason

@@ -40,7 +40,8 @@ class DeviceWorkers:
     def __init__(self, executor: ThreadPoolExecutor, on_bug: Callable[[Exception], None]) -> None:
         self._executor = executor
         self._on_bug = on_bug
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._is_busy = False
         self._waiting: deque[Callable[[], None]] = deque()
         self._is_running = False
         self._is_stopped = False
@@ -56,11 +57,12 @@ class DeviceWorkers:
             self._is_running = True
         self._schedule()
 
-    def stop(self) -> None:
-        """Drop what waits; what runs ends by itself."""
+    def stop(self, timeout_s: float = 0.0) -> None:
+        """Drop what waits, and wait for what runs to end by itself, for a bounded time."""
         with self._lock:
             self._is_stopped = True
             self._waiting.clear()
+            self._lock.wait_for(lambda: not self._is_busy, timeout_s)
 
     def _schedule(self) -> None:
         try:
@@ -74,9 +76,13 @@ class DeviceWorkers:
                 self._is_running = False
                 return
             work = self._waiting.popleft()
+            self._is_busy = True
         try:
             work()
         except Exception as error:  # noqa: BLE001 - nobody else would ever see it
             self._on_bug(error)
         finally:
+            with self._lock:
+                self._is_busy = False
+                self._lock.notify_all()
             self._schedule()

@@ -20,7 +20,14 @@ from protocol.errors import RequestError
 from protocol.ids import DeviceId, Family, FleetId
 from protocol.release import decode_release
 from server.config import read_config
-from server.operations import add_release, init_repository, publish_release, rollout_status, start_rollout
+from server.operations import (
+    add_release,
+    init_repository,
+    list_devices,
+    publish_release,
+    rollout_status,
+    start_rollout,
+)
 from server.runtime import Server
 from tests.models import prompts, write_classifier, write_health_plan
 from tests.server.brokers import BROKERS, running_broker
@@ -164,6 +171,17 @@ def test_a_device_that_is_stopped_again_and_again_fetches_nothing_twice(lab: Lab
     assert len(chunks) > 20
     assert max(chunks.values()) == 1
     assert sum(line["kind"] == "boot" for line in lines) == 4
+
+
+def test_a_device_that_was_stopped_is_known_to_be_offline(lab: Lab) -> None:
+    def is_online() -> bool:
+        return any(device.is_online for device in list_devices(lab.server_folder))
+
+    device = lab.start(lab.provision("device-0"), 0)
+    lab.wait(is_online)
+    device.stop()
+    lab.devices.clear()
+    lab.wait(lambda: not is_online())
 
 
 def test_provisioning_refuses_another_file_and_a_second_time(lab: Lab) -> None:

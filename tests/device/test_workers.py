@@ -3,9 +3,13 @@
 import threading
 from pathlib import Path
 
+import pytest
+
+from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.workers import WorkerPool
 from device.ports import ModelSource, TrialOrder
+from protocol.errors import StorageError
 from tests.models import health_plan, write_classifier
 
 WAIT_S = 30.0
@@ -79,6 +83,40 @@ def test_work_that_waits_is_dropped_when_a_device_stops() -> None:
     may_end.set()
     pool.close()
     assert not ran
+
+
+def test_stopping_waits_for_work_that_runs() -> None:
+    pool = WorkerPool(threads=1)
+    workers = pool.for_device(no_bug)
+    begun, may_end = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def hold() -> None:
+        begun.set()
+        may_end.wait(WAIT_S)
+        ended.append(1)
+
+    workers.submit(hold)
+    assert begun.wait(WAIT_S)
+    threading.Timer(0.05, may_end.set).start()
+    workers.stop(WAIT_S)
+    assert ended
+    pool.close()
+
+
+def test_a_closed_disk_takes_and_gives_nothing(tmp_path: Path) -> None:
+    disk = RealDisk(tmp_path / "state")
+    disk.prepare()
+    disk.create("file", 10)
+    disk.close()
+    for use in (
+        lambda: disk.write("file", 0, b"x"),
+        lambda: disk.read("file", 0, 1),
+        lambda: disk.create("y", 1),
+    ):
+        with pytest.raises(StorageError, match="has ended"):
+            use()
+    assert (tmp_path / "state" / "file").read_bytes() == bytes(10)
 
 
 def test_a_trial_is_broken_off_when_the_agent_ends_and_so_is_one_that_waits_for_its_turn(
