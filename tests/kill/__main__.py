@@ -50,6 +50,9 @@ PHASES_S: Final = {
 to last, and before that taken from here."""
 
 _NETWORKED: Final = (State.SYNCING, State.DOWNLOADING)
+_RESUMED: Final = {State.SUSPENDED: State.DOWNLOADING, State.ROLLING_BACK: State.TRIAL}
+"""Where an update goes on that is in none of the phases."""
+
 _PHASE_S_MAX: Final = 2.0
 _START: Final = "start"
 _CHUNK: Final = "chunk"
@@ -172,13 +175,14 @@ def _live_and_die(device: Device, operator: Operator, rng: random.Random, outcom
 def _draw_aim(state: State, rng: random.Random) -> str:
     """The start, a chunk, or a phase that the update under way has not left yet: several kills fall into each update."""
     phases = list(PHASES_S)
-    place = phases.index(state) if state in PHASES_S and state not in RESTING else 0
-    if state is State.SUSPENDED:
-        place = phases.index(State.DOWNLOADING)
-    aims = [_START, *(phase.value for phase in phases[place:])]
+    place = 0 if state in RESTING else phases.index(_RESUMED.get(state, state))
+    aims = [_START, *(phase.value for phase in phases[place:] if phase is not State.IDLE)]
     if place <= phases.index(State.DOWNLOADING):
         aims += [_CHUNK] * 2
-    return rng.choice(aims)
+    if place > phases.index(State.INSTALLING):
+        aims.append(State.IDLE.value)  # just after the update: its remains are being removed
+    aim: str = rng.choice(aims)
+    return aim
 
 
 def _await_aim(device: Device, operator: Operator, aim: str, share: float) -> None:
