@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 it could not be done (one line says why), 2 wrong usage, 1
 
 import argparse
 import json
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -82,6 +83,8 @@ def _provision(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
+    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s")
+    logging.getLogger("device").setLevel(logging.INFO)
     disk = RealDisk(config.folder)
     with disk.locked(), closing(MqttLoop()) as loop, closing(WorkerPool(threads=1)) as pool:
         clock, rng = SystemClock(), system_rng()

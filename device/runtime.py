@@ -4,6 +4,7 @@ All of it happens in the loop's thread, but for long effects, which the executor
 """
 
 import json
+import logging
 import os
 import random
 import threading
@@ -27,6 +28,8 @@ from protocol.messages import Link, encode_message
 from protocol.release import Prompt, Release
 from protocol.topics import Topics
 from protocol.trust import check_root
+
+_LOG: Final = logging.getLogger(__name__)
 
 WORK_END_S_MAX: Final = 10.0
 """Until work that was broken off has noticed: one disk operation, or the load of a model."""
@@ -185,6 +188,15 @@ class DeviceRuntime:
             if self._on_trace is not None:
                 self._on_trace(effect, now_ms)
             source, trigger, target = effect.row
+            reason = f": {effect.code}" if effect.code else ""
+            _LOG.info(
+                "%s: %s %s -> %s%s",
+                self.config.agent.device,
+                effect.version,
+                source.value,
+                target.value,
+                reason,
+            )
             fields = {"from": source.value, "trigger": trigger.value, "to": target.value}
             self._note("transition", {**fields, "version": effect.version, "code": effect.code})
         elif isinstance(effect, effects.WriteChunk):

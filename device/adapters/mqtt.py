@@ -8,6 +8,7 @@ become readable for them.
 
 import contextlib
 import heapq
+import logging
 import random
 import selectors
 import socket
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv311
@@ -33,6 +35,14 @@ CONNECT_TIMEOUT_S: Final = 10.0
 QUEUED_MESSAGES_MAX: Final = 256
 """Messages that wait in paho for the socket: reports and requests are few, and the next one says it all again."""
 
+STABLE_S: Final = 5.0
+"""A connection that was lost sooner counts as a failed attempt: a broker that accepts and then closes, because of its
+access rules or since two devices share an identity, is not hammered."""
+
+CONNECTORS_MAX: Final = 32
+"""Connections of one process that are being opened at a time; the others wait for their turn."""
+
+_LOG: Final = logging.getLogger(__name__)
 _MISC_INTERVAL_S: Final = 1.0
 _POLL_MAX_S: Final = 1.0
 
@@ -63,6 +73,8 @@ class MqttLoop:
         self._serial = 0
         self._calls: deque[Callable[[], None]] = deque()
         self._transports: set[MqttTransport] = set()
+        self._connectors = 0
+        self._connects: deque[Callable[[], None]] = deque()
         self._misc_at = 0.0
         self._is_stopping = False
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -137,6 +149,20 @@ class MqttLoop:
         """A transport is closed."""
         self._transports.discard(transport)
 
+    def run_connector(self, connect: Callable[[], None]) -> None:
+        """Run what opens a connection, and blocks meanwhile, on a thread; in its turn where there are many."""
+        if self._connectors >= CONNECTORS_MAX:
+            self._connects.append(connect)
+            return
+        self._connectors += 1
+
+        def run() -> None:
+            connect()
+            self.call_soon_threadsafe(self._connector_ended)
+
+        # A daemon: a network that swallows everything must not hold up the end of the process.
+        threading.Thread(target=run, name="whimbrel-connect", daemon=True).start()
+
     def watch(self, sock: socket.socket, mask: int, transport: "MqttTransport") -> None:
         """Watch a socket for the events of `mask`; none of them stops it."""
         if sock.fileno() < 0:
@@ -149,6 +175,11 @@ class MqttLoop:
             self._selector.modify(sock, mask, transport)
         else:
             self._selector.register(sock, mask, transport)
+
+    def _connector_ended(self) -> None:
+        self._connectors -= 1
+        if self._connects:
+            self.run_connector(self._connects.popleft())
 
     def _stop(self) -> None:
         self._is_stopping = True
@@ -196,6 +227,7 @@ class MqttTransport:
         self._is_enabled = False
         self._is_connecting = False
         self._is_connected = False
+        self._connected_at = 0.0
         self._is_paused = False
         self._wants_write = False
         self._generation = 0  # of the wish to connect: a timer of an earlier one is void
@@ -303,6 +335,7 @@ class MqttTransport:
         client.on_connect = self._paho_connected
         client.on_disconnect = self._paho_disconnected
         client.on_message = self._paho_message
+        client.on_subscribe = self._paho_subscribed
         client.on_socket_open = self._paho_socket_opened
         client.on_socket_close = self._paho_socket_closed
         client.on_socket_register_write = self._paho_wants_write
@@ -317,9 +350,7 @@ class MqttTransport:
         self._wants_write = False
         client = self._client = self._make_client()
         arguments = (client, self._address.host, self._address.port)
-        threading.Thread(
-            target=self._connect_blocking, args=arguments, name="whimbrel-connect", daemon=True
-        ).start()
+        self._loop.run_connector(partial(self._connect_blocking, *arguments))
 
     def _connect_blocking(self, client: Client, host: str, port: int) -> None:
         reason = ""
@@ -362,13 +393,16 @@ class MqttTransport:
             with contextlib.suppress(OSError):
                 self._socket.close()
             self._socket = None
-        if (
-            self._client is not None
-        ):  # paho tidies up when it is collected, long after; nobody listens by then
+        if self._client is not None:
+            # paho tidies up when it is collected, long after; nobody listens by then.
             self._client.on_socket_close = self._client.on_disconnect = None
             self._client = None
+        if reason != self.error and self._is_enabled:
+            _LOG.info("%s: not connected: %s", self._client_id, reason)
         self.error = reason
         was_connected, self._is_connected = self._is_connected, False
+        if was_connected and time.monotonic() - self._connected_at > STABLE_S:
+            self._attempts = 0
         if was_connected:
             self._on_disconnected()
         self._reconnect_later()
@@ -393,9 +427,10 @@ class MqttTransport:
         if code.is_failure:
             self.error = f"the broker refuses the connection: {code}"
             return
-        self._attempts = 0
         self._is_connected = True
+        self._connected_at = time.monotonic()
         self.error = ""
+        _LOG.info("%s: connected to %s:%d", self._client_id, self._address.host, self._address.port)
         self._on_connected()
 
     def _paho_disconnected(
@@ -408,6 +443,18 @@ class MqttTransport:
     ) -> None:
         if client is self._client and self._socket is not None:
             self._lost(self.error or str(code))
+
+    def _paho_subscribed(
+        self,
+        _client: Client,
+        _user: object,
+        _message_id: int,
+        codes: list[ReasonCode],
+        _properties: Properties | None,
+    ) -> None:
+        """A refusal is for a person to mend; what the subscription would have brought is asked for after a while."""
+        if any(code.is_failure for code in codes):
+            _LOG.warning("%s: the broker refuses a subscription; look at its access rules", self._client_id)
 
     def _paho_message(self, client: Client, _user: object, message: MQTTMessage) -> None:
         if client is self._client:

@@ -1,9 +1,11 @@
 import random
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport, Will
+from device.adapters.mqtt import CONNECTORS_MAX, BrokerAddress, MqttLoop, MqttTransport, Will
 from tests.server.brokers import BROKERS, free_port, running_broker
 
 
@@ -105,4 +107,67 @@ def test_a_broker_that_is_not_there_is_named_and_tried_again() -> None:
     assert loop.run_until(lambda: bool(client.transport.error), 20)
     assert str(port) in client.transport.error
     client.transport.close()
+    loop.close()
+
+
+class Doorman:
+    """A broker that lets everyone in and shows them out again at once, as one does whose access rules forbid them all."""
+
+    def __init__(self) -> None:
+        self.visits = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            visitor, _ = self._listener.accept()
+            with visitor:
+                if not visitor.recv(4096):
+                    return
+                visitor.sendall(b"\x20\x02\x00\x00")  # CONNACK: accepted
+                self.visits += 1
+
+    def close(self) -> None:
+        socket.create_connection(("127.0.0.1", self.port)).close()  # a visitor who says nothing ends it
+        self._thread.join()
+        self._listener.close()
+
+
+def test_a_broker_that_accepts_and_closes_at_once_is_visited_less_and_less() -> None:
+    doorman = Doorman()
+    loop = MqttLoop()
+    client = Client(loop, doorman.port, "client")
+    client.transport.start()
+    assert loop.run_until(lambda: client.losses >= 4, 30)
+    assert client.transport._attempts >= 4
+    client.transport.close()
+    doorman.close()
+    loop.close()
+
+
+def test_connections_are_opened_a_bounded_number_at_a_time() -> None:
+    loop = MqttLoop()
+    lock, release = threading.Lock(), threading.Event()
+    busy: list[int] = [0]
+    most: list[int] = [0]
+    ended: list[int] = []
+
+    def connect() -> None:
+        with lock:
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+        release.wait(20)
+        with lock:
+            busy[0] -= 1
+            ended.append(1)
+
+    for _ in range(3 * CONNECTORS_MAX):
+        loop.run_connector(connect)
+    assert loop.run_until(lambda: busy[0] == CONNECTORS_MAX, 20)
+    release.set()
+    assert loop.run_until(lambda: len(ended) == 3 * CONNECTORS_MAX, 20)
+    assert most[0] == CONNECTORS_MAX
+    loop.run_until(lambda: not loop._connectors, 20)
     loop.close()
