@@ -49,11 +49,17 @@ def _parser() -> argparse.ArgumentParser:
         "--config", type=Path, default=Path("/etc/whimbrel/device.toml"), help="default: %(default)s"
     )
     provision = commands.add_parser("provision", parents=[common], help="put the first version on the device")
-    provision.add_argument("--release", type=Path, required=True, help="release description of the version")
+    provision.add_argument(
+        "--from",
+        dest="folder",
+        type=Path,
+        help="folder that `whimbrel release export` wrote; or, one by one:",
+    )
+    provision.add_argument("--release", type=Path, help="release description of the version")
     provision.add_argument(
         "--file", type=Path, action="append", default=[], help="a file of the release; repeat"
     )
-    provision.add_argument("--root", type=Path, required=True, help="the server's 1.root.json")
+    provision.add_argument("--root", type=Path, help="the server's 1.root.json")
     provision.set_defaults(command=_provision)
     run = commands.add_parser("run", parents=[common], help="run the agent until it is stopped")
     run.add_argument("--trace", type=Path, help="append a line of JSON per transition and stored chunk")
@@ -71,12 +77,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _provision(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
-    release = decode_release(_read(arguments.release))
+    release_path, root_path = arguments.release, arguments.root
+    if arguments.folder is not None:
+        release_path = release_path or arguments.folder / "release.json"
+        root_path = root_path or arguments.folder / "root.json"
+    if release_path is None or root_path is None:
+        raise RequestError(
+            "nothing to provision from", hint="give --from FOLDER, or --release, --file and --root"
+        )
+    release = decode_release(_read(release_path))
     named = {path.name: path for path in arguments.file}
     if len(release.files) == 1 and len(arguments.file) == 1:
         named = {release.files[0].name: arguments.file[0]}
+    if arguments.folder is not None:
+        named = {file.name: arguments.folder / file.name for file in release.files} | named
     with RealDisk(config.folder).locked():
-        install_factory(config, release, named, _read(arguments.root))
+        install_factory(config, release, named, _read(root_path))
     print(f"{config.agent.device} is provisioned with {release.family} {release.version}")
     return 0
 

@@ -108,7 +108,7 @@ def _add_init(commands: Any) -> None:
 
 
 def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
-    release = commands.add_parser("release", help="add, publish and list releases")
+    release = commands.add_parser("release", help="add, publish, list and export releases")
     actions = release.add_subparsers(metavar="ACTION", required=True)
     add = actions.add_parser("add", parents=[common], help="check a model file and keep it as a draft")
     _add_name(add)
@@ -126,6 +126,14 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
     publish = actions.add_parser("publish", parents=[common], help="sign a draft, for good")
     _add_name(publish)
     publish.set_defaults(run=_release_publish)
+    export = actions.add_parser(
+        "export", parents=[common], help="write what a new device is provisioned with into a folder"
+    )
+    _add_name(export)
+    export.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="made if it is not there"
+    )
+    export.set_defaults(run=_release_export)
     listing = actions.add_parser("list", parents=[common], help="list drafts and published releases")
     listing.set_defaults(run=_release_list)
 
@@ -218,6 +226,16 @@ def _release_publish(arguments: argparse.Namespace) -> int:
     name = f"{arguments.family} {arguments.version}"
     lines = [f"Published {name}", f"Bring it to the fleet with `whimbrel rollout start {name}`"]
     _print(arguments, _release_json(record), lines)
+    return 0
+
+
+def _release_export(arguments: argparse.Namespace) -> int:
+    operations.export_release(arguments.dir, arguments.family, arguments.version, arguments.output)
+    lines = [
+        f"{arguments.output} holds {arguments.family} {arguments.version} and the start of trust",
+        f"Put it on a device with `whimbrel-device provision --config device.toml --from {arguments.output}`",
+    ]
+    _print(arguments, {"folder": str(arguments.output)}, lines)
     return 0
 
 

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from protocol.errors import RequestError
-from protocol.ids import Family, Version, parse_digest, parse_family, parse_fleet_id, parse_version
+from protocol.ids import Digest, Family, Version, parse_digest, parse_family, parse_fleet_id, parse_version
 from protocol.release import RuntimeName, encode_release, file_target, release_target
 from server.adapters.blobs import FolderBlobs, storage_errors, write_file
 from server.adapters.clock import SystemClock
@@ -200,6 +200,36 @@ def list_releases(folder: Path) -> list[ReleaseRecord]:
     """All releases, in the order in which they were added."""
     with opened(folder) as home:
         return home.store.releases()
+
+
+def export_release(folder: Path, family: str, version: str, target: Path) -> None:
+    """Write what a device is provisioned with: the signed description, the files, and the start of trust.
+
+    Args:
+        folder: The server's.
+        family: Of a published release.
+        version: Of a published release.
+        target: Folder that gets `release.json`, `root.json` and the files; made if it is not there.
+
+    Raises:
+        RequestError: There is no such release, or the target cannot be written.
+    """
+    with opened(folder) as home:
+        record = home.store.release(parse_family(family), parse_version(version))
+        if record is None or record.published_ms is None:
+            raise RequestError(f"{family} {version} is not published", hint="see `whimbrel release list`")
+        repository = home.store.repository()
+        assert repository is not None, "what is published was signed"
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / "release.json").write_bytes(encode_release(record.release))
+            (target / "root.json").write_bytes(repository.roots[0])
+            for file in record.release.files:
+                shutil.copyfile(home.blobs.path(Digest(file.sha256)), target / file.name)
+        except OSError as error:
+            raise RequestError(
+                f"{target}: {error.strerror or error}", hint="choose another folder"
+            ) from error
 
 
 def start_rollout(
