@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--file", type=Path, action="append", default=[], help="a file of the release; repeat"
     )
     provision.add_argument("--root", type=Path, help="the server's 1.root.json")
-    provision.set_defaults(command=_provision)
+    provision.set_defaults(command=_provision, refuse=provision.error)
     run = commands.add_parser("run", parents=[common], help="run the agent until it is stopped")
     run.add_argument("--trace", type=Path, help="append a line of JSON per transition and stored chunk")
     run.set_defaults(command=_run)
