@@ -23,9 +23,9 @@ from device.config import DeviceConfig
 from device.executor import CURRENT_LINK, ROOT_FILE, Executor
 from device.journal import Journal, Record, SlotRecord
 from device.slots import READ_BYTES, SlotHealth, SlotName, empty_slot, measure_file, slot_file, slot_folder
-from protocol.errors import EngineError, RequestError
+from protocol.errors import EngineError, RequestError, WhimbrelError
 from protocol.messages import Link, encode_message
-from protocol.release import Prompt, Release
+from protocol.release import Prompt, Release, ReleaseFile
 from protocol.topics import Topics
 from protocol.trust import check_root
 
@@ -245,15 +245,12 @@ def install_factory(config: DeviceConfig, release: Release, files: dict[str, Pat
     journal = Journal(disk)
     if journal.load() is not None:
         raise RequestError(f"{config.folder}: this device is provisioned", hint="use an empty state folder")
-    for file in release.files:
-        source = files.get(file.name)
-        if source is None:
-            raise RequestError(f"file {file.name} of the release is not given", hint="give it with --file")
-        name = slot_file(SlotName.A, file.name)
-        _copy(disk, source, name)
-        if measure_file(disk, name) != file.sha256:
-            empty_slot(disk, SlotName.A)
-            raise RequestError(f"{source} is not the file {file.name} that the release names")
+    try:
+        for file in release.files:
+            _install_file(disk, file, files.get(file.name))
+    except WhimbrelError:
+        empty_slot(disk, SlotName.A)
+        raise
     disk.create(ROOT_FILE, len(root))
     disk.write(ROOT_FILE, 0, root)
     disk.sync(ROOT_FILE)
@@ -266,6 +263,15 @@ def install_factory(config: DeviceConfig, release: Release, files: dict[str, Pat
         files={file.name: file.sha256 for file in release.files},
     )
     journal.save(Record(active=SlotName.A, slots={SlotName.A: slot, SlotName.B: SlotRecord()}))
+
+
+def _install_file(disk: RealDisk, file: ReleaseFile, source: Path | None) -> None:
+    if source is None:
+        raise RequestError(f"file {file.name} of the release is not given", hint="give it with --file")
+    name = slot_file(SlotName.A, file.name)
+    _copy(disk, source, name)
+    if measure_file(disk, name) != file.sha256:
+        raise RequestError(f"{source} is not the file {file.name} that the release names")
 
 
 def _copy(disk: RealDisk, source: Path, name: str) -> None:
