@@ -15,7 +15,7 @@ from device.cli import main
 from device.config import load_config
 from device.slots import SlotName, measure_slot
 from protocol.release import encode_release
-from server.operations import add_release, init_repository
+from server.operations import add_release, export_release, init_repository, publish_release
 from tests.models import FEATURES, prompts, write_classifier, write_health_plan
 from tests.server.brokers import embedded_broker, free_port, stop, wait_until
 
@@ -88,6 +88,7 @@ def agent(tmp_path: Path, run: Run, shipped: list[str]) -> Agent:
         boots = count_boots(trace)
         process = subprocess.Popen(
             [sys.executable, "-m", "device.cli", "run", "--config", "device.toml", "--trace", trace.name],
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
@@ -115,6 +116,21 @@ def test_a_device_is_provisioned_looked_at_and_asked(run: Run, shipped: list[str
     for prompt in prompts():
         question.write_text(json.dumps(prompt.input))
         assert run("infer", "--input", question) == f"{prompt.label}\n"
+
+
+def test_an_exported_release_is_all_that_an_installer_needs(
+    run: Run, shipped: list[str], tmp_path: Path
+) -> None:
+    del shipped
+    publish_release(tmp_path / "server", "digits", "1.0")
+    export_release(tmp_path / "server", "digits", "1.0", tmp_path / "factory")
+    assert run("provision", "--from", "factory") == "shelf-7 is provisioned with digits 1.0\n"
+    assert json.loads(run("status", "--json"))["slots"]["a"]["version"] == "1.0"
+
+
+def test_a_folder_that_is_no_export_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "empty/release.json: No such file" in run("provision", "--from", "empty", code=1)
 
 
 def test_the_status_for_programs_says_the_same(run: Run, shipped: list[str], tmp_path: Path) -> None:
@@ -283,7 +299,7 @@ def test_a_model_that_was_damaged_on_the_disk_is_an_error_line(
 
 
 def test_wrong_usage_is_2(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["dance"], ["infer"], ["provision"]):
+    for words in ([], ["dance"], ["infer"], ["provision"], ["provision", "--dance"]):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2

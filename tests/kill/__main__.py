@@ -2,7 +2,7 @@
 
 Each kill is aimed at a moment that is drawn from the seed: some time after the start of the process, a chunk of the
 download, or an instant inside one of the states. After each of them the state folder must hold a record that loads and an active
-slot that is byte for byte a signed release and answers; in the end the last update must have come through.
+slot that is byte for byte a signed release and answers; every update must come through, with no chunk fetched twice.
 """
 
 import argparse
@@ -34,6 +34,9 @@ LIFE_S_MAX: Final = 20.0
 """An aim that does not come up by then is given up: the agent is killed where it is."""
 
 CONVERGE_S_MAX: Final = 90.0
+_BETWEEN_FREE: Final = 20
+"""Kills between two updates, beyond those within one, that are taken for chance."""
+
 _OPERATOR_INTERVAL_S: Final = 0.1
 _CHUNKS_AIMED_MAX: Final = 60
 PHASES_S: Final = {
@@ -62,7 +65,8 @@ _CHUNK: Final = "chunk"
 class Outcome:
     """What happened to the agent."""
 
-    kills: int = 0
+    kills: int = 0  # while an update was under way; only these count
+    kills_between: int = 0
     updates: int = 0
     states: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
@@ -120,7 +124,7 @@ class Operator:
 
 
 def run(count: int, seed: int, folder: Path, *, show: bool = False) -> Outcome:
-    """Kill an agent `count` times."""
+    """Kill an agent `count` times in the middle of an update, and now and then between two."""
     rng = random.Random(seed)
     outcome = Outcome()
     began = time.monotonic()
@@ -165,11 +169,16 @@ def _live_and_die(device: Device, operator: Operator, rng: random.Random, outcom
         outcome.violations.append(f"the agent ended by itself: {_last_line(device.log)}")
         return
     device.kill()
-    outcome.kills += 1
     device.trace.follow()
-    is_up = device.trace.boots > boots
-    outcome.states[device.trace.state.value if is_up else "starting"] += 1
-    outcome.violations += [f"kill {outcome.kills} ({aim}): {wrong}" for wrong in device.examine()]
+    state = device.trace.state
+    if state in RESTING:
+        outcome.kills_between += 1
+        if outcome.kills_between > _BETWEEN_FREE + outcome.kills:
+            outcome.violations.append(f"hardly an update is ever under way: {_last_line(device.log)}")
+    else:
+        outcome.kills += 1
+        outcome.states[state.value if device.trace.boots > boots else f"{state.value}, starting"] += 1
+    outcome.violations += [f"kill {outcome.kills} in {state.value}: {wrong}" for wrong in device.examine()]
 
 
 def _draw_aim(state: State, rng: random.Random) -> str:
@@ -250,7 +259,7 @@ def _last_line(log: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
-    parser.add_argument("--count", type=int, default=200, help="kills (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=200, help="kills within updates (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="decides the moments (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
@@ -276,17 +285,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summary(outcome: Outcome, seed: int) -> str:
     """The table that is printed."""
-    order = ["starting", *(state.value for state in State)]
+    order = [name for state in State for name in (f"{state.value}, starting", state.value)]
     lines = [
         "",
         f"seed                      {seed}",
-        f"kills                     {outcome.kills}",
+        f"kills within updates      {outcome.kills}",
+        f"kills between updates     {outcome.kills_between}",
         f"updates brought through   {outcome.updates}",
         f"chunks stored             {outcome.chunks}",
         f"chunks fetched twice      {outcome.chunks_again}",
         f"violations                {len(outcome.violations)}",
         f"seconds                   {outcome.seconds:.0f}",
-        "killed in state",
+        "killed within updates, by state",
         *(f"  {state:<24}{outcome.states[state]}" for state in order if outcome.states[state]),
         *(f"VIOLATION: {violation}" for violation in outcome.violations),
         "every kill left a model that starts, and every update came through"

@@ -56,7 +56,9 @@ class Device:
         self._started_s = time.time()
         command = [sys.executable, "-m", "device.cli", "run", "--config", str(self._config_file)]
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen([*command, "--trace", str(self.trace_file)], stderr=log)
+            self._process = subprocess.Popen(
+                [*command, "--trace", str(self.trace_file)], stdout=log, stderr=log
+            )
 
     def kill(self) -> None:
         assert self._process is not None
