@@ -36,10 +36,13 @@ class Serving:
         self._desk.emit(Probe(self._inventory, self._desk.ledger.record.active))
 
     def begin(self, slot: SlotName) -> None:
-        """Let the engine answer with a slot whose files were measured."""
+        """Let the engine answer with a slot whose files were measured, and the `current` link name it.
+
+        The engine first: a disk that cannot be written keeps the link from being moved, and nothing else.
+        """
         record = self._desk.ledger.record.slots[slot]
         self._serve = self._desk.serial()
-        self._desk.emit(Serve(self._serve, slot, record.runtime, record.main_file))
+        self._desk.emit(Serve(self._serve, slot, record.runtime, record.main_file), PointCurrent(slot))
 
     def probed(self, event: events.Probed) -> bool:
         """Whether this was the inventory."""
@@ -83,6 +86,5 @@ class Serving:
         if desk.state is State.COMMITTING:
             self._on_swap_failed(code)
         desk.persist()
-        desk.emit(PointCurrent(active.other))
         ledger.files = {}
         self.take_inventory()

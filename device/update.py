@@ -18,7 +18,6 @@ from device.effects import (
     EmptySlot,
     InstallStep,
     MeasureSlot,
-    PointCurrent,
     Probe,
     RemoveBlobs,
     SaveRoot,
@@ -431,7 +430,6 @@ class Update:
             self._desk.persist()  # the commit point: from here on the new slot is the active one
             # Read back from the medium before the trial.
             self._ledger.files = dict(self._ledger.record.slots[slot].files)
-            self._desk.emit(PointCurrent(slot))
             self._serving.begin(slot)
             return
         self._desk.move(Trigger.TRIAL_FAILED, verdict.code)
@@ -541,13 +539,14 @@ class Update:
             self._desk.report()
 
     def _uncommit(self, event: events.EffectFailed) -> None:
-        """The commit point did not become durable: the version before, which still answers, stays."""
-        self._ledger.change(active=self._ledger.slot.other)
+        """The commit point did not become durable, or what follows it failed: the version before stays."""
+        before = self._ledger.slot.other
+        self._ledger.change(active=before)
         self._ledger.files = dict(self._ledger.record.active_slot.files)
         self._ledger.note(code=event.code, detail=event.detail)
         self._desk.move(Trigger.SWAP_FAILED, event.code)
+        self._serving.begin(before)
         self._desk.persist()
-        self.restored()
 
 
 def _artifacts_of(items: tuple[InstallItem, ...]) -> list[Artifact]:

@@ -63,7 +63,6 @@ def test_a_damaged_model_a_lost_record_and_a_wrong_link_are_violations(device: D
     assert "does not load" in device.examine()[0]
 
 
-@pytest.mark.xfail(strict=True, reason="the link is set at the commit only: remove this mark with the fix")
 def test_a_kill_between_the_commit_and_the_link_is_mended_at_the_next_start(device: Device) -> None:
     link = device.config.folder / CURRENT_LINK
     link.unlink()
