@@ -76,15 +76,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _provision(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config)
     release_path, root_path = arguments.release, arguments.root
     if arguments.folder is not None:
         release_path = release_path or arguments.folder / "release.json"
         root_path = root_path or arguments.folder / "root.json"
     if release_path is None or root_path is None:
-        raise RequestError(
-            "nothing to provision from", hint="give --from FOLDER, or --release, --file and --root"
-        )
+        arguments.refuse("give --from FOLDER, or --release, --file and --root")
+    config = load_config(arguments.config)
     release = decode_release(_read(release_path))
     named = {path.name: path for path in arguments.file}
     if len(release.files) == 1 and len(arguments.file) == 1:

@@ -299,7 +299,7 @@ def test_a_model_that_was_damaged_on_the_disk_is_an_error_line(
 
 
 def test_wrong_usage_is_2(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["dance"], ["infer"], ["provision"], ["provision", "--dance"]):
+    for words in ([], ["dance"], ["infer"], ["provision"], ["provision", "--root", "r"]):
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2
