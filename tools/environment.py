@@ -6,6 +6,7 @@ that pins a subset of what is installed needs nothing either.
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def main(lock: Path) -> int:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if is_missing(lock.read_text(), "llama-cpp-python"):
         print("compiling llama.cpp: about eight minutes on two cores", flush=True)
+        os.environ.setdefault("CMAKE_ARGS", "-DLLAVA_BUILD=OFF")  # image input, which nothing here uses
     for command in (
         [*pip, "--require-hashes", "--requirement", str(lock)],
         [*pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
