@@ -150,10 +150,13 @@ def test_prompts_of_another_kind_are_named_in_the_evidence(model: Path) -> None:
     assert code_of(evidence) == "trial.crashed"
 
 
-def run_aside(order: TrialOrder, meanwhile: Callable[[psutil.Process], None]) -> TrialEvidence:
+def run_aside(
+    order: TrialOrder, meanwhile: Callable[[psutil.Process], None], engine: LocalEngine | None = None
+) -> TrialEvidence:
     """Run a trial in a thread, and do something to its child once that is there."""
     results: list[TrialEvidence] = []
-    thread = threading.Thread(target=lambda: results.append(LocalEngine().trial(order)))
+    trial = (engine or LocalEngine()).trial
+    thread = threading.Thread(target=lambda: results.append(trial(order)))
     thread.start()
     try:
         assert wait_until(lambda: trial_children(os.getpid()), WAIT_S)
@@ -226,6 +229,35 @@ def test_a_soak_is_kept_up_for_as_long_as_it_was_asked(model: Path) -> None:
     evidence = try_model(model, health_plan(soak_ms=1_500))
     assert time.monotonic() - began > 1.5
     assert code_of(evidence) == ""
+
+
+def test_an_engine_that_is_stopped_breaks_off_its_trial_and_begins_no_other(model: Path) -> None:
+    engine = LocalEngine()
+    plan = health_plan(soak_ms=LONG_SOAK_MS)
+    order = TrialOrder(ModelSource("onnx", str(model)), plan, TIER_BYTES)
+
+    def stop(child: psutil.Process) -> None:
+        assert wait_until(lambda: has_loaded_runtime(child), WAIT_S)
+        engine.stop()
+
+    for evidence in (run_aside(order, stop, engine), engine.trial(order)):
+        assert evidence.detail == "the agent was stopped"
+        assert evidence.latency is None
+    assert trial_children(os.getpid()) == []
+
+
+def test_trials_of_one_process_run_one_after_the_other(model: Path) -> None:
+    order = TrialOrder(ModelSource("onnx", str(model)), health_plan(), TIER_BYTES)
+    results: list[TrialEvidence] = []
+    threads = [threading.Thread(target=lambda: results.append(LocalEngine().trial(order))) for _ in range(2)]
+    at_once = 0
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        at_once = max(at_once, len(trial_children(os.getpid())))
+        threads[-1].join(0.005)
+    assert at_once == 1
+    assert [code_of(evidence) for evidence in results] == ["", ""]
 
 
 def test_an_interpreter_that_is_not_there_is_no_evidence_against_the_model(
