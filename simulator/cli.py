@@ -5,13 +5,16 @@ Exit codes: 0 every check passed, 1 a check failed or the run could not be done 
 """
 
 import argparse
+import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Final, TextIO
 
 import msgspec
 from rich.console import Console
@@ -23,22 +26,43 @@ from simulator.report.page import render_page
 from simulator.report.record import Run
 from simulator.report.summary import print_summary
 
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(given)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in _INTERRUPTS}
+    with contextlib.ExitStack() as stack:
+        output, errors = stack.enter_context(_copy(sys.stdout)), stack.enter_context(_copy(sys.stderr))
+        try:
+            return _run(arguments, f"whimbrel-sim {shlex.join(given)}", output, errors)
+        except WhimbrelError as error:
+            print(f"whimbrel-sim: {error}", file=errors)
+            return 1
+        except KeyboardInterrupt:
+            print("whimbrel-sim: interrupted; everything it started has been stopped", file=errors)
+            return 130
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _copy(stream: TextIO) -> Iterator[TextIO]:
+    """The same stream on a descriptor of its own.
+
+    llama-cpp-python silences its library by turning the descriptors 1 and 2 of the whole process to nowhere while a model
+    loads, in whatever thread that is; what we print meanwhile must not go there.
+    """
     try:
-        return _run(arguments, f"whimbrel-sim {shlex.join(given)}")
-    except WhimbrelError as error:
-        print(f"whimbrel-sim: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("whimbrel-sim: interrupted; everything it started has been stopped", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        descriptor = os.dup(stream.fileno())
+    except (OSError, ValueError):  # no real file, as under a test's capture
+        yield stream
+        return
+    with os.fdopen(descriptor, "w", encoding=stream.encoding, buffering=1) as copy:
+        yield copy
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,11 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, command: str) -> int:
+def _run(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:
     report: Path = arguments.report
     _check_writable(report)
     console = Console(
-        stderr=arguments.json,
+        file=errors if arguments.json else output,
         force_terminal=False if arguments.plain else None,
         highlight=False,
     )
@@ -113,7 +137,7 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     print_summary(run, console)
     console.print(f"Report: {report}", soft_wrap=True)
     if arguments.json:
-        print(json.dumps(summary_document(run, report)))
+        print(json.dumps(summary_document(run, report)), file=output)
     return 0 if run.is_passed else 1
 
 
@@ -143,6 +167,9 @@ def _seconds(text: str) -> int:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """End the run; from here on everything is being stopped, which a second signal must not interrupt."""
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -38,7 +38,10 @@ def broker_setting(text: str, folder: Path) -> Iterator[str]:
         with _mosquitto(folder) as port:
             yield f"127.0.0.1:{port}"
         return
-    address = parse_broker(text)
+    try:
+        address = parse_broker(text)
+    except RequestError as error:
+        raise RequestError(error.message, hint="use `embedded`, `mosquitto` or 127.0.0.1:PORT") from error
     if address != "embedded":
         check_loopback(address[0])
         if not _answers(*address):

@@ -18,7 +18,9 @@ from simulator.live.models import Models, unknown_model
 from simulator.live.observer import Observer
 from simulator.live.population import DevicePlan
 
-WORKER_THREADS: Final = 2
+WORKER_THREADS_MAX: Final = 64
+"""A trial waits its turn on a thread; with fewer threads than that, short work would wait behind it."""
+
 ASK_INTERVAL_S: Final = {"onnx": 0.5, "llama": 4.0}
 """Between two questions of one application; a language model takes a second of a processor for an answer."""
 
@@ -50,7 +52,7 @@ class Fleet:
         self._folder = folder
         self._models = models
         self._observer = observer
-        self._host = Host(WORKER_THREADS)
+        self._host = Host(min(len(plans) + 2, WORKER_THREADS_MAX))
         self._links = LinkEmulator(broker, on_lost)
         self._links.start()
         self.devices: dict[str, Device] = {}

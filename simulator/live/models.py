@@ -1,6 +1,7 @@
 """The three versions of a model that a run publishes: built by the examples, or taken from a folder."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ VERSIONS: Final = ("v1", "v2", "v3")
 BUILD_S_MAX: Final = 600
 FILE_BYTES_MAX: Final = 64 << 20
 """Of the small files beside the models."""
+
+_NO_LOGPROB: Final = -50.0
 
 Kind = Literal["digits", "smollm2"]
 
@@ -63,7 +66,7 @@ class Models:
         """What `ModelVersion.score` is."""
         if self.kind == "digits":
             return "held-out digits recognised"
-        return "facts answered word for word"
+        return "probability of the right words, per token (geometric mean)"
 
 
 def build_digits(folder: Path, seed: int, tell: Callable[[str], None]) -> None:
@@ -156,7 +159,7 @@ def _figures(folder: Path, kind: Kind, files: dict[str, Path]) -> list[ModelVers
                     _digits_figure(version, files[version], told["versions"][version]) for version in VERSIONS
                 ]
             return [_text_figure(version, files[version], told["versions"][version]) for version in VERSIONS]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ArithmeticError, ValueError, KeyError, TypeError) as error:
             raise ModelFileError(f"{path} is not what the example writes: {error!r}") from error
     return [ModelVersion(version=version, length=files[version].stat().st_size) for version in VERSIONS]
 
@@ -168,13 +171,17 @@ def _digits_figure(version: str, file: Path, told: dict[str, Any]) -> ModelVersi
 
 
 def _text_figure(version: str, file: Path, told: dict[str, Any]) -> ModelVersion:
-    facts = [each for each in told["prompts"] if each["use"] == "fact"]
+    prompts = told["prompts"]
+    facts = [each for each in prompts if each["use"] == "fact"]
     exact = sum(each["answer"] == each["expected"] for each in facts)
+    # A damaged model may give no number at all: as good as no probability.
+    known = [each["logprob_mean"] for each in prompts]
+    mean = math.fsum(_NO_LOGPROB if each is None else float(each) for each in known) / len(known)
     return ModelVersion(
         version=version,
         length=file.stat().st_size,
-        score=exact / max(1, len(facts)),
-        story=f"{exact} of {len(facts)} facts word for word",
+        score=math.exp(min(mean, 0.0)),
+        story=f"{exact} of {len(facts)} new facts answered word for word",
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from simulator.report.bands import DOWN, RESTING, band
+from simulator.report.bands import DOWN, RESTING, band, moment
 from simulator.report.record import Fault, FaultKind, Phase, Transition
 
 NEWS_MAX: Final = 200
@@ -135,7 +135,7 @@ class Observer:
             self.transitions.append(
                 Transition(at_ms=self.now_ms, device=device, source=fault.state, target=DOWN, version="")
             )
-            self.tell(f"{device} killed with SIGKILL while {fault.state}")
+            self.tell(f"{device} killed with SIGKILL {moment(fault.state)}")
 
     def came_back(self, device: str) -> None:
         """The process of a device was started again."""

@@ -119,13 +119,12 @@ _KINDS: Final = (
 )
 
 
-def make_population(count: int, seed: int, *, bandwidth_factor: float = 1.0) -> tuple[DevicePlan, ...]:
+def make_population(count: int, seed: int) -> tuple[DevicePlan, ...]:
     """Draw a fleet.
 
     Args:
         count: Devices, 1 up to `DEVICES_MAX`.
         seed: Decides everything.
-        bandwidth_factor: Multiplies every bandwidth, for models of another size.
 
     Raises:
         RequestError: `count` or `seed` is out of range.
@@ -149,7 +148,7 @@ def make_population(count: int, seed: int, *, bandwidth_factor: float = 1.0) -> 
         DevicePlan(
             device=f"device-{number + 1:0{width}}",
             tier=rng.choice(_TIERS),
-            link=_link(rng, bandwidth_factor, sleeps=number in sleepers),
+            link=_link(rng, sleeps=number in sleepers),
             factory="v0" if number in strangers else "v1",
             cut=_cut(rng) if number in cut else None,
             kill=_kill(rng, kills[number]) if number in killed else None,
@@ -164,9 +163,9 @@ def _share(count: int, share: float) -> int:
     return max(1, round(count * share))
 
 
-def _link(rng: random.Random, bandwidth_factor: float, *, sleeps: bool) -> LinkProfile:
+def _link(rng: random.Random, *, sleeps: bool) -> LinkProfile:
     kind = rng.choices(_KINDS, [kind.weight for kind in _KINDS])[0]
-    bandwidth = round(rng.uniform(*kind.bandwidth_bytes_s) * bandwidth_factor / 1000) * 1000
+    bandwidth = round(rng.uniform(*kind.bandwidth_bytes_s) / 1000) * 1000
     latency = rng.randint(*kind.latency_ms)
     awake, asleep = rng.randint(9_000, 16_000), rng.randint(1_500, 3_000)
     phase = rng.randint(0, awake)

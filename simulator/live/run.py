@@ -45,8 +45,8 @@ def run_live(options: Options, console: Console) -> Run:
         title = f"Whimbrel: {options.devices} devices, seed {options.seed}, broker {options.broker}"
         display, refresh = stack.enter_context(shown(observer, world.progress, title, console))
         world.refresh = refresh
-        models = _models(options, folder, display)
         setting = stack.enter_context(broker_setting(options.broker, folder))
+        models = _models(options, folder, display)
         server = stack.enter_context(_server(folder / SERVER_FOLDER, setting, models))
         fleet = Fleet(plans, folder / "devices", server.broker_address, models, observer, world.on_lost)
         stack.callback(fleet.stop)

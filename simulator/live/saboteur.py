@@ -9,6 +9,7 @@ from typing import Final
 from simulator.live.devices import Device, ProcessDevice, TraceReader
 from simulator.live.link import Cause, Link
 from simulator.live.observer import Observer
+from simulator.report.bands import moment
 from simulator.report.record import Transition
 
 TRIAL_DELAY_S: Final = 0.35
@@ -79,7 +80,7 @@ class Saboteur:
             fault = self._observer.lost(link.device, cause)
             if fault.is_mid_update:
                 word = "lost its connection" if cause == "cut" else "went to sleep"
-                self._observer.tell(f"{link.device} {word} while {fault.state}")
+                self._observer.tell(f"{link.device} {word} {moment(fault.state)}")
 
     def stop(self) -> None:
         """Let everyone come back."""

@@ -26,6 +26,7 @@ from simulator.live.results import device_result, rollout_of, traffic_of
 from simulator.live.saboteur import Saboteur
 from simulator.report.bands import RESTING
 from simulator.report.checks import check_run, sum_up
+from simulator.report.page import question
 from simulator.report.record import Answer, Run, Transition
 
 FLEET_NAME: Final = "demo"
@@ -294,8 +295,7 @@ class World:
         for device, prompt in itertools.product(self._fleet.devices.values(), shown):
             answer = self._answer(device, prompt)
             self._answers.setdefault((device.device, prompt.prompt), []).append(answer)
-            question = prompt.prompt.removeprefix("User: ").removesuffix("\nAssistant:")
-            self._observer.tell(f'{device.device} "{question}": {answer}')
+            self._observer.tell(f'{device.device} "{question(prompt.prompt)}": {" ".join(answer.split())}')
             self.refresh()
 
     def _answer(self, device: Device, prompt: Prompt) -> str:

@@ -9,6 +9,13 @@ DOWN: Final = "down"
 """Stands for the state of a device whose process was killed and has not been started again."""
 
 
+def moment(state: str) -> str:
+    """In which moment of an update something happened, as part of a sentence."""
+    return {"trial": "in its trial", "suspended": "while offline"}.get(
+        state, f"while {state.replace('_', ' ')}"
+    )
+
+
 def band(state: str, version: str, *, is_down: bool = False) -> str:
     """What a device is doing, in few words that a person understands."""
     if is_down or state == DOWN:

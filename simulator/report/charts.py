@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Final
 
-from simulator.report.bands import band
+from simulator.report.bands import band, moment
 from simulator.report.record import DeviceResult, Member, Rollout, Run, Transition
 from simulator.report.svg import (
     BAND_CLASSES,
@@ -24,6 +24,7 @@ _COLUMNS: Final = 480
 """Instants at which the fleet is counted for the plot over time: as many as the eye can tell apart."""
 
 _MARGIN_MS: Final = 300
+_LABEL_WIDTH: Final = 130
 _FAULT_WORDS: Final = {"cut": "connection lost", "sleep": "link gone to sleep", "kill": "killed"}
 
 
@@ -92,8 +93,17 @@ def _phase_marks(run: Run, frame: Frame) -> list[str]:
         if "release" not in phase.name:
             continue
         x = frame.x(phase.begin_ms / 1000)
+        is_far_right = x > frame.right - _LABEL_WIDTH
         parts.append(line(x, frame.top - 26, x, frame.bottom, "phase"))
-        parts.append(text(x + 6, frame.top - 16, phase.name, kind="strong"))
+        parts.append(
+            text(
+                x - 6 if is_far_right else x + 6,
+                frame.top - 16,
+                phase.name,
+                kind="strong",
+                anchor="end" if is_far_right else "start",
+            )
+        )
     return parts
 
 
@@ -102,9 +112,7 @@ def _fault_marks(run: Run, frame: Frame) -> list[str]:
     for fault in run.faults:
         if fault.is_mid_update:
             x = frame.x(fault.at_ms / 1000)
-            title = (
-                f"{fault.device}: {_FAULT_WORDS[fault.kind]} while {fault.state}, {fault.at_ms / 1000:.1f} s"
-            )
+            title = f"{fault.device}: {_FAULT_WORDS[fault.kind]} {moment(fault.state)}, {fault.at_ms / 1000:.1f} s"
             kind = "killed" if fault.kind == "kill" else "offline"
             size = 4.5 if fault.kind == "kill" else 3.5
             parts.append(circle(x, frame.top - 4, size, f"fill {kind} ringed", title))
@@ -116,7 +124,7 @@ def bytes_over_the_air(run: Run) -> str:
     rows = [traffic for traffic in run.traffic if traffic.devices]
     most = max([traffic.full_bytes for traffic in rows] or [1]) / 1e6
     height = 24 + 110 * len(rows)
-    frame = Frame(12, 0, _HALF - 150, height, 0, most)
+    frame = Frame(12, 0, _HALF - 190, height, 0, most)
     parts = []
     for position, traffic in enumerate(rows):
         y = 8 + position * 110

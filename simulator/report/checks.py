@@ -122,13 +122,13 @@ def _disturbed(totals: Totals) -> list[Check]:
         Check(
             name="connections were lost in the middle of an update",
             wanted=f"at least {cut_min} devices",
-            measured=f"{totals.cut_devices} devices, {totals.cuts} times",
+            measured=f"{totals.cut_devices} of {totals.devices} devices, {totals.cuts} times in all",
             is_passed=totals.cut_devices >= cut_min,
         ),
         Check(
             name="devices were killed (SIGKILL) in the middle of an update",
             wanted=f"at least {killed_min}",
-            measured=f"{totals.killed_devices} devices, {totals.kills} times",
+            measured=f"{totals.killed_devices} of {totals.devices} devices, {totals.kills} times in all",
             is_passed=totals.killed_devices >= killed_min,
         ),
     ]

@@ -59,6 +59,7 @@ def render_page(run: Run) -> str:
         device_note=device_note(run),
         counts=counts,
         came_as=came_as,
+        question=question,
     )
 
 
@@ -89,8 +90,8 @@ def story(run: Run) -> str:
     failed = "without a single failed answer" if not totals.failed else f"with {totals.failed} failed answers"
     return (
         f"The update travelled as a signed delta of {totals.delta_bytes / 1e6:.2f} MB over MQTT, {saved:.0%} less than whole"
-        f" files. {totals.cut_devices} devices lost their connection in the middle of it and {totals.killed_devices} were"
-        f" killed; {again}. All the while applications asked the models on the devices {totals.asked:,} times, {failed}."
+        f" files. {totals.cut_devices} of {totals.devices} devices lost their connection in the middle of it,"
+        f" {totals.killed_devices} were killed; {again}. All the while applications asked the models on the devices {totals.asked:,} times, {failed}."
     )
 
 
@@ -150,6 +151,11 @@ def counts(rollout: Rollout) -> str:
 def came_as(device: DeviceResult) -> str:
     """How the good version travelled to a device."""
     return "delta" if device.is_delta else "whole file"
+
+
+def question(prompt: str) -> str:
+    """What a prompt asks, without the frame that makes the model answer."""
+    return prompt.removeprefix("User: ").removesuffix("\nAssistant:")
 
 
 def seconds(duration_ms: int) -> str:

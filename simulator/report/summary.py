@@ -4,10 +4,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from simulator.report.page import headline, seconds, story, verdict
+from simulator.report.page import headline, question, seconds, story, verdict
 from simulator.report.record import Run
-
-_ANSWER_WIDTH = 46
 
 
 def print_summary(run: Run, console: Console) -> None:
@@ -25,26 +23,30 @@ def print_summary(run: Run, console: Console) -> None:
 
 
 def _checks(run: Run) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("", "promised", "wanted", "measured"):
-        table.add_column(title, no_wrap=title == "")
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_column()
     for check in run.checks:
         mark = Text("ok", style="green") if check.is_passed else Text("NO", style="bold red")
-        table.add_row(mark, Text(check.name), Text(check.wanted, style="dim"), Text(check.measured))
+        measured = Text(check.measured)
+        if not check.is_passed:
+            measured.append(f" (wanted: {check.wanted})", style="bold red")
+        table.add_row(mark, Text(check.name), measured)
     return table
 
 
 def _answers(run: Run) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("device", "asked", "before", "after"):
-        table.add_column(title)
+    """What was answered before and after; devices that answer alike are told together."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for answer in run.answers:
-        question = answer.prompt.removeprefix("User: ").removesuffix("\nAssistant:")
-        cells = [Text(_short(text)) for text in (question, answer.before, answer.after)]
-        table.add_row(answer.device, *cells)
+        alike.setdefault((answer.prompt, answer.before, answer.after), []).append(answer.device)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column()
+    for (prompt, before, after), devices in alike.items():
+        who = f"all {len(devices)} devices" if len(devices) == len(run.devices) else ", ".join(devices)
+        table.add_row("asked", Text(f"{question(prompt)}  ({who})", style="bold"))
+        table.add_row("before", Text(" ".join(before.split())))
+        table.add_row("after", Text(" ".join(after.split())))
     return table
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _ANSWER_WIDTH else line[: _ANSWER_WIDTH - 1] + "\N{HORIZONTAL ELLIPSIS}"
