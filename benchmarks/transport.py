@@ -1,11 +1,12 @@
 """Chunk delivery to a fleet: chunks cached by the broker, against a reply to every device (`make bench-transport`).
 
-One artifact goes to many devices. The devices are the real download code over real paho clients on one loop; the server is the real
-MQTT adapter in a process of its own; the broker is mosquitto, or the embedded one, in a process of its own. Measured
+One artifact goes to many devices. The devices are the real download code over real paho clients, in two processes with a loop each, so that the
+devices' share of the work does not hide the rest; the server is the real MQTT adapter in a process of its own; the broker is mosquitto, or the embedded one,
+in a process of its own. Measured
 in one run: time until the last device has everything, publishes and CPU of the server, CPU, memory and bytes of the
 broker, and the bytes that came although they were there already, with and without devices that drop out.
 
-Times are for comparison within one run only. All devices share one core here, which none of them would do: so the digests of chunks
+Times are for comparison within one run only. The devices share this machine's cores, which none of them would do: so the digests of chunks
 are not computed unless `--check-digests` is given, and what remains is the cost of the transport.
 """
 
@@ -51,6 +52,7 @@ def main() -> int:
     parser.add_argument("--megabytes", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3, help="the table shows the median round by time")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=2, help="the devices are spread over so many")
     parser.add_argument("--broker", action="append", choices=["mosquitto", "embedded"])
     parser.add_argument(
         "--check-digests", action="store_true", help="devices check every chunk, as real ones do"
@@ -247,62 +249,99 @@ def run_devices(
     server_pid: int,
     pipe: Connection,
 ) -> dict[str, Any]:
-    """Connect everybody, let them fetch, and count."""
+    """Connect everybody, let them fetch, and count; the devices are spread over processes."""
     count = options.devices
     rng = random.Random(options.seed)
+    last = -(-len(blob) // CHUNK_BYTES) - 1
+    drops = {number: rng.randrange(1, last) if rng.random() < churn else None for number in range(count)}
+    context = multiprocessing.get_context("spawn")
+    pipes, children = [], []
+    for part in range(options.processes):
+        ours, theirs = context.Pipe()
+        share = {number: drop_at for number, drop_at in drops.items() if number % options.processes == part}
+        arguments = (theirs, address.port, blob, share, use_cache, options.check_digests)
+        children.append(context.Process(target=be_devices, args=arguments, daemon=True))
+        children[-1].start()
+        pipes.append(ours)
+    for each in pipes:
+        assert each.recv() == "ready"
+    broker_process, server_process = psutil.Process(address.pid), psutil.Process(server_pid)
+    before = [_cpu_s(process) for process in (broker_process, server_process)]
+    for each in pipes:
+        each.send("go")
+    memory_peak = broker_process.memory_info().rss
+    while not all(each.poll() for each in pipes):
+        memory_peak = max(memory_peak, broker_process.memory_info().rss)
+        time.sleep(0.05)
+    broker_s, server_s = (
+        _cpu_s(process) - start
+        for process, start in zip((broker_process, server_process), before, strict=True)
+    )
+    results = [each.recv() for each in pipes]
+    for child in children:
+        child.join()
+    pipe.send("counters")
+    return {
+        "finished": sum(result["finished"] for result in results),
+        "seconds": round(max(result["seconds"] for result in results), 2),
+        "server_publishes": pipe.recv(),
+        "server_cpu_s": round(server_s, 2),
+        "broker_cpu_s": round(broker_s, 2),
+        "broker_peak_mb": round(memory_peak / 1e6, 1),
+        "broker_out_mb": round(sum(result["received_bytes"] for result in results) / 1e6, 1),
+        "devices_cpu_s": round(sum(result["cpu_s"] for result in results), 2),
+        "redundant_percent": round(
+            100 * sum(result["redundant_chunks"] for result in results) * CHUNK_BYTES / (count * len(blob)), 3
+        ),
+    }
+
+
+def be_devices(
+    pipe: Connection,
+    port: int,
+    blob: bytes,
+    drops: dict[int, int | None],
+    use_cache: bool,  # noqa: FBT001 - one of two designs
+    check_digests: bool,  # noqa: FBT001 - likewise
+) -> None:
+    """One process's share of the devices: connect, wait for the word, fetch, and say what it took."""
     digests = b"".join(
         hashlib.sha256(blob[at : at + CHUNK_BYTES]).digest() for at in range(0, len(blob), CHUNK_BYTES)
     )
-    plan = (BlobPlan if options.check_digests else TrustingPlan)(digest_of(blob), len(blob), digests)
-    fleet = Fleet(plan, address.port, use_cache=use_cache)
-    drops = [rng.randrange(1, plan.count - 1) if rng.random() < churn else None for _ in range(count)]
-    devices = [Device(fleet, number, drop_at) for number, drop_at in enumerate(drops)]
-    for at in range(0, count, 50):
+    plan = (BlobPlan if check_digests else TrustingPlan)(digest_of(blob), len(blob), digests)
+    fleet = Fleet(plan, port, use_cache=use_cache)
+    devices = [Device(fleet, number, drop_at) for number, drop_at in drops.items()]
+    for at in range(0, len(devices), 50):
         for device in devices[at : at + 50]:
             device.transport.start()
         assert fleet.loop.run_until(partial(all_ready, devices[: at + 50]), 30)
     fleet.loop.run_until(lambda: False, 0.3)
-    broker_process, server_process, own = (
-        psutil.Process(address.pid),
-        psutil.Process(server_pid),
-        psutil.Process(),
-    )
-    watched = (broker_process, server_process, own)
-    before = [_cpu_s(process) for process in watched]
-    memory_peak = broker_process.memory_info().rss
-    fleet.started_s = time.monotonic()
+    pipe.send("ready")
+    pipe.recv()
+    cpu_s, fleet.started_s = _cpu_s(psutil.Process()), time.monotonic()
     for device in devices:
         device.begin()
     next_look = 0.0
-    while fleet.finished < count and time.monotonic() < fleet.started_s + TIMEOUT_S:
+    while fleet.finished < len(devices) and time.monotonic() < fleet.started_s + TIMEOUT_S:
         fleet.loop.step(0.05)
         if time.monotonic() >= next_look:
             next_look = time.monotonic() + 0.1
-            memory_peak = max(memory_peak, broker_process.memory_info().rss)
             for device in devices:
                 device.on_tick()
     seconds = time.monotonic() - fleet.started_s
-    broker_s, server_s, own_s = (
-        _cpu_s(process) - start for process, start in zip(watched, before, strict=True)
-    )
-    pipe.send("counters")
-    published = pipe.recv()
-    received = sum(device.tally.received_bytes for device in devices)
-    redundant = sum(device.tally.redundant_chunks for device in devices)
+    cpu_s = _cpu_s(psutil.Process()) - cpu_s
     for device in devices:
         device.transport.close()
     fleet.loop.close()
-    return {
-        "finished": fleet.finished,
-        "seconds": round(seconds, 2),
-        "server_publishes": published,
-        "server_cpu_s": round(server_s, 2),
-        "broker_cpu_s": round(broker_s, 2),
-        "broker_peak_mb": round(memory_peak / 1e6, 1),
-        "broker_out_mb": round(received / 1e6, 1),
-        "devices_cpu_s": round(own_s, 2),
-        "redundant_percent": round(100 * redundant * CHUNK_BYTES / (count * len(blob)), 3),
-    }
+    pipe.send(
+        {
+            "finished": fleet.finished,
+            "seconds": seconds,
+            "cpu_s": cpu_s,
+            "received_bytes": sum(device.tally.received_bytes for device in devices),
+            "redundant_chunks": sum(device.tally.redundant_chunks for device in devices),
+        }
+    )
 
 
 def all_ready(devices: list[Device]) -> bool:
