@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +34,7 @@ STOP_S_MAX: Final = 5.0
 _POLL_S: Final = 0.02
 
 
-class Device:
+class Device(ABC):
     """One device: its folder, its link, and a way to ask its model.
 
     Args:
@@ -71,21 +72,21 @@ class Device:
         self.config_path.write_text(text)
         install_factory(load_config(self.config_path), release, {release.files[0].name: file}, root)
 
+    @abstractmethod
     def start(self) -> None:
         """Start the agent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """Stop the agent and let go of everything."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ask(self, prompt: Prompt) -> str:
         """Answer a prompt with the model that the device runs now.
 
         Raises:
             EngineError: It did not answer.
         """
-        raise NotImplementedError
 
 
 class HostedDevice(Device):
