@@ -50,12 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code.
     """
     try:
-        arguments = _parser().parse_args(argv)
-    except SystemExit as ended:  # --help, --version or wrong usage; argparse has printed already
-        return int(ended.code or 0)
-    run: Callable[[argparse.Namespace], int] = arguments.run
-    try:
-        code = run(arguments)
+        code = _run(argv)
         sys.stdout.flush()
     except WhimbrelError as error:
         print(f"whimbrel: {error}", file=sys.stderr)
@@ -68,6 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as ended:  # --help, --version or wrong usage; argparse has printed already
+        return int(ended.code or 0)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from simulator.report.svg import (
 )
 
 _WIDTH: Final = 1040
-_HALF: Final = 640
+_HALF: Final = 480
 _COLUMNS: Final = 480
 """Instants at which the fleet is counted for the plot over time: as many as the eye can tell apart."""
 
@@ -124,19 +124,19 @@ def bytes_over_the_air(run: Run) -> str:
     rows = [traffic for traffic in run.traffic if traffic.devices]
     most = max([traffic.full_bytes for traffic in rows] or [1]) / 1e6
     height = 24 + 110 * len(rows)
-    frame = Frame(12, 0, _HALF - 190, height, 0, most)
+    frame = Frame(4, 0, _HALF - 168, height, 0, most)
     parts = []
     for position, traffic in enumerate(rows):
         y = 8 + position * 110
         devices = f"{traffic.devices} device{'s' if traffic.devices != 1 else ''}"
-        parts.append(text(12, y + 12, f"{traffic.version} to {devices}", kind="strong"))
+        parts.append(text(4, y + 12, f"{traffic.version} to {devices}", kind="strong"))
         for offset, value, kind, label in (
             (20, traffic.full_bytes, "neutral", "whole files"),
             (56, traffic.air_bytes, "fetching", "measured"),
         ):
             width = frame.x(value / 1e6) - frame.left
-            parts.append(rect(12, y + offset, max(width, 2), 26, f"fill {kind}", f"{label}: {value:,} bytes"))
-            parts.append(text(20 + max(width, 2), y + offset + 18, f"{value / 1e6:,.1f} MB  {label}"))
+            parts.append(rect(4, y + offset, max(width, 2), 26, f"fill {kind}", f"{label}: {value:,} bytes"))
+            parts.append(text(12 + max(width, 2), y + offset + 18, f"{value / 1e6:,.1f} MB  {label}"))
     return picture(_HALF, height, parts, "Bytes over the air against full-file updates")
 
 
@@ -240,15 +240,15 @@ def _reason(member: Member) -> str:
 
 def scores(run: Run) -> str:
     """How good each version is, as its builder measured it."""
-    frame = Frame(12, 0, _HALF - 130, 0, 0, 1)
+    frame = Frame(4, 0, _HALF - 100, 0, 0, 1)
     kinds = ("v1", "v2", "v3")
     parts = []
     for position, (model, kind) in enumerate(zip(run.models, kinds, strict=False)):
         y = 6 + position * 62
         score = model.score or 0.0
         width = max(frame.x(score) - frame.left, 2)
-        parts.append(rect(12, y, width, 26, f"fill {kind}"))
+        parts.append(rect(4, y, width, 26, f"fill {kind}"))
         label = "not measured" if model.score is None else f"{model.score:.1%}"
-        parts.append(text(20 + width, y + 18, f"{model.version}: {label}", kind="strong"))
-        parts.append(text(12, y + 43, model.story))
+        parts.append(text(12 + width, y + 18, f"{model.version}: {label}", kind="strong"))
+        parts.append(text(4, y + 43, model.story))
     return picture(_HALF, 12 + 62 * len(run.models), parts, f"{run.score_name}, by version")
