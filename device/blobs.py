@@ -4,14 +4,13 @@ What is on disk is found out by comparing it with the signed digests. So there i
 more than the disk holds, and a chunk that reached the disk before a power cut or a kill is never fetched again.
 """
 
-import hashlib
 from typing import Final
 
 from device.ports import Disk
 from protocol.chunks import Bitmap, BlobPlan
 from protocol.constants import CHUNK_BYTES
 from protocol.errors import StorageError
-from protocol.ids import Digest, digest_of
+from protocol.ids import Digest
 
 FOLDER: Final = "blobs"
 
@@ -51,30 +50,8 @@ def read_blob(disk: Disk, blob: Digest, length: int) -> bytes:
     return data
 
 
-def read_verified_blob(disk: Disk, blob: Digest, length: int) -> bytes:
-    """Read a complete small blob whose name is its digest.
-
-    Raises:
-        StorageError: The disk gave back something else than was written.
-    """
-    data = read_blob(disk, blob, length)
-    if digest_of(data) != blob:
-        raise StorageError(f"blob {blob[:16]} changed on disk")
-    return data
-
-
 def remove_blobs(disk: Disk, keep: frozenset[Digest]) -> None:
     """Remove every blob but those named."""
     for name in disk.names(FOLDER):
         if name.rpartition("/")[2] not in keep:
             disk.remove(name)
-
-
-def blob_digest(disk: Disk, blob: Digest) -> str:
-    """SHA-256 of a blob's file, in hexadecimal."""
-    digest = hashlib.sha256()
-    offset = 0
-    while piece := disk.read(blob_file(blob), offset, CHUNK_BYTES):
-        digest.update(piece)
-        offset += len(piece)
-    return digest.hexdigest()

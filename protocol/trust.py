@@ -133,25 +133,6 @@ def verify(root: bytes, documents: Documents, floors: Floors, now_ms: int) -> Ve
     )
 
 
-def timestamp_version(root: bytes, timestamp: bytes, now_ms: int) -> int:
-    """Version of a timestamp document that the trusted root's keys signed; tells whether a refresh is due.
-
-    Raises:
-        TrustError: Not signed by those keys, or too long. An expired one is not refused here: it says as much.
-    """
-    if len(timestamp) > METADATA_BYTES_MAX["timestamp"]:
-        raise TrustError(
-            f"timestamp of {len(timestamp)} bytes, allowed are {METADATA_BYTES_MAX['timestamp']}"
-        )
-    trusted = _start(root, now_ms)
-    try:
-        return trusted.update_timestamp(timestamp).version
-    except exceptions.ExpiredMetadataError as error:
-        raise ExpiredMetadataError(f"metadata: {error}") from error
-    except exceptions.RepositoryError as error:
-        raise TrustError(f"metadata: {error}") from error
-
-
 def _start(root: bytes, now_ms: int) -> TrustedMetadataSet:
     if len(root) > METADATA_BYTES_MAX["root"]:
         raise TrustError(f"root of {len(root)} bytes, allowed are {METADATA_BYTES_MAX['root']}")

@@ -228,7 +228,6 @@ class MqttTransport:
         self._is_connecting = False
         self._is_connected = False
         self._connected_at = 0.0
-        self._is_paused = False
         self._wants_write = False
         self._generation = 0  # of the wish to connect: a timer of an earlier one is void
         self._client_id = client_id
@@ -291,16 +290,6 @@ class MqttTransport:
             self._lost("closed")
         self._loop.forget(self)
 
-    def pause_reading(self) -> None:
-        """Let the network fill up, as a slow link does."""
-        self._is_paused = True
-        self._watch()
-
-    def resume_reading(self) -> None:
-        """Take from the network again."""
-        self._is_paused = False
-        self._watch()
-
     # --- the loop's side ------------------------------------------------------------------------------------
 
     def on_ready(self, mask: int) -> None:
@@ -312,7 +301,7 @@ class MqttTransport:
             client.loop_write()
         if mask & selectors.EVENT_READ and client is self._client:
             client.loop_read()
-            while isinstance(self._socket, ssl.SSLSocket) and not self._is_paused and self._socket.pending():
+            while isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
                 client.loop_read()
 
     def on_tick(self) -> None:
@@ -409,7 +398,7 @@ class MqttTransport:
 
     def _watch(self) -> None:
         if self._socket is not None:
-            mask = 0 if self._is_paused else selectors.EVENT_READ
+            mask = selectors.EVENT_READ
             self._loop.watch(self._socket, mask | (selectors.EVENT_WRITE if self._wants_write else 0), self)
 
     # --- paho's callbacks -----------------------------------------------------------------------------------

@@ -80,25 +80,6 @@ def test_the_will_is_said_after_a_loss_and_not_after_a_goodbye(broker: str, tmp_
         loop.close()
 
 
-def test_a_paused_client_takes_nothing_until_it_is_resumed(tmp_path: Path) -> None:
-    with running_broker("embedded", tmp_path) as running:
-        loop = MqttLoop()
-        client = Client(loop, running.port, "slow")
-        client.transport.start()
-        assert loop.run_until(lambda: bool(client.connects), 20)
-        client.transport.subscribe(("stream",), 0)
-        loop.run_until(lambda: False, 0.2)
-        client.transport.pause_reading()
-        for _ in range(5):
-            client.transport.publish("stream", b"x" * 1000, 1, retain=False)
-        loop.run_until(lambda: False, 0.5)
-        assert client.messages == []
-        client.transport.resume_reading()
-        assert loop.run_until(lambda: len(client.messages) == 5, 20)
-        client.transport.close()
-        loop.close()
-
-
 def test_a_broker_that_is_not_there_is_named_and_tried_again() -> None:
     loop = MqttLoop()
     port = free_port()
