@@ -79,10 +79,10 @@ def _match_rest(
     by_shape: defaultdict[tuple[Layout, tuple[int, ...]], list[Region]] = defaultdict(list)
     for region in reversed(free):
         if region.offset not in taken:
-            by_shape[region.layout, region.shape].append(region)
+            by_shape[region.layout, region.dims].append(region)
     for i in open_indices:
         if matches[i] is None:
-            candidates = by_shape[new_regions[i].layout, new_regions[i].shape]
+            candidates = by_shape[new_regions[i].layout, new_regions[i].dims]
             matches[i] = candidates.pop() if candidates else None
 
 

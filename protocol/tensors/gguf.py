@@ -111,7 +111,7 @@ class GgufFile:
 @dataclass(frozen=True, slots=True)
 class _TensorInfo:
     name: str
-    shape: tuple[int, ...]
+    dims: tuple[int, ...]
     layout: Layout
     length: int
     row_bytes: int
@@ -230,7 +230,7 @@ def _tensor_info(cursor: Cursor) -> _TensorInfo:
         raise ModelFileError(f"GGUF: tensor {name!r} has rows of {shape[0]}, not a multiple of {weights}")
     row_bytes = shape[0] // weights * block_bytes
     offset = cursor.unsigned(8, f"offset of {name!r}")
-    return _TensorInfo(name, shape, layout, row_bytes * math.prod(shape[1:]), row_bytes, offset)
+    return _TensorInfo(name, shape[::-1], layout, row_bytes * math.prod(shape[1:]), row_bytes, offset)
 
 
 def _place(infos: list[_TensorInfo], data_start: int, alignment: int, file_length: int) -> list[Region]:
@@ -241,7 +241,7 @@ def _place(infos: list[_TensorInfo], data_start: int, alignment: int, file_lengt
         if info.offset != expected:
             raise ModelFileError(f"GGUF: tensor {info.name!r} has offset {info.offset}, expected {expected}")
         region = Region(
-            info.name, info.layout, data_start + info.offset, info.length, info.shape, info.row_bytes
+            info.name, info.layout, data_start + info.offset, info.length, info.dims, info.row_bytes
         )
         if region.end > file_length:
             raise ModelFileError(

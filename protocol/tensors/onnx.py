@@ -203,7 +203,7 @@ def _with_packing(walk: _Walk, tensor: Region) -> Region:
     """MatMulNBits declares its packed four-bit weights as bytes; the node that reads them tells."""
     if tensor.layout is not Layout.U8 or tensor.name not in walk.packed4_names:
         return tensor
-    return Region(tensor.name, Layout.PACKED4, tensor.offset, tensor.length, tensor.shape, tensor.row_bytes)
+    return Region(tensor.name, Layout.PACKED4, tensor.offset, tensor.length, tensor.dims, tensor.row_bytes)
 
 
 def _walk_external(walk: _Walk, start: int, end: int) -> None:

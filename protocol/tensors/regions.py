@@ -82,15 +82,15 @@ class Region:
         layout: How the bytes are arranged; `Layout.RAW` for anything not understood.
         offset: Where the region starts in the file.
         length: In bytes, at least 1.
-        shape: Dimensions in the order of the container, () for what is not a tensor.
-        row_bytes: Bytes of one row along the fastest dimension, 0 where there are no rows.
+        dims: The logical shape, fastest dimension last, whatever order the container uses; () for what is not a tensor.
+        row_bytes: Bytes of one row, that is of neighbours along the fastest dimension; 0 where there are no rows.
     """
 
     name: str
     layout: Layout
     offset: int
     length: int
-    shape: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
     row_bytes: int = 0
 
     @property

@@ -31,10 +31,10 @@ def test_a_file_of_the_reference_writer_is_mapped_tensor_by_tensor(tmp_path: Pat
     )
     parsed = parse_gguf(source(data))
     assert regions_cover(data, parsed.regions)
-    assert [(t.name, t.layout, t.length, t.shape, t.row_bytes) for t in parsed.tensors] == [
-        ("embd", Layout.Q8_0, 8 * 68, (64, 8), 68),
+    assert [(t.name, t.layout, t.length, t.dims, t.row_bytes) for t in parsed.tensors] == [
+        ("embd", Layout.Q8_0, 8 * 68, (8, 64), 68),
         ("norm", Layout.F32, 256, (64,), 256),
-        ("ffn", Layout.Q4_0, 4 * 36, (64, 4), 36),
+        ("ffn", Layout.Q4_0, 4 * 36, (4, 64), 36),
     ]
     assert parsed.metadata["general.architecture"] == "llama"
 

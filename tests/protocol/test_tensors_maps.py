@@ -22,7 +22,7 @@ def test_initializers_of_an_onnx_file_are_found_where_they_lie() -> None:
     regions = parse_onnx(source(data)).regions
     assert regions_cover(data, regions)
     tensors = [region for region in regions if region.name]
-    assert [(t.name, t.layout, t.shape) for t in tensors] == [
+    assert [(t.name, t.layout, t.dims) for t in tensors] == [
         ("w", Layout.I8, (4, 64)),
         ("scale", Layout.F32, (100,)),
     ]
