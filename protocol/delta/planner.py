@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from protocol.delta.anchors import Anchors
 from protocol.delta.layouts import LAYOUTS, BlockLayout
+from protocol.delta.matching import Match
 from protocol.delta.tensor import RUNS_MAX, Run
 from protocol.tensors.regions import Layout, ReadAt, Region
 
@@ -17,6 +18,9 @@ RAW_RUN_BYTES_MAX = 4096
 
 RAW_SLACK_BYTES = 128 << 10
 """How much further than its own length a raw segment may look to either side in the base."""
+
+_ROWS_MIN = 8
+"""Segments end with a row where at least that many rows fit into one."""
 
 _RUNS_PER_PLAN = RUNS_MAX // 2
 _COMPARE_BYTES = 64 << 10
@@ -115,19 +119,19 @@ class Planner:
         self._segment_bytes = segment_bytes
         self._open = _Open()
 
-    def plan(self, regions: Sequence[Region], matches: Sequence[Region | None]) -> Iterator[SegmentPlan]:
+    def plan(self, regions: Sequence[Region], matches: Sequence[Match]) -> Iterator[SegmentPlan]:
         """Yield segments in the order of the result.
 
         Args:
             regions: The new file's map.
-            matches: For each region its counterpart in the base, or None.
+            matches: For each region its counterpart in the base.
         """
         for index, (region, match) in enumerate(zip(regions, matches, strict=True)):
             if region.layout is Layout.RAW and region.length > RAW_RUN_BYTES_MAX:
                 yield from self._flush(region.offset)
-                yield from self._plan_raw(region, match)
+                yield from self._plan_raw(region, match.base)
             else:
-                yield from self._plan_tensor(index, region, match)
+                yield from self._plan_tensor(index, region, match.base)
         yield from self._flush(0)
 
     def _flush(self, next_offset: int) -> Iterator[SegmentPlan]:
@@ -145,8 +149,7 @@ class Planner:
             inside = position - region.offset
             base_offset = match.offset + inside if match and inside < based else None
             until = based if base_offset is not None else region.length
-            room = (self._segment_bytes - self._open.length) // layout.block_bytes * layout.block_bytes
-            length = min(until - inside, room)
+            length = self._run_length(region, inside, until)
             is_too_wide = self._open.spans(base_offset, length) > 2 * self._segment_bytes
             if length <= 0 or is_too_wide or len(self._open.runs) >= _RUNS_PER_PLAN:
                 yield from self._flush(position)
@@ -156,6 +159,22 @@ class Planner:
             place = _place(index, region, layout, inside)
             self._open.add(Run(layout.number, length // layout.block_bytes, base_offset), place)
             position += length
+
+    def _run_length(self, region: Region, inside: int, until: int) -> int:
+        """Return how much of a tensor the open segment takes, 0 for nothing; it ends with a row where it can.
+
+        A coder that keeps statistics of rows and columns then starts with a whole row in every segment.
+        """
+        block_bytes = LAYOUTS[region.layout].block_bytes
+        room = self._segment_bytes - self._open.length
+        if until - inside <= room:
+            return until - inside
+        end = (inside + room) // block_bytes * block_bytes
+        row_bytes = region.row_bytes
+        # Whole rows leave up to a row of each segment empty: more segments, unless rows are short.
+        if block_bytes <= row_bytes <= self._segment_bytes // _ROWS_MIN and row_bytes % block_bytes == 0:
+            end = (inside + room) // row_bytes * row_bytes
+        return max(0, end - inside)
 
     def _plan_raw(self, region: Region, match: Region | None) -> Iterator[SegmentPlan]:
         """Cut a raw region: what is equal at both ends first, so that a change in the middle costs only itself."""

@@ -53,3 +53,27 @@ def test_rows_that_were_appended_go_on_where_the_based_rows_of_the_tensor_end() 
     assert first.tensor == second.tensor
     assert (first.first_block, second.first_block) == (0, 32)
     assert first.tensor_blocks == second.tensor_blocks == 40
+
+
+def test_segments_end_with_a_row_where_rows_are_short() -> None:
+    data = _two_tensors(rows=64)
+    starts = [place.first_block for place in _places(_plan(data, data, segment_bytes=1024))]
+    assert len(starts) > 3
+    assert all(start % 4 == 0 for start in starts)
+
+
+def test_rows_longer_than_an_eighth_of_a_segment_are_cut_anywhere() -> None:
+    data = GgufBuilder([GgufTensor("w", (1024, 8), 2, blocks(Layout.Q4_0, 256, seed=1))]).build()
+    plans = _plan(data, data, segment_bytes=1024)
+    lengths = [run.length for plan in plans for run in plan.runs]
+    assert sum(lengths) > 8 * 576
+    assert lengths.count(1024 // 18 * 18) >= 3
+
+
+def test_unrelated_tensors_are_planned_without_a_base() -> None:
+    def model(seed: int) -> bytes:
+        return GgufBuilder([GgufTensor("w", (128, 64), 2, blocks(Layout.Q4_0, 256, seed))]).build()
+
+    plans = _plan(model(1), model(2), segment_bytes=1 << 20)
+    number = LAYOUTS[Layout.Q4_0].number
+    assert [run.base_offset for plan in plans for run in plan.runs if run.layout == number] == [None]
