@@ -79,8 +79,9 @@ def _numbers(kind: Layout, data: bytes) -> Sample:
     if found.dtype.kind != "f":
         return found.astype(np.float32)
     # One number of 1e38 would drown all others.
-    usual = np.abs(found) < _USUAL_BELOW
-    numbers: Sample = np.where(usual, found, 0).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        wide = found.astype(np.float64)
+    numbers: Sample = np.where(np.abs(wide) < _USUAL_BELOW, wide, 0).astype(np.float32)
     return numbers
 
 
