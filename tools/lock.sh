@@ -9,3 +9,4 @@ pin() {
 pin --extra dev --output-file locks/dev.lock
 pin --constraint locks/dev.lock --extra simulator --extra examples --extra editable --output-file locks/demo.lock
 pin --constraint locks/dev.lock --extra simulator --extra examples --extra editable --extra llama --output-file locks/llm.lock
+pin --constraint locks/dev.lock --extra fuzz --extra editable --output-file locks/fuzz.lock
