@@ -29,7 +29,7 @@ from protocol.delta.format import (
     unpack_record,
 )
 from protocol.errors import PatchError
-from tests.fuzz.targets import READER_MEMORY_BYTES, join_reader_input, split_reader_input
+from tests.fuzz.targets import READER_MEMORY_BYTES, join_input, split_input
 
 Mutate = Callable[[bytes, int], bytes]
 """Changes bytes blindly: takes them and the most that may come out."""
@@ -223,6 +223,17 @@ def _write_message(fields: list[_Field]) -> bytes:
     return bytes(out)
 
 
+def mutate_planner(data: bytes, size: int, seed: int, mutate: Mutate) -> bytes:
+    """Change one of the two files in the way of its kind."""
+    rng = random.Random(seed)
+    files = list(split_input(data))
+    chosen = rng.randrange(2)
+    file = files[chosen]
+    kind = mutate_onnx if file[:1] == b"\x08" else mutate_safetensors if file[8:9] == b"{" else mutate_blindly
+    files[chosen] = kind(file, max(1, size - len(files[1 - chosen]) - 4), rng.randrange(2**31), mutate)
+    return join_input(*files)[:size]
+
+
 @dataclass
 class _Patch:
     """A delta file taken apart; fields of records may be anything."""
@@ -234,7 +245,7 @@ class _Patch:
 def mutate_reader(data: bytes, size: int, seed: int, mutate: Mutate) -> bytes:
     """Change a field, a body or the order of segments; lengths, checksums, memory and digests follow where that is possible."""
     rng = random.Random(seed)
-    base, packed = split_reader_input(data)
+    base, packed = split_input(data)
     patch = _parse_patch(packed)
     if patch is None or not patch.segments or rng.random() < _BLIND_SHARE:
         return mutate(data, size)
@@ -250,7 +261,7 @@ def mutate_reader(data: bytes, size: int, seed: int, mutate: Mutate) -> bytes:
         del patch.segments[index]
     else:
         base = mutate(base, len(base) + 64)
-    return join_reader_input(base, seal_patch(patch, base, repairs=rng.random() < 0.8))[:size]
+    return join_input(base, seal_patch(patch, base, repairs=rng.random() < 0.8))[:size]
 
 
 def _change_body(patch: _Patch, index: int, rng: random.Random, mutate: Mutate) -> None:
@@ -363,5 +374,6 @@ MUTATORS: dict[str, Mutator] = {
     "gguf": mutate_blindly,
     "onnx": mutate_onnx,
     "safetensors": mutate_safetensors,
+    "planner": mutate_planner,
     "reader": mutate_reader,
 }

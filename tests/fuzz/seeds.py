@@ -8,7 +8,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from protocol.tensors import Layout
-from tests.fuzz.targets import join_reader_input
+from tests.fuzz.targets import join_input
 from tests.protocol.delta_files import delta
 from tests.protocol.model_files import (
     GgufBuilder,
@@ -95,6 +95,31 @@ def safetensors_seeds() -> Iterator[tuple[str, bytes]]:
     yield "empty", safetensors_file({})
 
 
+def planner_seeds() -> Iterator[tuple[str, bytes]]:
+    """Pairs of every kind: fine-tuned, grown, renamed, of different kinds."""
+    old = blocks(Layout.Q4_0, 32, 1)
+    moved = moved_blocks(Layout.Q4_0, old, 2)
+    yield "moved", join_input(_matrix("w", old), _matrix("w", moved))
+    yield "grown", join_input(_matrix("w", old), _matrix("w", moved + old[:36]))
+    yield "renamed", join_input(_matrix("w", old), _matrix("v", moved))
+    yield "retyped", join_input(_matrix("w", old), block_file(Layout.Q8_0, bytes(34 * 8)))
+    yield (
+        "onnx",
+        join_input(onnx_file({"w": np.zeros((4, 64), np.int8)}), onnx_file({"w": np.ones((4, 64), np.int8)})),
+    )
+    yield "awq", join_input(_awq(bytes(32)), _awq(bytes(range(32))))
+    yield "kinds", join_input(_awq(bytes(32)), _matrix("w", old))
+
+
+def _awq(data: bytes) -> bytes:
+    layer = {"l.qweight": ("I32", (8, 1), data), "l.qzeros": ("I32", (1, 1), bytes(4))}
+    return safetensors_file({**layer, "l.scales": ("F16", (1, 8), bytes(16))})
+
+
+def _matrix(name: str, data: bytes) -> bytes:
+    return GgufBuilder([GgufTensor(name, (64, len(data) // 36), 2, data)]).build()
+
+
 def reader_seeds() -> Iterator[tuple[str, bytes]]:
     """Every rung of the ladder, one and several segments, several layouts."""
     for layout in (Layout.Q4_0, Layout.Q8_0, Layout.Q4_K, Layout.F32, Layout.IQ4_XS):
@@ -120,10 +145,11 @@ def reader_seeds() -> Iterator[tuple[str, bytes]]:
 
 
 def _reader_seed(base: bytes, new: bytes, segment_bytes: int) -> bytes:
-    return join_reader_input(base, delta(base, new, segment_bytes)[0])
+    return join_input(base, delta(base, new, segment_bytes)[0])
 
 
-SEEDS = {"gguf": gguf_seeds, "onnx": onnx_seeds, "safetensors": safetensors_seeds, "reader": reader_seeds}
+SEEDS = {"gguf": gguf_seeds, "onnx": onnx_seeds, "safetensors": safetensors_seeds}
+SEEDS |= {"planner": planner_seeds, "reader": reader_seeds}
 
 
 def main() -> None:

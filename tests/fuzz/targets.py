@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from protocol.delta.inspection import inspect_delta
+from protocol.delta.matching import match_regions
+from protocol.delta.notes import Notes, read_notes
+from protocol.delta.planner import Planner
 from protocol.delta.reader import DeltaReader
 from protocol.errors import ModelFileError, PatchError
 from protocol.tensors import BytesSource, Region, map_files, map_regions
@@ -21,6 +24,7 @@ from protocol.tensors.safetensors import parse_safetensors
 READER_MEMORY_BYTES = 32 << 20
 """What the reader may be told to take; the process as a whole gets a few times that."""
 
+PLANNED_SEGMENT_BYTES = 1024
 _BASE_LENGTH = struct.Struct("<I")
 
 
@@ -84,15 +88,48 @@ def run_onnx(data: bytes) -> None:
         _check_map(regions, files[name].length)
 
 
-def join_reader_input(base: bytes, patch: bytes) -> bytes:
-    """Return an input of `run_reader`."""
-    return _BASE_LENGTH.pack(len(base)) + base + patch
+def join_input(base: bytes, other: bytes) -> bytes:
+    """Return an input of `run_reader` or `run_planner`: a base, and a delta file or a new file."""
+    return _BASE_LENGTH.pack(len(base)) + base + other
 
 
-def split_reader_input(data: bytes) -> tuple[bytes, bytes]:
-    """Return base and delta file."""
+def split_input(data: bytes) -> tuple[bytes, bytes]:
+    """Return the base and the other file."""
     length = int.from_bytes(data[: _BASE_LENGTH.size], "little")
     return data[_BASE_LENGTH.size :][:length], data[_BASE_LENGTH.size :][length:]
+
+
+def run_planner(data: bytes) -> None:
+    """Whatever two files are mapped as, the plan covers the new one in order, from windows inside the base."""
+    base, new = (BytesSource(each) for each in split_input(data))
+    base_map, new_map = map_regions(base), map_regions(new)
+    matches = match_regions(base_map, new_map, base, new)
+    notes = Notes(new_map, matches)
+    position = 0
+    for plan in Planner(base, new, PLANNED_SEGMENT_BYTES, base_map).plan(new_map, matches):
+        runs = sum(run.length for run in plan.runs)
+        is_sound = (
+            plan.result_offset == position
+            and 1 <= plan.length <= PLANNED_SEGMENT_BYTES
+            and 0 <= plan.window_offset <= plan.window_offset + plan.window_length <= base.length
+            and runs in {0, plan.length}
+            and len(plan.runs) == len(plan.places)
+        )
+        for run in plan.runs:
+            at = run.base_offset or 0
+            is_sound = (
+                is_sound and at >= 0 and (run.base_offset is None or at + run.length <= plan.window_length)
+            )
+        if not is_sound:
+            raise BrokenPromiseError(f"{plan} does not follow {position}")
+        window = base.read_at(plan.window_offset, plan.window_length)
+        notes.add(plan, new.read_at(position, plan.length), window, is_copy=False)
+        position += plan.length
+    if position != new.length:
+        raise BrokenPromiseError(f"the plan ends at {position}, the file at {new.length}")
+    packed = notes.pack()
+    if packed:
+        read_notes(packed)
 
 
 @dataclass(frozen=True)
@@ -106,7 +143,7 @@ class _Outcome:
 
 def run_reader(data: bytes) -> None:
     """A delta file gives the announced result or is refused, however it is cut and wherever reading is resumed."""
-    base, patch = split_reader_input(data)
+    base, patch = split_input(data)
     at_once = _read(base, patch, len(patch) or 1, resumes=False)
     in_parts = _read(base, patch, 1 + len(patch) // 7, resumes=True)
     if (at_once.result, at_once.error) != (in_parts.result, in_parts.error):
@@ -147,5 +184,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "gguf": run_gguf,
     "onnx": run_onnx,
     "safetensors": run_safetensors,
+    "planner": run_planner,
     "reader": run_reader,
 }

@@ -9,12 +9,12 @@ import pytest
 from protocol.delta.format import HEADER_BYTES
 from protocol.delta.reader import DeltaReader
 from protocol.errors import WhimbrelError
-from protocol.tensors import BytesSource, parse_gguf, parse_onnx, parse_safetensors
+from protocol.tensors import BytesSource, map_regions, parse_gguf, parse_onnx, parse_safetensors
 from tests.fuzz import targets
 from tests.fuzz.mutation import MUTATORS, mutate_reader, seal_patch
 from tests.fuzz.mutation import _parse_patch as parse_patch
 from tests.fuzz.seeds import SEEDS
-from tests.fuzz.targets import TARGETS, BrokenPromiseError, join_reader_input, split_reader_input
+from tests.fuzz.targets import TARGETS, BrokenPromiseError, join_input, split_input
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 _INPUTS = [(name, path) for name in TARGETS for path in sorted((CORPUS / name).iterdir())]
@@ -49,7 +49,12 @@ def test_seeds_are_valid_files(target: str, path: Path) -> None:
     if target in _PARSERS:
         assert _PARSERS[target](BytesSource(data))
         return
-    base, patch = split_reader_input(data)
+    if target == "planner":
+        assert all(
+            any(region.name for region in map_regions(BytesSource(file))) for file in split_input(data)
+        )
+        return
+    base, patch = split_input(data)
     reader = DeltaReader(BytesSource(base), memory_limit_bytes=targets.READER_MEMORY_BYTES)
     for _ in reader.feed(patch):
         pass
@@ -74,6 +79,9 @@ def _answer(target: str, data: bytes) -> str:
     try:
         if target in _PARSERS:
             _PARSERS[target](BytesSource(data))
+        elif target == "planner":
+            new = split_input(data)[1]
+            return "understood" if any(region.name for region in map_regions(BytesSource(new))) else "raw"
         else:
             _apply(data)
     except WhimbrelError as error:
@@ -82,7 +90,7 @@ def _answer(target: str, data: bytes) -> str:
 
 
 def _apply(data: bytes) -> None:
-    base, patch = split_reader_input(data)
+    base, patch = split_input(data)
     reader = DeltaReader(BytesSource(base), memory_limit_bytes=targets.READER_MEMORY_BYTES)
     for _ in reader.feed(patch):
         pass
@@ -90,7 +98,7 @@ def _apply(data: bytes) -> None:
 
 
 def test_a_payload_that_was_changed_is_decoded_because_its_checksums_agree() -> None:
-    base, packed = split_reader_input((CORPUS / "reader" / "seed-q8_0").read_bytes())
+    base, packed = split_input((CORPUS / "reader" / "seed-q8_0").read_bytes())
     patch = parse_patch(packed)
     assert patch is not None
     index = next(i for i, (segment, _) in enumerate(patch.segments) if segment.parameter_length)
@@ -100,7 +108,7 @@ def test_a_payload_that_was_changed_is_decoded_because_its_checksums_agree() -> 
         damaged = bytearray(body)
         damaged[offset] ^= 1
         patch.segments[index] = (segment, bytes(damaged))
-        found[_answer("reader", join_reader_input(base, seal_patch(patch, base, repairs=True)))] += 1
+        found[_answer("reader", join_input(base, seal_patch(patch, base, repairs=True)))] += 1
     # Without its digest a segment of other codes would be refused; with it, it is another result.
     assert found["understood"] > 0
     assert found["patch.invalid"] > 0
@@ -108,7 +116,7 @@ def test_a_payload_that_was_changed_is_decoded_because_its_checksums_agree() -> 
 
 def test_taking_a_delta_apart_and_sealing_it_changes_nothing() -> None:
     for path in (CORPUS / "reader").glob("seed-*"):
-        base, packed = split_reader_input(path.read_bytes())
+        base, packed = split_input(path.read_bytes())
         patch = parse_patch(packed)
         assert patch is not None
         assert seal_patch(patch, base, repairs=False) == packed
@@ -116,7 +124,7 @@ def test_taking_a_delta_apart_and_sealing_it_changes_nothing() -> None:
 
 def test_what_is_no_delta_is_changed_blindly() -> None:
     assert mutate_reader(b"", 100, 1, lambda data, _: data + b"x") == b"x"
-    cut = join_reader_input(b"", bytes(HEADER_BYTES - 1))
+    cut = join_input(b"", bytes(HEADER_BYTES - 1))
     assert mutate_reader(cut, 1000, 1, lambda data, _: data + b"x") == cut + b"x"
 
 
@@ -130,7 +138,7 @@ def test_a_map_with_a_gap_is_a_finding() -> None:
 
 
 def test_reading_in_parts_resumes_and_ends_alike() -> None:
-    base, patch = split_reader_input((CORPUS / "reader" / "seed-text").read_bytes())
+    base, patch = split_input((CORPUS / "reader" / "seed-text").read_bytes())
     at_once = targets._read(base, patch, len(patch), resumes=False)
     in_parts = targets._read(base, patch, 100, resumes=True)
     assert (at_once.result, at_once.error, at_once.is_verified) == (in_parts.result, "", True)
