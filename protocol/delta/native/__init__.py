@@ -25,11 +25,20 @@ LIBRARY: Final = Path(__file__).with_name("libwhimbrel_delta.so")
 def library() -> ctypes.CDLL | None:
     """The library, loaded once, or None where the reference is to be used.
 
-    None without a word if the environment variable WHIMBREL_NATIVE is 0 or if no library is installed (a pure wheel). None with a
-    warning if there is one that cannot be loaded (another processor, a system library that is too old) or that
-    belongs to another version of this package: calling it could corrupt memory.
+    None without a word if no library is installed (a pure wheel). None with a warning if there is one that cannot be loaded
+    (another processor, a system library that is too old) or that belongs to another version of this package: calling
+    it could corrupt memory.
+
+    The environment variable WHIMBREL_NATIVE is for tests and comparison: `0` gives None, `baseline` a library that uses only
+    what every processor of the platform has, `1` is as if it were not set.
+
+    Raises:
+        ValueError: WHIMBREL_NATIVE is something else.
     """
-    if os.environ.get("WHIMBREL_NATIVE") == "0" or not LIBRARY.exists():
+    wish = os.environ.get("WHIMBREL_NATIVE", "1")
+    if wish not in {"0", "1", "baseline"}:
+        raise ValueError(f"WHIMBREL_NATIVE is {wish!r}, and knows 0, 1 and baseline")
+    if wish == "0" or not LIBRARY.exists():
         return None
     try:
         loaded = ctypes.CDLL(str(LIBRARY))
@@ -40,6 +49,8 @@ def library() -> ctypes.CDLL | None:
         problem = f"cannot be loaded ({error})"
     else:
         if found == ABI_VERSION:
+            if wish == "baseline":
+                loaded.whimbrel_use_every_processor()
             return loaded
         problem = f"has ABI version {found}, and this package needs {ABI_VERSION}"
     warnings.warn(

@@ -17,4 +17,14 @@
 
 WHIMBREL_EXPORT uint32_t whimbrel_abi_version(void);
 
+/* Which instructions the loops marked with WHIMBREL_HOT (hot.h) may use. The result is the same with all of them. */
+#define WHIMBREL_LEVEL_ANY UINT32_C(0)  /* what every processor of the platform has */
+#define WHIMBREL_LEVEL_AVX2 UINT32_C(1) /* x86-64 with AVX2, BMI1, BMI2 and LZCNT */
+
+/* The level in use: the highest that the processor has, unless it was lowered. */
+WHIMBREL_EXPORT uint32_t whimbrel_level(void);
+
+/* Lowers the level to WHIMBREL_LEVEL_ANY, for tests and comparison. Not while another thread is inside the library. */
+WHIMBREL_EXPORT void whimbrel_use_every_processor(void);
+
 #endif
