@@ -75,7 +75,7 @@ arm64-vectors: ## apply the golden vectors on an emulated 64-bit ARM processor (
 	$(BIN)/python -m tools.arm64 tests/protocol/test_delta_vectors.py
 
 .PHONY: bench-native
-bench-native: setup ## measure C with ctypes against numba, Cython, Rust and pure Python, also on an emulated ARM processor
+bench-native: ## measure C with ctypes against numba, Cython, Rust and pure Python, also on an emulated ARM processor
 	$(call environment,wheels)
 	$(BIN)/python -m benchmarks.native
 
