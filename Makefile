@@ -74,6 +74,11 @@ arm64-vectors: ## apply the golden vectors on an emulated 64-bit ARM processor (
 	$(call environment,wheels)
 	$(BIN)/python -m tools.arm64 tests/protocol/test_delta_vectors.py
 
+.PHONY: bench-native
+bench-native: ## measure C with ctypes against numba, Cython, Rust and pure Python, also on an emulated ARM processor
+	$(call environment,wheels)
+	$(BIN)/python -m benchmarks.native
+
 .PHONY: diagram
 diagram: setup ## write the state diagram into README.md and protocol/SPEC.md
 	$(BIN)/python -m tools.diagram README.md protocol/SPEC.md

@@ -72,6 +72,12 @@ class Basis:
         head = _BASIS.pack(self.rank, bool(self.forecast), self.columns)
         return head + self.prior + self.directions + self.forecast
 
+    def cut(self, rank: int) -> "Basis":
+        """Return the first `rank` directions."""
+        size = rank * self.columns
+        prior = self.prior[:rank] + self.prior[self.rank : self.rank + rank]
+        return Basis(self.columns, rank, self.directions[:size], self.forecast[:size], prior)
+
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         """Read and check the content of a tables record.
