@@ -9,6 +9,7 @@ BIN := .venv/bin
 DEVICES ?= 36
 SEED ?= 1
 COUNT ?= 200
+MINUTES ?= 1
 
 # The environment is known by the lock file that it was made from.
 define environment
@@ -59,6 +60,11 @@ format: setup ## format the code
 .PHONY: kill-test
 kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200)
 	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED)
+
+.PHONY: fuzz
+fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 1); fails on a finding
+	$(call environment,fuzz)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 .PHONY: bench-transport
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers

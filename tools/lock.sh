@@ -13,3 +13,4 @@ pin_part pyproject.toml --extra simulator --extra examples --extra editable --ex
 pin_part pyproject.toml --extra wheels --output-file locks/wheels.lock
 pin_part pyproject.toml --extra vectors --output-file locks/vectors.lock
 pin_part benchmarks/native/requirements.in --output-file locks/bench-native.lock
+pin_part pyproject.toml --extra fuzz --extra editable --output-file locks/fuzz.lock

@@ -13,7 +13,7 @@ import numpy as np
 from protocol.delta.bsdiff import encode_bsdiff
 from protocol.delta.codecs import decode_segment, read_tables, read_window, segment_digest
 from protocol.delta.compression import compress
-from protocol.delta.context import ContextModel, is_fast
+from protocol.delta.context import ContextModel
 from protocol.delta.format import (
     PARAMETER_BYTES_MAX,
     SEGMENT_DIGEST_BYTES,
@@ -52,6 +52,7 @@ class ChainJob:
         regions: The new file's map.
         matches: For each region its counterpart.
         choices: How tall tensors are modelled; what is missing is decided on the spot.
+        is_portable: Only codecs that are fast without the library.
     """
 
     plans: tuple[SegmentPlan, ...]
@@ -59,6 +60,7 @@ class ChainJob:
     regions: tuple[Region, ...]
     matches: tuple[Match, ...]
     choices: Mapping[int, Choice] = field(default_factory=dict)
+    is_portable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,8 @@ class _Chain:
             return [_Encoded(Codec.COPY, b"", 0, plan.window_offset + at, len(result))]
         found = [_Encoded(Codec.RAW, result)]
         if plan.runs:
-            found.append(self._context(plan, result, window) if is_fast() else self._tensor(plan, result, window))
+            encode = self._tensor if self._job.is_portable else self._context
+            found.append(encode(plan, result, window))
             if len(found[-1].body) > _POOR_RATIO * len(result):
                 found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
         else:
@@ -256,7 +259,5 @@ def _is_alike(result: bytes, window: bytes) -> bool:
 
 def tall_choices(base: ReadAt, new: ReadAt, header: Header, regions: Sequence[Region], matches: Sequence[Match]) -> dict[int, Choice]:
     """Return how tall tensors are modelled; they may span chains, and deciding takes a look at all of them."""
-    if not is_fast():
-        return {}
     modeller = Modeller(base, new, regions, matches, header.profile)
     return {index: modeller.choice(index) for index in modeller.tall_tensors()}

@@ -16,6 +16,7 @@ from protocol.delta.chains import (
     split_chains,
     tall_choices,
 )
+from protocol.delta.context import is_fast
 from protocol.delta.format import (
     RECORD_BYTES,
     SEGMENT_BYTES_MAX,
@@ -77,6 +78,7 @@ def make_delta(
     *,
     profile: Profile = Profile.SMALL,
     segment_bytes: int = DEFAULT_SEGMENT_BYTES,
+    is_portable: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
     encode_chains: Callable[[Iterable[ChainJob]], Iterable[ChainResult]] | None = None,
 ) -> DeltaStats:
@@ -91,6 +93,8 @@ def make_delta(
         sink: Takes the file's bytes in order.
         profile: Fewest bytes, or most speed.
         segment_bytes: Result of one segment: decides the device's memory and what a power cut costs.
+        is_portable: Use only codecs that are fast without the library, for devices that have no wheel of their own; larger by
+            half. None means: if this machine has no library either.
         progress: Called with bytes of the result done and in all.
         encode_chains: Turns jobs into their results, in order; by default one after the other, here. A caller with processes
             hands them out and calls `chains.encode_chain` there.
@@ -117,9 +121,11 @@ def make_delta(
         max((_plan_memory_bytes(plan) for plan in plans), default=0),
         segment_bytes,
     )
-    choices = tall_choices(base, new, header, new_regions, matches)
+    is_portable = not is_fast() if is_portable is None else is_portable
+    choices = {} if is_portable else tall_choices(base, new, header, new_regions, matches)
     jobs = (
-        ChainJob(chain, header, tuple(new_regions), tuple(matches), choices) for chain in split_chains(plans)
+        ChainJob(chain, header, tuple(new_regions), tuple(matches), choices, is_portable)
+        for chain in split_chains(plans)
     )
     results = encode_chains(jobs) if encode_chains else (encode_chain(base, new, job) for job in jobs)
     file = _File(sink, header, Notes(new_regions, matches))
