@@ -48,8 +48,7 @@ def offset_classes() -> list[int]:
     """The class of each multiple of 64 from 0 to half a step."""
     edges = offset_edges()
     return [
-        max(k for k, edge in enumerate(edges) if edge <= value)
-        for value in range(0, _HALF + 1, _OFFSET_UNIT)
+        max(k for k, edge in enumerate(edges) if edge <= value) for value in range(0, _HALF + 1, _OFFSET_UNIT)
     ]
 
 

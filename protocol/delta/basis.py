@@ -150,7 +150,9 @@ def weights_of(name: Layout, data: bytes, row_bytes: int) -> tuple[Matrix, Matri
     """Return the weights of whole rows, shape (rows, columns), and the magnitudes of their blocks' scales."""
     layout = LAYOUTS[name]
     fields = layout.split(np.frombuffer(data, np.uint8).reshape(-1, layout.block_bytes))
-    codes = fields["codes"].view(np.int8) if layout.is_signed else fields["codes"].astype(np.int16) - layout.zero
+    codes = (
+        fields["codes"].view(np.int8) if layout.is_signed else fields["codes"].astype(np.int16) - layout.zero
+    )
     # Infinite and undefined scales say nothing about where weights went.
     scales = np.nan_to_num(fields["d"].view(np.float16).astype(np.float32), posinf=0, neginf=0)
     rows = len(data) // row_bytes

@@ -257,7 +257,9 @@ def _is_alike(result: bytes, window: bytes) -> bool:
     return bool(still > size // 16)
 
 
-def tall_choices(base: ReadAt, new: ReadAt, header: Header, regions: Sequence[Region], matches: Sequence[Match]) -> dict[int, Choice]:
+def tall_choices(
+    base: ReadAt, new: ReadAt, header: Header, regions: Sequence[Region], matches: Sequence[Match]
+) -> dict[int, Choice]:
     """Return how tall tensors are modelled; they may span chains, and deciding takes a look at all of them."""
     modeller = Modeller(base, new, regions, matches, header.profile)
     return {index: modeller.choice(index) for index in modeller.tall_tensors()}

@@ -82,9 +82,7 @@ def decode_segment(
     return result
 
 
-def _decode(
-    segment: SegmentHeader, body: bytes, window: bytes, header: Header, model: ContextModel
-) -> bytes:
+def _decode(segment: SegmentHeader, body: bytes, window: bytes, header: Header, model: ContextModel) -> bytes:
     codec = segment.codec
     if codec is Codec.COPY:
         return window

@@ -101,7 +101,9 @@ class Modeller:
         position = 0
         for run, place in zip(plan.runs, plan.places, strict=True):
             new = result[position : position + run.length]
-            old = window[run.base_offset : run.base_offset + run.length] if run.base_offset is not None else b""
+            old = (
+                window[run.base_offset : run.base_offset + run.length] if run.base_offset is not None else b""
+            )
             runs.append(self._run(run, place, old, new))
             position += run.length
         return runs
@@ -139,10 +141,13 @@ class Modeller:
     @functools.cached_property
     def _is_bfloat16(self) -> bool:
         """Whether tensors that were not quantized say that the model was bfloat16 before."""
-        return all(_has_short_floats(source, regions) for source, regions in (
-            (self._new, self._regions),
-            (self._base, [match.base for match in self._matches if match.base]),
-        ))
+        return all(
+            _has_short_floats(source, regions)
+            for source, regions in (
+                (self._new, self._regions),
+                (self._base, [match.base for match in self._matches if match.base]),
+            )
+        )
 
     def _choose(self, tensor: int) -> Choice:
         region, match = self._regions[tensor], self._matches[tensor].base

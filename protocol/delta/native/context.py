@@ -123,7 +123,14 @@ def _library() -> ctypes.CDLL | None:
     if loaded is not None:
         loaded.whimbrel_state_bytes.restype = ctypes.c_size_t
         loaded.whimbrel_state_reset.restype = None
-        pointers = [ctypes.c_void_p, ctypes.c_void_p, _int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+        pointers = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            _int32,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+        ]
         loaded.whimbrel_encode.argtypes = [*pointers, ctypes.c_char_p, ctypes.c_void_p, _int64]
         loaded.whimbrel_decode.argtypes = [*pointers, ctypes.c_void_p, ctypes.c_char_p, _int64]
         loaded.whimbrel_encode.restype = loaded.whimbrel_decode.restype = _int64
@@ -155,9 +162,7 @@ def encode(state: bytearray, runs: Sequence[ContextRun], window: bytes, result: 
     assert loaded is not None
     # No decision costs more than 22 bits; a segment that needs more room than its result is sent raw anyway.
     out = bytearray(2 * len(result) + 1024)
-    length = loaded.whimbrel_encode(
-        *_arguments(state, runs), window, result, _address(out), len(out)
-    )
+    length = loaded.whimbrel_encode(*_arguments(state, runs), window, result, _address(out), len(out))
     if length == NO_MEMORY:
         raise MemoryError
     return bytes(out[:length]) if length != NO_ROOM else result + bytes(1)
@@ -168,9 +173,7 @@ def decode(state: bytearray, runs: Sequence[ContextRun], window: bytes, payload:
     loaded = _library()
     assert loaded is not None
     result = bytearray(sum(run.length for run in runs))
-    code = loaded.whimbrel_decode(
-        *_arguments(state, runs), window, _address(result), payload, len(payload)
-    )
+    code = loaded.whimbrel_decode(*_arguments(state, runs), window, _address(result), payload, len(payload))
     if code == NO_MEMORY:
         raise MemoryError
     return bytes(result) if code == 0 else None
