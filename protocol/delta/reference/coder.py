@@ -14,7 +14,8 @@ COUNT_BITS: Final = 10
 _COUNT_MASK: Final = (1 << COUNT_BITS) - 1
 _COUNT_LIMIT: Final = 1000
 _PROBABILITY_MIN: Final = 16
-_PROBABILITY_MAX: Final = ONE - 1 - _PROBABILITY_MIN
+_PROBABILITY_TOP: Final = ONE - 1
+_PROBABILITY_MAX: Final = _PROBABILITY_TOP - _PROBABILITY_MIN
 _WORD: Final = 1 << 32
 _MASK: Final = (1 << 64) - 1
 
@@ -23,11 +24,14 @@ def adapted(counter: int, bit: int) -> int:
     """Return a counter that has seen one more outcome."""
     count = counter & _COUNT_MASK
     p = counter >> COUNT_BITS
-    p += (((ONE - 1 if bit else 0) - p) * RATE[count]) >> 16
-    if p < _PROBABILITY_MIN:
-        p = _PROBABILITY_MIN
-    elif p > _PROBABILITY_MAX:
-        p = _PROBABILITY_MAX
+    if bit:
+        p += ((_PROBABILITY_TOP - p) * RATE[count]) >> 16
+        if p > _PROBABILITY_MAX:  # noqa: PLR1730 - a call costs more
+            p = _PROBABILITY_MAX
+    else:
+        p += (-p * RATE[count]) >> 16
+        if p < _PROBABILITY_MIN:  # noqa: PLR1730 - likewise
+            p = _PROBABILITY_MIN
     return p << COUNT_BITS | (count + 1 if count < _COUNT_LIMIT else count)
 
 

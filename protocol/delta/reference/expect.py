@@ -35,13 +35,11 @@ def expect(x: Context, g: Group) -> None:
     _expect_ratio(x, g)
     g.mean = _expect_moves(x, g)
     g.level = t.row_spread - log2_of(g.new_step) * LOG_UNITS
-    base, last = g.level + _SPREAD_ZERO, SPREADS - 1
-    old, column, ratio, shift = g.old, g.column, g.ratio, g.shift
-    spread = t.spread[column : column + len(old)]
-    g.place = [
-        0 if (level := (tracked + base) >> SPREAD_SHIFT) < 0 else last if level > last else level
-        for tracked in spread
-    ]
+    old, ratio, shift, base = g.old, g.ratio, g.shift, g.level + _SPREAD_ZERO
+    place = [(spread + base) >> SPREAD_SHIFT for spread in t.spread[g.column : g.column + len(old)]]
+    if min(place) < 0 or max(place) >= SPREADS:
+        place = [clamp(level, 0, SPREADS - 1) for level in place]
+    g.place = place
     if g.mean:
         positions = [code * ratio + shift + move for code, move in zip(old, g.mean, strict=True)]
     elif ratio != STEP or shift:
@@ -49,7 +47,7 @@ def expect(x: Context, g: Group) -> None:
     else:
         g.expected, g.side = old, [1] * len(old)  # in the middle of its cell, as most codes of most files
         return
-    low, high, place = g.low, g.high, g.place
+    low, high = g.low, g.high
     expected, side = [], []
     for j, position in enumerate(positions):
         code = (position + HALF_STEP) >> 16
@@ -84,31 +82,30 @@ def _expect_moves(x: Context, g: Group) -> list[int]:
     if not x.has_drift:
         return []
     step = abs(g.new_step)
-    if t.unit > 0:
-        factor = quotient(t.drift << (8 + t.unit), step)
-    else:
-        factor = quotient(t.drift * 256, step) >> -t.unit
+    factor = quotient(t.drift << 8 + max(t.unit, 0), step) >> max(-t.unit, 0)
     scale = clamp(factor, -HALF_STEP, HALF_STEP)
-    means = t.drift_mean[g.column : g.column + len(g.old)]
-    return [clamp((mean * scale) >> 10, -_MEAN_LIMIT, _MEAN_LIMIT) for mean in means]
+    low, high = -_MEAN_LIMIT, _MEAN_LIMIT
+    moves = [(mean * scale) >> 10 for mean in t.drift_mean[g.column : g.column + len(g.old)]]
+    if min(moves) < low or max(moves) > high:
+        moves = [clamp(move, low, high) for move in moves]
+    return moves
 
 
 def _outcome(side: int, value: int) -> int:
     """Row of SCORE and PULL: as expected; one to the nearer side; one to the other; two, three, more."""
     steps = abs(value)
-    if steps <= 1:
-        return 0 if steps == 0 else 1 if side == (value > 0) else 2
-    return 5 if steps > 3 else steps + 1
+    if steps == 1:
+        return 1 if side == (value > 0) else 2
+    return min(steps + 1, 5) if steps else 0
 
 
 def learn(x: Context, g: Group, values: list[int]) -> None:
     """Let columns and the row learn by how much each code was not the expected one."""
     t = x.tensor
-    if any(values):
-        outcomes = [_outcome(side, value) for side, value in zip(g.side, values, strict=True)]
-        rows = [place + PLACES * outcome for place, outcome in zip(g.place, outcomes, strict=True)]
-    else:
-        rows = g.place
+    rows = g.place[:]
+    for j, value in enumerate(values):
+        if value:
+            rows[j] += PLACES * _outcome(g.side[j], value)
     _learn_spreads(t, g.column, rows)
     if x.directions:
         if g.new_step:
@@ -130,7 +127,7 @@ def _learn_spreads(t: Tensor, column: int, rows: list[int]) -> None:
         total += octave
         information += square
         known = weight[at] + square
-        if known > _WEIGHT_MAX:
+        if known > _WEIGHT_MAX:  # noqa: PLR1730 - a call costs more
             known = _WEIGHT_MAX
         weight[at] = known
         moved = spread[at] + (octave * rate[known >> 4] >> 16)
@@ -148,18 +145,31 @@ def _pull(row: int, side: int, value: int) -> int:
 
 
 def _learn_drift(t: Tensor, g: Group, values: list[int]) -> None:
-    step, rows, ratio = abs(g.new_step), min(t.row + 2, 200), g.ratio
-    low, high, base = g.low, g.high, g.shift + HALF_STEP
-    drift_mean, at = t.drift_mean, g.column
-    for old, expected, value in zip(g.old, g.expected, values, strict=True):
-        still = clamp((old * ratio + base) >> 16, low, high)
-        change = clamp(t.in_units((expected + value - still) * step), -_CHANGE_LIMIT, _CHANGE_LIMIT)
-        tracked = drift_mean[at]
-        mean = tracked >> 4
-        t.drift_xy += change * mean
-        t.drift_xx += mean * mean
-        drift_mean[at] = tracked + quotient(change * 16 - tracked, rows)
-        at += 1
+    step, rows, at = abs(g.new_step), min(t.row + 2, 200), g.column
+    tracked = t.drift_mean[at : at + len(values)]
+    changes = {0: 0}
+    learned = []
+    for still, expected, value, mean in zip(_still(g), g.expected, values, tracked, strict=True):
+        codes = expected + value - still
+        if codes not in changes:
+            changes[codes] = clamp(t.in_units(codes * step), -_CHANGE_LIMIT, _CHANGE_LIMIT)
+        change = changes[codes]
+        miss = change * 16 - mean
+        learned.append(mean + (miss // rows if miss >= 0 else -(-miss // rows)))
+        if mean := mean >> 4:
+            t.drift_xy += change * mean
+            t.drift_xx += mean * mean
+    t.drift_mean[at : at + len(values)] = learned
+
+
+def _still(g: Group) -> list[int]:
+    """Return the codes that would be expected if nothing moved."""
+    if not g.mean:
+        return g.expected
+    ratio, base, low, high = g.ratio, g.shift + HALF_STEP, g.low, g.high
+    if ratio == STEP and not g.shift:
+        return g.old
+    return [clamp((code * ratio + base) >> 16, low, high) for code in g.old]
 
 
 def _learn_row_drift(t: Tensor) -> None:

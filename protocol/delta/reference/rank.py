@@ -70,17 +70,23 @@ class Directions:
         step = _step_in_units(tensor, new_step)
         information = information // len(pull) + 1
         weight = clamp(information * (1 << 18) // (step * step), 1, 1 << 20)
-        seen = []
-        for expected, force in zip(mean, pull, strict=True):
-            moved = expected + clamp(quotient(force * STEP, information), -_MOVE_LIMIT, _MOVE_LIMIT)
-            seen.append(clamp((moved * step) >> 16, -_SEEN_LIMIT, _SEEN_LIMIT))
+        force = np.array(pull, np.int64) * STEP
+        moved = np.sign(force) * (abs(force) // information)
+        moved = np.array(mean, np.int64) + np.clip(moved, -_MOVE_LIMIT, _MOVE_LIMIT)
+        seen = np.clip((moved * step) >> 16, -_SEEN_LIMIT, _SEEN_LIMIT)
         group = column // GROUP_CODES
-        sums = (self._groups[group] @ np.array(seen, np.int64)).tolist()
-        normal = tensor.normal
+        sums = (self._groups[group] @ seen).tolist()
+        right, normal = tensor.right, tensor.normal
         for k, (total, row) in enumerate(zip(sums, self._gram[group], strict=True)):
-            tensor.right[k] = clamp(tensor.right[k] + weight * total, -_RIGHT_LIMIT, _RIGHT_LIMIT)
-            for at, product in enumerate(row, k * RANK_MAX):
-                normal[at] = clamp(normal[at] + weight * product, -_NORMAL_LIMIT, _NORMAL_LIMIT)
+            right[k] = clamp(right[k] + weight * total, -_RIGHT_LIMIT, _RIGHT_LIMIT)
+            at = k * RANK_MAX
+            sums = [
+                known + weight * product
+                for known, product in zip(normal[at : at + self.rank], row, strict=True)
+            ]
+            if min(sums) < -_NORMAL_LIMIT or max(sums) > _NORMAL_LIMIT:
+                sums = [clamp(known, -_NORMAL_LIMIT, _NORMAL_LIMIT) for known in sums]
+            normal[at : at + self.rank] = sums
         self._solve(tensor)
 
     def _solve(self, tensor: Tensor) -> None:
