@@ -6,6 +6,7 @@ coder itself uses integers only, so what floating point gives here is rounded on
 same numbers go into a C header and a Python module; a test regenerates both.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def _outcome_probability(outcome: int, offset: float, spread: float, *, is_near:
 
 def _middles() -> list[float]:
     edges = [*offset_edges(), _HALF]
-    return [(low + high) / 2 / 65536 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [(low + high) / 2 / 65536 for low, high in itertools.pairwise(edges)]
 
 
 def _spread(index: int) -> float:
@@ -205,6 +206,11 @@ def lean_starts() -> list[int]:
     return [_probability((i + 0.5) / 2) for i in range(24)]
 
 
+def reciprocals() -> list[int]:
+    """2**32 / n, rounded up; of the divisors that the coder divides by most."""
+    return [0, *(-(-(1 << 32) // n) for n in range(1, 201))]
+
+
 TABLES: dict[str, tuple[str, Callable[[], Sequence[int]]]] = {
     "OFFSET_CLASS": ("uint8_t", offset_classes),
     "CHANGE": ("uint32_t", changes),
@@ -219,6 +225,7 @@ TABLES: dict[str, tuple[str, Callable[[], Sequence[int]]]] = {
     "GRID_START": ("uint32_t", grid_starts),
     "LEAN_START": ("uint32_t", lean_starts),
     "LOG2": ("uint16_t", logarithms),
+    "RECIPROCAL": ("uint64_t", reciprocals),
     "RATE": ("uint16_t", rates),
 }
 
