@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Protocol, Self
 
-from protocol.delta import reference
 from protocol.delta.native import context as native
+from protocol.delta.reference import context as reference
 from protocol.delta.runs import Basis, ContextRun
 from protocol.errors import PatchError
 
