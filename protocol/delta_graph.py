@@ -82,10 +82,6 @@ class Route:
         """Cheaper first; among equals fewer edges, fewer bytes, and then the names decide, the same way everywhere."""
         return self.cost_us, len(self.edges), self.wire_bytes, tuple(edge.path for edge in self.edges)
 
-    def extended(self, edge: Edge, capacity: Capacity) -> "Route":
-        """This way and one edge more."""
-        return Route((*self.edges, edge), self.cost_us + edge_cost_us(edge, capacity))
-
 
 def edge_cost_us(edge: Edge, capacity: Capacity) -> int:
     """Time that an edge takes on a device, microseconds."""
@@ -143,10 +139,10 @@ def cheapest_routes(
         held: Files that the device has.
         capacity: What the device can spend; None for one that does not say, which takes a single `small` delta.
     """
-    leaving: dict[Digest | None, list[Edge]] = defaultdict(list)
+    leaving: dict[Digest | None, list[tuple[Edge, int]]] = defaultdict(list)
     for edge in edges:
         if _is_usable(edge, capacity):
-            leaving[edge.base].append(edge)
+            leaving[edge.base].append((edge, edge_cost_us(edge, capacity or UNSTATED)))
     capacity = capacity or UNSTATED
     found = {digest: Route() for digest in held}
     ends: list[tuple[Digest | None, Route]] = [(None, Route()), *found.items()]
@@ -155,9 +151,12 @@ def cheapest_routes(
     for _ in range(min(capacity.links_max, LINKS_MAX)):
         reached: dict[Digest, Route] = {}
         for node, route in ends:
-            for edge in leaving[node]:
-                candidate = route.extended(edge, capacity)
+            for edge, edge_us in leaving.get(node, ()):
+                cost_us = route.cost_us + edge_us
                 known = reached.get(edge.result) or found.get(edge.result)
+                if known is not None and cost_us > known.cost_us:
+                    continue
+                candidate = Route((*route.edges, edge), cost_us)
                 if known is None or candidate.rank < known.rank:
                     reached[edge.result] = candidate
         found.update(reached)

@@ -5,9 +5,10 @@ from hypothesis import strategies as st
 
 from protocol.ids import DeviceId
 from server.coordinator import CoordinatorLimits
-from server.effects import PublishDesired, Save
+from server.effects import Effect, PublishDesired, RemoveBlobs, Save, SignMetadata
 from server.events import ReportReceived
 from server.fleet.registry import DeviceRecord
+from server.releases.delta_stock import TARGETS_SOFT_MAX
 from server.rollouts.states import RolloutState
 from tests.server.samples import NOW_MS, report
 from tests.server.transcript import Play
@@ -597,3 +598,221 @@ def test_whatever_happens_requests_are_numbered_saved_first_and_never_sent_for_a
                 assert saved[effect.device] > highest.get(effect.device, 0), "a number was used twice"
                 highest[effect.device] = saved[effect.device]
                 assert effect.desired is None or effect.desired.rollout not in stopped
+
+
+HOUR = 3_600_000
+WEEK = 7 * 24 * HOUR
+
+
+def test_a_straggler_takes_the_chain_that_is_there_and_those_who_ran_the_version_before_get_its_delta() -> (
+    None
+):
+    play = Play()
+    for pair in ("1-2", "2-3"):
+        play.sign(pair, 300)
+    play.play("> restart\n> report a 1 link=64000\n> report b 2 link=64000")
+    play.check(
+        """
+        > rollout r1 3 canary=2
+        save rollout r1 preparing
+        save rollout r1 canary
+        save member a canary asked
+        save device a running 1
+        save member b canary asked
+        save device b running 2
+        save cached release3
+        cache release3 x1
+        save cached delta2-3
+        cache delta2-3 x1
+        save cached delta1-2
+        cache delta1-2 x1
+        desired a 3 for r1 #1
+        desired b 3 for r1 #1
+        """
+    )
+
+
+def test_an_agent_without_chains_gets_a_delta_of_its_own_although_there_is_a_chain() -> None:
+    play = Play()
+    for pair in ("1-2", "2-3"):
+        play.sign(pair, 300)
+    play.play("> restart\n> report a 1")
+    play.check(
+        """
+        > rollout r1 3
+        save rollout r1 preparing
+        build 1-3
+        > failed 1-3
+        save rollout r1 canary
+        save member a canary asked
+        save device a running 1
+        save cached release3
+        cache release3 x1
+        save cached file3
+        cache file3 x3
+        save cached file3/index
+        cache file3/index x1
+        desired a 3 for r1 #1
+        """
+    )
+
+
+def test_a_straggler_waits_for_the_delta_that_its_chain_ends_with() -> None:
+    play = Play()
+    play.sign("1-2", 300)
+    play.play("> restart\n> report a 1 link=64000\n> report b 2 link=64000\n> report c 2 link=64000")
+    play.check(
+        """
+        > rollout r1 3 canary=3
+        save rollout r1 preparing
+        build 2-3
+        > built 2-3 300
+        sign 2-3
+        > signed
+        publish metadata
+        save rollout r1 canary
+        save member a canary asked
+        save device a running 1
+        save member b canary asked
+        save device b running 2
+        save member c canary asked
+        save device c running 2
+        save cached release3
+        cache release3 x1
+        save cached delta2-3
+        cache delta2-3 x1
+        save cached delta1-2
+        cache delta1-2 x1
+        desired a 3 for r1 #1
+        desired b 3 for r1 #1
+        desired c 3 for r1 #1
+        """
+    )
+
+
+def test_a_delta_that_nobody_needs_goes_after_its_time_of_grace_first_from_the_metadata_then_from_the_disk() -> (
+    None
+):
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.play("> uncached release2\n> uncached delta1-2")
+    play.check(
+        f"""
+        > wait {HOUR}
+        save idle 1-2
+        > wait {HOUR}
+        > wait {WEEK - HOUR}
+        sign without 1-2
+        > signed
+        publish metadata
+        remove 1-2 x1
+        > removed delta1-2
+        save no longer idle 1-2
+        > wait {WEEK}
+        """
+    )
+    assert play.coordinator.deadline() == play.refresh_ms
+    assert not [key for key in play.store if key[0] == "idle"]
+
+
+def test_a_removal_that_was_cut_off_is_carried_out_after_a_restart() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.play(f"> uncached release2\n> uncached delta1-2\n> wait {HOUR}\n> wait {WEEK}\n> signed")
+    play.check(
+        """
+        > restart
+        remove 1-2 x1
+        > removed delta1-2
+        save no longer idle 1-2
+        > restart
+        """
+    )
+
+
+def test_a_delta_that_was_idle_stays_when_a_device_comes_back_to_its_base() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.check(
+        f"""
+        > wait {HOUR}
+        save idle 1-2
+        > report b 1
+        save device b running 1
+        > wait {WEEK}
+        save no longer idle 1-2
+        """
+    )
+    assert play.play(f"> wait {HOUR}") == f"> wait {HOUR}"
+
+
+def test_what_a_silent_device_was_asked_to_fetch_stays_until_it_has_answered() -> None:
+    play = Play()
+    play.play("> report a 1\n> report b 1\n> rollout r1 2 canary=2\n> built 1-2 1000\n> signed")
+    play.play("> report a 2 committed r1\n> wait 20000")
+    assert play.coordinator.campaigns["r1"].state is RolloutState.STOPPED  # b said nothing
+    assert play.play(f"> wait {HOUR}\n> wait {WEEK}") == f"> wait {HOUR}\n> wait {WEEK}"
+    play.check(
+        f"""
+        > report b 1 failed r1
+        save device b running 1
+        save member b canary failed
+        > wait {HOUR}
+        save idle 1-2
+        """
+    )
+
+
+def test_a_retired_delta_is_built_again_when_it_is_needed_again() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.play(f"> wait {HOUR}\n> wait {WEEK}\n> signed")
+    play.check(
+        """
+        > report b 1
+        save device b running 1
+        > rollout r2 2
+        save rollout r2 preparing
+        build 1-2
+        > removed delta1-2
+        save no longer idle 1-2
+        > built 1-2 1000
+        sign 1-2
+        """
+    )
+
+
+def test_a_blob_is_not_removed_while_its_delta_is_built_again() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.play(f"> wait {HOUR}\n> wait {WEEK}\n> signed\n> report b 1\n> rollout r2 2")
+    play.check(
+        """
+        > signed
+        publish metadata
+        > built 1-2 1000
+        save no longer idle 1-2
+        sign 1-2
+        """
+    )
+
+
+def test_idle_deltas_go_at_once_when_the_metadata_grows_too_large() -> None:
+    play = Play()
+    play.sign("1-2", 300)
+    for number in range(TARGETS_SOFT_MAX):
+        play.sign_foreign(number)
+    play.play("> restart\n> report a 2\n> rollout r1 3")
+    (effect,) = [effect for effect in _effects(play, "> built 2-3 1000") if isinstance(effect, SignMetadata)]
+    before = len(play.coordinator.catalog.targets)
+    assert before + 1 - len(effect.retired) == TARGETS_SOFT_MAX
+    assert len(set(effect.retired)) == len(effect.retired)
+    play.play("> signed")
+    assert len(play.coordinator.catalog.targets) == TARGETS_SOFT_MAX
+    removals = [each for each in play.last_effects if isinstance(each, RemoveBlobs)]
+    assert {removal.path for removal in removals} == set(effect.retired)
+
+
+def _effects(play: Play, line: str) -> tuple[Effect, ...]:
+    play.play(line)
+    return play.last_effects
