@@ -3,14 +3,14 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.ids import DeviceId
+from protocol.ids import DeviceId, digest_of
 from server.coordinator import CoordinatorLimits
 from server.effects import Effect, PublishDesired, RemoveBlobs, Save, SignMetadata
 from server.events import ReportReceived
 from server.fleet.registry import DeviceRecord
 from server.releases.delta_stock import TARGETS_SOFT_MAX
 from server.rollouts.states import RolloutState
-from tests.server.samples import NOW_MS, report
+from tests.server.samples import NOW_MS, model_bytes, report
 from tests.server.transcript import Play
 
 
@@ -186,6 +186,33 @@ def test_a_delta_that_saves_nothing_is_noted_and_the_whole_file_goes_out() -> No
         save cached file2/index
         cache file2/index x1
         desired a 2 for r1 #1
+        """
+    )
+
+
+def test_where_the_small_delta_saves_nothing_the_fast_one_is_not_tried() -> None:
+    play = Play()
+    play.play("> report a 1 link=64000\n> report b 1 link=300000\n> rollout r1 2 canary=2")
+    play.check(
+        """
+        > built 1-2 300000
+        save refusal 1-2
+        save rollout r1 canary
+        save member a canary asked
+        save device a running 1
+        save member b canary asked
+        save device b running 1
+        save cached release2
+        cache release2 x1
+        save cached file2
+        cache file2 x3
+        save cached file2/index
+        cache file2/index x1
+        desired a 2 for r1 #1
+        desired b 2 for r1 #1
+        > restart
+        > report c 1 link=300000
+        save device c running 1
         """
     )
 
@@ -565,6 +592,7 @@ STEPS = st.one_of(
             "> wait 4000", "> wait 11000", "> connect", "> restart", "> signed", "> unsigned", "> link a online",
             "> built 1-2 1000", "> failed 1-2", "> built 2-3 900000", "> failed 2-3", "> built 1-3 1000",
             "> built 3-2 1000", "> rollout r1 2 canary=2", "> rollout r2 3 failures=1",
+            "> wait 3600000", "> wait 604800000", "> report c 1 link=64000", "> report d 2 link=64000",
         ]
     ),
 )  # fmt: skip
@@ -582,7 +610,7 @@ def test_whatever_happens_requests_are_numbered_saved_first_and_never_sent_for_a
         words = step[2:].split()
         if words[0] in {"signed", "unsigned"} and play.signing is None:
             continue
-        if words[0] == "report" and len(words) > 3 and words[4] not in play.coordinator.campaigns:
+        if words[0] == "report" and len(words) > 4 and words[4] not in play.coordinator.campaigns:
             continue
         campaigns = play.coordinator.campaigns
         stopped = {name for name, campaign in campaigns.items() if campaign.state is RolloutState.STOPPED}
@@ -590,6 +618,7 @@ def test_whatever_happens_requests_are_numbered_saved_first_and_never_sent_for_a
             continue
         saved: dict[str, int] = {}
         play.command(words)
+        assert_nothing_goes_that_is_on_offer(play)
         for effect in play.last_effects:
             if isinstance(effect, Save) and isinstance(effect.record, DeviceRecord):
                 saved[effect.record.device] = effect.record.desired_sequence
@@ -811,6 +840,21 @@ def test_idle_deltas_go_at_once_when_the_metadata_grows_too_large() -> None:
     assert len(play.coordinator.catalog.targets) == TARGETS_SOFT_MAX
     removals = [each for each in play.last_effects if isinstance(each, RemoveBlobs)]
     assert {removal.path for removal in removals} == set(effect.retired)
+
+
+def assert_nothing_goes_that_is_on_offer(play: Play) -> None:
+    """No delta to a release leaves that a device was asked for and has said nothing final about."""
+    retired = {
+        path for effect in play.last_effects if isinstance(effect, SignMetadata) for path in effect.retired
+    }
+    for device in play.coordinator.registry:
+        if device.desired is None or device.version == device.desired.version or not retired:
+            continue
+        update = device.report.update if device.report else None
+        answer = update.outcome if update and update.sequence == device.desired.sequence else "running"
+        if answer == "running":
+            offered = digest_of(model_bytes(device.desired.version))
+            assert not [path for path in retired if path.split("/")[2] == offered]
 
 
 def _effects(play: Play, line: str) -> tuple[Effect, ...]:

@@ -108,6 +108,17 @@ def test_one_delta_at_the_end_of_a_chain_serves_those_who_come_through_it() -> N
     assert set(planned[named("2-3")]) == set(groups), "and waits for the delta of the others"
 
 
+def test_a_chain_that_would_become_too_long_counts_for_nothing() -> None:
+    graph = graph_of(delta("1-2", 300), delta("2-3", 300))
+    release = RELEASES["4"]
+    short = msgspec.structs.replace(CELL, links_max=2)
+    groups = fleet(graph, release, ("3", 900, CELL), ("1", 1, short))
+    (many, straggler) = groups
+    planned = graph.builds(release, groups, lambda _: False)
+    assert planned[named("3-4")] == [many]
+    assert planned[named("1-4")] == [straggler]
+
+
 def test_what_was_tried_before_is_not_built_again() -> None:
     graph = graph_of()
     release = RELEASES["2"]

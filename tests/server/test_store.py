@@ -231,6 +231,15 @@ def test_a_blob_whose_bytes_changed_on_disk_is_not_published(tmp_path: Path) -> 
         blobs.describe(blob.digest)
 
 
+def test_a_removed_blob_is_gone_and_the_others_stay(tmp_path: Path) -> None:
+    blobs = FolderBlobs(tmp_path / "blobs")
+    gone, stays = blobs.put(b"gone"), blobs.put(b"stays")
+    blobs.remove(gone.digest)
+    blobs.remove(gone.digest)
+    assert not blobs.path(gone.digest).exists()
+    assert blobs.read_chunk(stays.digest, 0) == b"stays"
+
+
 def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     blobs = FolderBlobs(tmp_path / "blobs")
     with pytest.raises(RequestError):
