@@ -19,7 +19,7 @@ from protocol.release import Release, parse_delta_target
 from server import operations
 from server.display import bytes_text, table
 from server.releases.catalog import Catalog
-from server.releases.delta_garbage import ABSENT_MS, head_releases, needed_deltas
+from server.releases.delta_garbage import head_releases, is_absent, needed_deltas
 from server.releases.delta_graph import FleetGraph
 
 WAYS_MAX: Final = 1_000
@@ -167,7 +167,7 @@ class _View:
 
     def __init__(self, home: operations.Home, catalog: Catalog, now_ms: int) -> None:
         self._graph = FleetGraph(catalog)
-        self._devices = [device for device in home.store.devices() if device.seen_ms + ABSENT_MS > now_ms]
+        self._devices = [device for device in home.store.devices() if not is_absent(device, now_ms)]
         self._idle = {idle.path: idle.since_ms for idle in home.store.idle_deltas()}
         heads = head_releases(catalog, home.store.rollouts())
         self._needed = needed_deltas(self._graph, self._devices, heads, now_ms)

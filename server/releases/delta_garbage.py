@@ -57,7 +57,7 @@ def needed_deltas(
     needed: set[str] = set()
     offered: set[Digest] = set()
     for device in devices:
-        if device.seen_ms + ABSENT_MS <= now_ms:
+        if is_absent(device, now_ms):
             continue
         if has_open_offer(device):
             assert device.desired is not None
@@ -69,6 +69,11 @@ def needed_deltas(
             needed.update(edge.path for route in routes.values() for edge in route.edges)
     needed.update(edge.path for edge in leading_to(graph.edges, offered))
     return {path for path in needed if parse_delta_target(path) is not None}
+
+
+def is_absent(device: DeviceRecord, now_ms: int) -> bool:
+    """Whether a device is away for so long that nobody plans for it; one that is connected may have nothing to say."""
+    return not device.is_online and device.seen_ms + ABSENT_MS <= now_ms
 
 
 def has_open_offer(device: DeviceRecord) -> bool:

@@ -53,6 +53,7 @@ class DeltaStock:
         self._registry = registry
         self._heads = heads
         self._grace_ms = grace_ms
+        self._has_deltas = False
         self._collect_ms = 0
         self._refused: set[DeltaName] = set()  # built, and not worth sending
         self._failed: set[DeltaName] = set()  # could not be built or signed; tried again after a restart
@@ -76,7 +77,7 @@ class DeltaStock:
 
     def deadline(self) -> int | None:
         """When to call `collect`."""
-        return self._collect_ms if self.idle or self.catalog.deltas() else None
+        return self._collect_ms if self.idle or self._has_deltas else None
 
     # Building
 
@@ -132,6 +133,7 @@ class DeltaStock:
     def follow(self, catalog: Catalog) -> Iterator[Effect]:
         """Something was signed: forget what waited for it, and remove the blobs of what was retired."""
         self.graph = FleetGraph(catalog)
+        self._has_deltas = bool(catalog.deltas())
         for name in [name for name in self._built if catalog.delta(*name) is not None]:
             del self._built[name]
         self._signing &= set(self._built)

@@ -292,7 +292,10 @@ def test_a_device_that_was_not_heard_of_for_a_season_keeps_nothing_alive() -> No
         "2-3",
         "1-3",
     }
-    assert needed(STEPS, "3", record("a", "1", asked="3", seen_ms=NOW_MS - ABSENT_MS)) == set()
+    absent = record("a", "1", asked="3", seen_ms=NOW_MS - ABSENT_MS)
+    assert needed(STEPS, "3", absent) == set()
+    connected = msgspec.structs.replace(absent, is_online=True)  # and silent, as it had nothing to say
+    assert needed(STEPS, "3", connected) == {"1-2", "2-3", "1-3"}
 
 
 def test_devices_are_on_their_way_to_what_is_rolled_out_and_to_what_was_rolled_out_last() -> None:
