@@ -197,5 +197,5 @@ def _peak(results: Results, action: str, pair: str) -> float | None:
 
 def _cells(line: Line) -> tuple[str, ...]:
     sign = "at least " if line.is_minimum else "at most "
-    figure = "" if line.figure is None else f"{line.figure:.3g}{line.unit}"
+    figure = "" if line.figure is None else f"{line.figure:.4g}{line.unit}"
     return (line.what, f"{sign}{line.must:g}{line.unit}", f"{line.aim:g}", figure, line.status, line.at)

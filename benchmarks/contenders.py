@@ -1,6 +1,7 @@
 """What is compared: the project's coder in both profiles and its peers, as commands to run."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,9 +106,10 @@ def _distribution(name: str) -> str | None:
 
 
 def _program(name: str, option: str) -> str | None:
-    """The first line that a program says of its version, or None when it is not on the PATH."""
+    """A program's version as it says it itself, or None when it is not on the PATH."""
     path = shutil.which(name)
     if path is None:
         return None
     result = subprocess.run([path, option], capture_output=True, text=True, check=False)
-    return (result.stdout or result.stderr).strip().split("\n")[0]
+    number = re.search(r"\d+(\.\d+)+", result.stdout + result.stderr)
+    return number[0] if number else "unknown"
