@@ -64,6 +64,16 @@ kill-test: setup ## kill a live agent at COUNT random instants of an update (def
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport
 
+.PHONY: wheels
+wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetches a 100 MB compiler once)
+	$(call environment,wheels)
+	$(BIN)/python -m tools.wheels dist
+
+.PHONY: arm64-vectors
+arm64-vectors: ## apply the golden vectors on an emulated 64-bit ARM processor (needs Debian and qemu-user-static)
+	$(call environment,wheels)
+	$(BIN)/python -m tools.arm64 tests/protocol/test_delta_vectors.py
+
 .PHONY: diagram
 diagram: setup ## write the state diagram into README.md and protocol/SPEC.md
 	$(BIN)/python -m tools.diagram README.md protocol/SPEC.md

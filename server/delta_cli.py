@@ -310,6 +310,9 @@ def _tensors(found: Inspection) -> list[dict[str, Any]]:
             "layout": tensor.layout,
             "bytes": tensor.length,
             "changed_bytes": tensor.changed_bytes,
+            "matched_by": tensor.matched_by or None,
+            "correlation": tensor.correlation,
+            "reason": tensor.reason,
         }
         for tensor in found.tensors
     ]
@@ -378,5 +381,6 @@ def _describe_contents(report: dict[str, Any]) -> Iterator[str]:
         for row in ranked[:_TENSORS_SHOWN]:
             changed = row["changed_bytes"]
             share = "no base" if changed is None else f"{100 * changed / row['bytes']:.1f} % of its bytes"
-            yield f"  {row['name']:<40} {row['layout']:<8}{_size(row['bytes']):>12}  {share}"
+            reason = f"; {row['reason']}" if row["reason"] else ""
+            yield f"  {row['name']:<40} {row['layout']:<8}{_size(row['bytes']):>12}  {share}{reason}"
         yield ""

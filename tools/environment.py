@@ -1,7 +1,7 @@
 """Bring .venv to what a lock file says, once per lock file: `python tools/environment.py locks/dev.lock`.
 
-A stamp remembers the digest of the lock file and of pyproject.toml, so that a second `make` starts at once. A lock file
-that pins a subset of what is installed needs nothing either.
+A stamp remembers the digest of the lock file and of pyproject.toml, so that a second `make` starts at once. It also remembers
+the digest of the C sources: when only those changed, only they are compiled.
 """
 
 import hashlib
@@ -14,30 +14,50 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "protocol/delta/native/libwhimbrel_delta.so"
 STAMP = Path(sys.prefix) / "whimbrel-environment.json"
 
 
 def main(lock: Path) -> int:
-    """Install what is missing; returns the exit code."""
+    """Install and compile what is missing; returns the exit code."""
     wanted = hashlib.sha256(lock.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    native = native_digest()
     done = json.loads(STAMP.read_text()) if STAMP.exists() else {}
-    if done.get(lock.name) == wanted:
+    is_installed = done.get(lock.name) == wanted
+    if is_installed and done.get("native") == native and LIBRARY.exists():
         return 0
-    print(f"installing what {lock} pins", flush=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if is_missing(lock.read_text(), "llama-cpp-python"):
-        print("compiling llama.cpp: about eight minutes on two cores", flush=True)
-        os.environ.setdefault("CMAKE_ARGS", "-DLLAVA_BUILD=OFF")  # image input, which nothing here uses
-    for command in (
-        [*pip, "--require-hashes", "--requirement", str(lock)],
-        [*pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
-    ):
+    if is_installed:
+        commands = []
+    else:
+        print(f"installing what {lock} pins", flush=True)
+        commands = install_commands(lock)
+    for command in [*commands, [sys.executable, str(ROOT / "hatch_build.py")]]:
         result = subprocess.run(command, check=False)
         if result.returncode:
             print(f"whimbrel: set-up failed: {' '.join(command)}", file=sys.stderr)
             return result.returncode
-    STAMP.write_text(json.dumps({**done, lock.name: wanted}))
+    STAMP.write_text(json.dumps({**done, lock.name: wanted, "native": native}))
     return 0
+
+
+def native_digest() -> str:
+    """What the compiled library follows from: its sources, and how they are compiled."""
+    digest = hashlib.sha256((ROOT / "hatch_build.py").read_bytes())
+    for path in sorted(LIBRARY.parent.glob("*.[ch]")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def install_commands(lock: Path) -> list[list[str]]:
+    """The pip commands that bring the environment to what `lock` pins, and the project into it."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if is_missing(lock.read_text(), "llama-cpp-python"):
+        print("compiling llama.cpp: about eight minutes on two cores", flush=True)
+        os.environ.setdefault("CMAKE_ARGS", "-DLLAVA_BUILD=OFF")  # image input, which nothing here uses
+    return [
+        [*pip, "--require-hashes", "--requirement", str(lock)],
+        [*pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
+    ]
 
 
 def is_missing(lock: str, name: str) -> bool:

@@ -9,3 +9,5 @@ pin() {
 pin --extra dev --output-file locks/dev.lock
 pin --constraint locks/dev.lock --extra simulator --extra examples --extra editable --output-file locks/demo.lock
 pin --constraint locks/dev.lock --extra simulator --extra examples --extra editable --extra llama --output-file locks/llm.lock
+pin --constraint locks/dev.lock --extra wheels --output-file locks/wheels.lock
+pin --constraint locks/dev.lock --extra vectors --output-file locks/vectors.lock

@@ -1,12 +1,10 @@
 """What is in a delta file, for people: without the base, without decoding, in one pass."""
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from protocol.delta.compression import decompress_up_to
 from protocol.delta.format import (
     HEADER_PREFIX_BYTES,
     RECORD_BYTES,
@@ -20,28 +18,10 @@ from protocol.delta.format import (
     unpack_record,
 )
 from protocol.delta.layouts import NAME_BY_NUMBER
+from protocol.delta.notes import TensorNote, read_notes
 from protocol.delta.tensor import read_runs
 from protocol.errors import PatchError, TruncatedPatchError
 from protocol.tensors.regions import Layout, ReadAt
-
-_NOTES_TEXT_BYTES_MAX = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class TensorNote:
-    """A tensor that changed, as the writer noted it.
-
-    Attributes:
-        name: The tensor's name, not checked against anything.
-        layout: How its bytes are arranged.
-        length: In bytes.
-        changed_bytes: How many bytes differ from the base; None where it has no counterpart there.
-    """
-
-    name: str
-    layout: str
-    length: int
-    changed_bytes: int | None
 
 
 @dataclass(slots=True)
@@ -91,7 +71,7 @@ def inspect_delta(patch: ReadAt) -> Inspection:
             ):
                 inspection.layout_bytes[NAME_BY_NUMBER[run.layout]] += run.length
         elif codec is Codec.NOTES:
-            inspection.tensors += _tensor_notes(body)
+            inspection.tensors += read_notes(body)
     return inspection
 
 
@@ -128,14 +108,3 @@ def _read(patch: ReadAt, offset: int, length: int) -> bytes:
     if len(data) != length:
         raise TruncatedPatchError(f"the delta file ends at byte {offset + len(data)}", hint="fetch it again")
     return data
-
-
-def _tensor_notes(body: bytes) -> list[TensorNote]:
-    try:
-        notes = json.loads(decompress_up_to(body, _NOTES_TEXT_BYTES_MAX))
-        return [
-            TensorNote(str(name), str(layout), int(length), None if changed is None else int(changed))
-            for name, layout, length, changed in notes["tensors"]
-        ]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise PatchError("a note record is not readable") from error

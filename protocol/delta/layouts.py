@@ -2,7 +2,7 @@
 
 A layout is a row of `LAYOUTS`: which bytes hold numbers of 8, 16 or 32 bits, which bits of which bytes make up the
 packed values, and how a value follows from its code and the scales. A new quantization type is a new row with golden
-vectors. Sources: ggml `ggml-common.h` and `gguf-py/gguf/quants.py`; onnxruntime's MatMulNBits.
+vectors. Sources: ggml `ggml-common.h` and `gguf-py/gguf/quants.py`; onnxruntime's MatMulNBits; AutoAWQ and AutoGPTQ.
 
 Wire numbers are fixed by SPEC section 6.7 and never reused.
 """
@@ -79,21 +79,30 @@ class Words:
 
 @dataclass(frozen=True)
 class Bits:
-    """A field of values of up to eight bits that are spread over bytes."""
+    """A field of values of up to eight bits that are spread over bytes.
+
+    Attributes:
+        name: Of the field.
+        count: Values in a block.
+        width: Bits of a value.
+        slices: Where those bits lie; each bit of each value exactly once.
+        flip: Bits that are stored inverted: the sign bit of two's complement values, so that neighbours differ by one.
+    """
 
     name: str
     count: int
     width: int
     slices: tuple[Slice, ...]
+    flip: int = 0
 
     def split(self, blocks: Bytes) -> Array:
         """Return the values, shape (blocks, count), uint8."""
-        values = np.zeros((len(blocks), self.count), np.uint8)
+        values = np.full((len(blocks), self.count), self.flip, np.uint8)
         for part in self.slices:
             source = blocks[:, part.byte : part.byte + part.count]
             end = part.element + part.count * part.stride
             mask = (1 << part.width) - 1
-            values[:, part.element : end : part.stride] |= ((source >> part.shift) & mask) << part.to
+            values[:, part.element : end : part.stride] ^= ((source >> part.shift) & mask) << part.to
         return values
 
     def join(self, values: Array, blocks: Bytes) -> None:
@@ -101,7 +110,7 @@ class Bits:
         for part in self.slices:
             end = part.element + part.count * part.stride
             mask = (1 << part.width) - 1
-            bits = (values[:, part.element : end : part.stride] >> part.to) & mask
+            bits = ((values[:, part.element : end : part.stride] ^ self.flip) >> part.to) & mask
             blocks[:, part.byte : part.byte + part.count] |= (bits << part.shift).astype(np.uint8)
 
 
@@ -117,6 +126,8 @@ class BlockLayout:
         zero: The code that means 0 in `SCALED` and `SUBSCALED`.
         is_signed: Codes are two's complement bytes.
         sub_zero: What is subtracted from a sub-scale; sub-scales of eight bits are two's complement.
+        codebook: What each code stands for, in units of the scale, where codes are indices of a table.
+        is_column: The codes of a block lie below each other, in neighbouring rows of one column.
     """
 
     number: int
@@ -126,6 +137,8 @@ class BlockLayout:
     zero: int = 0
     is_signed: bool = False
     sub_zero: int = 0
+    codebook: tuple[int, ...] = ()
+    is_column: bool = False
 
     @cached_property
     def codes(self) -> Words | Bits:
@@ -197,6 +210,17 @@ _IQ4_XS_SUB = Bits(
     "sub", 8, 6, (*(Slice(4, 4, 4 * high, 4, high, stride=2) for high in (0, 1)), *_IQ4_XS_HIGH)
 )
 
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled
+
+# Nibble k of a word of AutoAWQ's GEMM format belongs to this column of its eight.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def _word_nibbles(order: tuple[int, ...]) -> Bits:
+    return Bits("codes", 8, 4, tuple(Slice(k // 2, 1, 4 * (k % 2), 4, at) for k, at in enumerate(order)))
+
+
 LAYOUTS: dict[Layout, BlockLayout] = {
     Layout.RAW: BlockLayout(0, 1, (Words("codes", 0, 1, 8),)),
     Layout.F32: BlockLayout(1, 4, (Words("codes", 0, 1, 32, Order.FLOAT),)),
@@ -205,11 +229,16 @@ LAYOUTS: dict[Layout, BlockLayout] = {
     Layout.I8: BlockLayout(4, 1, (Words("codes", 0, 1, 8),), is_signed=True),
     Layout.U8: BlockLayout(5, 1, (Words("codes", 0, 1, 8),)),
     Layout.PACKED4: BlockLayout(6, 1, (Bits("codes", 2, 4, (Slice(0, 1, 0, 4, 0), Slice(0, 1, 4, 4, 1))),)),
+    Layout.I4: BlockLayout(
+        14, 1, (Bits("codes", 2, 4, (Slice(0, 1, 0, 4, 0), Slice(0, 1, 4, 4, 1)), flip=8),), zero=8
+    ),
     Layout.F8: BlockLayout(7, 1, (Words("codes", 0, 1, 8, Order.FLOAT),)),
     Layout.I16: BlockLayout(8, 2, (Words("codes", 0, 1, 16),)),
     Layout.I32: BlockLayout(9, 4, (Words("codes", 0, 1, 32),)),
     Layout.I64: BlockLayout(10, 8, (Words("codes", 0, 2, 32),)),
     Layout.F64: BlockLayout(11, 8, (Words("codes", 0, 2, 32),)),
+    Layout.AWQ4: BlockLayout(12, 4, (_word_nibbles(_AWQ_ORDER),)),
+    Layout.GPTQ4: BlockLayout(13, 4, (_word_nibbles(tuple(range(8))),), is_column=True),
     Layout.Q4_0: BlockLayout(
         16, 18, (_half("d", 0), Bits("codes", 32, 4, _nibbles(2, 16, 1))), Formula.SCALED, zero=8
     ),
@@ -301,9 +330,26 @@ LAYOUTS: dict[Layout, BlockLayout] = {
         Formula.SUBSCALED,
         zero=32,
     ),
-    Layout.IQ4_NL: BlockLayout(26, 18, (_half("d", 0), Bits("codes", 32, 4, _nibbles(2, 16, 1)))),
+    Layout.IQ4_NL: BlockLayout(
+        26, 18, (_half("d", 0), Bits("codes", 32, 4, _nibbles(2, 16, 1))), codebook=_IQ4_VALUES
+    ),
     Layout.IQ4_XS: BlockLayout(
-        27, 136, (_half("d", 0), _IQ4_XS_SUB, Bits("codes", 256, 4, _nibbles(8, 16, 8)))
+        27,
+        136,
+        (_half("d", 0), _IQ4_XS_SUB, Bits("codes", 256, 4, _nibbles(8, 16, 8))),
+        sub_zero=32,
+        codebook=_IQ4_VALUES,
+    ),
+    # The scale is a power of two (E8M0).
+    Layout.MXFP4: BlockLayout(
+        28, 17, (Words("d", 0, 1, 8), Bits("codes", 32, 4, _nibbles(1, 16, 1))), codebook=_E2M1_VALUES
+    ),
+    # Four scales of E4M3 without a sign, one for each sixteen codes.
+    Layout.NVFP4: BlockLayout(
+        29, 36, (Words("d", 0, 4, 8), Bits("codes", 64, 4, _nibbles(4, 8, 4))), codebook=_E2M1_VALUES
+    ),
+    Layout.TQ2_0: BlockLayout(
+        30, 66, (_half("d", 64), Bits("codes", 256, 2, _quarters(0, 32))), Formula.SCALED, zero=1
     ),
 }
 

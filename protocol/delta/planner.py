@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from protocol.delta.anchors import Anchors
-from protocol.delta.layouts import LAYOUTS
+from protocol.delta.layouts import LAYOUTS, BlockLayout
+from protocol.delta.matching import Match
 from protocol.delta.tensor import RUNS_MAX, Run
 from protocol.tensors.regions import Layout, ReadAt, Region
 
@@ -18,8 +19,31 @@ RAW_RUN_BYTES_MAX = 4096
 RAW_SLACK_BYTES = 128 << 10
 """How much further than its own length a raw segment may look to either side in the base."""
 
+_ROWS_MIN = 8
+"""Segments end with a row where at least that many rows fit into one."""
+
 _RUNS_PER_PLAN = RUNS_MAX // 2
 _COMPARE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where in its tensor a run lies, so that a coder knows the row and the column of every code.
+
+    The run starts the tensor where `first_block` is 0. Code `i` of the run is code `first_block * codes in a block + i` of
+    the tensor; divided by `row_codes` that gives its row, the remainder its column.
+
+    Attributes:
+        tensor: Tells tensors apart: the index of the region in the new file's map.
+        row_codes: Codes in one row; the whole tensor's where rows are not whole blocks, or where there is only one.
+        first_block: Index of the run's first block within the tensor.
+        tensor_blocks: Blocks of the whole tensor, in the new file.
+    """
+
+    tensor: int
+    row_codes: int
+    first_block: int
+    tensor_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +56,7 @@ class SegmentPlan:
         window_offset: Where its base window starts.
         window_length: Of the base window.
         runs: For the tensor codec; empty for bytes without tensor layout.
+        places: For each run where in its tensor it lies; None for bytes between tensors.
     """
 
     result_offset: int
@@ -39,6 +64,7 @@ class SegmentPlan:
     window_offset: int
     window_length: int
     runs: tuple[Run, ...] = ()
+    places: tuple[TensorPlace | None, ...] = ()
 
 
 @dataclass(slots=True)
@@ -50,6 +76,7 @@ class _Open:
     low: int = 0
     high: int = 0
     runs: list[Run] = field(default_factory=list)
+    places: list[TensorPlace | None] = field(default_factory=list)
 
     def spans(self, base_offset: int | None, length: int) -> int:
         """Return the length of the base window if a run was added."""
@@ -57,11 +84,12 @@ class _Open:
             return self.high - self.low if base_offset is None else length
         return max(self.high, base_offset + length) - min(self.low, base_offset)
 
-    def add(self, run: Run) -> None:
+    def add(self, run: Run, place: TensorPlace | None) -> None:
         if run.base_offset is not None:
             self.low = min(self.low, run.base_offset) if self.high else run.base_offset
             self.high = max(self.high, run.base_offset + run.length)
         self.runs.append(run)
+        self.places.append(place)
         self.length += run.length
 
     def close(self) -> SegmentPlan:
@@ -69,7 +97,7 @@ class _Open:
             Run(run.layout, run.blocks, None if run.base_offset is None else run.base_offset - self.low)
             for run in self.runs
         )
-        return SegmentPlan(self.start, self.length, self.low, self.high - self.low, runs)
+        return SegmentPlan(self.start, self.length, self.low, self.high - self.low, runs, tuple(self.places))
 
 
 class Planner:
@@ -91,19 +119,19 @@ class Planner:
         self._segment_bytes = segment_bytes
         self._open = _Open()
 
-    def plan(self, regions: Sequence[Region], matches: Sequence[Region | None]) -> Iterator[SegmentPlan]:
+    def plan(self, regions: Sequence[Region], matches: Sequence[Match]) -> Iterator[SegmentPlan]:
         """Yield segments in the order of the result.
 
         Args:
             regions: The new file's map.
-            matches: For each region its counterpart in the base, or None.
+            matches: For each region its counterpart in the base.
         """
-        for region, match in zip(regions, matches, strict=True):
+        for index, (region, match) in enumerate(zip(regions, matches, strict=True)):
             if region.layout is Layout.RAW and region.length > RAW_RUN_BYTES_MAX:
                 yield from self._flush(region.offset)
-                yield from self._plan_raw(region, match)
+                yield from self._plan_raw(region, match.base)
             else:
-                yield from self._plan_tensor(region, match)
+                yield from self._plan_tensor(index, region, match.base)
         yield from self._flush(0)
 
     def _flush(self, next_offset: int) -> Iterator[SegmentPlan]:
@@ -111,7 +139,7 @@ class Planner:
             yield self._open.close()
         self._open = _Open(start=next_offset)
 
-    def _plan_tensor(self, region: Region, match: Region | None) -> Iterator[SegmentPlan]:
+    def _plan_tensor(self, index: int, region: Region, match: Region | None) -> Iterator[SegmentPlan]:
         layout = LAYOUTS[region.layout]
         based = min(region.length, match.length) if match else 0
         if region.layout is Layout.RAW and match and match.length != region.length:
@@ -121,16 +149,32 @@ class Planner:
             inside = position - region.offset
             base_offset = match.offset + inside if match and inside < based else None
             until = based if base_offset is not None else region.length
-            room = (self._segment_bytes - self._open.length) // layout.block_bytes * layout.block_bytes
-            length = min(until - inside, room)
+            length = self._run_length(region, inside, until)
             is_too_wide = self._open.spans(base_offset, length) > 2 * self._segment_bytes
             if length <= 0 or is_too_wide or len(self._open.runs) >= _RUNS_PER_PLAN:
                 yield from self._flush(position)
                 continue
             if not self._open.runs:
                 self._open.start = position
-            self._open.add(Run(layout.number, length // layout.block_bytes, base_offset))
+            place = _place(index, region, layout, inside)
+            self._open.add(Run(layout.number, length // layout.block_bytes, base_offset), place)
             position += length
+
+    def _run_length(self, region: Region, inside: int, until: int) -> int:
+        """Return how much of a tensor the open segment takes, 0 for nothing; it ends with a row where it can.
+
+        A coder that keeps statistics of rows and columns then starts with a whole row in every segment.
+        """
+        block_bytes = LAYOUTS[region.layout].block_bytes
+        room = self._segment_bytes - self._open.length
+        if until - inside <= room:
+            return until - inside
+        end = (inside + room) // block_bytes * block_bytes
+        row_bytes = region.row_bytes
+        # Whole rows leave up to a row of each segment empty: more segments, unless rows are short.
+        if block_bytes <= row_bytes <= self._segment_bytes // _ROWS_MIN and row_bytes % block_bytes == 0:
+            end = (inside + room) // row_bytes * row_bytes
+        return max(0, end - inside)
 
     def _plan_raw(self, region: Region, match: Region | None) -> Iterator[SegmentPlan]:
         """Cut a raw region: what is equal at both ends first, so that a change in the middle costs only itself."""
@@ -180,3 +224,17 @@ class Planner:
             if ours != theirs:
                 return inside + next(i for i in range(size) if ours[-1 - i] != theirs[-1 - i])
         return limit
+
+
+def _place(index: int, region: Region, layout: BlockLayout, inside: int) -> TensorPlace | None:
+    """Return where the run that starts `inside` bytes into the region lies; None for what has no tensor layout."""
+    if region.layout is Layout.RAW:
+        return None
+    has_rows = 0 < region.row_bytes < region.length and region.row_bytes % layout.block_bytes == 0
+    row_blocks = (region.row_bytes if has_rows else region.length) // layout.block_bytes
+    return TensorPlace(
+        tensor=index,
+        row_codes=row_blocks * layout.codes.count,
+        first_block=inside // layout.block_bytes,
+        tensor_blocks=region.length // layout.block_bytes,
+    )

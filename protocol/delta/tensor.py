@@ -28,7 +28,7 @@ RUNS_MAX = 4096
 """Runs in one segment; a limit of the format (SPEC section 6.3)."""
 
 _HAS_BASE, _HAS_GAIN = 1, 2
-_GAIN = struct.Struct("<ii")
+GAIN = struct.Struct("<ii")
 GAIN_LIMIT = 1 << 22
 """Gain and offset stay below this, so that no product leaves 32 bits (SPEC section 6.8)."""
 
@@ -72,7 +72,7 @@ def write_runs(runs: Sequence[Run]) -> bytes:
             write_signed(run.base_offset - expected, out)
             expected = run.base_offset + run.length
         if run.gain:
-            out += _GAIN.pack(*run.gain)
+            out += GAIN.pack(*run.gain)
     return bytes(out)
 
 
@@ -102,7 +102,7 @@ def read_runs(parameters: bytes, result_length: int, window_length: int) -> list
             if base_offset < 0 or base_offset + run.length > window_length:
                 raise PatchError("a run lies outside its base window")
             expected = base_offset + run.length
-        gain = _read_gain(payload, LAYOUT_BY_NUMBER[layout]) if flags & _HAS_GAIN else None
+        gain = check_gain(LAYOUT_BY_NUMBER[layout], *GAIN.unpack(payload.take(GAIN.size))) if flags & _HAS_GAIN else None
         left -= run.length
         runs.append(Run(layout, blocks, base_offset, gain))
     payload.expect_end()
@@ -131,8 +131,12 @@ def takes_gain(layout: BlockLayout) -> bool:
     return layout.formula is Formula.PLAIN and codes.width <= 8 and is_integer
 
 
-def _read_gain(payload: Payload, layout: BlockLayout) -> tuple[int, int]:
-    gain, offset = _GAIN.unpack(payload.take(_GAIN.size))
+def check_gain(layout: BlockLayout, gain: int, offset: int) -> tuple[int, int]:
+    """Return gain and offset.
+
+    Raises:
+        PatchError: They are out of bounds, or codes of this layout take none.
+    """
     if not takes_gain(layout) or abs(gain) > GAIN_LIMIT or abs(offset) > GAIN_LIMIT << 8:
         raise PatchError("a run has a gain out of bounds")
     return gain, offset

@@ -1,9 +1,12 @@
 """A bounded position in a `ReadAt`: integers and byte strings out, never more memory than one page and one field."""
 
+import struct
+
 from protocol.errors import ModelFileError
 from protocol.tensors.regions import ReadAt
 
 _PAGE_BYTES = 64 * 1024
+_LENGTH = struct.Struct("<Q")
 
 
 class Cursor:
@@ -63,8 +66,29 @@ class Cursor:
         """Return a little-endian unsigned integer of `width` bytes."""
         return int.from_bytes(self.read(width, field), "little")
 
+    def skip_strings(self, count: int, length_max: int, field: str) -> None:
+        """Move on by `count` strings, each behind its length as eight bytes.
+
+        Raises:
+            ModelFileError: Fewer bytes are left, or a string is longer than `length_max`.
+        """
+        for _ in range(count):
+            inside = self.position - self._page_start
+            if inside < 0 or inside + 8 > len(self._page) or self.position + 8 > self.end:
+                length = self.unsigned(8, f"string length in {field}")
+            else:  # vocabularies have hundreds of thousands
+                length = _LENGTH.unpack_from(self._page, inside)[0]
+                self.position += 8
+            if length > length_max:
+                raise ModelFileError(f"{self._what}: {field} has a string of {length} bytes")
+            self.skip(length, field)
+
     def varint(self, field: str) -> int:
         """Return a protobuf varint of at most 64 bits."""
+        inside = self.position - self._page_start
+        if 0 <= inside < len(self._page) and self.position < self.end and self._page[inside] < 0x80:
+            self.position += 1  # most are one byte; files have millions of them
+            return self._page[inside]
         value = 0
         for shift in range(0, 70, 7):
             byte = self.read(1, field)[0]

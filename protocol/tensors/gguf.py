@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from protocol.errors import ModelFileError
 from protocol.tensors.cursor import Cursor
-from protocol.tensors.regions import Layout, ReadAt, Region, cover
+from protocol.tensors.regions import Layout, ReadAt, Region, cover, row_elements
 
 MAGIC = b"GGUF"
 
@@ -73,8 +73,10 @@ GGML_TYPES: dict[int, tuple[int, int, Layout]] = {
     29: (256, 56, Layout.RAW),
     30: (1, 2, Layout.BF16),
     34: (256, 54, Layout.RAW),
-    35: (256, 66, Layout.RAW),
-    39: (32, 17, Layout.RAW),
+    35: (256, 66, Layout.TQ2_0),
+    39: (32, 17, Layout.MXFP4),
+    40: (64, 36, Layout.NVFP4),
+    41: (128, 18, Layout.RAW),
 }
 
 Scalar = int | float | bool | str
@@ -111,9 +113,9 @@ class GgufFile:
 @dataclass(frozen=True, slots=True)
 class _TensorInfo:
     name: str
-    shape: tuple[int, ...]
+    dims: tuple[int, ...]
     layout: Layout
-    length: int
+    length: int | None  # unknown where the type is
     row_bytes: int
     offset: int
 
@@ -194,11 +196,7 @@ def _skip_array(cursor: Cursor, field: str) -> ArrayValue:
     if kind != _STRING:
         cursor.skip(count * element_bytes, field)
         return ArrayValue(kind, count)
-    for _ in range(count):
-        length = cursor.unsigned(8, f"string length in {field}")
-        if length > MAX_STRING_BYTES:
-            raise ModelFileError(f"GGUF: {field} has a string of {length} bytes")
-        cursor.skip(length, field)
+    cursor.skip_strings(count, MAX_STRING_BYTES, field)
     return ArrayValue(kind, count)
 
 
@@ -223,32 +221,39 @@ def _tensor_info(cursor: Cursor) -> _TensorInfo:
     if not all(shape):
         raise ModelFileError(f"GGUF: tensor {name!r} has a dimension of 0")
     kind = cursor.unsigned(4, f"type of {name!r}")
+    offset = cursor.unsigned(8, f"offset of {name!r}")
+    dims = shape[::-1]
     if kind not in GGML_TYPES:
-        raise ModelFileError(f"GGUF: tensor {name!r} has the unknown type {kind}")
+        return _TensorInfo(name, dims, Layout.RAW, None, 0, offset)
     weights, block_bytes, layout = GGML_TYPES[kind]
     if shape[0] % weights:
         raise ModelFileError(f"GGUF: tensor {name!r} has rows of {shape[0]}, not a multiple of {weights}")
-    row_bytes = shape[0] // weights * block_bytes
-    offset = cursor.unsigned(8, f"offset of {name!r}")
-    return _TensorInfo(name, shape, layout, row_bytes * math.prod(shape[1:]), row_bytes, offset)
+    length = shape[0] // weights * block_bytes * math.prod(shape[1:])
+    row = row_elements(dims) if weights == 1 else shape[0]
+    return _TensorInfo(name, dims, layout, length, row // weights * block_bytes, offset)
 
 
 def _place(infos: list[_TensorInfo], data_start: int, alignment: int, file_length: int) -> list[Region]:
-    """Turn relative offsets into regions; each tensor must follow the one before, as llama.cpp demands."""
+    """Turn relative offsets into regions; each tensor must follow the one before, as llama.cpp demands.
+
+    A tensor of a type from after this was written ends where the next one starts.
+    """
     regions: list[Region] = []
     expected = 0
-    for info in infos:
+    for index, info in enumerate(infos):
+        end = infos[index + 1].offset if index + 1 < len(infos) else file_length - data_start
         if info.offset != expected:
             raise ModelFileError(f"GGUF: tensor {info.name!r} has offset {info.offset}, expected {expected}")
-        region = Region(
-            info.name, info.layout, data_start + info.offset, info.length, info.shape, info.row_bytes
-        )
+        length = end - info.offset if info.length is None else info.length
+        if length <= 0:
+            raise ModelFileError(f"GGUF: tensor {info.name!r} has {length} bytes")
+        region = Region(info.name, info.layout, data_start + info.offset, length, info.dims, info.row_bytes)
         if region.end > file_length:
             raise ModelFileError(
                 f"GGUF: tensor {info.name!r} ends at {region.end}, the file at {file_length}"
             )
         regions.append(region)
-        expected = _padded(info.offset + info.length, alignment)
+        expected = _padded(info.offset + length, alignment)
     # Without tensors the padding before an empty data section may be left out.
     if file_length > data_start + expected:
         raise ModelFileError(f"GGUF: {file_length - data_start - expected} bytes follow the last tensor")

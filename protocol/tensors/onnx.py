@@ -1,51 +1,38 @@
 """ONNX: where the initializers' bytes lie, found by walking the protobuf wire format.
 
 Nothing is re-serialised and no protobuf library is used: a delta must give back the very bytes of the file. Field
-numbers are those of `onnx/onnx.proto3`; unknown fields are passed over.
+numbers are those of `onnx/onnx.proto3`; unknown fields are passed over. What an initializer means to the nodes that read
+it is in `onnx_weights.py`.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from protocol.errors import ModelFileError
 from protocol.tensors.cursor import Cursor
-from protocol.tensors.regions import Layout, ReadAt, Region, cover
+from protocol.tensors.onnx_weights import (
+    DATA_TYPES,
+    USE_INPUTS_MAX,
+    Initializer,
+    Use,
+    tensor_region,
+    uses_of_node,
+)
+from protocol.tensors.regions import ReadAt, Region, cover
 
-# Limits of this implementation.
+# Limits of this implementation. A large language model has some 20,000 nodes of ten fields, and 5,000 initializers.
 MAX_FILE_BYTES = (1 << 31) - 1  # what protobuf itself can hold
 MAX_DEPTH = 8
-MAX_FIELDS = 4_000_000
-MAX_TENSORS = 262_144
+MAX_FIELDS = 2_000_000
+MAX_TENSORS = 65_536
 MAX_DIMENSIONS = 32
 MAX_NAME_BYTES = 4096
+MAX_LOCATIONS = 64
 # Smaller tensors stay inside the raw regions around them: a region of its own costs more than it gives.
 MIN_TENSOR_BYTES = 64
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-# data type: (bits of an element, layout)
-_DATA_TYPES: dict[int, tuple[int, Layout]] = {
-    1: (32, Layout.F32),
-    2: (8, Layout.U8),
-    3: (8, Layout.I8),
-    4: (16, Layout.I16),
-    5: (16, Layout.I16),
-    6: (32, Layout.I32),
-    7: (64, Layout.I64),
-    9: (8, Layout.U8),
-    10: (16, Layout.F16),
-    11: (64, Layout.F64),
-    12: (32, Layout.I32),
-    13: (64, Layout.I64),
-    16: (16, Layout.BF16),
-    17: (8, Layout.F8),
-    18: (8, Layout.F8),
-    19: (8, Layout.F8),
-    20: (8, Layout.F8),
-    21: (4, Layout.PACKED4),
-    22: (4, Layout.PACKED4),
-}
+_EXTERNAL = 1  # TensorProto.DataLocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +41,17 @@ class OnnxFile:
 
     Attributes:
         regions: The whole file, in order, without gaps.
-        external_locations: File names that initializers point to, each once, in order of appearance. Not checked
-            for path traversal here: the importer refuses what is no bare file name of the release.
+        external: For each file that initializers point to, in order of appearance, the tensors in it by offset. How long
+            that file is the ONNX file does not say; `map_external` checks it.
     """
 
     regions: tuple[Region, ...]
-    external_locations: tuple[str, ...]
+    external: Mapping[str, tuple[Region, ...]]
+
+    @property
+    def external_locations(self) -> tuple[str, ...]:
+        """Paths of those files, relative to the ONNX file; none leads out of its folder."""
+        return tuple(self.external)
 
 
 @dataclass(slots=True)
@@ -69,16 +61,17 @@ class _Walk:
     source: ReadAt
     fields_left: int = MAX_FIELDS
     has_graph: bool = False
-    tensors: list[Region] = field(default_factory=list)
-    packed4_names: set[str] = field(default_factory=set)
-    locations: dict[str, None] = field(default_factory=dict)
+    initializers: list[Initializer] = field(default_factory=list)
+    uses: dict[str, Use] = field(default_factory=dict)
+    locations: set[str] = field(default_factory=set)
 
 
 def parse_onnx(source: ReadAt) -> OnnxFile:
-    """Map an ONNX file.
+    """Map an ONNX file, and what it says about the files of external data beside it.
 
     Raises:
-        ModelFileError: The file is no well-formed ModelProto with a graph, or passes a limit.
+        ModelFileError: The file is no well-formed ModelProto with a graph, or passes a limit; an external file would lie
+            outside the model's folder.
     """
     if source.length > MAX_FILE_BYTES:
         raise ModelFileError(f"ONNX: {source.length} bytes, protobuf cannot hold more than {MAX_FILE_BYTES}")
@@ -89,8 +82,36 @@ def parse_onnx(source: ReadAt) -> OnnxFile:
             _walk_graph(walk, start, end, MAX_DEPTH)
     if not walk.has_graph:
         raise ModelFileError("ONNX: there is no graph in the file")
-    tensors = [_with_packing(walk, tensor) for tensor in walk.tensors]
-    return OnnxFile(cover(tensors, source.length), tuple(walk.locations))
+    names = {initializer.name for initializer in walk.initializers}
+    embedded: list[Region] = []
+    external: dict[str, dict[tuple[int, int], Region]] = {}
+    for initializer in walk.initializers:
+        if initializer.location is None and initializer.length is None:
+            continue  # a few values, or one field for each of them
+        region = tensor_region(initializer, walk.uses, names)
+        if initializer.location is not None:
+            # Two initializers may share their bytes (tied weights); such bytes are mapped once.
+            place = external.setdefault(initializer.location, {})
+            if region is not None and region.length:
+                place.setdefault((region.offset, region.length), region)
+        elif region is not None and region.length >= MIN_TENSOR_BYTES:
+            embedded.append(region)
+    by_offset = {name: tuple(place[key] for key in sorted(place)) for name, place in external.items()}
+    return OnnxFile(cover(embedded, source.length), by_offset)
+
+
+def map_external(tensors: tuple[Region, ...], file_length: int) -> tuple[Region, ...]:
+    """Return the map of a file of external data.
+
+    Args:
+        tensors: From `OnnxFile.external`.
+        file_length: Of that file, in bytes.
+
+    Raises:
+        ModelFileError: A tensor reaches past the end of the file, or tensors overlap.
+    """
+    large = [tensor for tensor in tensors if tensor.length >= MIN_TENSOR_BYTES]
+    return cover(large, file_length)
 
 
 def _fields(walk: _Walk, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
@@ -133,91 +154,114 @@ def _walk_graph(walk: _Walk, start: int, end: int, depth: int) -> None:
 def _walk_node(walk: _Walk, start: int, end: int, depth: int) -> None:
     inputs: list[str] = []
     op_type = ""
+    integers: dict[str, int] = {}
     for number, wire, value_start, value_end in _fields(walk, start, end):
         if wire != _BYTES:
             continue
-        if number == 1 and len(inputs) < 2:
+        if number == 1 and len(inputs) < USE_INPUTS_MAX:
             inputs.append(_text(walk, value_start, value_end))
         elif number == 4:
             op_type = _text(walk, value_start, value_end)
         elif number == 5:
-            _walk_attribute(walk, value_start, value_end, depth)
-    if op_type == "MatMulNBits" and len(inputs) == 2:
-        walk.packed4_names.add(inputs[1])
+            _walk_attribute(walk, value_start, value_end, depth, integers)
+    walk.uses.update(uses_of_node(op_type, inputs, integers))
 
 
-def _walk_attribute(walk: _Walk, start: int, end: int, depth: int) -> None:
+def _walk_attribute(walk: _Walk, start: int, end: int, depth: int, integers: dict[str, int]) -> None:
+    name = ""
+    value: int | None = None
     for number, wire, value_start, value_end in _fields(walk, start, end):
-        if wire != _BYTES:
+        if number == 3 and wire == _VARINT:
+            value = _varint(walk, value_start, value_end)
+        elif wire != _BYTES:
             continue
-        if number in {5, 10}:
+        elif number == 1:
+            name = _text(walk, value_start, value_end)
+        elif number in {5, 10}:
             _walk_tensor(walk, value_start, value_end)
         elif number in {6, 11}:
             if depth == 0:
                 raise ModelFileError(f"ONNX: graphs are nested deeper than {MAX_DEPTH}")
             _walk_graph(walk, value_start, value_end, depth - 1)
+    if value is not None:
+        integers[name] = value
 
 
 def _walk_tensor(walk: _Walk, start: int, end: int) -> None:
     shape: list[int] = []
-    data_type = 0
-    name = ""
-    raw: tuple[int, int] | None = None
+    found = Initializer()
+    entries: dict[str, str] = {}
+    is_external = False
     for number, wire, value_start, value_end in _fields(walk, start, end):
         if number == 1:
-            shape += _integers(walk, wire, value_start, value_end)
+            shape += _dimensions(walk, wire, value_start, value_end)
             if len(shape) > MAX_DIMENSIONS:
                 raise ModelFileError(f"ONNX: a tensor has more than {MAX_DIMENSIONS} dimensions")
         elif number == 2 and wire == _VARINT:
-            data_type = _integers(walk, wire, value_start, value_end)[0]
-        elif number == 8 and wire == _BYTES:
-            name = _text(walk, value_start, value_end)
-        elif wire == _BYTES and (
-            number == 9 or (number == 4 and value_end - value_start >= MIN_TENSOR_BYTES)
-        ):
+            found.data_type = _varint(walk, value_start, value_end)
+        elif number == 14 and wire == _VARINT:
+            is_external = _varint(walk, value_start, value_end) == _EXTERNAL
+        elif wire != _BYTES:
+            continue
+        elif number == 8:
+            found.name = _text(walk, value_start, value_end)
+        elif number == 9 or (number == 4 and value_end - value_start >= MIN_TENSOR_BYTES):
             # float_data is packed little-endian, the same bytes as raw_data would be.
-            raw = (value_start, value_end)
-        elif number == 13 and wire == _BYTES:
-            _walk_external(walk, value_start, value_end)
-    if raw is None or raw[1] - raw[0] < MIN_TENSOR_BYTES:
-        return
-    if len(walk.tensors) >= MAX_TENSORS:
+            found.offset, found.length = value_start, value_end - value_start
+        elif number == 13:
+            _walk_entry(walk, value_start, value_end, entries)
+    found.shape = tuple(shape)
+    if is_external or "location" in entries:
+        _set_external(walk, found, entries)
+    if len(walk.initializers) >= MAX_TENSORS:
         raise ModelFileError(f"ONNX: more than {MAX_TENSORS} tensors")
-    walk.tensors.append(_tensor_region(name, tuple(shape), data_type, raw))
+    walk.initializers.append(found)
 
 
-def _tensor_region(name: str, shape: tuple[int, ...], data_type: int, raw: tuple[int, int]) -> Region:
-    length = raw[1] - raw[0]
-    if data_type not in _DATA_TYPES:
-        return Region(name, Layout.RAW, raw[0], length, shape)
-    bits, layout = _DATA_TYPES[data_type]
-    if length != -(-math.prod(shape) * bits // 8):
-        raise ModelFileError(
-            f"ONNX: tensor {name!r} has {length} bytes, its shape {list(shape)} needs another number"
-        )
-    row_bytes = shape[-1] * bits // 8 if shape and shape[-1] * bits % 8 == 0 else length
-    return Region(name, layout, raw[0], length, shape, row_bytes)
-
-
-def _with_packing(walk: _Walk, tensor: Region) -> Region:
-    """MatMulNBits declares its packed four-bit weights as bytes; the node that reads them tells."""
-    if tensor.layout is not Layout.U8 or tensor.name not in walk.packed4_names:
-        return tensor
-    return Region(tensor.name, Layout.PACKED4, tensor.offset, tensor.length, tensor.shape, tensor.row_bytes)
-
-
-def _walk_external(walk: _Walk, start: int, end: int) -> None:
+def _walk_entry(walk: _Walk, start: int, end: int, entries: dict[str, str]) -> None:
     key = value = ""
     for number, wire, value_start, value_end in _fields(walk, start, end):
         if wire == _BYTES and number == 1:
             key = _text(walk, value_start, value_end)
         elif wire == _BYTES and number == 2:
             value = _text(walk, value_start, value_end)
-    if key == "location":
-        walk.locations[value] = None
+    if key in {"location", "offset", "length"}:
+        entries[key] = value
 
 
-def _integers(walk: _Walk, wire: int, start: int, end: int) -> list[int]:
+def _set_external(walk: _Walk, found: Initializer, entries: Mapping[str, str]) -> None:
+    found.location = _checked_location(found.name, entries.get("location", ""))
+    found.offset = _decimal(found.name, entries.get("offset") or "0")
+    found.length = _decimal(found.name, entries["length"]) if entries.get("length") else None
+    if found.length is None and found.data_type not in DATA_TYPES:
+        raise ModelFileError(f"ONNX: external tensor {found.name!r} has no length")
+    walk.locations.add(found.location)
+    if len(walk.locations) > MAX_LOCATIONS:
+        raise ModelFileError(f"ONNX: tensors lie in more than {MAX_LOCATIONS} files")
+
+
+def _checked_location(name: str, location: str) -> str:
+    """A hostile file must not make anyone read, or write, outside of the model's folder."""
+    parts = location.removeprefix("./").split("/")
+    is_plain = location.isprintable() and not {"\\", ":"} & set(location) and not {"", ".", ".."} & set(parts)
+    if not is_plain:
+        raise ModelFileError(
+            f"ONNX: tensor {name!r} lies in {location!r}, which is no path inside the model's folder"
+        )
+    return "/".join(parts)
+
+
+def _decimal(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 19):
+        raise ModelFileError(f"ONNX: external tensor {name!r} has the offset or length {text[:40]!r}")
+    return int(text)
+
+
+def _varint(walk: _Walk, start: int, end: int) -> int:
+    return Cursor(walk.source, "ONNX", position=start, end=end).varint("integer")
+
+
+def _dimensions(walk: _Walk, wire: int, start: int, end: int) -> list[int]:
     """Read a repeated int64, packed or not."""
     if wire not in {_VARINT, _BYTES} or end - start > 10 * MAX_DIMENSIONS:
         raise ModelFileError(f"ONNX: dimensions at offset {start} are not integers")

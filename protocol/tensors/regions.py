@@ -57,8 +57,11 @@ class Layout(StrEnum):
     I16 = "i16"
     I8 = "i8"
     U8 = "u8"
-    PACKED4 = "packed4"  # two four-bit values a byte, low nibble first (ONNX MatMulNBits, INT4, UINT4)
+    PACKED4 = "packed4"  # two four-bit values a byte, low nibble first (ONNX MatMulNBits, UINT4; FP4)
+    I4 = "i4"  # the same with two's complement values (ONNX INT4)
     F8 = "f8"  # E4M3 or E5M2: sign and magnitude in one byte
+    AWQ4 = "awq4"  # words of eight four-bit codes along a row, in the order of AWQ's kernels
+    GPTQ4 = "gptq4"  # words of eight four-bit codes below each other in one column
     Q4_0 = "q4_0"
     Q4_1 = "q4_1"
     Q5_0 = "q5_0"
@@ -71,6 +74,9 @@ class Layout(StrEnum):
     Q6_K = "q6_k"
     IQ4_NL = "iq4_nl"
     IQ4_XS = "iq4_xs"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
+    TQ2_0 = "tq2_0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +88,42 @@ class Region:
         layout: How the bytes are arranged; `Layout.RAW` for anything not understood.
         offset: Where the region starts in the file.
         length: In bytes, at least 1.
-        shape: Dimensions in the order of the container, () for what is not a tensor.
-        row_bytes: Bytes of one row along the fastest dimension, 0 where there are no rows.
+        dims: The logical shape, fastest dimension last, whatever order the container uses; () for what is not a tensor.
+        row_bytes: Bytes of one row, that is of neighbours along the fastest dimension; of one row of blocks where a block
+            spans several rows; 0 where there are no rows.
+        scales: Name of the tensor that holds the scales of this one, "" where the container names none. That tensor may
+            be too small to have a region of its own.
     """
 
     name: str
     layout: Layout
     offset: int
     length: int
-    shape: tuple[int, ...] = ()
+    dims: tuple[int, ...] = ()
     row_bytes: int = 0
+    scales: str = ""
 
     @property
     def end(self) -> int:
         """The offset after the region's last byte."""
         return self.offset + self.length
+
+
+_ROW_ELEMENTS_MIN = 32
+
+
+def row_elements(dims: Sequence[int]) -> int:
+    """Return how many elements make a row: the fastest dimension, or more of them where that one is tiny.
+
+    A convolution's fastest dimension is the width of its kernel. Rows of three codes would tell a coder nothing, so the next
+    dimensions join in, down to the output channels.
+    """
+    elements = dims[-1] if dims else 1
+    for size in reversed(dims[1:-1]):
+        if elements >= _ROW_ELEMENTS_MIN:
+            break
+        elements *= size
+    return elements
 
 
 def cover(tensors: Sequence[Region], file_length: int) -> tuple[Region, ...]:

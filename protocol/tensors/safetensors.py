@@ -9,29 +9,42 @@ from typing import Any
 
 from protocol.errors import ModelFileError
 from protocol.tensors.cursor import Cursor
-from protocol.tensors.regions import Layout, ReadAt, Region, cover
+from protocol.tensors.packing import with_packing
+from protocol.tensors.regions import Layout, ReadAt, Region, cover, row_elements
 
-# Limits of this implementation; the format itself allows a header of 100 MB.
-MAX_HEADER_BYTES = 32 << 20
-MAX_TENSORS = 262_144
+# Limits of this implementation; the format itself allows a header of 100 MB. A file of 5 GB has some 1,000 tensors and
+# 100 KB of header.
+MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 65_536
 MAX_DIMENSIONS = 16
+MAX_NAME_BYTES = 4096
+# Objects, arrays and values: what bounds the memory of a parsed header. A name, a type, a shape and two offsets for each
+# tensor, and text about the file.
+_MAX_CONTAINERS = 3 * MAX_TENSORS + 1_000
+_MAX_VALUES = 12 * MAX_TENSORS
 
+# data type: (bits of an element, layout)
 _DTYPES: dict[str, tuple[int, Layout]] = {
-    "F64": (8, Layout.F64),
-    "F32": (4, Layout.F32),
-    "F16": (2, Layout.F16),
-    "BF16": (2, Layout.BF16),
-    "F8_E4M3": (1, Layout.F8),
-    "F8_E5M2": (1, Layout.F8),
-    "I64": (8, Layout.I64),
-    "U64": (8, Layout.I64),
-    "I32": (4, Layout.I32),
-    "U32": (4, Layout.I32),
-    "I16": (2, Layout.I16),
-    "U16": (2, Layout.I16),
-    "I8": (1, Layout.I8),
-    "U8": (1, Layout.U8),
-    "BOOL": (1, Layout.U8),
+    "F64": (64, Layout.F64),
+    "F32": (32, Layout.F32),
+    "C64": (64, Layout.F32),
+    "F16": (16, Layout.F16),
+    "BF16": (16, Layout.BF16),
+    "F8_E4M3": (8, Layout.F8),
+    "F8_E5M2": (8, Layout.F8),
+    "F8_E4M3FNUZ": (8, Layout.F8),
+    "F8_E5M2FNUZ": (8, Layout.F8),
+    "F8_E8M0": (8, Layout.U8),
+    "F4": (4, Layout.PACKED4),
+    "I64": (64, Layout.I64),
+    "U64": (64, Layout.I64),
+    "I32": (32, Layout.I32),
+    "U32": (32, Layout.I32),
+    "I16": (16, Layout.I16),
+    "U16": (16, Layout.I16),
+    "I8": (8, Layout.I8),
+    "U8": (8, Layout.U8),
+    "BOOL": (8, Layout.U8),
 }
 
 
@@ -45,7 +58,7 @@ def parse_safetensors(source: ReadAt) -> tuple[Region, ...]:
     """Map a safetensors file.
 
     Raises:
-        ModelFileError: The header is damaged, or offsets do not cover the data exactly.
+        ModelFileError: The header is damaged or beyond the limits above, or offsets do not cover the data exactly.
     """
     cursor = Cursor(source, "safetensors")
     header_length = cursor.unsigned(8, "header length")
@@ -66,10 +79,14 @@ def parse_safetensors(source: ReadAt) -> tuple[Region, ...]:
         position = tensor.end
     if position != source.length:
         raise ModelFileError(f"safetensors: the tensors end at {position}, the file at {source.length}")
-    return cover(tensors, source.length)
+    return cover(with_packing(tensors), source.length)
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
+    # Counted in the text, where a string may hold such characters too: real headers stay far below.
+    containers = text.count(b"{") + text.count(b"[")
+    if containers > _MAX_CONTAINERS or text.count(b",") > _MAX_VALUES:
+        raise ModelFileError("safetensors: the header has more entries than are accepted")
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -87,26 +104,38 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: Any, data_start: int) -> Region:
+    _check_name(name)
     if not isinstance(entry, dict):
         raise ModelFileError(f"safetensors: tensor {name!r} is not described by an object")
     dtype = entry.get("dtype")
-    shape = _sizes(entry.get("shape"), MAX_DIMENSIONS)
+    dims = _sizes(entry.get("shape"), MAX_DIMENSIONS)
     offsets = _sizes(entry.get("data_offsets"), 2)
-    if shape is None or offsets is None or len(offsets) != 2:
+    if dims is None or offsets is None or len(offsets) != 2:
         raise ModelFileError(f"safetensors: tensor {name!r} has a wrong shape or wrong offsets")
     start, end = offsets
     if start > end:
         raise ModelFileError(f"safetensors: tensor {name!r} ends before it starts")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        # Newer data types (FP4, FP6) are carried as they are.
-        return Region(name, Layout.RAW, data_start + start, end - start, shape)
-    width, layout = _DTYPES[dtype]
-    if end - start != math.prod(shape) * width:
+        # Newer data types (FP6) are carried as they are.
+        return Region(name, Layout.RAW, data_start + start, end - start, dims)
+    bits, layout = _DTYPES[dtype]
+    if 8 * (end - start) != math.prod(dims) * bits:
         raise ModelFileError(
             f"safetensors: tensor {name!r} has {end - start} bytes, its shape needs another number"
         )
-    row_bytes = shape[-1] * width if shape else width
-    return Region(name, layout, data_start + start, end - start, shape, row_bytes)
+    row_bits = row_elements(dims) * bits
+    return Region(name, layout, data_start + start, end - start, dims, 0 if row_bits % 8 else row_bits // 8)
+
+
+def _check_name(name: str) -> None:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        raise ModelFileError("safetensors: a tensor name is not UTF-8") from error
+    if length > MAX_NAME_BYTES:
+        raise ModelFileError(
+            f"safetensors: a tensor name has {length} bytes, at most {MAX_NAME_BYTES} are accepted"
+        )
 
 
 def _sizes(value: Any, limit: int) -> tuple[int, ...] | None:

@@ -34,6 +34,9 @@ GGML_NUMBERS = {
     Layout.IQ4_NL: 20,
     Layout.IQ4_XS: 23,
     Layout.BF16: 30,
+    Layout.TQ2_0: 35,
+    Layout.MXFP4: 39,
+    Layout.NVFP4: 40,
 }
 
 
@@ -52,6 +55,9 @@ def blocks(layout: Layout, count: int, seed: int) -> bytes:
     fields = row.split(rng.integers(0, 256, (count, row.block_bytes), dtype=np.uint8))
     for name in ("d", "m", "dmin"):
         if name in fields:
+            if row.fields[0].width == 8:  # exponents
+                fields[name] = 96 + fields[name] % 24
+                continue
             scales = (0.01 + 0.002 * rng.standard_normal((count, 1))).astype(np.float16)
             fields[name] = scales.view(np.uint16)
     return row.join(fields).tobytes()
@@ -154,20 +160,37 @@ def safetensors_file(tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]]) 
     return struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in tensors.values())
 
 
+_ONNX_TYPES = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8, "uint8": TensorProto.UINT8}
+_ONNX_TYPES |= {"float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
+
+
 def onnx_file(tensors: Mapping[str, npt.NDArray[Any]], *, matmul_nbits: str = "", doc: str = "") -> bytes:
     """Write an ONNX file with the given initializers; one of them may be the weights of a MatMulNBits node."""
-    types = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8, "uint8": TensorProto.UINT8}
-    types |= {"float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
-    initializers = [
-        helper.make_tensor(name, types[str(values.dtype)], values.shape, values.tobytes(), raw=True)
-        for name, values in tensors.items()
-    ]
     node = helper.make_node("Identity", ["x"], ["y"])
     if matmul_nbits:
         node = helper.make_node("MatMulNBits", ["x", matmul_nbits, "scales"], ["y"], domain="com.microsoft")
+    initializers = [
+        helper.make_tensor(name, _ONNX_TYPES[str(values.dtype)], values.shape, values.tobytes(), raw=True)
+        for name, values in tensors.items()
+    ]
+    return onnx_model([node], initializers, doc)
+
+
+def external_tensor(name: str, values: npt.NDArray[Any], **entries: str) -> TensorProto:
+    """An initializer whose bytes lie elsewhere, with the given entries of `external_data`."""
+    tensor = TensorProto(name=name, dims=values.shape, data_type=_ONNX_TYPES[str(values.dtype)])
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    return tensor
+
+
+def onnx_model(nodes: Sequence[Any], initializers: Sequence[TensorProto], doc: str = "") -> bytes:
+    """Write an ONNX file."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
-    graph = helper.make_graph([node], "graph", [x], [y], initializers, doc_string=doc)
+    graph = helper.make_graph(nodes, "graph", [x], [y], initializers, doc_string=doc)
     data: bytes = helper.make_model(graph, producer_name="whimbrel-tests").SerializeToString()
     return data
 

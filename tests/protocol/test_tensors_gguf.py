@@ -31,10 +31,10 @@ def test_a_file_of_the_reference_writer_is_mapped_tensor_by_tensor(tmp_path: Pat
     )
     parsed = parse_gguf(source(data))
     assert regions_cover(data, parsed.regions)
-    assert [(t.name, t.layout, t.length, t.shape, t.row_bytes) for t in parsed.tensors] == [
-        ("embd", Layout.Q8_0, 8 * 68, (64, 8), 68),
+    assert [(t.name, t.layout, t.length, t.dims, t.row_bytes) for t in parsed.tensors] == [
+        ("embd", Layout.Q8_0, 8 * 68, (8, 64), 68),
         ("norm", Layout.F32, 256, (64,), 256),
-        ("ffn", Layout.Q4_0, 4 * 36, (64, 4), 36),
+        ("ffn", Layout.Q4_0, 4 * 36, (4, 64), 36),
     ]
     assert parsed.metadata["general.architecture"] == "llama"
 
@@ -48,6 +48,18 @@ def test_types_without_a_known_inside_are_raw_regions_with_a_name() -> None:
     data = GgufBuilder([GgufTensor("w", (256,), 16, bytes(66))]).build()
     tensors = parse_gguf(source(data)).tensors
     assert [(t.name, t.layout, t.length) for t in tensors] == [("w", Layout.RAW, 66)]
+
+
+def test_a_type_from_after_this_was_written_ends_where_the_next_tensor_starts() -> None:
+    tensors = [GgufTensor("new", (32,), 1000, bytes(70)), GgufTensor("w", (32, 2), 2, bytes(36))]
+    parsed = parse_gguf(source(GgufBuilder(tensors).build())).tensors
+    assert [(t.name, t.layout, t.length) for t in parsed] == [("new", Layout.RAW, 96), ("w", Layout.Q4_0, 36)]
+
+
+def test_rows_of_a_convolution_are_not_the_width_of_its_kernel() -> None:
+    data = GgufBuilder([GgufTensor("conv", (3, 80, 16), 1, bytes(2 * 3 * 80 * 16))]).build()
+    tensor = parse_gguf(source(data)).tensors[0]
+    assert (tensor.dims, tensor.row_bytes) == ((16, 80, 3), 2 * 3 * 80)
 
 
 REFUSED = {
@@ -74,7 +86,7 @@ REFUSED = {
     "name occurs twice": GgufBuilder([_TENSOR, _TENSOR]),
     "5 dimensions": GgufBuilder([GgufTensor("w", (32, 1, 1, 1, 1), 2, bytes(18))]),
     "dimension of 0": GgufBuilder([GgufTensor("w", (32, 0), 2, b"")]),
-    "unknown type 4": GgufBuilder([GgufTensor("w", (32,), 4, bytes(18))]),
+    "has 0 bytes": GgufBuilder([GgufTensor("w", (32,), 4, b"")]),
     "not a multiple of 32": GgufBuilder([GgufTensor("w", (33,), 2, bytes(18))]),
     "has offset 64": GgufBuilder([GgufTensor("w", (32,), 2, bytes(18), offset=64)]),
     "ends at": GgufBuilder([GgufTensor("w", (1 << 40, 1 << 20), 2, bytes(18))]),
