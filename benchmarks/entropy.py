@@ -113,7 +113,7 @@ def conditional_bytes(base: ReadAt, new: ReadAt) -> int:
     bits = 0.0
     for number, region in enumerate(map_regions(new)):
         old = by_name.get(region.name)
-        if old is None or old.layout != region.layout or old.shape[:1] != region.shape[:1]:
+        if old is None or old.layout != region.layout or old.dims[1:] != region.dims[1:]:
             old = unnamed[min(number, len(unnamed) - 1)] if unnamed and not region.name else None
             bits += 8 * _plain_bytes(base, new, old, region)
         else:

@@ -50,7 +50,7 @@ def as_type(name: str, values: Array, kind: Any) -> Stored:
 
 
 def write_gguf(template: Path, out: Path, tensors: Iterable[Stored], changes: Mapping[str, Any]) -> None:
-    """Writes tensors behind the metadata of a template.
+    """Writes tensors behind the metadata of a template; all of them are held until the header is complete.
 
     Args:
         template: Whose metadata is taken, key by key in its order.
@@ -58,6 +58,17 @@ def write_gguf(template: Path, out: Path, tensors: Iterable[Stored], changes: Ma
         tensors: In the order in which they shall stand.
         changes: Values for keys of the template that shall differ.
     """
+    writer = start_gguf(template, out, changes)
+    for tensor in tensors:
+        writer.add_tensor(tensor.name, np.ascontiguousarray(tensor.data), raw_dtype=tensor.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def start_gguf(template: Path, out: Path, changes: Mapping[str, Any]) -> gguf.GGUFWriter:
+    """A writer that has the metadata of a template, with some values changed, and no tensors yet."""
     reader = gguf.GGUFReader(template)
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
@@ -66,9 +77,4 @@ def write_gguf(template: Path, out: Path, tensors: Iterable[Stored], changes: Ma
         element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         value = changes[key] if key in changes else field.contents()
         writer.add_key_value(key, value, field.types[0], sub_type=element)
-    for tensor in tensors:
-        writer.add_tensor(tensor.name, np.ascontiguousarray(tensor.data), raw_dtype=tensor.kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    return writer

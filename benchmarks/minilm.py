@@ -37,7 +37,7 @@ def load(weights: Path) -> Bert:
     model = Bert(Size())
     tensors = {
         region.name: torch.from_numpy(
-            np.frombuffer(content[region.offset : region.end], np.float32).reshape(region.shape).copy()
+            np.frombuffer(content[region.offset : region.end], np.float32).reshape(region.dims).copy()
         )
         for region in parse_safetensors(BytesSource(content))
         if region.name.endswith((".weight", ".bias")) and not region.name.startswith("pooler")

@@ -7,8 +7,6 @@ was at. Training takes some minutes for each version; downloads are pinned by di
 import argparse
 import re
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,53 +14,9 @@ import numpy as np
 from benchmarks import edits, minilm, smollm2, wheels
 from benchmarks.catalog import CACHE, PAIRS, missing, select
 from benchmarks.finetune import RECIPES
+from benchmarks.workshop import Rule, Workshop
 from examples.smollm2.fetch import MODEL_NAME, fetch
-from protocol.errors import RequestError, StorageError, WhimbrelError
-
-Rule = Callable[["Workshop", re.Match[str], Path], None]
-
-
-class Workshop:
-    """Makes files in a folder by rules, and first what they are made of.
-
-    Args:
-        cache: The folder; made when it is missing.
-        report: Takes lines about the progress.
-    """
-
-    def __init__(self, cache: Path, report: Callable[[str], None]) -> None:
-        self._cache = cache
-        self.report = report
-
-    def file(self, name: str) -> Path:
-        """The path of a file, which is made when it is missing.
-
-        Raises:
-            RequestError: No rule makes such a file.
-            StorageError: The folder cannot be written.
-        """
-        path = self._cache / name
-        if path.is_file():
-            return path
-        for pattern, rule in RULES:
-            if match := re.fullmatch(pattern, name):
-                self._make(rule, match, path)
-                return path
-        raise RequestError(f"{name} is no file of a pair")
-
-    def _make(self, rule: Rule, match: re.Match[str], path: Path) -> None:
-        started = time.monotonic()
-        # Beside the target, so that the last step is a rename: a killed run leaves no half file behind.
-        part = path.with_name(f".part-{path.name}")
-        try:
-            self._cache.mkdir(parents=True, exist_ok=True)
-            rule(self, match, part)
-            part.replace(path)
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}", hint="see --cache") from error
-        finally:
-            part.unlink(missing_ok=True)
-        self.report(f"{path.name}: {path.stat().st_size:,} bytes, {time.monotonic() - started:.0f} s")
+from protocol.errors import RequestError, WhimbrelError
 
 
 def _model(_shop: Workshop, _: re.Match[str], out: Path) -> None:
@@ -97,7 +51,7 @@ def _grown(shop: Workshop, _: re.Match[str], out: Path) -> None:
 
 
 def _quantized(shop: Workshop, match: re.Match[str], out: Path) -> None:
-    smollm2.quantize(shop.file(f"{match[1]}.bf16.gguf"), out, match[2])
+    smollm2.quantize_as(shop.file(f"{match[1]}.bf16.gguf"), out, match[2])
 
 
 def _renamed(shop: Workshop, _: re.Match[str], out: Path) -> None:
@@ -163,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(pair.name for pair in PAIRS))
         return 0
-    shop = Workshop(options.cache, lambda line: print(f"  {line}", flush=True))
+    shop = Workshop(options.cache, RULES, lambda line: print(f"  {line}", flush=True))
     try:
         pairs = select(options.patterns)
         if not pairs:

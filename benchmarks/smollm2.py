@@ -1,22 +1,18 @@
 """SmolLM2-135M in several versions: the base in bfloat16, training, llama.cpp's quantizer."""
 
-import ctypes
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.finetune import RECIPES, train, training_text
 from benchmarks.gguf_files import as_bf16, read_stored, read_weights, write_gguf
 from benchmarks.weights import extrapolate, relative_change, round_bf16
-from examples.smollm2.llama import Model
+from examples.smollm2.llama import Model, quantize
 from examples.smollm2.model_file import read_shape
 from examples.smollm2.transformer import Array
-from protocol.errors import EngineError
 
 # How llama.cpp numbers the kinds of files that it writes (llama_ftype in llama.h).
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}
@@ -73,18 +69,13 @@ def write_far(model: Path, base: Path, trained: Path, out: Path) -> None:
     _write(model, extrapolate(read_weights(base), read_weights(trained), FAR_FACTOR), out)
 
 
-def quantize(source: Path, out: Path, file_type: str) -> None:
-    """Quantizes a BF16 file with llama.cpp's own quantizer.
+def quantize_as(source: Path, out: Path, kind: str) -> None:
+    """Quantizes a BF16 file to one of `FILE_TYPES`.
 
     Raises:
         EngineError: llama.cpp refuses.
     """
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = FILE_TYPES[file_type]
-    parameters.nthread = os.cpu_count() or 1
-    code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters))
-    if code != 0:
-        raise EngineError(f"llama.cpp cannot quantize {source.name}: code {code}")
+    quantize(source, out, FILE_TYPES[kind])
 
 
 def _write(model: Path, weights: dict[str, Array], out: Path) -> None:

@@ -11,3 +11,11 @@ pin --constraint locks/dev.lock --extra simulator --extra examples --extra edita
 pin --constraint locks/dev.lock --extra simulator --extra examples --extra editable --extra llama --output-file locks/llm.lock
 pin --constraint locks/dev.lock --extra wheels --output-file locks/wheels.lock
 pin --constraint locks/dev.lock --extra vectors --output-file locks/vectors.lock
+
+# On Linux the ordinary build of PyTorch asks for several GB of CUDA, which nothing here uses. Without those packages in the
+# lock file only the CPU build of the same version can be installed, whose digest is added (CPython 3.11 on x86-64).
+bench=(--constraint locks/dev.lock --extra bench --output-file locks/bench.lock)
+pin "${bench[@]}"
+mapfile -t cuda < <(sed -nE 's/^((cuda|nvidia|triton)[a-z0-9-]*)==.*/--no-emit-package=\1/p' locks/bench.lock)
+pin "${bench[@]}" "${cuda[@]}"
+sed -i -E 's/^torch==2\.13\.0 \\$/&\n    --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b \\/' locks/bench.lock
