@@ -62,6 +62,6 @@ def write_retyped(source: Path, weights: Path, out: Path) -> None:
     write_gguf(source, out, tensors, {})
 
 
-def write_random(seed: int, out: Path) -> None:
+def write_random(seed: int, out: Path, length: int = RANDOM_BYTES) -> None:
     """Bytes without any structure."""
-    out.write_bytes(np.random.default_rng(seed).bytes(RANDOM_BYTES))
+    out.write_bytes(np.random.default_rng(seed).bytes(length))

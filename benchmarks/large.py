@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(_table(rows))
-    complaints = _complaints(rows)
-    print("\n".join(complaints) or "time is linear and memory bounded")
-    return 1 if complaints else 0
+    found = complaints(rows)
+    print("\n".join(found) or "time is linear and memory bounded")
+    return 1 if found else 0
 
 
 def _sizes(text: str) -> list[float]:
@@ -159,8 +159,9 @@ def _cells(row: Row) -> list[str]:
     return cells
 
 
-def _complaints(rows: list[Row]) -> list[str]:
-    complaints = [f"{row.pair} {row.method}: {row.error}" for row in rows if row.error]
+def complaints(rows: list[Row]) -> list[str]:
+    """What is out of bounds, in words; nothing when all is well."""
+    found = [f"{row.pair} {row.method}: {row.error}" for row in rows if row.error]
     done = [row for row in rows if row.build and row.apply]
     for row in done:
         for what, cost, limit in (
@@ -168,7 +169,7 @@ def _complaints(rows: list[Row]) -> list[str]:
             ("apply", row.apply, APPLY_BYTES_MAX),
         ):
             if cost and cost.peak_bytes > limit:
-                complaints.append(
+                found.append(
                     f"{row.pair} {row.method}: {what} takes {cost.peak_bytes / 1e6:.0f} MB, more than {limit / 1e6:.0f}"
                 )
     for method in dict.fromkeys(row.method for row in done):
@@ -176,10 +177,10 @@ def _complaints(rows: list[Row]) -> list[str]:
         for what in ("build", "apply"):
             slower = _seconds_per_byte(same[-1], what) / _seconds_per_byte(same[0], what)
             if slower > LINEAR_MAX:
-                complaints.append(
+                found.append(
                     f"{method}: a byte of {same[-1].pair} takes {slower:.2f} times the {what} time of one of {same[0].pair}"
                 )
-    return complaints
+    return found
 
 
 def _seconds_per_byte(row: Row, what: str) -> float:
