@@ -12,10 +12,14 @@ pin --constraint locks/dev.lock --extra simulator --extra examples --extra edita
 pin --constraint locks/dev.lock --extra wheels --output-file locks/wheels.lock
 pin --constraint locks/dev.lock --extra vectors --output-file locks/vectors.lock
 
-# On Linux the ordinary build of PyTorch asks for several GB of CUDA, which nothing here uses. Without those packages in the
-# lock file only the CPU build of the same version can be installed, whose digest is added (CPython 3.11 on x86-64).
+# On Linux the ordinary build of PyTorch brings several GB of CUDA, which nothing here uses: there the CPU build of the same
+# version is pinned (for CPython 3.11 on x86-64), which pip finds in PyTorch's own index or in a folder of PIP_FIND_LINKS.
 bench=(--constraint locks/dev.lock --extra bench --output-file locks/bench.lock)
 pin "${bench[@]}"
 mapfile -t cuda < <(sed -nE 's/^((cuda|nvidia|triton)[a-z0-9-]*)==.*/--no-emit-package=\1/p' locks/bench.lock)
 pin "${bench[@]}" "${cuda[@]}"
-sed -i -E 's/^torch==2\.13\.0 \\$/&\n    --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b \\/' locks/bench.lock
+sed -i "s/^torch==2\.13\.0 /torch==2.13.0 ; sys_platform != 'linux' /" locks/bench.lock
+cat >>locks/bench.lock <<'LINUX'
+torch==2.13.0+cpu ; sys_platform == 'linux' \
+    --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+LINUX
