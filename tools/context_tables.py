@@ -8,6 +8,7 @@ same numbers go into a C header and a Python module; a test regenerates both.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,8 +49,7 @@ def offset_classes() -> list[int]:
     """The class of each multiple of 64 from 0 to half a step."""
     edges = offset_edges()
     return [
-        max(k for k, edge in enumerate(edges) if edge <= value)
-        for value in range(0, _HALF + 1, _OFFSET_UNIT)
+        max(k for k, edge in enumerate(edges) if edge <= value) for value in range(0, _HALF + 1, _OFFSET_UNIT)
     ]
 
 
@@ -81,7 +81,7 @@ def _outcome_probability(outcome: int, offset: float, spread: float, *, is_near:
 
 def _middles() -> list[float]:
     edges = [*offset_edges(), _HALF]
-    return [(low + high) / 2 / 65536 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [(low + high) / 2 / 65536 for low, high in pairwise(edges)]
 
 
 def _spread(index: int) -> float:
@@ -187,7 +187,7 @@ def sharpnesses() -> list[int]:
 
 def _probability(octaves: float) -> int:
     one = 1 << _PROBABILITY_BITS
-    odds = 2.0**octaves
+    odds = math.exp2(octaves)
     return min(max(round(one * odds / (1 + odds)), 64), one - 64)
 
 
