@@ -9,6 +9,7 @@ BIN := .venv/bin
 DEVICES ?= 36
 SEED ?= 1
 COUNT ?= 200
+MINUTES ?= 1
 
 # The environment is known by the lock file that it was made from.
 define environment
@@ -60,6 +61,11 @@ format: setup ## format the code
 kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200)
 	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED)
 
+.PHONY: fuzz
+fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 1); fails on a finding
+	$(call environment,fuzz)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
 .PHONY: bench-transport
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport
@@ -73,6 +79,11 @@ wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetc
 arm64-vectors: ## apply the golden vectors on an emulated 64-bit ARM processor (needs Debian and qemu-user-static)
 	$(call environment,wheels)
 	$(BIN)/python -m tools.arm64 tests/protocol/test_delta_vectors.py
+
+.PHONY: bench-native
+bench-native: ## measure C with ctypes against numba, Cython, Rust and pure Python, also on an emulated ARM processor
+	$(call environment,wheels)
+	$(BIN)/python -m benchmarks.native
 
 .PHONY: diagram
 diagram: setup ## write the state diagram into README.md and protocol/SPEC.md

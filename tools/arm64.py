@@ -154,7 +154,8 @@ def main(modules: list[str]) -> None:
     run_folder = FOLDER / "run"
     shutil.rmtree(run_folder, ignore_errors=True)
     shutil.copytree(ROOT / "tests", run_folder / "tests")
-    pytest = ["-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "--import-mode=importlib", "--timeout=1800"]
+    shutil.copy(ROOT / "pyproject.toml", run_folder)
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=1800"]
     for native in ("1", "0"):
         environment = {
             "PYTHONPATH": os.pathsep.join(str(FOLDER / name) for name in ("whimbrel", "packages", "run")),
@@ -163,11 +164,7 @@ def main(modules: list[str]) -> None:
         }
         with step(f"the modules with WHIMBREL_NATIVE={native}"):
             run([*interpreter(qemu), "-W", "error", "-c", WHO], cwd=run_folder, environment=environment)
-            run(
-                [*interpreter(qemu), *pytest, "-c", os.devnull, "--rootdir", run_folder, *modules],
-                cwd=run_folder,
-                environment=environment,
-            )
+            run([*interpreter(qemu), *pytest, *modules], cwd=run_folder, environment=environment)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,17 @@ import hashlib
 import zlib
 
 from protocol.delta.bsdiff import decode_bsdiff
-from protocol.delta.compression import decompress
-from protocol.delta.format import SEGMENT_DIGEST_BYTES, Codec, Header, SegmentHeader, check_memory
+from protocol.delta.compression import decompress, decompress_up_to
+from protocol.delta.context import ContextModel
+from protocol.delta.format import (
+    SEGMENT_DIGEST_BYTES,
+    TABLES_BYTES_MAX,
+    Codec,
+    Header,
+    SegmentHeader,
+    check_memory,
+)
+from protocol.delta.runs import Basis, read_context_runs
 from protocol.delta.tensor import decode_tensor, read_runs, working_bytes
 from protocol.errors import PatchError, WrongBaseError
 from protocol.tensors.regions import ReadAt
@@ -28,18 +37,41 @@ def segment_digest(result: bytes) -> bytes:
     return hashlib.sha256(result).digest()[:SEGMENT_DIGEST_BYTES]
 
 
-def decode_segment(segment: SegmentHeader, body: bytes, base: ReadAt, header: Header) -> bytes:
+def read_tables(segment: SegmentHeader, body: bytes) -> Basis:
+    """Return what a tables record brings.
+
+    Raises:
+        PatchError: It is damaged, or out of bounds.
+    """
+    _check_body(segment, body)
+    return Basis.unpack(decompress_up_to(body, TABLES_BYTES_MAX))
+
+
+def _check_body(segment: SegmentHeader, body: bytes) -> None:
+    if zlib.crc32(body) != segment.body_crc:
+        raise PatchError(f"the payload of a {segment.codec.name.lower()} record is damaged")
+
+
+def decode_segment(
+    segment: SegmentHeader, body: bytes, base: ReadAt, header: Header, model: ContextModel
+) -> bytes:
     """Return the result of a segment that `check_segment` accepted, verified by its digest.
+
+    Args:
+        segment: Its header.
+        body: Parameters and payload.
+        base: The base.
+        header: Of the file.
+        model: What context segments go on from; moved on by them.
 
     Raises:
         PatchError: The body is damaged.
         PatchLimitError: Its runs need more memory than the header declared.
         WrongBaseError: The body is whole, and the base does not give the result.
     """
-    if zlib.crc32(body) != segment.body_crc:
-        raise PatchError("a segment's payload is damaged")
+    _check_body(segment, body)
     window = read_window(base, segment.window_offset, segment.window_length)
-    result = _decode(segment, body, window, header)
+    result = _decode(segment, body, window, header, model)
     if len(result) != segment.result_length or segment_digest(result) != segment.digest:
         if segment.window_length:
             raise WrongBaseError(
@@ -50,7 +82,7 @@ def decode_segment(segment: SegmentHeader, body: bytes, base: ReadAt, header: He
     return result
 
 
-def _decode(segment: SegmentHeader, body: bytes, window: bytes, header: Header) -> bytes:
+def _decode(segment: SegmentHeader, body: bytes, window: bytes, header: Header, model: ContextModel) -> bytes:
     codec = segment.codec
     if codec is Codec.COPY:
         return window
@@ -60,8 +92,13 @@ def _decode(segment: SegmentHeader, body: bytes, window: bytes, header: Header) 
         return decompress(body, segment.result_length)
     if codec is Codec.BSDIFF:
         return decode_bsdiff(body, window, segment.result_length)
+    parameters, payload = body[: segment.parameter_length], body[segment.parameter_length :]
+    if codec is Codec.CONTEXT:
+        if not segment.continues:
+            model.reset()
+        context_runs = read_context_runs(parameters, segment.result_length, len(window), model.basis)
+        return model.decode(context_runs, window, payload)
     if codec is Codec.TENSOR:
-        parameters, payload = body[: segment.parameter_length], body[segment.parameter_length :]
         runs = read_runs(parameters, segment.result_length, len(window))
         check_memory(segment, header, working_bytes(runs))
         return decode_tensor(payload, window, runs)

@@ -20,7 +20,7 @@ MAGIC = b"\x89WBD\r\n\x1a\n"
 """As PNG does it: a file that went through a text conversion is recognised."""
 
 FORMAT_VERSION = 1
-CODEC_REVISION = 1
+CODEC_REVISION = 2
 """Raised when a codec of the ladder changes its meaning; a reader refuses a later one before the first segment."""
 
 SEGMENT_BYTES_MAX = 4 << 20
@@ -62,8 +62,8 @@ class Codec(IntEnum):
     SELF = 2  # zstd, without a base
     BSDIFF = 3
     TENSOR = 4  # fields and residuals, compressed with zstd
-    CONTEXT = 5  # reserved: fields and residuals under a context model
-    TABLES = 6  # reserved: side information for following segments, no result
+    CONTEXT = 5  # fields under an adaptive model of how weights move
+    TABLES = 6  # side information for the context segments that follow, no result
     NOTES = 7  # for people who inspect the file, no result
     END = 255
 
@@ -75,9 +75,14 @@ class Profile(IntEnum):
     SMALL = 2
 
 
-_KNOWN_FLAGS = 0
-"""Segment flag 1 is reserved for `continues`: the segment needs the state that the one before left behind. Header flags
-1 and 2 are reserved for descending order and for application in place. This version sets and accepts none."""
+FLAG_CONTINUES = 1
+"""Segment flag: a context segment goes on with the model that the one before left behind. Header flags 1 and 2 are reserved for
+descending order and for application in place; this version sets and accepts none."""
+
+WITHOUT_RESULT = frozenset({Codec.TABLES, Codec.NOTES})
+
+TABLES_BYTES_MAX = 65_536
+"""Content of one tables record, unpacked and packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +187,7 @@ class SegmentHeader:
         payload_length: Bytes after the parameters.
         digest: First half of the SHA-256 of the segment's result.
         body_crc: CRC-32 of parameters and payload.
+        continues: The segment needs the model that the context segment before it left behind.
     """
 
     SIZE: ClassVar[int] = RECORD_BYTES
@@ -194,6 +200,7 @@ class SegmentHeader:
     payload_length: int
     digest: bytes
     body_crc: int
+    continues: bool = False
 
     @property
     def body_length(self) -> int:
@@ -204,7 +211,7 @@ class SegmentHeader:
         """Return the record, bound to its place in this file."""
         body = _SEGMENT.pack(
             self.codec,
-            0,
+            FLAG_CONTINUES if self.continues else 0,
             self.parameter_length,
             self.result_length,
             self.window_length,
@@ -260,20 +267,28 @@ def unpack_record(data: bytes, position: Position) -> SegmentHeader | EndRecord:
     """
     if zlib.crc32(data[:-4], position.seed()) != _CRC.unpack(data[-4:])[0]:
         raise PatchError(f"the record at byte {position.patch_offset} of the delta file is damaged")
-    if data[1] & ~_KNOWN_FLAGS:
+    if data[1] & ~(FLAG_CONTINUES if data[0] == Codec.CONTEXT else 0):
         raise PatchError(f"a segment has unknown flags {data[1]:#x}", hint="install a newer Whimbrel")
     if data[0] == Codec.END:
         _, _, zero, segments, result_length, patch_length, digest, zeros = _END.unpack_from(data)
         if zero or zeros:
             raise PatchError("the end record has unknown fields")
         return EndRecord(segments, result_length, patch_length, digest)
-    codec, _, parameters, result_length, window_length, payload, window_offset, digest, crc = (
+    codec, flags, parameters, result_length, window_length, payload, window_offset, digest, crc = (
         _SEGMENT.unpack_from(data)
     )
-    if codec not in set(Codec) or codec in {Codec.CONTEXT, Codec.TABLES}:
+    if codec not in set(Codec):
         raise PatchError(f"a segment has the unknown codec {codec}", hint="install a newer Whimbrel")
     return SegmentHeader(
-        Codec(codec), parameters, result_length, window_offset, window_length, payload, digest, crc
+        Codec(codec),
+        parameters,
+        result_length,
+        window_offset,
+        window_length,
+        payload,
+        digest,
+        crc,
+        bool(flags & FLAG_CONTINUES),
     )
 
 
@@ -284,13 +299,8 @@ def check_segment(segment: SegmentHeader, header: Header, result_offset: int) ->
         PatchError: Offsets or lengths leave their file, or contradict the codec.
         PatchLimitError: It is larger than the format or the header allows, or needs more memory.
     """
-    if segment.codec is Codec.NOTES:
-        if segment.result_length or segment.window_length or segment.parameter_length:
-            raise PatchError("a note record has a result")
-        if segment.payload_length > NOTES_BYTES_MAX:
-            raise PatchLimitError(
-                f"a note record has {segment.payload_length} bytes, limit {NOTES_BYTES_MAX}"
-            )
+    if segment.codec in WITHOUT_RESULT:
+        _check_without_result(segment)
         return
     if not 1 <= segment.result_length <= header.segment_bytes_max:
         raise PatchLimitError(
@@ -318,6 +328,15 @@ def check_segment(segment: SegmentHeader, header: Header, result_offset: int) ->
         )
 
 
+def _check_without_result(segment: SegmentHeader) -> None:
+    name = segment.codec.name.lower()
+    limit = NOTES_BYTES_MAX if segment.codec is Codec.NOTES else TABLES_BYTES_MAX
+    if segment.result_length or segment.window_length or segment.parameter_length:
+        raise PatchError(f"a {name} record has a result")
+    if segment.payload_length > limit:
+        raise PatchLimitError(f"a {name} record has {segment.payload_length} bytes, limit {limit}")
+
+
 def check_memory(segment: SegmentHeader, header: Header, working_bytes: int = 0) -> None:
     """Check what decoding a segment takes against what the header declared.
 
@@ -336,7 +355,7 @@ def check_memory(segment: SegmentHeader, header: Header, working_bytes: int = 0)
 def _check_codec_lengths(segment: SegmentHeader) -> None:
     codec = segment.codec
     has_parameters = segment.parameter_length > 0
-    if has_parameters != (codec is Codec.TENSOR):
+    if has_parameters != (codec in {Codec.TENSOR, Codec.CONTEXT}):
         raise PatchError(f"a {codec.name.lower()} segment has a wrong number of parameters")
     if codec is Codec.COPY and (segment.payload_length or segment.window_length != segment.result_length):
         raise PatchError("a copy segment has a payload or a window of another length")
@@ -351,7 +370,14 @@ MEMORY_FIXED_BYTES = 4 << 20
 
 # Bytes of working memory per byte of result, beside payload, base window and result. For tensor segments this is the
 # least; their runs tell the rest (`tensor.working_bytes`).
-_WORKING_FACTORS = {Codec.COPY: 0, Codec.RAW: 0, Codec.SELF: 1, Codec.BSDIFF: 4, Codec.TENSOR: 2}
+_WORKING_FACTORS = {
+    Codec.COPY: 0,
+    Codec.RAW: 0,
+    Codec.SELF: 1,
+    Codec.BSDIFF: 4,
+    Codec.TENSOR: 2,
+    Codec.CONTEXT: 16,  # of the reference in Python; the library takes 2
+}
 
 
 def segment_memory_bytes(

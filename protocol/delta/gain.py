@@ -21,15 +21,27 @@ def with_gains(runs: Sequence[Run], result: bytes, window: bytes) -> list[Run]:
     fitted: list[Run] = []
     position = 0
     for run in runs:
+        new = result[position : position + run.length]
         gain = None
-        if NAME_BY_NUMBER[run.layout] in _FITTED and run.base_offset is not None:
-            layout = LAYOUT_BY_NUMBER[run.layout]
-            new = _codes(layout, result[position : position + run.length])
-            old = _codes(layout, window[run.base_offset : run.base_offset + run.length])
-            gain = _fit(layout, old, new)
+        if run.base_offset is not None:
+            gain = fit_gain(run, window[run.base_offset : run.base_offset + run.length], new)
         fitted.append(Run(run.layout, run.blocks, run.base_offset, gain))
         position += run.length
     return fitted
+
+
+def fit_gain(run: Run, old: bytes, new: bytes) -> tuple[int, int] | None:
+    """Return gain and offset of a run, or None where they do not help.
+
+    Args:
+        run: The run.
+        old: Its bytes in the base.
+        new: Its bytes in the result.
+    """
+    if NAME_BY_NUMBER[run.layout] not in _FITTED:
+        return None
+    layout = LAYOUT_BY_NUMBER[run.layout]
+    return _fit(layout, _codes(layout, old), _codes(layout, new))
 
 
 def _codes(layout: BlockLayout, data: bytes) -> Array:

@@ -2,12 +2,14 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from protocol.delta.codecs import read_tables
 from protocol.delta.format import (
     HEADER_PREFIX_BYTES,
     RECORD_BYTES,
+    WITHOUT_RESULT,
     Codec,
     EndRecord,
     Header,
@@ -19,7 +21,8 @@ from protocol.delta.format import (
 )
 from protocol.delta.layouts import NAME_BY_NUMBER
 from protocol.delta.notes import TensorNote, read_notes
-from protocol.delta.tensor import read_runs
+from protocol.delta.runs import Basis, ContextRun, read_context_runs
+from protocol.delta.tensor import Run, read_runs
 from protocol.errors import PatchError, TruncatedPatchError
 from protocol.tensors.regions import Layout, ReadAt
 
@@ -60,18 +63,24 @@ def inspect_delta(patch: ReadAt) -> Inspection:
     inspection = Inspection(Header.unpack(packed), patch.length)
     inspection.patch_bytes[Codec.END] = length + RECORD_BYTES
     header_crc = int.from_bytes(packed[-4:], "little")
+    basis: Basis | None = None
     for segment, body in _segments(patch, inspection.header, header_crc, length):
         codec = segment.codec
+        parameters = body[: segment.parameter_length]
+        runs: Sequence[Run | ContextRun] = ()
         inspection.segments[codec] += 1
         inspection.patch_bytes[codec] += RECORD_BYTES + len(body)
         inspection.result_bytes[codec] += segment.result_length
         if codec is Codec.TENSOR:
-            for run in read_runs(
-                body[: segment.parameter_length], segment.result_length, segment.window_length
-            ):
-                inspection.layout_bytes[NAME_BY_NUMBER[run.layout]] += run.length
+            runs = read_runs(parameters, segment.result_length, segment.window_length)
+        elif codec is Codec.CONTEXT:
+            runs = read_context_runs(parameters, segment.result_length, segment.window_length, basis)
+        elif codec is Codec.TABLES:
+            basis = read_tables(segment, body)
         elif codec is Codec.NOTES:
             inspection.tensors += read_notes(body)
+        for run in runs:
+            inspection.layout_bytes[NAME_BY_NUMBER[run.layout]] += run.length
     return inspection
 
 
@@ -100,7 +109,7 @@ def _segments(
         yield record, body
         position += len(body)
         result_offset += record.result_length
-        count += record.codec is not Codec.NOTES
+        count += record.codec not in WITHOUT_RESULT
 
 
 def _read(patch: ReadAt, offset: int, length: int) -> bytes:

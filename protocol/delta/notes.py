@@ -5,7 +5,7 @@ Written by the writer, passed over by devices, believed by nobody. SPEC section 
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +68,16 @@ class Notes:
     Args:
         regions: The new file's map.
         matches: What each region was matched with.
+
+    Attributes:
+        changed: Changed bytes of each tensor, by its index in the map.
     """
 
     def __init__(self, regions: Sequence[Region], matches: Sequence[Match]) -> None:
         self._regions = regions
         self._matches = matches
         self._offsets = [region.offset for region in regions]
-        self._changed: dict[int, int] = {}
+        self.changed: dict[int, int] = {}
 
     def add(self, plan: SegmentPlan, result: bytes, window: bytes, *, is_copy: bool) -> None:
         """Count the changed bytes of the tensors in a segment.
@@ -98,6 +101,11 @@ class Notes:
         if not plan.runs:
             self._add_raw(plan, result, window)
 
+    def merge(self, changed: Mapping[int, int]) -> None:
+        """Take in what was counted elsewhere."""
+        for index, count in changed.items():
+            self.changed[index] = self.changed.get(index, 0) + count
+
     def _add_raw(self, plan: SegmentPlan, result: bytes, window: bytes) -> None:
         """Count a segment of a tensor whose inside is not known; each is planned by itself."""
         index = bisect_right(self._offsets, plan.result_offset) - 1
@@ -112,11 +120,11 @@ class Notes:
         ours, theirs = np.frombuffer(new, np.uint8, size), np.frombuffer(old, np.uint8, size)
         changed = int(np.count_nonzero(ours != theirs)) + len(new) - size
         if changed:
-            self._changed[index] = self._changed.get(index, 0) + changed
+            self.changed[index] = self.changed.get(index, 0) + changed
 
     def pack(self) -> bytes:
         """Return the record's payload, or nothing where there is nothing to say or it would be too long."""
-        largest = sorted(self._changed, key=lambda index: -self._regions[index].length)[:TENSORS_MAX]
+        largest = sorted(self.changed, key=lambda index: -self._regions[index].length)[:TENSORS_MAX]
         tensors = [self._row(index) for index in sorted(largest)]
         if not tensors:
             return b""
@@ -135,7 +143,7 @@ class Notes:
             region.name,
             region.layout.value,
             region.length,
-            None if match.base is None else self._changed[index],
+            None if match.base is None else self.changed[index],
             match.by.value,
             counterpart,
             None if match.correlation is None else round(match.correlation, 3),

@@ -35,7 +35,8 @@ class TensorPlace:
 
     Attributes:
         tensor: Tells tensors apart: the index of the region in the new file's map.
-        row_codes: Codes in one row; the whole tensor's where rows are not whole blocks, or where there is only one.
+        row_codes: Codes in one row; the whole tensor's where rows are not whole blocks, or where there is only one. Where a
+            block lies in one column (`BlockLayout.is_column`), codes in one row of blocks.
         first_block: Index of the run's first block within the tensor.
         tensor_blocks: Blocks of the whole tensor, in the new file.
     """

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from protocol.delta.codecs import decode_segment
+from protocol.delta.codecs import decode_segment, read_tables
+from protocol.delta.context import ContextModel
 from protocol.delta.format import (
     HEADER_PREFIX_BYTES,
     NOTES_MAX,
@@ -35,10 +36,9 @@ DEFAULT_MEMORY_LIMIT_BYTES = 64 << 20
 STATE_BYTES_MAX = 256 << 10
 """A dumped state is never larger."""
 
-_STATE_MAGIC = b"WBS1"
-_STATE = struct.Struct(
-    "<4sHHQQII"
-)  # magic, header length, flags, patch offset, result offset, segments, notes
+_STATE_MAGIC = b"WBS2"
+# Magic, header length, flags, patch offset, result offset, segments, notes; header and model follow.
+_STATE = struct.Struct("<4sHHQQII")
 _IS_FINISHED = 1
 _CRC = struct.Struct("<I")
 
@@ -83,6 +83,7 @@ class DeltaReader:
         self._segments = 0
         self._notes = 0
         self._is_finished = False
+        self._model = ContextModel()
         # A hash state cannot be stored, so only a reader that saw everything verifies the whole result itself.
         self._hash: hashlib._Hash | None = hashlib.sha256()
         self.header: Header | None = None
@@ -143,6 +144,8 @@ class DeltaReader:
             self._notes,
         )
         state += self._header_bytes
+        if not self._is_finished:
+            state += self._model.dump()
         return state + _CRC.pack(zlib.crc32(state))
 
     @classmethod
@@ -160,7 +163,7 @@ class DeltaReader:
         if zlib.crc32(state[:-4]) != _CRC.unpack(state[-4:])[0]:
             raise PatchError("the stored state of a delta is damaged", hint="start the delta again")
         _, length, flags, patch_offset, result_offset, segments, notes = _STATE.unpack_from(state)
-        header_bytes = state[_STATE.size : -4]
+        header_bytes = state[_STATE.size : _STATE.size + length]
         reader = cls(base, memory_limit_bytes=memory_limit_bytes)
         if length != len(header_bytes) or (not length and (patch_offset or result_offset)):
             raise PatchError("the stored state of a delta contradicts itself", hint="start the delta again")
@@ -178,6 +181,7 @@ class DeltaReader:
         reader.patch_offset, reader.result_offset = patch_offset, result_offset
         reader._segments, reader._notes = segments, notes
         reader._is_finished = bool(flags & _IS_FINISHED)
+        reader._model = ContextModel.load(state[_STATE.size + length : -4])
         return reader
 
     def _drain(self) -> Iterator[Piece]:
@@ -245,8 +249,10 @@ class DeltaReader:
         piece: Piece | None = None
         if segment.codec is Codec.NOTES:
             self._read_note(segment, body)
+        elif segment.codec is Codec.TABLES:
+            self._model.basis = read_tables(segment, body)
         else:
-            data = decode_segment(segment, body, self._base, header)
+            data = decode_segment(segment, body, self._base, header, self._model)
             piece = Piece(self.result_offset, data, segment.codec, length)
             if self._hash is not None:
                 self._hash.update(data)

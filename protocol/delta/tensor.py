@@ -102,7 +102,11 @@ def read_runs(parameters: bytes, result_length: int, window_length: int) -> list
             if base_offset < 0 or base_offset + run.length > window_length:
                 raise PatchError("a run lies outside its base window")
             expected = base_offset + run.length
-        gain = check_gain(LAYOUT_BY_NUMBER[layout], *GAIN.unpack(payload.take(GAIN.size))) if flags & _HAS_GAIN else None
+        gain = (
+            check_gain(LAYOUT_BY_NUMBER[layout], *GAIN.unpack(payload.take(GAIN.size)))
+            if flags & _HAS_GAIN
+            else None
+        )
         left -= run.length
         runs.append(Run(layout, blocks, base_offset, gain))
     payload.expect_end()

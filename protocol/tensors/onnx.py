@@ -27,6 +27,7 @@ MAX_FIELDS = 2_000_000
 MAX_TENSORS = 65_536
 MAX_DIMENSIONS = 32
 MAX_NAME_BYTES = 4096
+MAX_TEXT_BYTES = 64 << 20  # names of all kinds together
 MAX_LOCATIONS = 64
 # Smaller tensors stay inside the raw regions around them: a region of its own costs more than it gives.
 MIN_TENSOR_BYTES = 64
@@ -60,6 +61,7 @@ class _Walk:
 
     source: ReadAt
     fields_left: int = MAX_FIELDS
+    text_bytes_left: int = MAX_TEXT_BYTES
     has_graph: bool = False
     initializers: list[Initializer] = field(default_factory=list)
     uses: dict[str, Use] = field(default_factory=dict)
@@ -278,6 +280,9 @@ def _dimensions(walk: _Walk, wire: int, start: int, end: int) -> list[int]:
 def _text(walk: _Walk, start: int, end: int) -> str:
     if end - start > MAX_NAME_BYTES:
         raise ModelFileError(f"ONNX: a name at offset {start} has more than {MAX_NAME_BYTES} bytes")
+    walk.text_bytes_left -= end - start
+    if walk.text_bytes_left < 0:
+        raise ModelFileError(f"ONNX: names take more than {MAX_TEXT_BYTES} bytes")
     try:
         return walk.source.read_at(start, end - start).decode()
     except UnicodeDecodeError as error:

@@ -10,10 +10,14 @@ from protocol.delta.writer import DeltaStats, make_delta
 from protocol.tensors import BytesSource
 
 
-def delta(base: bytes, new: bytes, segment_bytes: int = 4096) -> tuple[bytes, DeltaStats]:
+def delta(
+    base: bytes, new: bytes, segment_bytes: int = 4096, *, is_portable: bool = False
+) -> tuple[bytes, DeltaStats]:
     """Return the delta file and its statistics."""
     out = io.BytesIO()
-    stats = make_delta(BytesSource(base), BytesSource(new), out, segment_bytes=segment_bytes)
+    stats = make_delta(
+        BytesSource(base), BytesSource(new), out, segment_bytes=segment_bytes, is_portable=is_portable
+    )
     return out.getvalue(), stats
 
 

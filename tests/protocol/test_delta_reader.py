@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from protocol.delta.format import HEADER_BYTES, HEADER_BYTES_MAX, Codec
+from protocol.delta.format import HEADER_BYTES, HEADER_BYTES_MAX
 from protocol.delta.layouts import LAYOUTS
 from protocol.delta.reader import STATE_BYTES_MAX, DeltaReader
 from protocol.delta.tensor import Run, decode_tensor, encode_tensor, working_bytes
@@ -221,14 +221,12 @@ _FIRST = HEADER_BYTES
         (10, (HEADER_BYTES_MAX + 1).to_bytes(2, "little"), "wrong length"),
         (12, b"\x09", "profile"),
         (13, b"\x01", "flags"),
-        (14, b"\x02\x00", "codec revision"),
+        (14, b"\x03\x00", "codec revision"),
         (24, b"\xff" * 8, "more than"),
         (HEADER_BYTES - 8, bytes(4), "segments of 0"),
         (HEADER_BYTES - 8, b"\xff" * 4, "segments of"),
-        (_FIRST, bytes([Codec.CONTEXT]), "unknown codec 5"),
-        (_FIRST, bytes([Codec.TABLES]), "unknown codec 6"),
         (_FIRST, b"\x63", "unknown codec 99"),
-        (_FIRST + 1, b"\x01", "unknown flags"),
+        (_FIRST + 1, b"\x02", "unknown flags"),
         (_FIRST + 4, b"\xff" * 4, "bytes, limit"),
         (_FIRST + 4, bytes(4), "bytes, limit"),
         (_FIRST + 8, b"\xff" * 4, "base window of"),

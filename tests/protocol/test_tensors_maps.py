@@ -89,6 +89,25 @@ def test_wrong_wire_data_is_refused(data: bytes, message: str) -> None:
         parse_onnx(source(data))
 
 
+def test_files_of_nothing_but_names_are_refused_before_they_fill_the_memory() -> None:
+    name = b"\x0a" + b"\x80\x20" + b"n" * 4096  # an input of a node
+    node = b"\x0a" + _varint(5 * len(name)) + 5 * name
+    data = b"\x08\x07\x3a" + _varint(4000 * len(node)) + 4000 * node
+    with pytest.raises(ModelFileError, match="names take more than"):
+        parse_onnx(source(data))
+
+
+def test_very_many_fields_are_refused() -> None:
+    node = b"\x08\x01" * 2_000_001
+    data = b"\x3a" + _varint(len(node) + 5) + b"\x0a" + _varint(len(node)) + node
+    with pytest.raises(ModelFileError, match="more than 2000000 fields"):
+        parse_onnx(source(data))
+
+
+def _varint(value: int) -> bytes:
+    return (bytes([value & 0x7F | 0x80]) + _varint(value >> 7)) if value >= 0x80 else bytes([value])
+
+
 def test_a_tensor_whose_shape_does_not_fit_its_bytes_is_refused() -> None:
     tensor = helper.make_tensor("w", TensorProto.FLOAT, [100], _FLOATS.tobytes(), raw=True)
     tensor.dims[0] = 99

@@ -3,7 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import ClassVar, Final
+from typing import Any, Final
 
 from protocol.delta.layouts import LAYOUTS, Bits, BlockLayout, Formula, Order, Words
 from protocol.delta.native import library
@@ -27,17 +27,19 @@ _int32, _int64 = ctypes.c_int32, ctypes.c_int64
 
 
 class _Slice(ctypes.Structure):
-    _fields_: ClassVar = [
+    _fields_ = [  # type: ignore[mutable-override]  # the stubs' type is wider than any list
         (name, _int32) for name in ("byte", "count", "shift", "width", "element", "to", "stride")
     ]
 
 
 class _Field(ctypes.Structure):
-    _fields_: ClassVar = [(name, _int32) for name in ("first", "slices", "count", "width", "flip")]
+    _fields_ = [  # type: ignore[mutable-override]  # the stubs' type is wider than any list
+        (name, _int32) for name in ("first", "slices", "count", "width", "flip")
+    ]
 
 
 class _Layout(ctypes.Structure):
-    _fields_: ClassVar = [
+    _fields_ = [  # type: ignore[mutable-override]  # the stubs' type is wider than any list
         *((name, _int32) for name in ("kind", "block_bytes", "zero", "sub_zero", "is_signed")),
         *((name, _int32) for name in ("word_bytes", "exponent_bits", "d_at", "m_at", "divisor")),
         *((name, _Field) for name in ("codes", "sub", "submin")),
@@ -45,7 +47,7 @@ class _Layout(ctypes.Structure):
 
 
 class _Run(ctypes.Structure):
-    _fields_: ClassVar = [
+    _fields_ = [  # type: ignore[mutable-override]  # the stubs' type is wider than any list
         *((name, _int32) for name in ("layout", "flags", "slot", "row_codes")),
         *((name, _int64) for name in ("blocks", "base_offset", "first_block")),
         *((name, _int32) for name in ("gain", "offset", "rank", "is_start")),
@@ -123,7 +125,14 @@ def _library() -> ctypes.CDLL | None:
     if loaded is not None:
         loaded.whimbrel_state_bytes.restype = ctypes.c_size_t
         loaded.whimbrel_state_reset.restype = None
-        pointers = [ctypes.c_void_p, ctypes.c_void_p, _int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+        pointers: list[Any] = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            _int32,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+        ]
         loaded.whimbrel_encode.argtypes = [*pointers, ctypes.c_char_p, ctypes.c_void_p, _int64]
         loaded.whimbrel_decode.argtypes = [*pointers, ctypes.c_void_p, ctypes.c_char_p, _int64]
         loaded.whimbrel_encode.restype = loaded.whimbrel_decode.restype = _int64
@@ -155,9 +164,7 @@ def encode(state: bytearray, runs: Sequence[ContextRun], window: bytes, result: 
     assert loaded is not None
     # No decision costs more than 22 bits; a segment that needs more room than its result is sent raw anyway.
     out = bytearray(2 * len(result) + 1024)
-    length = loaded.whimbrel_encode(
-        *_arguments(state, runs), window, result, _address(out), len(out)
-    )
+    length = loaded.whimbrel_encode(*_arguments(state, runs), window, result, _address(out), len(out))
     if length == NO_MEMORY:
         raise MemoryError
     return bytes(out[:length]) if length != NO_ROOM else result + bytes(1)
@@ -168,9 +175,7 @@ def decode(state: bytearray, runs: Sequence[ContextRun], window: bytes, payload:
     loaded = _library()
     assert loaded is not None
     result = bytearray(sum(run.length for run in runs))
-    code = loaded.whimbrel_decode(
-        *_arguments(state, runs), window, _address(result), payload, len(payload)
-    )
+    code = loaded.whimbrel_decode(*_arguments(state, runs), window, _address(result), payload, len(payload))
     if code == NO_MEMORY:
         raise MemoryError
     return bytes(result) if code == 0 else None

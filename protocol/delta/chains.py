@@ -1,0 +1,265 @@
+"""A chain: segments that are coded one after the other, each with what the ones before have taught.
+
+Chains know nothing of each other, so they can be written side by side. Within a chain each segment is encoded with every
+rung of the ladder that may win, the smallest is kept, and it is decoded again: a delta that was written can be applied.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protocol.delta.bsdiff import encode_bsdiff
+from protocol.delta.codecs import decode_segment, read_tables, read_window, segment_digest
+from protocol.delta.compression import compress
+from protocol.delta.context import ContextModel
+from protocol.delta.format import (
+    PARAMETER_BYTES_MAX,
+    SEGMENT_DIGEST_BYTES,
+    Codec,
+    Header,
+    Profile,
+    SegmentHeader,
+)
+from protocol.delta.gain import with_gains
+from protocol.delta.matching import Match
+from protocol.delta.modelling import Choice, Modeller
+from protocol.delta.notes import Notes
+from protocol.delta.planner import SegmentPlan
+from protocol.delta.runs import write_context_runs
+from protocol.delta.tensor import encode_tensor, write_runs
+from protocol.errors import ModelFileError
+from protocol.tensors.regions import BytesSource, ReadAt, Region
+
+CHAIN_BYTES = 32 << 20
+"""Result of a chain, about: a new one forgets what was learned, which costs some kilobytes; work is shared by whole chains."""
+
+_EFFORTS = {Profile.FAST: "fast", Profile.SMALL: "small"}
+_SELF_EFFORTS = {Profile.FAST: "fast", Profile.SMALL: "smallest"}
+# A tensor segment that is hardly smaller than its result is tried without the base, too.
+_POOR_RATIO = 0.8
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class ChainJob:
+    """All that it takes to write one chain, beside the two files.
+
+    Attributes:
+        plans: Its segments.
+        header: Of the delta file.
+        regions: The new file's map.
+        matches: For each region its counterpart.
+        choices: How tall tensors are modelled; what is missing is decided on the spot.
+        is_portable: Only codecs that are fast without the library.
+    """
+
+    plans: tuple[SegmentPlan, ...]
+    header: Header
+    regions: tuple[Region, ...]
+    matches: tuple[Match, ...]
+    choices: Mapping[int, Choice] = field(default_factory=dict)
+    is_portable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChainResult:
+    """A chain, ready to be written.
+
+    Attributes:
+        records: Headers and bodies, in order.
+        changed: Changed bytes of each tensor, by its index in the map.
+    """
+
+    records: list[tuple[SegmentHeader, bytes]]
+    changed: dict[int, int]
+
+
+def split_chains(plans: Iterable[SegmentPlan]) -> Iterator[tuple[SegmentPlan, ...]]:
+    """Cut plans into chains of about `CHAIN_BYTES`."""
+    chain: list[SegmentPlan] = []
+    length = 0
+    for plan in plans:
+        if length >= CHAIN_BYTES:
+            yield tuple(chain)
+            chain, length = [], 0
+        chain.append(plan)
+        length += plan.length
+    if chain:
+        yield tuple(chain)
+
+
+def encode_chain(base: ReadAt, new: ReadAt, job: ChainJob) -> ChainResult:
+    """Return the records of a chain, each decoded once.
+
+    Raises:
+        ModelFileError: A file became shorter while it was read.
+    """
+    return _Chain(base, new, job).encode()
+
+
+def read_exactly(source: ReadAt, offset: int, length: int) -> bytes:
+    """Return bytes of a file that is being turned into a delta.
+
+    Raises:
+        ModelFileError: It has become shorter.
+    """
+    data = source.read_at(offset, length)
+    if len(data) != length:
+        raise ModelFileError("a file became shorter while it was read")
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """One rung's answer."""
+
+    codec: Codec
+    body: bytes
+    parameter_length: int = 0
+    window_offset: int = 0
+    window_length: int = 0
+
+
+class _Chain:
+    def __init__(self, base: ReadAt, new: ReadAt, job: ChainJob) -> None:
+        self._base = base
+        self._new = new
+        self._job = job
+        profile = job.header.profile
+        self._effort, self._self_effort = _EFFORTS[profile], _SELF_EFFORTS[profile]
+        self._modeller = Modeller(base, new, job.regions, job.matches, profile, job.choices)
+        self._model, self._check = ContextModel(), ContextModel()
+        self._notes = Notes(job.regions, job.matches)
+        self._records: list[tuple[SegmentHeader, bytes]] = []
+        self._has_model = False
+
+    def encode(self) -> ChainResult:
+        for plan in self._job.plans:
+            self._write(plan)
+        return ChainResult(self._records, self._notes.changed)
+
+    def _write(self, plan: SegmentPlan) -> None:
+        result = read_exactly(self._new, plan.result_offset, plan.length)
+        window = read_window(self._base, plan.window_offset, plan.window_length)
+        continues = self._has_model
+        before = self._model.snapshot()
+        best = min(self._candidates(plan, result, window), key=lambda encoded: len(encoded.body))
+        if best.codec is Codec.CONTEXT:
+            self._has_model = True
+        else:
+            self._model.rewind(before)
+        segment = SegmentHeader(
+            best.codec,
+            best.parameter_length,
+            len(result),
+            best.window_offset,
+            best.window_length,
+            len(best.body) - best.parameter_length,
+            segment_digest(result),
+            zlib.crc32(best.body),
+            continues and best.codec is Codec.CONTEXT,
+        )
+        # The check is against what was hashed, so a wrong encoder can never write a wrong file.
+        source = _Window(self._base.length, plan.window_offset, window)
+        decode_segment(segment, best.body, source, self._job.header, self._check)
+        self._notes.add(plan, result, window, is_copy=best.codec is Codec.COPY)
+        self._records.append((segment, best.body))
+
+    def _candidates(self, plan: SegmentPlan, result: bytes, window: bytes) -> list[_Encoded]:
+        at = _find_copy(plan, result, window)
+        if at is not None:
+            return [_Encoded(Codec.COPY, b"", 0, plan.window_offset + at, len(result))]
+        found = [_Encoded(Codec.RAW, result)]
+        if plan.runs:
+            encode = self._tensor if self._job.is_portable else self._context
+            found.append(encode(plan, result, window))
+            if len(found[-1].body) > _POOR_RATIO * len(result):
+                found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
+        else:
+            found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
+            if window and _is_alike(result, window):
+                body = encode_bsdiff(result, window, self._effort)
+                found.append(_Encoded(Codec.BSDIFF, body, 0, plan.window_offset, len(window)))
+        return found
+
+    def _context(self, plan: SegmentPlan, result: bytes, window: bytes) -> _Encoded:
+        runs = self._modeller.runs(plan, result, window)
+        for basis in dict.fromkeys(run.basis for run in runs if run.basis):
+            self._write_tables(basis.pack())
+        if not self._has_model:
+            self._model.reset()
+        parameters = write_context_runs(runs)
+        assert len(parameters) <= PARAMETER_BYTES_MAX
+        body = parameters + self._model.encode(runs, window, result)
+        return _Encoded(Codec.CONTEXT, body, len(parameters), plan.window_offset, len(window))
+
+    def _write_tables(self, content: bytes) -> None:
+        """Send a basis, unless it is the one that was sent last."""
+        if self._check.basis is not None and self._check.basis.pack() == content:
+            return
+        body = compress(content, "smallest")
+        record = SegmentHeader(
+            Codec.TABLES, 0, 0, 0, 0, len(body), bytes(SEGMENT_DIGEST_BYTES), zlib.crc32(body)
+        )
+        self._check.basis = self._model.basis = read_tables(record, body)
+        self._records.append((record, body))
+
+    def _tensor(self, plan: SegmentPlan, result: bytes, window: bytes) -> _Encoded:
+        runs = with_gains(plan.runs, result, window)
+        parameters = write_runs(runs)
+        assert len(parameters) <= PARAMETER_BYTES_MAX
+        body = parameters + encode_tensor(result, window, runs, self._effort)
+        return _Encoded(Codec.TENSOR, body, len(parameters), plan.window_offset, len(window))
+
+
+class _Window(BytesSource):
+    """The part of the base that was already read, at its place."""
+
+    def __init__(self, length: int, offset: int, data: bytes) -> None:
+        super().__init__(data)
+        self._length = length
+        self._offset = offset
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return super().read_at(offset - self._offset, length)
+
+
+def _find_copy(plan: SegmentPlan, result: bytes, window: bytes) -> int | None:
+    """Return where in the window the whole result stands, or None."""
+    if not plan.runs:
+        at = window.find(result)
+        return at if at >= 0 else None
+    expected = first = plan.runs[0].base_offset
+    if expected is None or first is None:
+        return None
+    for run in plan.runs:
+        if run.base_offset != expected:
+            return None
+        expected += run.length
+    return first if window[first:expected] == result else None
+
+
+def _is_alike(result: bytes, window: bytes) -> bool:
+    """Tell whether bsdiff may find anything: in a sample, does knowing the base help zstd, or do bytes stand still?"""
+    ours, theirs = result[:_SAMPLE_BYTES], window[: 2 * _SAMPLE_BYTES]
+    alone = len(compress(ours, "fast"))
+    together = len(compress(theirs + ours, "fast")) - len(compress(theirs, "fast"))
+    if together < 0.95 * alone:
+        return True
+    size = min(len(result), len(window))
+    still = np.count_nonzero(np.frombuffer(result, np.uint8, size) == np.frombuffer(window, np.uint8, size))
+    return bool(still > size // 16)
+
+
+def tall_choices(
+    base: ReadAt, new: ReadAt, header: Header, regions: Sequence[Region], matches: Sequence[Match]
+) -> dict[int, Choice]:
+    """Return how tall tensors are modelled; they may span chains, and deciding takes a look at all of them."""
+    modeller = Modeller(base, new, regions, matches, header.profile)
+    return {index: modeller.choice(index) for index in modeller.tall_tensors()}

@@ -1,0 +1,261 @@
+"""Chooses how each tensor is modelled: what its numbers look like decides the flags of its runs, trials decide the rest.
+
+Only the writer comes here. A wrong choice costs bytes, never correctness.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from protocol.delta.basis import fit_basis, is_tall
+from protocol.delta.compression import compress
+from protocol.delta.context import ContextModel
+from protocol.delta.format import Profile
+from protocol.delta.gain import fit_gain
+from protocol.delta.layouts import LAYOUT_BY_NUMBER, LAYOUTS, NAME_BY_NUMBER, Array, Formula
+from protocol.delta.matching import Match
+from protocol.delta.planner import SegmentPlan, TensorPlace
+from protocol.delta.runs import DIVISORS, SLOTS, Basis, ContextRun, Flag
+from protocol.delta.tensor import Run
+from protocol.tensors.regions import Layout, ReadAt, Region
+
+_SPARSE_SHARES = {
+    Profile.FAST: 0.6,
+    Profile.SMALL: 0.9,
+}  # of half groups that did not change: a flag for each group pays
+_HALF_GROUP = 16
+_SAMPLES = 4  # pieces of a tall tensor on which choices are tried
+_SAMPLE_BYTES = 384 << 10
+_COMPARE_BYTES = 1 << 20
+_EXPLAINED_MIN = 0.01  # of an update, by a basis that is worth a trial
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one tensor is modelled.
+
+    Attributes:
+        flags: For all its runs.
+        basis: Directions of its rows, if they pay.
+    """
+
+    flags: Flag = Flag.NONE
+    basis: Basis | None = None
+
+
+class Modeller:
+    """Makes the runs of context segments.
+
+    Args:
+        base: The base.
+        new: The new file.
+        regions: The new file's map.
+        matches: For each region its counterpart.
+        profile: Few bytes or much speed.
+        choices: What was decided before, by the index of the tensor in the map.
+    """
+
+    def __init__(
+        self,
+        base: ReadAt,
+        new: ReadAt,
+        regions: Sequence[Region],
+        matches: Sequence[Match],
+        profile: Profile,
+        choices: Mapping[int, Choice] | None = None,
+    ) -> None:
+        self._base = base
+        self._new = new
+        self._regions = regions
+        self._matches = matches
+        self._profile = profile
+        self._is_small = profile is Profile.SMALL
+        self._choices = dict(choices or {})
+        self._slots: dict[tuple[int, bool], int] = {}
+        self._last_tensor: int | None = None
+
+    def tall_tensors(self) -> list[int]:
+        """Return the tensors for which a basis may pay and that are not the same as in the base, by index in the map."""
+        return [
+            index
+            for index, (region, match) in enumerate(zip(self._regions, self._matches, strict=True))
+            if match.base is not None and is_tall(region) and not self._is_equal(match.base, region)
+        ]
+
+    def _is_equal(self, old: Region, new: Region) -> bool:
+        if old.length != new.length:
+            return False
+        return all(
+            self._base.read_at(old.offset + at, min(_COMPARE_BYTES, new.length - at))
+            == self._new.read_at(new.offset + at, min(_COMPARE_BYTES, new.length - at))
+            for at in range(0, new.length, _COMPARE_BYTES)
+        )
+
+    def runs(self, plan: SegmentPlan, result: bytes, window: bytes) -> list[ContextRun]:
+        """Return the runs of a segment of the chain.
+
+        Args:
+            plan: The segment.
+            result: Its bytes.
+            window: Those of its base window.
+        """
+        runs: list[ContextRun] = []
+        position = 0
+        for run, place in zip(plan.runs, plan.places, strict=True):
+            new = result[position : position + run.length]
+            old = (
+                window[run.base_offset : run.base_offset + run.length] if run.base_offset is not None else b""
+            )
+            runs.append(self._run(run, place, old, new))
+            position += run.length
+        return runs
+
+    def choice(self, tensor: int) -> Choice:
+        """Return how a tensor is modelled, by its index in the map."""
+        if tensor not in self._choices:
+            self._choices[tensor] = self._choose(tensor)
+        return self._choices[tensor]
+
+    def _run(self, run: Run, place: TensorPlace | None, old: bytes, new: bytes) -> ContextRun:
+        choice = self.choice(place.tensor) if place is not None and old else Choice()
+        tensor = place.tensor if place else -1
+        flags = Flag.NONE if tensor == self._last_tensor and place else Flag.START
+        self._last_tensor = tensor
+        row_codes = place.row_codes if place else run.length
+        gain, basis = None, None
+        if old:
+            flags |= Flag.BASE | observed_flags(NAME_BY_NUMBER[run.layout], old, new, self._profile)
+            flags |= choice.flags & ~(Flag.GRID if not self._has_grid(run, flags) else Flag.NONE)
+            gain = fit_gain(run, old, new)
+            flags |= Flag.GAIN if gain else Flag.NONE
+            if choice.basis and place and _is_whole_rows(run, place):
+                flags, basis = flags | Flag.RANK, choice.basis
+        first_block = place.first_block if place else 0
+        slot = self._slots.setdefault((run.layout, Flag.DRIFT in flags), len(self._slots)) % SLOTS
+        return ContextRun(
+            run.layout, flags, slot, run.blocks, row_codes, first_block, run.base_offset, gain, basis
+        )
+
+    def _has_grid(self, run: Run, flags: Flag) -> bool:
+        name = NAME_BY_NUMBER[run.layout]
+        return Flag.LATTICE in flags if name in DIVISORS else self._is_bfloat16
+
+    @functools.cached_property
+    def _is_bfloat16(self) -> bool:
+        """Whether tensors that were not quantized say that the model was bfloat16 before."""
+        return all(
+            _has_short_floats(source, regions)
+            for source, regions in (
+                (self._new, self._regions),
+                (self._base, [match.base for match in self._matches if match.base]),
+            )
+        )
+
+    def _choose(self, tensor: int) -> Choice:
+        region, match = self._regions[tensor], self._matches[tensor].base
+        flags = Flag.GRID if self._is_small and region.layout in {Layout.Q8_0, Layout.Q6_K} else Flag.NONE
+        if match is None or not is_tall(region):
+            return Choice(flags)
+        drifting = Choice(flags | Flag.DRIFT)
+        if not self._is_small:
+            return drifting
+        basis, explained = fit_basis(self._base, self._new, match, region)
+        if explained < _EXPLAINED_MIN:
+            return drifting
+        candidates = [drifting]
+        candidates += [Choice(flags | Flag.DRIFT, basis.cut(rank)) for rank in (basis.rank // 2, basis.rank)]
+        return min(candidates, key=lambda choice: self._trial_bytes(tensor, match, choice))
+
+    def _trial_bytes(self, tensor: int, match: Region, choice: Choice) -> float:
+        """Estimate what a tall tensor costs, from evenly spread pieces of rows."""
+        region = self._regions[tensor]
+        layout = LAYOUTS[region.layout]
+        row_blocks = region.row_bytes // layout.block_bytes
+        rows = min(region.length, match.length) // region.row_bytes
+        some = min(rows, max(1, _SAMPLE_BYTES // region.row_bytes))
+        model = ContextModel()
+        model.reset()
+        total = seen = 0
+        for index in range(_SAMPLES):
+            first = (rows - some) * index // max(1, _SAMPLES - 1)
+            old = self._base.read_at(match.offset + first * region.row_bytes, some * region.row_bytes)
+            new = self._new.read_at(region.offset + first * region.row_bytes, some * region.row_bytes)
+            flags = Flag.BASE | observed_flags(region.layout, old, new, self._profile) | choice.flags
+            flags |= (Flag.START if index == 0 else Flag.NONE) | (Flag.RANK if choice.basis else Flag.NONE)
+            if Flag.LATTICE not in flags:
+                flags &= ~Flag.GRID
+            run = ContextRun(
+                layout.number,
+                flags,
+                0,
+                some * row_blocks,
+                row_blocks * layout.codes.count,
+                first * row_blocks,
+                0,
+                None,
+                choice.basis,
+            )
+            total += len(model.encode([run], old, new))
+            seen += len(new)
+        side = len(compress(choice.basis.pack(), "small")) if choice.basis else 0
+        return total * region.length / max(seen, 1) + side
+
+
+def _is_whole_rows(run: Run, place: TensorPlace) -> bool:
+    row_blocks = place.row_codes // LAYOUT_BY_NUMBER[run.layout].codes.count
+    return place.first_block % row_blocks == 0 and run.blocks % row_blocks == 0
+
+
+def observed_flags(name: Layout, old: bytes, new: bytes, profile: Profile) -> Flag:
+    """Return the flags that the bytes of a run decide by themselves.
+
+    Args:
+        name: The run's layout.
+        old: Its bytes in the base.
+        new: Its bytes in the result.
+        profile: Few bytes or much speed.
+    """
+    layout = LAYOUTS[name]
+    if layout.codes.width > 8 or name is Layout.RAW:
+        return Flag.NONE
+    flags = Flag.NONE
+    before = np.frombuffer(old, np.uint8).reshape(-1, layout.block_bytes)
+    after = np.frombuffer(new, np.uint8).reshape(-1, layout.block_bytes)
+    share = _sparse_share(layout.codes.split(before), layout.codes.split(after))
+    if share > _SPARSE_SHARES[profile]:
+        flags |= Flag.SPARSE
+    if name in DIVISORS and layout.formula is Formula.SCALED:
+        field = layout.fields[0]
+        lattice = lattice_scales(DIVISORS[name])
+        if all(lattice[field.split(blocks) & 0x7FFF].all() for blocks in (before, after)):
+            flags |= Flag.LATTICE
+    return flags
+
+
+def _sparse_share(old: Array, new: Array) -> float:
+    """Share of half groups of codes that are equal."""
+    codes = len(old.reshape(-1)) // _HALF_GROUP * _HALF_GROUP
+    if not codes:
+        return 0.0
+    equal = old.reshape(-1)[:codes] == new.reshape(-1)[:codes]
+    return float(equal.reshape(-1, _HALF_GROUP).all(axis=1).mean())
+
+
+@functools.cache
+def lattice_scales(divisor: int) -> Array:
+    """Return for each half-precision magnitude whether a bfloat16 maximum gives it as its scale."""
+    maxima = (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        scales = (maxima / np.float32(divisor)).astype(np.float16).view(np.uint16)
+    found = np.zeros(0x8000, np.bool_)
+    found[scales[scales < 0x7C00]] = True
+    return found
+
+
+def _has_short_floats(source: ReadAt, regions: Sequence[Region]) -> bool:
+    """Tell whether the first numbers of all float32 tensors would fit into bfloat16; False where there are none."""
+    singles = [region for region in regions if region.layout is Layout.F32]
+    pieces = [source.read_at(region.offset, min(region.length, 4096)) for region in singles[:8]]
+    return bool(pieces) and all(not (np.frombuffer(piece, "<u4") & 0xFFFF).any() for piece in pieces)

@@ -1,0 +1,104 @@
+"""All targets in turn: `python -m tests.fuzz --minutes 30`. Prints a table; fails if anything was found."""
+
+import argparse
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.fuzz.targets import TARGETS
+
+ROOT: Final = Path(__file__).resolve().parent.parent.parent
+WORK: Final = ROOT / ".cache" / "fuzz"
+_LATE_S: Final = 120
+"""The fuzzer ends by itself; a child that is that late hangs where no alarm reaches it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of one target."""
+
+    target: str
+    executions: int
+    peak_mib: int
+    inputs: int
+    findings: list[str]
+
+
+def run(target: str, seconds: int, seed: int) -> Run:
+    """Fuzz one target in a child process."""
+    folder = WORK / target
+    folder.mkdir(parents=True, exist_ok=True)
+    before = set((folder / "findings").glob("*"))
+    log = folder / "log"
+    command = [
+        sys.executable,
+        "-m",
+        f"tests.fuzz.fuzz_{target}",
+        f"-max_total_time={seconds}",
+        f"-seed={seed}",
+    ]
+    code: int | None = None
+    with log.open("wb") as out:
+        try:
+            child = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=seconds + _LATE_S,
+                check=False,
+            )
+            code = child.returncode
+        except subprocess.TimeoutExpired:
+            out.write(b"\nkilled: did not end\n")
+    text = log.read_text(errors="replace")
+    findings = [str(path.relative_to(ROOT)) for path in sorted(set((folder / "findings").glob("*")) - before)]
+    if code and not findings:
+        findings = [f"ended with code {code}, see {log.relative_to(ROOT)}"]
+    if code is None:
+        findings.append(f"did not end, see {log.relative_to(ROOT)}")
+    return Run(
+        target,
+        _statistic(text, "number_of_executed_units"),
+        _statistic(text, "peak_rss_mb"),
+        len(list((folder / "corpus").glob("*"))),
+        findings,
+    )
+
+
+def _statistic(text: str, name: str) -> int:
+    found = re.findall(rf"stat::{name}:\s+(\d+)", text)
+    return int(found[-1]) if found else 0
+
+
+def main() -> int:
+    """Fuzz and report; the exit code is 1 if anything was found, or nothing was run."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0, help="for each target (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="of the fuzzer; 0 for another one each time")
+    parser.add_argument(
+        "targets", nargs="*", metavar="target", help=f"some of {', '.join(TARGETS)} (default: all)"
+    )
+    args = parser.parse_args()
+    chosen = args.targets or list(TARGETS)
+    unknown = set(chosen) - set(TARGETS)
+    if unknown:
+        parser.error(f"no target is called {', '.join(sorted(unknown))}")
+    sys.stdout.write(f"{'target':<14}{'executions':>12}{'corpus':>9}{'peak MiB':>10}  findings\n")
+    is_sound = True
+    for target in chosen:
+        done = run(target, max(1, round(60 * args.minutes)), args.seed)
+        sys.stdout.write(
+            f"{done.target:<14}{done.executions:>12,}{done.inputs:>9,}{done.peak_mib:>10}  {len(done.findings)}\n"
+        )
+        sys.stdout.writelines(f"    {finding}\n" for finding in done.findings)
+        sys.stdout.flush()
+        is_sound = is_sound and not done.findings and done.executions > 0
+    return 0 if is_sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
