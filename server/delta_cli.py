@@ -1,4 +1,4 @@
-"""`whimbrel delta make | apply | inspect`: delta files by hand, on any two files.
+"""`whimbrel delta make | apply | inspect`: delta files by hand, on any two files; `graph` is in `graph_cli.py`.
 
 Results appear under their name only when they are whole and verified; whatever goes wrong, nothing half done is left.
 """
@@ -31,6 +31,8 @@ from protocol.errors import (
     StorageReadOnlyError,
     WrongBaseError,
 )
+from server import graph_cli
+from server.releases.chain_workers import ChainWorkers, workers_for
 
 _READ_BYTES = 64 * 1024
 _HASH_BYTES = 1 << 20
@@ -38,9 +40,18 @@ _MEMORY_LIMIT_MIB = 256
 _TENSORS_SHOWN = 12
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register `delta` with its three commands; `args.run(args)` executes the chosen one."""
-    delta = subparsers.add_parser("delta", help="make, apply or inspect a delta file")
+def add_parser(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", common: argparse.ArgumentParser
+) -> None:
+    """Register `delta` with its commands; `args.run(args)` executes the chosen one.
+
+    Args:
+        subparsers: Of the `whimbrel` command.
+        common: Options of the commands that work on a server's folder.
+    """
+    delta = subparsers.add_parser(
+        "delta", help="make, apply or inspect a delta file; show the fleet's deltas"
+    )
     commands = delta.add_subparsers(dest="delta_command", required=True, metavar="COMMAND")
 
     make = commands.add_parser("make", help="write the delta that turns OLD into NEW")
@@ -58,6 +69,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="result of one segment: memory on the device, and what a power cut costs (default: %(default)s)",
     )
 
+    make.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that work side by side on a file of more than 64 MiB (default: one for each core)",
+    )
+    make.add_argument(
+        "--portable",
+        action="store_true",
+        help="for devices that have no compiled library: larger, and read at a bearable speed by Python alone",
+    )
+
     apply = commands.add_parser("apply", help="turn OLD into the new file")
     apply.add_argument("old", type=Path, metavar="OLD")
     apply.add_argument("patch", type=Path, metavar="PATCH")
@@ -72,6 +95,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     inspect = commands.add_parser("inspect", help="show what a delta file holds")
     inspect.add_argument("patch", type=Path, metavar="PATCH")
+
+    graph_cli.add_parser(commands, common)
 
     for command in (make, apply):
         command.add_argument("--force", action="store_true", help="replace an output file that exists")
@@ -212,6 +237,8 @@ class _Progress:
 
 
 def _make(args: argparse.Namespace) -> dict[str, Any]:
+    if args.workers is not None and args.workers < 1:
+        raise RequestError(f"--workers {args.workers}: at least 1 is needed")
     with (
         _File(args.old) as old,
         _File(args.new) as new,
@@ -224,7 +251,9 @@ def _make(args: argparse.Namespace) -> dict[str, Any]:
             out,
             profile=Profile[args.profile.upper()],
             segment_bytes=args.segment_kib << 10,
+            is_portable=args.portable or None,
             progress=progress,
+            encode_chains=_chain_workers(args, new.length),
         )
     return {
         "command": "make",
@@ -237,6 +266,11 @@ def _make(args: argparse.Namespace) -> dict[str, Any]:
         "decoder_memory_bytes": stats.header.decoder_memory_bytes,
         "codecs": _codecs(stats.segments, stats.patch_bytes, stats.result_bytes),
     }
+
+
+def _chain_workers(args: argparse.Namespace, result_bytes: int) -> ChainWorkers | None:
+    workers = workers_for(result_bytes, args.workers)
+    return ChainWorkers(args.old, args.new, workers) if workers > 1 else None
 
 
 def _apply(args: argparse.Namespace) -> dict[str, Any]:

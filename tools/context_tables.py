@@ -187,7 +187,7 @@ def sharpnesses() -> list[int]:
 
 def _probability(octaves: float) -> int:
     one = 1 << _PROBABILITY_BITS
-    odds = 2.0**octaves
+    odds = math.pow(2, octaves)
     return min(max(round(one * odds / (1 + odds)), 64), one - 64)
 
 

@@ -75,6 +75,12 @@ class FolderBlobs:
             raise StorageError(f"{path} has no chunk {index}")
         return payload
 
+    def remove(self, name: Digest) -> None:
+        """Remove a blob."""
+        path = self.path(name)
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
+
     def path(self, name: Digest) -> Path:
         """Where a blob lies."""
         return self._folder / name[:2] / name
@@ -166,6 +172,7 @@ class FileSource:
     """
 
     def __init__(self, file: BinaryIO) -> None:
+        self._file = file  # kept, or it would close
         self._descriptor = file.fileno()
         self._length = os.fstat(self._descriptor).st_size
 
