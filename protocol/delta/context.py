@@ -42,7 +42,8 @@ class Coder(Protocol):
 
 def implementation() -> Coder:
     """Return the library where it is, else the reference."""
-    return native if native.is_available() else reference
+    coder: Coder = native if native.is_available() else reference
+    return coder
 
 
 def is_fast() -> bool:
