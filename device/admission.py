@@ -4,15 +4,17 @@ Pure: a signed description, signed targets, what the device just measured and it
 out. A refusal is final for this release on this device as it is; it is reported as rejected, never as failed.
 """
 
+from itertools import pairwise
 from typing import Final
 
 from msgspec.structs import replace
 
 from device.config import AgentConfig
-from device.journal import InstallItem
+from device.journal import InstallItem, InstallLink
+from protocol.delta_graph import Edge, Route, edges_of, release_routes
 from protocol.errors import AdmissionError
 from protocol.ids import Digest
-from protocol.release import Release, ReleaseFile, delta_target, file_target, version_tuple
+from protocol.release import Release, ReleaseFile, version_tuple
 from protocol.trust import Target
 
 DISK_SLACK_BYTES: Final = 1 << 20
@@ -77,44 +79,88 @@ def check_release_fits(release: Release, config: AgentConfig, runtimes: dict[str
         )
 
 
-def plan_items(
+def plan_update(
     release: Release,
     targets: dict[str, Target],
     measured: dict[str, str],
     config: AgentConfig,
     *,
+    available_bytes: int,
     full_only: bool,
 ) -> tuple[InstallItem, ...]:
-    """Choose for each file: keep it, apply a delta to what is there, or fetch it whole.
+    """Choose how each file comes about: the cheapest ways for which there is room.
+
+    A chain of deltas takes more room than a single one, and that more than a whole file, so these are tried in turn.
 
     Args:
         release: What to install.
         targets: Signed artifacts by path.
         measured: SHA-256 of the files in the active slot, read just now; a remembered digest may lie.
         config: Limits of the device.
+        available_bytes: Room on the disk, that of the inactive slot included.
         full_only: Do not use deltas.
 
     Raises:
-        MissingArtifactError: A file has no signed artifact.
+        MissingArtifactError: To a file leads nothing that is signed.
+        DiskBudgetError: Whatever is chosen, there is no room.
     """
-    return tuple(_plan_item(file, targets, measured, config, full_only=full_only) for file in release.files)
+    choices = (0,) if full_only else (config.capacity.links_max, 1, 0)
+    refusal: AdmissionError | None = None
+    for links_max in choices:
+        try:
+            items = plan_items(release, targets, measured, config, links_max=links_max)
+            check_disk(items, available_bytes, config)
+        except AdmissionError as error:
+            if refusal is None or isinstance(error, DiskBudgetError):
+                refusal = error  # the least room that would do
+        else:
+            return items
+    assert refusal is not None
+    raise refusal
 
 
-def check_disk(
-    items: tuple[InstallItem, ...], disk_free_bytes: int, inactive_bytes: int, config: AgentConfig
-) -> None:
+def plan_items(
+    release: Release,
+    targets: dict[str, Target],
+    measured: dict[str, str],
+    config: AgentConfig,
+    *,
+    links_max: int,
+) -> tuple[InstallItem, ...]:
+    """Choose for each file: keep it, make it from what is there, or fetch it whole; whatever is cheapest.
+
+    Args:
+        release: What to install.
+        targets: Signed artifacts by path.
+        measured: SHA-256 of the files in the active slot.
+        config: Limits of the device.
+        links_max: Files that may be made one after the other; 0 for whole files only.
+
+    Raises:
+        MissingArtifactError: To a file leads nothing that is signed.
+    """
+    edges = edges_of(targets, {Digest(file.sha256): file.length for file in release.files})
+    if links_max == 0:
+        edges = [edge for edge in edges if edge.base is None]
+    capacity = replace(config.capacity, links_max=max(links_max, 1))
+    held = [Digest(sha256) for sha256 in measured.values()]
+    routes = release_routes(release, edges, held, capacity)
+    return tuple(_plan_item(file, routes, targets, measured) for file in release.files)
+
+
+def check_disk(items: tuple[InstallItem, ...], available_bytes: int, config: AgentConfig) -> None:
     """Check that everything fits at once: the artifacts, the new files, and the reserve.
 
     Raises:
         DiskBudgetError: It does not.
     """
-    fetched = sum(item.blob_length for item in items)
+    fetched = sum(link.blob_length for item in items for link in item.links)
     # A whole file becomes the new file by a rename; a kept one by a link. Only the result of a delta takes more room.
     built = sum(item.length for item in items if item.action == "delta")
-    needed = fetched + built + DISK_SLACK_BYTES + config.disk_reserve_bytes
-    available = disk_free_bytes + inactive_bytes
-    if needed > available:
-        raise DiskBudgetError(f"update needs {needed} bytes of disk, {available} are free")
+    on_the_way = max((_on_the_way_bytes(item) for item in items), default=0)
+    needed = fetched + built + on_the_way + DISK_SLACK_BYTES + config.disk_reserve_bytes
+    if needed > available_bytes:
+        raise DiskBudgetError(f"update needs {needed} bytes of disk, {available_bytes} are free")
 
 
 def check_quarantine(release_sha256: str, quarantine: tuple[str, ...]) -> None:
@@ -128,52 +174,52 @@ def check_quarantine(release_sha256: str, quarantine: tuple[str, ...]) -> None:
 
 
 def _plan_item(
-    file: ReleaseFile,
-    targets: dict[str, Target],
-    measured: dict[str, str],
-    config: AgentConfig,
-    *,
-    full_only: bool,
+    file: ReleaseFile, routes: dict[Digest, Route], targets: dict[str, Target], measured: dict[str, str]
 ) -> InstallItem:
-    for name, sha256 in measured.items():
-        if sha256 == file.sha256:
-            return InstallItem(
-                name=file.name, sha256=file.sha256, length=file.length, action="keep", base_name=name
-            )
-    full = targets.get(file_target(Digest(file.sha256)))
-    candidates = [] if full_only else _deltas(file, targets, measured, config)
-    if candidates:
-        base_name, delta = min(candidates, key=lambda candidate: candidate[1].length)
-        if full is None or delta.length < full.length:
-            item = _fetched(file, delta)
-            return replace(item, action="delta", base_name=base_name, base_sha256=measured[base_name])
-    if full is None:
+    route = routes.get(Digest(file.sha256))
+    if route is None:
         raise MissingArtifactError(f"file {file.name} of the release has no signed artifact for this device")
-    return _fetched(file, full)
-
-
-def _deltas(
-    file: ReleaseFile, targets: dict[str, Target], measured: dict[str, str], config: AgentConfig
-) -> list[tuple[str, Target]]:
-    found = [
-        (name, target)
-        for name, sha256 in sorted(measured.items())
-        if (target := targets.get(delta_target(Digest(sha256), Digest(file.sha256)))) is not None
-    ]
-    return [
-        (name, target)
-        for name, target in found
-        if target.custom.memory_bytes <= config.delta_memory_bytes_max
-    ]
-
-
-def _fetched(file: ReleaseFile, target: Target) -> InstallItem:
+    names = {sha256: name for name, sha256 in sorted(measured.items(), reverse=True)}
+    if not route.edges:
+        return InstallItem(
+            name=file.name,
+            sha256=file.sha256,
+            length=file.length,
+            action="keep",
+            base_name=names[file.sha256],
+        )
+    *earlier, last = [_link(edge, targets[edge.path]) for edge in route.edges]
+    first = route.edges[0]
     return InstallItem(
         name=file.name,
         sha256=file.sha256,
         length=file.length,
-        action="full",
+        action="delta" if last.base_sha256 else "full",
+        base_name="" if first.base is None else names[first.base],
+        base_sha256=last.base_sha256,
+        blob=last.blob,
+        blob_length=last.blob_length,
+        tree=last.tree,
+        earlier=tuple(earlier),
+    )
+
+
+def _link(edge: Edge, target: Target) -> InstallLink:
+    return InstallLink(
+        base_sha256=edge.base or "",
+        sha256=edge.result,
+        length=edge.result_bytes,
         blob=target.digest,
         blob_length=target.length,
         tree=target.custom.chunks,
     )
+
+
+def _on_the_way_bytes(item: InstallItem) -> int:
+    """Room beside that of the result: a file on the way is there until the next one is made from it."""
+    made = [
+        link.length if link.base_sha256 else 0 for link in item.earlier
+    ]  # a whole one is counted as fetched
+    pairs = [before + after for before, after in pairwise(made)]
+    # The last of them is there together with the result, those before only while the result does not take its room.
+    return max([*made[-1:], *(pair - item.length for pair in pairs)], default=0)

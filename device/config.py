@@ -8,11 +8,14 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from protocol.delta_graph import LINK_BYTES_PER_S, LINKS_MAX
 from protocol.errors import RequestError, TopicError
 from protocol.ids import DeviceId, Family, FleetId, parse_device_id, parse_family, parse_fleet_id
+from protocol.messages import Capacity
 
 _Megabytes = Annotated[int, Meta(ge=1, le=1 << 20)]
 _MB = 1 << 20
+_KB = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class AgentConfig:
         delta_memory_bytes_max: What applying a delta may take.
         disk_reserve_bytes: Space that an update must leave free.
         groups_outstanding: Chunk groups subscribed to at a time; two keep a link busy without flooding it.
+        link_bytes_per_s: What the link carries, for the choice among deltas; a metered one is described by a low rate.
+        processor_percent: Speed of one core, with a server's as 100, for the same choice.
     """
 
     device: DeviceId
@@ -38,6 +43,18 @@ class AgentConfig:
     delta_memory_bytes_max: int = 128 << 20
     disk_reserve_bytes: int = 16 << 20
     groups_outstanding: int = 2
+    link_bytes_per_s: int = LINK_BYTES_PER_S
+    processor_percent: int = 100
+
+    @property
+    def capacity(self) -> Capacity:
+        """What the device can spend on an update."""
+        return Capacity(
+            link_bytes_per_s=self.link_bytes_per_s,
+            processor_percent=self.processor_percent,
+            delta_memory_bytes=self.delta_memory_bytes_max,
+            links_max=LINKS_MAX,
+        )
 
 
 class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,6 +69,8 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     memory_mb_max: _Megabytes = 1024
     delta_memory_mb_max: _Megabytes = 128
     disk_reserve_mb: _Megabytes = 16
+    link_kb_per_s: Annotated[int, Meta(ge=1, le=1_000_000_000)] = LINK_BYTES_PER_S // _KB
+    processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +112,8 @@ def load_config(path: Path) -> DeviceConfig:
             memory_bytes_max=settings.memory_mb_max * _MB,
             delta_memory_bytes_max=settings.delta_memory_mb_max * _MB,
             disk_reserve_bytes=settings.disk_reserve_mb * _MB,
+            link_bytes_per_s=settings.link_kb_per_s * _KB,
+            processor_percent=settings.processor_percent,
         )
         host, port = parse_address(settings.broker)
     except (TopicError, RequestError) as error:

@@ -106,7 +106,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class EmptySlot:
-    """Remove the files of a slot."""
+    """Remove the files of a slot, and the checkpoint of their installation."""
 
     slot: SlotName
 

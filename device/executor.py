@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from device import blobs, effects, events
 from device.effects import Effect
-from device.install import install_step
+from device.install import discard_installation, install_step
 from device.journal import Journal
 from device.ports import Disk, Engine, Model, ModelSource, Transport, TrialOrder, Workers
-from device.slots import SlotName, empty_slot, measure_slot, slot_bytes, slot_file, slot_folder
+from device.slots import SlotName, measure_slot, slot_bytes, slot_file, slot_folder
 from protocol.constants import METADATA_BYTES_MAX
 from protocol.errors import TrustError, WhimbrelError
 
@@ -68,7 +68,7 @@ class Executor:
         }
         self._jobs: Final[dict[type, Callable[[Any], events.Event | None]]] = {
             effects.RemoveBlobs: lambda effect: blobs.remove_blobs(disk, effect.keep),
-            effects.EmptySlot: lambda effect: empty_slot(disk, effect.slot),
+            effects.EmptySlot: lambda effect: discard_installation(disk, effect.slot),
             effects.OpenBlob: lambda effect: events.BlobOpened(
                 effect.serial, blobs.open_blob(disk, effect.plan)
             ),

@@ -1,7 +1,9 @@
 """Building the new version in the inactive slot, checkpoint by checkpoint.
 
 A step writes a bounded part of the result, makes it durable, and then writes down how far it came; a power cut costs
-one step. Works on the `Disk` port only, so the simulator runs this very code.
+one step. Where several deltas lead to a file one after the other, each gives a whole file beside the fetched blobs,
+which is read back and compared with its signed digest before the next is applied to it. Works on the `Disk` port
+only, so the simulator runs this very code.
 """
 
 from typing import Final
@@ -9,10 +11,10 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from device.blobs import blob_file
-from device.journal import InstallItem
+from device.blobs import FOLDER, blob_file
+from device.journal import InstallItem, InstallLink
 from device.ports import Disk
-from device.slots import SlotName, slot_file
+from device.slots import SlotName, empty_slot, measure_file, slot_file
 from protocol.delta.reader import DeltaReader
 from protocol.errors import PatchError, StorageError, WhimbrelError, WrongBaseError
 from protocol.ids import Digest, digest_of
@@ -27,6 +29,8 @@ _STATE_FILE: Final = "install.state"
 _STATE_TEMPORARY: Final = "install.state.new"
 _STATE_BYTES_MAX: Final = 512 << 10
 _STATE_VERSION: Final = 1
+_INTERMEDIATE: Final = f"{FOLDER}/intermediate."
+"""Files on the way lie beside the blobs: whatever ends an update removes both."""
 
 
 class Checkpoint(Struct, frozen=True, kw_only=True):
@@ -35,6 +39,7 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     version: int = _STATE_VERSION
     plan: str  # digest of the items: a checkpoint of another plan is worth nothing
     item: int = 0
+    link: int = 0  # of the item's chain
     reader: bytes = b""  # state of the delta reader; empty before its first step
 
 
@@ -42,15 +47,15 @@ _decoder = msgspec.msgpack.Decoder(Checkpoint)
 
 
 class _Base:
-    """The active file as the delta reader sees it."""
+    """What a delta applies to, as its reader sees it."""
 
     def __init__(self, disk: Disk, name: str) -> None:
         self._disk = disk
-        self._name = name
+        self.name = name
         self.length = disk.length(name) or 0
 
     def read_at(self, offset: int, length: int) -> bytes:
-        return self._disk.read(self._name, offset, length)
+        return self._disk.read(self.name, offset, length)
 
 
 def install_step(
@@ -77,11 +82,20 @@ def install_step(
     while checkpoint.item < len(items):
         item = items[checkpoint.item]
         if item.action == "delta":
-            return _delta_step(disk, active, slot, item, checkpoint, memory_bytes_max)
+            _delta_step(disk, active, slot, item, checkpoint, memory_bytes_max)
+            return False
         _place(disk, active, slot, item)
         checkpoint = Checkpoint(plan=plan, item=checkpoint.item + 1)
         _save(disk, checkpoint)
+    _remove_intermediates(disk, keep="")
     return True
+
+
+def discard_installation(disk: Disk, slot: SlotName) -> None:
+    """Empty a slot, and first forget what was written down about building it."""
+    if disk.length(_STATE_FILE) is not None:
+        _save(disk, Checkpoint(plan=""))  # durable, as a removal need not be
+    empty_slot(disk, slot)
 
 
 def _place(disk: Disk, active: SlotName | None, slot: SlotName, item: InstallItem) -> None:
@@ -103,28 +117,62 @@ def _delta_step(
     item: InstallItem,
     checkpoint: Checkpoint,
     memory_bytes_max: int,
-) -> bool:
-    assert active is not None
-    target = slot_file(slot, item.name)
-    base = _Base(disk, slot_file(active, item.base_name))
+) -> None:
+    links = item.links
+    number = checkpoint.link
+    if not links[number].base_sha256:
+        number += 1  # a whole file on the way is there as it was fetched
+    link = links[number]
+    is_last = number + 1 == len(links)
+    target = slot_file(slot, item.name) if is_last else _intermediate(link)
+    base = _Base(disk, _base_file(active, item, number))
     if checkpoint.reader:
         reader = DeltaReader.restore(base, checkpoint.reader, memory_limit_bytes=memory_bytes_max)
     else:
-        disk.create(target, item.length)
+        _remove_intermediates(disk, keep=base.name)
+        disk.create(target, link.length)
         reader = DeltaReader(base, memory_limit_bytes=memory_bytes_max)
-    _advance(disk, reader, item, target)
+    _advance(disk, reader, link, target)
     disk.sync(target)
-    if reader.is_finished:
-        reader.finish()
+    if not reader.is_finished:
+        _save(
+            disk,
+            Checkpoint(plan=checkpoint.plan, item=checkpoint.item, link=number, reader=reader.dump()),
+        )
+        return
+    reader.finish()
+    if is_last:
         _save(disk, Checkpoint(plan=checkpoint.plan, item=checkpoint.item + 1))
-    else:
-        _save(disk, Checkpoint(plan=checkpoint.plan, item=checkpoint.item, reader=reader.dump()))
-    return False
+        return
+    # The next delta would find out only segment by segment. The file itself is measured with its slot.
+    if measure_file(disk, target) != link.sha256:
+        raise PatchError("a file on the way is not the one that its delta names")
+    _save(disk, Checkpoint(plan=checkpoint.plan, item=checkpoint.item, link=number + 1))
 
 
-def _advance(disk: Disk, reader: DeltaReader, item: InstallItem, target: str) -> None:
+def _base_file(active: SlotName | None, item: InstallItem, number: int) -> str:
+    """What link `number` applies to: the active file, or what the link before gave."""
+    if number == 0:
+        assert active is not None
+        return slot_file(active, item.base_name)
+    before = item.links[number - 1]
+    return _intermediate(before) if before.base_sha256 else blob_file(Digest(before.blob))
+
+
+def _intermediate(link: InstallLink) -> str:
+    return f"{_INTERMEDIATE}{link.sha256}"
+
+
+def _remove_intermediates(disk: Disk, keep: str) -> None:
+    """Make room: nothing but the base of what is made now is needed any more."""
+    for name in disk.names(FOLDER):
+        if name.startswith(_INTERMEDIATE) and name != keep:
+            disk.remove(name)
+
+
+def _advance(disk: Disk, reader: DeltaReader, link: InstallLink, target: str) -> None:
     """Feed the delta until a step's worth of the result is written, or all of it."""
-    blob = blob_file(Digest(item.blob))
+    blob = blob_file(Digest(link.blob))
     position, stop = reader.patch_offset, reader.result_offset + STEP_BYTES
     while not reader.is_finished and reader.result_offset < stop:
         data = disk.read(blob, position, FEED_BYTES)
@@ -133,20 +181,20 @@ def _advance(disk: Disk, reader: DeltaReader, item: InstallItem, target: str) ->
             return
         position += len(data)
         for piece in reader.feed(data):
-            _check_header(reader, item)
+            _check_header(reader, link)
             disk.write(target, piece.offset, piece.data)
             if reader.result_offset >= stop:
                 return
 
 
-def _check_header(reader: DeltaReader, item: InstallItem) -> None:
+def _check_header(reader: DeltaReader, link: InstallLink) -> None:
     """The signed path of a delta names its base and its result; so must the file itself."""
     header = reader.header
     assert header is not None
-    if header.base_sha256.hex() != item.base_sha256:
-        raise WrongBaseError("the delta was made for another base than the active file")
-    if header.result_sha256.hex() != item.sha256 or header.result_length != item.length:
-        raise PatchError("the delta leads to another file than the release names")
+    if header.base_sha256.hex() != link.base_sha256:
+        raise WrongBaseError("the delta was made for another base than the file at hand")
+    if header.result_sha256.hex() != link.sha256 or header.result_length != link.length:
+        raise PatchError("the delta leads to another file than its signed name says")
 
 
 def _load(disk: Disk, plan: str) -> Checkpoint:

@@ -44,6 +44,17 @@ class SlotRecord(Struct, frozen=True, kw_only=True):
     files: dict[str, str] = {}  # name to SHA-256, as signed
 
 
+class InstallLink(Struct, frozen=True, kw_only=True):
+    """One file that is made from what was fetched, and from the file before it."""
+
+    base_sha256: str  # empty for a whole file
+    sha256: str
+    length: int
+    blob: str
+    blob_length: int
+    tree: ChunkTree
+
+
 class InstallItem(Struct, frozen=True, kw_only=True):
     """How one file of the new version comes about."""
 
@@ -52,12 +63,28 @@ class InstallItem(Struct, frozen=True, kw_only=True):
     length: int
     action: Literal[
         "keep", "delta", "full"
-    ]  # link the active file | apply a delta to it | take the fetched file
-    base_name: str = ""  # file of the active slot, for keep and delta
-    base_sha256: str = ""  # its digest as measured when the plan was made, for delta
+    ]  # link the active file | apply a delta, or several | take the fetched file
+    base_name: str = ""  # file of the active slot, for keep, and for a delta that applies to one
+    base_sha256: str = ""  # for delta: digest of what the last one applies to
     blob: str = ""  # what is fetched, for delta and full
     blob_length: int = 0
     tree: ChunkTree | None = None
+    earlier: tuple[InstallLink, ...] = ()  # files on the way, in order; the first is made from the active one
+
+    @property
+    def links(self) -> tuple[InstallLink, ...]:
+        """Everything that is made, the file itself last; nothing for a file that is kept."""
+        if self.tree is None:
+            return ()
+        last = InstallLink(
+            base_sha256=self.base_sha256,
+            sha256=self.sha256,
+            length=self.length,
+            blob=self.blob,
+            blob_length=self.blob_length,
+            tree=self.tree,
+        )
+        return (*self.earlier, last)
 
 
 class Counters(Struct, frozen=True, kw_only=True):

@@ -46,6 +46,7 @@ def build_report(
         runtimes=runtimes,
         disk_free_bytes=disk_free_bytes,
         memory_bytes=memory_bytes,
+        capacity=config.capacity,
         update=None if record.update is None else update_report(record.update),
     )
 
@@ -61,7 +62,7 @@ def update_report(update: UpdateRecord) -> UpdateReport:
         detail=update.detail[:512],
         started_ms=update.started_ms,
         finished_ms=update.finished_ms,
-        transfer_bytes_total=sum(item.blob_length for item in update.items),
+        transfer_bytes_total=sum(link.blob_length for item in update.items for link in item.links),
         full_bytes_total=0 if update.release is None else update.release.bytes_total,
         received_bytes=update.counters.received_bytes,
         received_chunks=update.counters.received_chunks,

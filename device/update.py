@@ -10,7 +10,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from device import events
-from device.admission import check_disk, check_quarantine, check_release_fits, plan_items
+from device.admission import check_quarantine, check_release_fits, plan_update
 from device.desk import Desk
 from device.download import Tally
 from device.effects import (
@@ -273,14 +273,14 @@ class Update:
         self._ledger.files = event.files
         self._ledger.disk_free_bytes = event.disk_free_bytes
         try:
-            items = plan_items(
+            items = plan_update(
                 self._ledger.release,
                 self._targets,
                 event.files,
                 self._desk.config,
+                available_bytes=event.disk_free_bytes + event.inactive_bytes,
                 full_only=self._ledger.update.full_only,
             )
-            check_disk(items, event.disk_free_bytes, event.inactive_bytes, self._desk.config)
         except WhimbrelError as error:
             self._refuse(error.code, str(error))
             return
@@ -551,6 +551,4 @@ class Update:
 
 def _artifacts_of(items: tuple[InstallItem, ...]) -> list[Artifact]:
     """What has to be fetched for a plan."""
-    return [
-        Artifact(Digest(item.blob), item.blob_length, item.tree) for item in items if item.tree is not None
-    ]
+    return [Artifact(Digest(link.blob), link.blob_length, link.tree) for item in items for link in item.links]

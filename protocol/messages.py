@@ -77,6 +77,15 @@ class UpdateReport(Struct, frozen=True, kw_only=True):
     evidence: TrialEvidence | None = None
 
 
+class Capacity(Struct, frozen=True, kw_only=True):
+    """What a device can spend on an update, by its configuration: it chooses among deltas by this (section 7.1)."""
+
+    link_bytes_per_s: Annotated[int, Meta(ge=1, le=1 << 40)]
+    processor_percent: Annotated[int, Meta(ge=1, le=10_000)]  # speed of one core, see `delta_graph.py`
+    delta_memory_bytes: Count  # what applying a delta may take
+    links_max: Annotated[int, Meta(ge=1, le=64)]  # files that it makes one after the other to get to a result
+
+
 class Report(Struct, frozen=True, kw_only=True):
     """What a device says about itself; `dev/<id>/report`, retained, numbered, idempotent."""
 
@@ -91,6 +100,7 @@ class Report(Struct, frozen=True, kw_only=True):
     runtimes: dict[ShortText, ShortText] = msgspec.field(default_factory=dict)
     disk_free_bytes: Count = 0
     memory_bytes: Count = 0
+    capacity: Capacity | None = None  # absent: takes a single delta of profile `small`, or whole files
     update: UpdateReport | None = None
 
 

@@ -1,13 +1,14 @@
 """What a release is: the signed description that a device judges before it fetches a byte (SPEC section 7)."""
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
 from protocol.constants import BLOB_BYTES_MAX, PROTOCOL_VERSION, RELEASE_BYTES_MAX
+from protocol.delta.format import Profile
 from protocol.errors import ReleaseError, TopicError
-from protocol.ids import Digest, Family, Version, digest_of, parse_family, parse_version
+from protocol.ids import Digest, Family, Version, digest_of, parse_digest, parse_family, parse_version
 
 _Name = Annotated[str, Meta(min_length=1, max_length=64)]
 _Text = Annotated[str, Meta(max_length=8192)]
@@ -21,6 +22,8 @@ FILES_MAX: Final = 8
 PROMPTS_MAX: Final = 256
 
 RuntimeName = Literal["onnx", "llama"]
+
+_PROFILE_SUFFIXES: Final = {Profile.SMALL: "", Profile.FAST: "/fast"}
 
 
 class ClassPrompt(
@@ -177,9 +180,32 @@ def file_target(digest: Digest) -> str:
     return f"files/{digest}"
 
 
-def delta_target(base: Digest, result: Digest) -> str:
+class DeltaName(NamedTuple):
+    """A delta between two files: there may be one of each profile."""
+
+    base: Digest
+    result: Digest
+    profile: Profile = Profile.SMALL
+
+
+def delta_target(base: Digest, result: Digest, profile: Profile = Profile.SMALL) -> str:
     """Path of the TUF target of the delta between two files."""
-    return f"deltas/{base}/{result}"
+    return f"deltas/{base}/{result}{_PROFILE_SUFFIXES[profile]}"
+
+
+def parse_delta_target(path: str) -> DeltaName | None:
+    """Which delta a TUF target is; None for every other target."""
+    parts = path.split("/")
+    if len(parts) not in {3, 4} or parts[0] != "deltas":
+        return None
+    try:
+        base, result = parse_digest(parts[1]), parse_digest(parts[2])
+    except TopicError:
+        return None
+    for profile in Profile:
+        if path == delta_target(base, result, profile):
+            return DeltaName(base, result, profile)
+    return None
 
 
 def release_digest(release: Release) -> Digest:

@@ -30,6 +30,7 @@ from server.config import (
     parse_broker,
     read_config,
 )
+from server.display import bytes_text, table
 from server.operations import RolloutStatus
 from server.ports import ReleaseRecord
 from server.runtime import Server
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     devices = commands.add_parser("devices", parents=[common], help="list the devices and what they run")
     devices.set_defaults(run=_devices)
     _add_serve(commands, common)
-    delta_cli.add_parser(commands)
+    delta_cli.add_parser(commands, common)
     return parser
 
 
@@ -218,7 +219,7 @@ def _release_add(arguments: argparse.Namespace) -> int:
     )
     name = f"{arguments.family} {arguments.version}"
     lines = [
-        f"Draft {name}: {_bytes(record.release.bytes_total)} in {len(record.release.files)} file(s)",
+        f"Draft {name}: {bytes_text(record.release.bytes_total)} in {len(record.release.files)} file(s)",
         f"Publish it with `whimbrel release publish {name}`",
     ]
     _print(arguments, _release_json(record), lines)
@@ -250,13 +251,13 @@ def _release_list(arguments: argparse.Namespace) -> int:
             record.release.family,
             record.release.version,
             record.release.runtime,
-            _bytes(record.release.bytes_total),
+            bytes_text(record.release.bytes_total),
             "draft" if record.published_ms is None else f"published {_instant(record.published_ms)}",
         ]
         for record in records
     ]
-    table = _table(["FAMILY", "VERSION", "RUNTIME", "SIZE", "STATE"], rows)
-    _print(arguments, [_release_json(record) for record in records], table or ["No release yet"])
+    lines = table(["FAMILY", "VERSION", "RUNTIME", "SIZE", "STATE"], rows)
+    _print(arguments, [_release_json(record) for record in records], lines or ["No release yet"])
     return 0
 
 
@@ -292,8 +293,8 @@ def _rollout_status(arguments: argparse.Namespace) -> int:
             ]
             for status in statuses
         ]
-        table = _table(["ID", "FAMILY", "VERSION", "STATE", "DEVICES", "REASON"], rows)
-        _print(arguments, [_status_json(status) for status in statuses], table or ["No rollout yet"])
+        lines = table(["ID", "FAMILY", "VERSION", "STATE", "DEVICES", "REASON"], rows)
+        _print(arguments, [_status_json(status) for status in statuses], lines or ["No rollout yet"])
         return 0
     status = operations.rollout_status(arguments.dir, arguments.rollout)
     _print(
@@ -317,8 +318,8 @@ def _devices(arguments: argparse.Namespace) -> int:
         ]
         for device in devices
     ]
-    table = _table(["DEVICE", "LINK", "FAMILY", "VERSION", "STATE", "LAST SEEN"], rows)
-    _print(arguments, msgspec.to_builtins(devices), table or ["No device has reported yet"])
+    lines = table(["DEVICE", "LINK", "FAMILY", "VERSION", "STATE", "LAST SEEN"], rows)
+    _print(arguments, msgspec.to_builtins(devices), lines or ["No device has reported yet"])
     return 0
 
 
@@ -383,37 +384,17 @@ def _status_lines(status: RolloutStatus) -> list[str]:
     rows = []
     for member in status.members:
         update = member.update
-        received = f"{_bytes(update.received_bytes)} of {_bytes(update.full_bytes_total)}" if update else "-"
+        received = (
+            f"{bytes_text(update.received_bytes)} of {bytes_text(update.full_bytes_total)}" if update else "-"
+        )
         rows.append(
             [member.device, member.wave, member.status, received, member.code or "-", member.detail[:60]]
         )
-    return lines + _table(["DEVICE", "WAVE", "STATUS", "RECEIVED", "CODE", "DETAIL"], rows)
+    return lines + table(["DEVICE", "WAVE", "STATUS", "RECEIVED", "CODE", "DETAIL"], rows)
 
 
 def _counts(status: RolloutStatus) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(status.counts.items()))
-
-
-def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
-    """Left-aligned columns; nothing at all without rows."""
-    if not rows:
-        return []
-    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [titles, *rows]
-    ]
-
-
-def _bytes(count: int) -> str:
-    if count < 1000:
-        return f"{count} B"
-    size = float(count)
-    for unit in ("kB", "MB", "GB", "TB"):
-        size /= 1000
-        if size < 999.5 or unit == "TB":
-            break
-    return f"{size:.1f} {unit}"
 
 
 def _instant(at_ms: int) -> str:

@@ -16,6 +16,7 @@ DATABASE_FILE: Final = "whimbrel.sqlite"
 DEFAULT_FLEET: Final = "fleet"
 EMBEDDED: Final = "embedded"
 DEFAULT_PORT: Final = 1883
+DEFAULT_GRACE_HOURS: Final = 168
 DEFAULT_FOLDER: Final = "whimbrel"
 FOLDER_VARIABLE: Final = "WHIMBREL_DIR"
 
@@ -31,6 +32,7 @@ class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     retained_mib_max: Annotated[int, Meta(ge=0, le=1 << 20)] = 512
     delta_workers: Annotated[int, Meta(ge=1, le=64)] = 1
     delta_timeout_s: _Seconds = 3_600
+    delta_grace_hours: Annotated[int, Meta(ge=1, le=87_600)] = DEFAULT_GRACE_HOURS
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -45,6 +47,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
         retained_bytes_max: Bytes of chunks that the broker is asked to retain.
         delta_workers: Deltas built at the same time.
         delta_timeout_s: After which a build is given up.
+        delta_grace_hours: How long a delta stays that no device and no rollout needs.
     """
 
     folder: Path
@@ -55,6 +58,12 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     retained_bytes_max: int = 512 << 20
     delta_workers: int = 1
     delta_timeout_s: int = 3_600
+    delta_grace_hours: int = DEFAULT_GRACE_HOURS
+
+    @property
+    def delta_grace_ms(self) -> int:
+        """How long a delta stays that nobody needs."""
+        return self.delta_grace_hours * 3_600_000
 
     @property
     def database_url(self) -> str:
@@ -112,6 +121,7 @@ def read_config(folder: Path) -> ServerConfig:
         retained_bytes_max=file.retained_mib_max << 20,
         delta_workers=file.delta_workers,
         delta_timeout_s=file.delta_timeout_s,
+        delta_grace_hours=file.delta_grace_hours,
     )
 
 
@@ -125,6 +135,7 @@ def config_text(config: ServerConfig) -> str:
         f"retained_mib_max = {config.retained_bytes_max >> 20}  # chunks that the broker keeps in its memory",
         f"delta_workers = {config.delta_workers}  # deltas built at the same time",
         f"delta_timeout_s = {config.delta_timeout_s}",
+        f"delta_grace_hours = {config.delta_grace_hours}  # then deltas go that nobody needs",
     ]
     if config.database:
         lines.append(f"database = {_quoted(config.database)}")

@@ -6,7 +6,7 @@ anything, so a simulator can run a thousand of these in virtual time.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
@@ -14,11 +14,10 @@ from protocol.chunks import chunk_count
 from protocol.errors import MessageError
 from protocol.ids import Digest
 from protocol.messages import ChunkRequest, Desired, decode_window
-from protocol.release import Release, delta_target
+from protocol.release import Release
 from server.effects import (
     AnswerChunks,
     AnswerMetadata,
-    BuildDelta,
     CacheBlob,
     Effect,
     PublishDesired,
@@ -28,6 +27,7 @@ from server.effects import (
     UncacheBlob,
 )
 from server.events import (
+    BlobsRemoved,
     BlobUncached,
     BrokerConnected,
     DeadlineReached,
@@ -43,22 +43,13 @@ from server.events import (
     Started,
 )
 from server.fleet.registry import DeviceRecord, Registry, is_news, next_desired_sequence, runs
-from server.ports import CacheEntry, CacheRemoval, DeltaRefusal
-from server.releases.catalog import Catalog, blob_target
-from server.releases.delta_planner import (
-    Pair,
-    artifacts_for,
-    can_build,
-    is_worthwhile,
-    pairs_for,
-    plan_cache,
-    retired_deltas,
-)
+from server.ports import CacheEntry, CacheRemoval
+from server.releases.catalog import Catalog
+from server.releases.delta_garbage import head_releases
+from server.releases.delta_planner import plan_cache
+from server.releases.delta_stock import GRACE_MS, DeltaStock
 from server.rollouts.campaign import Campaign, MemberRecord, canary_rank
 from server.rollouts.states import ACTIVE, FINAL, RolloutState, RolloutTrigger
-
-if TYPE_CHECKING:
-    from protocol.trust import Target
 
 RETAINED_BYTES_MAX: Final = 512 << 20
 """Default budget of retained chunks: they are the broker's memory."""
@@ -71,10 +62,12 @@ class CoordinatorLimits:
     Attributes:
         retained_bytes_max: Bytes of chunks that the broker is asked to retain.
         devices_max: Devices that are taken notice of; any client of the broker can invent one.
+        delta_grace_ms: How long a delta stays that nobody needs.
     """
 
     retained_bytes_max: int = RETAINED_BYTES_MAX
     devices_max: int = 200_000
+    delta_grace_ms: int = GRACE_MS
 
 
 class Coordinator:
@@ -87,15 +80,10 @@ class Coordinator:
     def __init__(self, limits: CoordinatorLimits | None = None) -> None:
         self.limits = limits or CoordinatorLimits()
         self.registry = Registry()
-        self.catalog = Catalog()
         self.campaigns: dict[str, Campaign] = {}
+        self.deltas = DeltaStock(self.registry, self._heads, self.limits.delta_grace_ms)
         self.cached: dict[Digest, int] = {}  # lengths of blobs that the broker should retain
         self._leaving: dict[Digest, int] = {}  # lengths of blobs that it should forget
-        self._refused: set[Pair] = set()  # built, and not worth sending
-        self._failed: set[Pair] = set()  # could not be built or signed; tried again after a restart
-        self._building: set[Pair] = set()
-        self._built: dict[Pair, Target] = {}  # wait for a signature
-        self._signing: set[Pair] = set()
         self._is_refreshing = False
         self._refresh_ms = 0
         self._effects: list[Effect] = []
@@ -111,8 +99,14 @@ class Coordinator:
             DeltaBuilt: self._on_built,
             DeltaFailed: self._on_build_failed,
             BlobUncached: self._on_uncached,
+            BlobsRemoved: self._on_removed,
             DeadlineReached: self._on_deadline,
         }
+
+    @property
+    def catalog(self) -> Catalog:
+        """What is signed."""
+        return self.deltas.catalog
 
     def handle(self, event: Event, now_ms: int) -> tuple[Effect, ...]:
         """Take in what happened; returns what to do, in order."""
@@ -123,6 +117,7 @@ class Coordinator:
     def deadline(self) -> int | None:
         """When `DeadlineReached` is due, if nothing happens before."""
         deadlines = [campaign.deadline() for campaign in self.campaigns.values()]
+        deadlines.append(self.deltas.deadline())
         if not self._is_refreshing:
             deadlines.append(self._refresh_ms or self.catalog.refresh_ms)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -130,9 +125,8 @@ class Coordinator:
     # Events
 
     def _on_started(self, event: Started, now_ms: int) -> None:
-        self.catalog = event.catalog
+        self._effects += self.deltas.start(event.catalog, event.refusals, event.idle, now_ms)
         self.registry.load(event.devices)
-        self._refused = {(refusal.base, refusal.result) for refusal in event.refusals}
         members: dict[str, list[MemberRecord]] = {}
         for member in event.members:
             members.setdefault(member.rollout, []).append(member)
@@ -225,47 +219,32 @@ class Coordinator:
         self._advance(campaign, now_ms)
 
     def _on_metadata(self, event: MetadataChanged, now_ms: int) -> None:
-        self.catalog = event.catalog
         self._is_refreshing = False
         self._refresh_ms = 0
-        for pair in [pair for pair in self._built if self.catalog.delta(*pair) is not None]:
-            del self._built[pair]
-        self._signing &= set(self._built)
         self._effects.append(PublishMetadata())
+        self._effects += self.deltas.follow(event.catalog)
         self._advance_all(now_ms)
 
     def _on_signing_failed(self, event: SigningFailed, now_ms: int) -> None:
         self._is_refreshing = False
         self._refresh_ms = event.retry_at_ms
-        self._signing -= set(event.pairs)
-        for pair in event.pairs:
-            self._built.pop(pair, None)
-            self._failed.add(pair)
+        self.deltas.signing_failed(event)
         self._advance_all(now_ms)
 
     def _on_built(self, event: DeltaBuilt, now_ms: int) -> None:
-        pair = (event.base, event.result)
-        self._building.discard(pair)
-        full = self.catalog.file(event.result)
-        if full is None:
-            self._failed.add(pair)  # its release went away while it was built
-        elif is_worthwhile(event.blob.length, full.length):
-            self._built[pair] = blob_target(delta_target(*pair), event.blob, event.memory_bytes)
-        else:
-            self._refused.add(pair)
-            self._effects.append(
-                Save(DeltaRefusal(base=event.base, result=event.result, length=event.blob.length))
-            )
+        self._effects += self.deltas.built(event)
         self._advance_all(now_ms)
 
     def _on_build_failed(self, event: DeltaFailed, now_ms: int) -> None:
-        self._building.discard((event.base, event.result))
-        self._failed.add((event.base, event.result))
+        self.deltas.build_failed(event)
         self._advance_all(now_ms)
 
     def _on_uncached(self, event: BlobUncached, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
         if self._leaving.pop(event.name, None) is not None:
             self._effects.append(Save(CacheRemoval(name=event.name)))
+
+    def _on_removed(self, event: BlobsRemoved, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
+        self._effects += self.deltas.removed(event)
 
     def _on_deadline(self, _: DeadlineReached, now_ms: int) -> None:
         for campaign in self._active():
@@ -273,6 +252,7 @@ class Coordinator:
             if expired:
                 self._effects += [Save(member) for member in expired]
                 self._advance(campaign, now_ms)
+        self._effects += self.deltas.collect(now_ms)
         self._refresh_if_due(now_ms)
 
     # Rollouts
@@ -314,7 +294,7 @@ class Coordinator:
 
     def _begin(self, campaign: Campaign, now_ms: int) -> None:
         devices = self.registry.of_family(campaign.record.family)
-        if devices and self._are_deltas_ready(campaign, devices):
+        if devices and len(self._ready(campaign, devices, now_ms)) == len(devices):
             self._move(campaign, RolloutTrigger.BEGIN, now_ms)
             self._ask_canaries(campaign, now_ms)
 
@@ -351,8 +331,7 @@ class Coordinator:
         candidates = self._candidates(campaign)
         if candidates:
             # Devices that arrive late may need deltas of their own; those that do not are asked at once.
-            ready = [device for device in candidates if self._are_deltas_ready(campaign, [device])]
-            self._ask(campaign, ready, now_ms)
+            self._ask(campaign, self._ready(campaign, candidates, now_ms), now_ms)
             candidates = self._candidates(campaign)
         if campaign.is_wave_decided and not candidates:
             self._move(campaign, RolloutTrigger.FINISH, now_ms)
@@ -422,40 +401,14 @@ class Coordinator:
 
     # Deltas
 
-    def _are_deltas_ready(self, campaign: Campaign, devices: Iterable[DeviceRecord]) -> bool:
-        """Whether nothing is left to build or sign for `devices`; starts what is."""
-        release = self._release(campaign)
-        pairs = dict.fromkeys(pair for device in devices for pair in pairs_for(release, device.report))
-        open_pairs = [pair for pair in pairs if self._is_open(pair)]
-        for pair in open_pairs:
-            if pair not in self._building and pair not in self._built:
-                self._building.add(pair)
-                self._effects.append(BuildDelta(*pair))
-        if open_pairs and not any(pair in self._building for pair in open_pairs):
-            self._sign_built()
-        return not open_pairs
+    def _heads(self) -> list[Release]:
+        return head_releases(self.catalog, (campaign.record for campaign in self.campaigns.values()))
 
-    def _is_open(self, pair: Pair) -> bool:
-        return (
-            pair not in self._refused
-            and pair not in self._failed
-            and self.catalog.delta(*pair) is None
-            and can_build(self.catalog, pair)
-        )
-
-    def _sign_built(self) -> None:
-        pairs = tuple(pair for pair in self._built if pair not in self._signing)
-        if not pairs:
-            return
-        self._signing.update(pairs)
-        needed = {file.sha256 for campaign in self._active() for file in self._release(campaign).files}
-        self._effects.append(
-            SignMetadata(
-                added=tuple(self._built[pair] for pair in pairs),
-                retired=retired_deltas(self.catalog, needed, len(pairs)),
-                pairs=pairs,
-            )
-        )
+    def _ready(self, campaign: Campaign, devices: list[DeviceRecord], now_ms: int) -> list[DeviceRecord]:
+        """Devices for which nothing is left to build or sign; starts what is."""
+        ready, effects = self.deltas.ready(self._release(campaign), devices, now_ms)
+        self._effects += effects
+        return ready
 
     def _refresh_if_due(self, now_ms: int) -> None:
         if not self._is_refreshing and (self._refresh_ms or self.catalog.refresh_ms) <= now_ms:
@@ -467,7 +420,7 @@ class Coordinator:
     def _plan_cache(self) -> None:
         """Compare what the waves under way need with what the broker retains, within the budget."""
         needs = (
-            artifacts_for(self.catalog, release, self.registry.get(device).report)
+            self.deltas.graph.artifacts(release, self.registry.get(device).report)
             for campaign in self._active()
             if (release := self.catalog.release(campaign.record.family, campaign.record.version))
             for device in campaign.undecided

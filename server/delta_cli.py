@@ -1,4 +1,4 @@
-"""`whimbrel delta make | apply | inspect`: delta files by hand, on any two files.
+"""`whimbrel delta make | apply | inspect`: delta files by hand, on any two files; `graph` is in `graph_cli.py`.
 
 Results appear under their name only when they are whole and verified; whatever goes wrong, nothing half done is left.
 """
@@ -31,6 +31,7 @@ from protocol.errors import (
     StorageReadOnlyError,
     WrongBaseError,
 )
+from server import graph_cli
 
 _READ_BYTES = 64 * 1024
 _HASH_BYTES = 1 << 20
@@ -38,9 +39,18 @@ _MEMORY_LIMIT_MIB = 256
 _TENSORS_SHOWN = 12
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Register `delta` with its three commands; `args.run(args)` executes the chosen one."""
-    delta = subparsers.add_parser("delta", help="make, apply or inspect a delta file")
+def add_parser(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", common: argparse.ArgumentParser
+) -> None:
+    """Register `delta` with its commands; `args.run(args)` executes the chosen one.
+
+    Args:
+        subparsers: Of the `whimbrel` command.
+        common: Options of the commands that work on a server's folder.
+    """
+    delta = subparsers.add_parser(
+        "delta", help="make, apply or inspect a delta file; show the fleet's deltas"
+    )
     commands = delta.add_subparsers(dest="delta_command", required=True, metavar="COMMAND")
 
     make = commands.add_parser("make", help="write the delta that turns OLD into NEW")
@@ -72,6 +82,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     inspect = commands.add_parser("inspect", help="show what a delta file holds")
     inspect.add_argument("patch", type=Path, metavar="PATCH")
+
+    graph_cli.add_parser(commands, common)
 
     for command in (make, apply):
         command.add_argument("--force", action="store_true", help="replace an output file that exists")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from protocol.ids import DeviceId, Digest
 from protocol.messages import Desired
+from protocol.release import DeltaName
 from protocol.trust import Target
 from server.ports import Record
 
@@ -70,8 +71,15 @@ class AnswerMetadata:
 class BuildDelta:
     """Build a delta; answered by `DeltaBuilt` or `DeltaFailed`."""
 
-    base: Digest
-    result: Digest
+    name: DeltaName
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveBlobs:
+    """Remove the blobs of a delta that is not signed any more; answered by `BlobsRemoved` once they are gone."""
+
+    path: str  # of the target that it was
+    names: tuple[Digest, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,7 @@ class SignMetadata:
 
     added: tuple[Target, ...] = ()
     retired: tuple[str, ...] = ()
-    pairs: tuple[tuple[Digest, Digest], ...] = ()  # of the deltas in `added`
+    deltas: tuple[DeltaName, ...] = ()  # those in `added`
 
 
 Effect = (
@@ -92,5 +100,6 @@ Effect = (
     | AnswerChunks
     | AnswerMetadata
     | BuildDelta
+    | RemoveBlobs
     | SignMetadata
 )

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from protocol.ids import DeviceId, Digest
 from protocol.messages import Report, Request
+from protocol.release import DeltaName
 from server.fleet.registry import DeviceRecord
-from server.ports import CacheEntry, DeltaRefusal, StoredBlob
+from server.ports import CacheEntry, DeltaRefusal, IdleDelta, StoredBlob
 from server.releases.catalog import Catalog
 from server.rollouts.campaign import MemberRecord, RolloutRecord
 
@@ -19,6 +20,7 @@ class Started:
     rollouts: list[RolloutRecord]
     members: list[MemberRecord]
     refusals: list[DeltaRefusal]
+    idle: list[IdleDelta]
     cached: list[CacheEntry]
 
 
@@ -69,7 +71,7 @@ class MetadataChanged:
 class SigningFailed:
     """Deltas could not be signed; whole files go out instead."""
 
-    pairs: tuple[tuple[Digest, Digest], ...]
+    deltas: tuple[DeltaName, ...]
     retry_at_ms: int
 
 
@@ -77,8 +79,7 @@ class SigningFailed:
 class DeltaBuilt:
     """A delta is in the blob store."""
 
-    base: Digest
-    result: Digest
+    name: DeltaName
     blob: StoredBlob
     memory_bytes: int  # what a device needs to apply it
 
@@ -87,8 +88,7 @@ class DeltaBuilt:
 class DeltaFailed:
     """A delta could not be built."""
 
-    base: Digest
-    result: Digest
+    name: DeltaName
     detail: str
 
 
@@ -97,6 +97,13 @@ class BlobUncached:
     """The broker confirmed that it retains no chunk of a blob any more."""
 
     name: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class BlobsRemoved:
+    """The blobs of a delta that is not signed any more are gone from the blob store."""
+
+    path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,5 +123,6 @@ Event = (
     | DeltaBuilt
     | DeltaFailed
     | BlobUncached
+    | BlobsRemoved
     | DeadlineReached
 )

@@ -9,9 +9,10 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from protocol.delta.format import Profile
 from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.messages import Desired
-from protocol.release import ChunkTree, Release
+from protocol.release import ChunkTree, DeltaName, Release, delta_target
 from protocol.trust import Documents, Target
 from server.fleet.registry import DeviceRecord
 from server.rollouts.campaign import MemberRecord, RolloutRecord
@@ -45,7 +46,27 @@ class DeltaRefusal(Struct, frozen=True, kw_only=True):
 
     base: Digest
     result: Digest
+    profile: Profile = Profile.SMALL
     length: int
+
+    @property
+    def path(self) -> str:
+        """Of the target that it would have been."""
+        return delta_target(self.base, self.result, self.profile)
+
+
+class IdleDelta(Struct, frozen=True, kw_only=True):
+    """A delta that nobody needs; kept until its blobs are gone."""
+
+    path: str  # of its target
+    since_ms: int  # when that was noticed
+    blob: StoredBlob
+
+
+class IdleDeltaRemoval(Struct, frozen=True, kw_only=True):
+    """A delta is needed again, or it is gone."""
+
+    path: str
 
 
 class CacheEntry(Struct, frozen=True, kw_only=True):
@@ -61,7 +82,16 @@ class CacheRemoval(Struct, frozen=True, kw_only=True):
     name: Digest
 
 
-Record = DeviceRecord | RolloutRecord | MemberRecord | DeltaRefusal | CacheEntry | CacheRemoval
+Record = (
+    DeviceRecord
+    | RolloutRecord
+    | MemberRecord
+    | DeltaRefusal
+    | IdleDelta
+    | IdleDeltaRemoval
+    | CacheEntry
+    | CacheRemoval
+)
 
 
 class Clock(Protocol):
@@ -103,6 +133,14 @@ class BlobStore(Protocol):
         """
         ...
 
+    def remove(self, name: Digest) -> None:
+        """Remove a blob; none of that name is no error.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        ...
+
     def path(self, name: Digest) -> Path:
         """Where a blob lies, for worker processes that read it."""
         ...
@@ -129,6 +167,10 @@ class Store(Protocol):
 
     def refusals(self) -> list[DeltaRefusal]:
         """Deltas that are not worth sending."""
+        ...
+
+    def idle_deltas(self) -> list[IdleDelta]:
+        """Deltas that nobody needs."""
         ...
 
     def cached(self) -> list[CacheEntry]:
@@ -224,7 +266,7 @@ class Transport(Protocol):
 class DeltaBuilder(Protocol):
     """Builds deltas outside this process; `DeltaBuilt` or `DeltaFailed` follows for every call of `build`."""
 
-    def build(self, base: Digest, result: Digest) -> None:
+    def build(self, name: DeltaName) -> None:
         """Start, or queue, one build."""
         ...
 
@@ -237,6 +279,8 @@ __all__ = [
     "DeltaBuilder",
     "DeltaRefusal",
     "DeviceRecord",
+    "IdleDelta",
+    "IdleDeltaRemoval",
     "MemberRecord",
     "Record",
     "ReleaseRecord",

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from protocol.errors import MissingKeyError, RequestError, StorageError, TransportError, WhimbrelError
+from protocol.ids import Digest
 from protocol.messages import MetadataBundle, encode_message
 from protocol.trust import Target
 from server.adapters.blobs import FolderBlobs, storage_errors
@@ -33,11 +34,13 @@ from server.effects import (
     Effect,
     PublishDesired,
     PublishMetadata,
+    RemoveBlobs,
     Save,
     SignMetadata,
     UncacheBlob,
 )
 from server.events import (
+    BlobsRemoved,
     DeadlineReached,
     Event,
     MetadataChanged,
@@ -86,7 +89,11 @@ class Server:
         self._is_stopping = threading.Event()
         self._has_stopped = threading.Event()
         self._lock = threading.Lock()  # around the coordinator
-        self._coordinator = Coordinator(CoordinatorLimits(retained_bytes_max=config.retained_bytes_max))
+        self._coordinator = Coordinator(
+            CoordinatorLimits(
+                retained_bytes_max=config.retained_bytes_max, delta_grace_ms=config.delta_grace_ms
+            )
+        )
         self._folder_lock: FolderLock | None = None
         self._store: SqlStore | None = None
         self._broker: EmbeddedBroker | None = None
@@ -96,6 +103,7 @@ class Server:
         self._records_saved = 0
         self._transactions = 0
         self._deltas_signed = 0
+        self._deltas_retired = 0
         self._failure: BaseException | None = None
 
     # Life
@@ -243,6 +251,7 @@ class Server:
             "records_saved": self._records_saved,
             "transactions": self._transactions,
             "deltas_signed": self._deltas_signed,
+            "deltas_retired": self._deltas_retired,
         }
 
     # The loop
@@ -320,8 +329,10 @@ class Server:
                 transport.answer_chunks(device, name, chunks)
             case AnswerMetadata(device, root_version):
                 transport.answer_metadata(device, bundle(self._repository, root_version))
-            case BuildDelta(base, result):
-                self._builds.build(base, result)
+            case BuildDelta(name):
+                self._builds.build(name)
+            case RemoveBlobs(path, names):
+                return self._remove(path, names)
             case SignMetadata():
                 return self._sign(effect)
         return None
@@ -349,6 +360,7 @@ class Server:
             rollouts=store.rollouts(),
             members=store.members(),
             refusals=store.refusals(),
+            idle=store.idle_deltas(),
             cached=store.cached(),
         )
 
@@ -357,9 +369,22 @@ class Server:
             repository = self._signed(effect.added, effect.retired)
         except (RequestError, StorageError) as error:
             _LOG.error("metadata cannot be signed: %s", error)
-            return SigningFailed(effect.pairs, self._clock.now_ms() + SIGNING_RETRY_MS)
-        self._deltas_signed += len(effect.pairs)
+            return SigningFailed(effect.deltas, self._clock.now_ms() + SIGNING_RETRY_MS)
+        self._deltas_signed += len(effect.deltas)
+        self._deltas_retired += len(effect.retired)
         return MetadataChanged(self._catalog(repository))
+
+    def _remove(self, path: str, names: tuple[Digest, ...]) -> Event | None:
+        """Remove blobs that nothing signed needs; what cannot be removed now is removed after the next start."""
+        drafts = {file.sha256 for record in self._opened.releases() for file in record.release.files}
+        try:
+            for name in names:
+                if name not in drafts:
+                    self._blobs.remove(name)
+        except StorageError as error:
+            _LOG.warning("a retired delta is still on the disk: %s", error)
+            return None
+        return BlobsRemoved(path)
 
     def _signed(self, added: tuple[Target, ...], retired: tuple[str, ...]) -> Repository:
         """Sign what changed, or what expires soon, over whatever another process signed last."""

@@ -75,6 +75,12 @@ class FolderBlobs:
             raise StorageError(f"{path} has no chunk {index}")
         return payload
 
+    def remove(self, name: Digest) -> None:
+        """Remove a blob."""
+        path = self.path(name)
+        with storage_errors(path):
+            path.unlink(missing_ok=True)
+
     def path(self, name: Digest) -> Path:
         """Where a blob lies."""
         return self._folder / name[:2] / name

@@ -26,6 +26,7 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    inspect,
     select,
     update,
 )
@@ -35,7 +36,16 @@ from protocol.errors import AlreadyPublishedError, RequestError, StorageError, S
 from protocol.ids import Family, Version
 from protocol.trust import Documents
 from server.fleet.registry import DeviceRecord
-from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, Record, ReleaseRecord, Repository
+from server.ports import (
+    CacheEntry,
+    CacheRemoval,
+    DeltaRefusal,
+    IdleDelta,
+    IdleDeltaRemoval,
+    Record,
+    ReleaseRecord,
+    Repository,
+)
 from server.rollouts.campaign import MemberRecord, RolloutRecord
 
 SCHEMA_VERSION: Final = 1
@@ -44,6 +54,7 @@ LOCK_WAIT_S: Final = 30
 
 _schema: Final = MetaData()
 _NAME = String(128)
+_PATH = String(192)
 _CONSTANTS = Table("constants", _schema, Column("name", _NAME, primary_key=True), Column("value", Integer))
 _DOCUMENTS = Table("documents", _schema, Column("name", _NAME, primary_key=True), Column("body", LargeBinary))
 _RELEASES = Table(
@@ -69,13 +80,12 @@ _MEMBERS = Table(
     Column("device", _NAME, primary_key=True),
     Column("body", LargeBinary),
 )
+# Keyed by the path of the target, so that the profiles of a pair are two. The table that was keyed by the pair is left
+# alone where there is one: what it knew costs one more build each.
 _REFUSALS = Table(
-    "refused_deltas",
-    _schema,
-    Column("base", String(64), primary_key=True),
-    Column("result", String(64), primary_key=True),
-    Column("body", LargeBinary),
+    "refused_targets", _schema, Column("path", _PATH, primary_key=True), Column("body", LargeBinary)
 )
+_IDLE = Table("idle_deltas", _schema, Column("path", _PATH, primary_key=True), Column("body", LargeBinary))
 _CACHED = Table(
     "cached_blobs", _schema, Column("name", String(64), primary_key=True), Column("body", LargeBinary)
 )
@@ -83,7 +93,8 @@ _CACHED = Table(
 _KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
     DeviceRecord: (_DEVICES, ("device",)),
     MemberRecord: (_MEMBERS, ("rollout", "device")),
-    DeltaRefusal: (_REFUSALS, ("base", "result")),
+    DeltaRefusal: (_REFUSALS, ("path",)),
+    IdleDelta: (_IDLE, ("path",)),
     CacheEntry: (_CACHED, ("name",)),
 }
 _Kind = TypeVar("_Kind", bound=Struct)
@@ -146,6 +157,7 @@ class SqlStore:
                 f"the database has layout {version}, understood is {SCHEMA_VERSION}",
                 hint="use the version of whimbrel that wrote it",
             )
+        self._add_tables()
 
     def save(self, records: Sequence[Record]) -> None:
         """Write all records in one transaction; a record replaces the one with its key."""
@@ -156,6 +168,8 @@ class SqlStore:
                 rollouts.append(record)
             elif isinstance(record, CacheRemoval):
                 rows.setdefault(_CACHED, {})[record.name,] = None
+            elif isinstance(record, IdleDeltaRemoval):
+                rows.setdefault(_IDLE, {})[record.path,] = None
             else:
                 table, names = _KEYS[type(record)]
                 key = tuple(getattr(record, name) for name in names)
@@ -186,6 +200,10 @@ class SqlStore:
     def refusals(self) -> list[DeltaRefusal]:
         """Deltas that are not worth sending."""
         return self._load(DeltaRefusal, select(_REFUSALS.c.body))
+
+    def idle_deltas(self) -> list[IdleDelta]:
+        """Deltas that nobody needs."""
+        return self._load(IdleDelta, select(_IDLE.c.body).order_by(_IDLE.c.path))
 
     def cached(self) -> list[CacheEntry]:
         """Blobs that a broker may retain."""
@@ -253,6 +271,14 @@ class SqlStore:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
+
+    def _add_tables(self) -> None:
+        """Make the tables that came later; an older program does without them, so the layout keeps its version."""
+        with self._reading() as connection:
+            known = inspect(connection).get_table_names()
+        if set(_schema.tables) - set(known):
+            with self._writing() as connection:
+                _schema.create_all(connection)
 
     def _load(self, kind: type[_Kind], query: Any) -> list[_Kind]:
         with self._reading() as connection:

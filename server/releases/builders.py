@@ -1,7 +1,7 @@
 """Deltas built in child processes: minutes of work and a model's worth of memory stay out of the server.
 
 A child per delta, so that one that dies, hangs or eats all memory costs that delta and nothing else, and so that the
-server can stop at once. This module is also the child: `python -m server.releases.builders BLOBS BASE RESULT`.
+server can stop at once. This module is also the child: `python -m server.releases.builders BLOBS BASE RESULT PROFILE`.
 """
 
 import argparse
@@ -18,9 +18,11 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from protocol.delta.format import Profile
 from protocol.delta.writer import make_delta
 from protocol.errors import WhimbrelError
-from protocol.ids import Digest, parse_digest
+from protocol.ids import parse_digest
+from protocol.release import DeltaName
 from server.adapters.blobs import FileSource, FolderBlobs, storage_errors
 from server.events import DeltaBuilt, DeltaFailed, Event
 from server.ports import StoredBlob
@@ -40,7 +42,7 @@ class BuiltDelta(Struct, frozen=True, kw_only=True):
     memory_bytes: int
 
 
-def build_delta(blobs: FolderBlobs, base: Digest, result: Digest) -> BuiltDelta:
+def build_delta(blobs: FolderBlobs, name: DeltaName) -> BuiltDelta:
     """Build the delta between two stored files and store it.
 
     Raises:
@@ -48,12 +50,12 @@ def build_delta(blobs: FolderBlobs, base: Digest, result: Digest) -> BuiltDelta:
         PatchLimitError: A file is beyond the format's limits.
     """
     with (
-        storage_errors(blobs.path(base)),
-        blobs.path(base).open("rb") as base_file,
-        blobs.path(result).open("rb") as result_file,
+        storage_errors(blobs.path(name.base)),
+        blobs.path(name.base).open("rb") as base_file,
+        blobs.path(name.result).open("rb") as result_file,
         blobs.partial() as partial,
     ):
-        stats = make_delta(FileSource(base_file), FileSource(result_file), partial)
+        stats = make_delta(FileSource(base_file), FileSource(result_file), partial, profile=name.profile)
         partial.flush()
         return BuiltDelta(
             blob=blobs.put_file(Path(partial.name)), memory_bytes=stats.header.decoder_memory_bytes
@@ -79,9 +81,9 @@ class BuildPool:
         self._children: set[subprocess.Popen[bytes]] = set()
         self._is_stopping = False
 
-    def build(self, base: Digest, result: Digest) -> None:
+    def build(self, name: DeltaName) -> None:
         """Start, or queue, one build."""
-        self._threads.submit(self._build, base, result)
+        self._threads.submit(self._build, name)
 
     def stop(self) -> None:
         """End all children; what they had not finished is built again after the next start."""
@@ -91,24 +93,33 @@ class BuildPool:
                 child.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _build(self, base: Digest, result: Digest) -> None:
-        event = self._run(base, result)
+    def _build(self, name: DeltaName) -> None:
+        event = self._run(name)
         if isinstance(event, DeltaFailed) and not self._is_stopping:
-            _LOG.warning("delta %.12s to %.12s: %s", base, result, event.detail)
+            _LOG.warning("delta %.12s to %.12s: %s", name.base, name.result, event.detail)
         if not self._is_stopping:
             self._post(event)
 
-    def _run(self, base: Digest, result: Digest) -> Event:
-        command = [sys.executable, "-m", __name__, str(self._folder.absolute()), base, result]
+    def _run(self, name: DeltaName) -> Event:
+        profile = name.profile.name.lower()
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            str(self._folder.absolute()),
+            name.base,
+            name.result,
+            profile,
+        ]
         with self._lock:
             if self._is_stopping:
-                return DeltaFailed(base, result, "the server stops")
+                return DeltaFailed(name, "the server stops")
             try:
                 child = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
                 )
             except OSError as error:
-                return DeltaFailed(base, result, f"no process: {error.strerror}")
+                return DeltaFailed(name, f"no process: {error.strerror}")
             self._children.add(child)
         try:
             with child:
@@ -116,15 +127,15 @@ class BuildPool:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-            return DeltaFailed(base, result, f"given up after {self._timeout_s} s")
+            return DeltaFailed(name, f"given up after {self._timeout_s} s")
         finally:
             with self._lock:
                 self._children.discard(child)
         if child.returncode != 0:
             last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
-            return DeltaFailed(base, result, f"ended with {child.returncode}: {last[0][:400]}")
+            return DeltaFailed(name, f"ended with {child.returncode}: {last[0][:400]}")
         built = msgspec.json.decode(output[:_OUTPUT_BYTES_MAX], type=BuiltDelta)
-        return DeltaBuilt(base, result, built.blob, built.memory_bytes)
+        return DeltaBuilt(name, built.blob, built.memory_bytes)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,10 +144,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("blobs", type=Path)
     parser.add_argument("base", type=parse_digest)
     parser.add_argument("result", type=parse_digest)
+    parser.add_argument("profile", choices=[profile.name.lower() for profile in Profile])
     arguments = parser.parse_args(argv)
     os.nice(NICENESS)
     try:
-        built = build_delta(FolderBlobs(arguments.blobs), arguments.base, arguments.result)
+        name = DeltaName(arguments.base, arguments.result, Profile[arguments.profile.upper()])
+        built = build_delta(FolderBlobs(arguments.blobs), name)
     except WhimbrelError as error:
         sys.stderr.write(f"{error.code}: {error}\n")
         return 1

@@ -5,8 +5,17 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from protocol.chunks import chunk_count, index_lengths, index_name
-from protocol.ids import Digest, Family, Version, parse_digest
-from protocol.release import ArtifactCustom, Release, delta_target, file_target, release_target
+from protocol.delta.format import Profile
+from protocol.ids import Digest, Family, Version
+from protocol.release import (
+    ArtifactCustom,
+    DeltaName,
+    Release,
+    delta_target,
+    file_target,
+    parse_delta_target,
+    release_target,
+)
 from protocol.trust import Target
 from server.ports import StoredBlob
 
@@ -48,9 +57,9 @@ class Catalog:
         """The target of a whole file."""
         return self.targets.get(file_target(digest))
 
-    def delta(self, base: Digest, result: Digest) -> Target | None:
+    def delta(self, base: Digest, result: Digest, profile: Profile = Profile.SMALL) -> Target | None:
         """The target of the delta between two files."""
-        return self.targets.get(delta_target(base, result))
+        return self.targets.get(delta_target(base, result, profile))
 
     def description(self, release: Release) -> Target:
         """The target of a published release's description."""
@@ -61,14 +70,9 @@ class Catalog:
         length = self._blobs.get(name)
         return None if length is None else chunk_count(length)
 
-    def deltas(self) -> list[tuple[Digest, Digest]]:
-        """Base and result of every signed delta."""
-        pairs = []
-        for path in self.targets:
-            parts = path.split("/")
-            if len(parts) == 3 and path == delta_target(Digest(parts[1]), Digest(parts[2])):
-                pairs.append((parse_digest(parts[1]), parse_digest(parts[2])))
-        return pairs
+    def deltas(self) -> list[DeltaName]:
+        """Every signed delta."""
+        return [name for path in self.targets if (name := parse_delta_target(path)) is not None]
 
 
 def target_blobs(target: Target) -> list[tuple[Digest, int]]:

@@ -1,4 +1,7 @@
-"""Which deltas to build for the versions that the fleet really has, and which blobs the broker should retain. Pure."""
+"""Between which files deltas can be built, when one is worth sending, and which blobs the broker should retain. Pure.
+
+Which of these deltas pay is decided in `delta_graph.py`.
+"""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,9 +15,6 @@ from server.releases.catalog import Catalog, target_blobs
 
 DELTA_SHARE_MAX: Final = 0.9
 """A delta of more than this share of the whole file is not worth the device's work and a place in the metadata."""
-
-TARGETS_SOFT_MAX: Final = 400
-"""Signed targets above which deltas that no rollout needs are dropped; about two thirds of the size limit of targets."""
 
 Pair = tuple[Digest, Digest]
 
@@ -47,20 +47,6 @@ def is_worthwhile(delta_length: int, full_length: int) -> bool:
     return delta_length <= full_length * DELTA_SHARE_MAX
 
 
-def artifacts_for(catalog: Catalog, release: Release, report: Report | None) -> list[Target]:
-    """Targets that a device has to fetch for `release`: its description, and a delta or the whole of each file."""
-    installed = set(report.files.values()) if report else set()
-    deltas = {pair[1]: catalog.delta(*pair) for pair in pairs_for(release, report)}
-    targets = [catalog.description(release)]
-    for file in release.files:
-        if file.sha256 in installed:
-            continue
-        target = deltas.get(Digest(file.sha256)) or catalog.file(Digest(file.sha256))
-        if target is not None:
-            targets.append(target)
-    return targets
-
-
 def plan_cache(needs: Iterable[Iterable[Target]], bytes_max: int) -> dict[Digest, int]:
     """Blobs that the broker should retain, with their lengths.
 
@@ -87,20 +73,3 @@ def plan_cache(needs: Iterable[Iterable[Target]], bytes_max: int) -> dict[Digest
             chosen.update(blobs)
             used += sum(blobs.values())
     return chosen
-
-
-def retired_deltas(catalog: Catalog, needed: set[str], added: int) -> tuple[str, ...]:
-    """Paths of delta targets to drop before `added` more are signed, so that the metadata stays small.
-
-    Args:
-        catalog: What is signed now.
-        needed: Digests of the files of releases that are being rolled out.
-        added: How many targets will be added.
-    """
-    if len(catalog.targets) + added <= TARGETS_SOFT_MAX:
-        return ()
-    return tuple(
-        target.path
-        for base, result in catalog.deltas()
-        if result not in needed and (target := catalog.delta(base, result)) is not None
-    )

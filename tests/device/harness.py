@@ -4,6 +4,7 @@ The world is single-threaded and runs in virtual time: `settle` carries out ever
 said so far, and moves the clock to the agent's deadlines until the world is quiet.
 """
 
+import io
 import random
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from device.slots import SlotHealth, SlotName, slot_file
 from device.states import State
 from protocol.chunks import build_tree, encode_chunk, index_name
 from protocol.constants import CHUNK_BYTES
+from protocol.delta.format import Profile
+from protocol.delta.writer import make_delta
 from protocol.errors import EngineError
 from protocol.ids import DeviceId, Digest, Family, FleetId, Version, digest_of
 from protocol.messages import (
@@ -42,10 +45,12 @@ from protocol.release import (
     Release,
     ReleaseFile,
     Resources,
+    delta_target,
     encode_release,
     file_target,
     release_target,
 )
+from protocol.tensors import BytesSource
 from protocol.topics import Topics
 from protocol.trust import Target
 from server.ports import Repository
@@ -56,6 +61,7 @@ FLEET = FleetId("test-fleet")
 FAMILY = Family("digits")
 DEVICE = DeviceId("device-1")
 START_MS = 1_700_000_000_000
+SEGMENT_BYTES = 256 << 10  # several segments in a small model, so that there are checkpoints
 TOPICS = Topics(FLEET)
 
 
@@ -128,6 +134,30 @@ class Cache:
         self.publish_metadata()
         return release
 
+    def publish_delta(
+        self, base: bytes, result: bytes, *, profile: Profile = Profile.SMALL, patch: bytes | None = None
+    ) -> Digest:
+        """Sign the delta between two files, or `patch` in its place."""
+        if patch is None:
+            sink = io.BytesIO()
+            memory_bytes = make_delta(
+                BytesSource(base), BytesSource(result), sink, profile=profile, segment_bytes=SEGMENT_BYTES
+            ).header.decoder_memory_bytes
+            patch = sink.getvalue()
+        else:
+            memory_bytes = 0
+        name, tree = self.add_blob(patch)
+        path = delta_target(digest_of(base), digest_of(result), profile)
+        target = Target(path, len(patch), name, ArtifactCustom(chunks=tree, memory_bytes=memory_bytes))
+        self.repository = self.publisher.publish(self.repository, [target], (), START_MS).repository
+        self.publish_metadata()
+        return name
+
+    def retire(self, path: str) -> None:
+        """Drop a signed target."""
+        self.repository = self.publisher.publish(self.repository, (), [path], START_MS).repository
+        self.publish_metadata()
+
     def publish_metadata(self) -> None:
         documents = self.repository.documents
         self.retained[TOPICS.metadata("timestamp")] = documents.timestamp
@@ -199,6 +229,19 @@ def good_evidence(**changes: object) -> TrialEvidence:
     return TrialEvidence(**{**fields, **changes})  # type: ignore[arg-type]  # a test's keyword arguments
 
 
+class CuttingDisk(SimulatedDisk):
+    """A disk during one of whose changes the power goes."""
+
+    operations_left: int | None = None  # changes that are still carried out
+
+    def _check_writable(self, name: str) -> None:
+        super()._check_writable(name)
+        if self.operations_left is not None:
+            if self.operations_left == 0:
+                raise PowerCutError
+            self.operations_left -= 1
+
+
 class Device:
     """A device that can lose its connection and its power at any effect."""
 
@@ -208,7 +251,7 @@ class Device:
         fields: dict[str, object] = {"device": DEVICE, "fleet": FLEET, "family": FAMILY, "tier": "pi"}
         self.config = AgentConfig(**{**fields, **(config or {})})  # type: ignore[arg-type]  # a test's keyword arguments
         self.cache = cache
-        self.disk = SimulatedDisk()
+        self.disk = CuttingDisk()
         self.engine = ScriptedEngine(self.disk)
         self.rng = random.Random(seed)
         self.now_ms = START_MS
@@ -347,6 +390,12 @@ def matches(pattern: str, topic: str) -> bool:
     if pattern.endswith("/+"):
         return topic.rpartition("/")[0] == pattern.removesuffix("/+")
     return pattern == topic
+
+
+def fine_tuned(model: bytes, seed: int) -> bytes:
+    """The model with one stretch replaced, always the same: small deltas, whatever the codecs are good at."""
+    at = len(model) // 2
+    return model[:at] + random.Random(seed).randbytes(1000) + model[at + 1000 :]
 
 
 def model_bytes(seed: int, length: int = 20 * CHUNK_BYTES + 17) -> bytes:

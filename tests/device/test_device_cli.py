@@ -230,6 +230,8 @@ def test_a_missing_configuration_is_named(run: Run, command: tuple[str, ...]) ->
         ({"device": "a/b"}, "a/b"),
         ({"fleet": "#"}, "#"),
         ({"memory_mb_max": 0}, "memory_mb_max"),
+        ({"link_kb_per_s": 0}, "link_kb_per_s"),
+        ({"processor_percent": 10_001}, "processor_percent"),
         ({"memory_mb_max": "much"}, "memory_mb_max"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ from device.journal import Journal
 from device.runtime import DeviceRuntime, install_factory
 from device.states import State
 from protocol.errors import RequestError
-from protocol.ids import DeviceId, Family, FleetId
-from protocol.release import decode_release
+from protocol.ids import DeviceId, Family, FleetId, digest_of
+from protocol.release import DeltaName, decode_release, parse_delta_target
 from server.config import read_config
 from server.operations import (
     add_release,
     init_repository,
     list_devices,
+    opened,
     publish_release,
     rollout_status,
     start_rollout,
@@ -52,7 +54,20 @@ class Lab:
         self.devices: list[DeviceRuntime] = []
 
     def publish(self, version: str, *, seed: int, shift: int = 0) -> None:
-        model = write_classifier(self.folder / f"{version}.onnx", seed, hidden=HIDDEN, shift=shift)
+        write_classifier(self.folder / f"{version}.onnx", seed, hidden=HIDDEN, shift=shift)
+        self.publish_file(version)
+
+    def publish_tuned(self, version: str, before: str) -> None:
+        """Publish a version in which a few thousand weights of the one before are slightly other ones."""
+        data = bytearray((self.folder / f"{before}.onnx").read_bytes())
+        at = len(data) // 4
+        for offset in range(at, at + 8_000, 4):
+            data[offset] ^= len(version) + ord(version[-1])  # the lowest byte of the mantissa
+        (self.folder / f"{version}.onnx").write_bytes(data)
+        self.publish_file(version)
+
+    def publish_file(self, version: str) -> None:
+        model = self.folder / f"{version}.onnx"
         add_release(self.server_folder, "digits", version, [model], runtime="onnx", health=self.health)
         publish_release(self.server_folder, "digits", version)
 
@@ -171,6 +186,39 @@ def test_a_device_that_is_stopped_again_and_again_fetches_nothing_twice(lab: Lab
     assert len(chunks) > 20
     assert max(chunks.values()) == 1
     assert sum(line["kind"] == "boot" for line in lines) == 4
+
+
+def test_a_device_that_missed_a_version_gets_to_the_newest_by_the_deltas_that_are_there(lab: Lab) -> None:
+    """The straggler takes two deltas, one of which was built for others; nothing is built for it alone."""
+    punctual, late = (lab.provision(name) for name in ("punctual", "late"))
+    first = lab.start(punctual, 1)
+    lab.wait(lambda: first.transport.is_connected and first.executor.model is not None)
+    lab.publish_tuned("v2", "v1")
+    rollout = start_rollout(lab.server_folder, "digits", "v2", canary_count=1)
+    lab.wait(lambda: rollout_status(lab.server_folder, rollout.id).rollout.state.value == "finished")
+    second = lab.start(late, 2)
+    lab.wait(lambda: second.transport.is_connected and second.executor.model is not None)
+    lab.wait(lambda: lab.server.status()["versions"] == {"digits v1": 1, "digits v2": 1})
+    lab.publish_tuned("v3", "v2")
+    rollout = start_rollout(lab.server_folder, "digits", "v3", canary_count=2)
+    lab.wait(lambda: rollout_status(lab.server_folder, rollout.id).rollout.state.value == "finished")
+    digests = [digest_of((lab.folder / f"{version}.onnx").read_bytes()) for version in ("v1", "v2", "v3")]
+    update = second.agent.record.update
+    assert update is not None
+    (item,) = update.items
+    assert [(link.base_sha256, link.sha256) for link in item.links] == list(pairwise(digests))
+    assert update.outcome == "committed"
+    assert update.counters.received_bytes < item.length / 20
+    assert update.counters.redundant_chunks == 0
+    assert version_of(second) == "v3"
+    assert second.infer(prompts()[0]) == str(prompts()[0].label)
+    with opened(lab.server_folder) as home:
+        repository = home.store.repository()
+        assert repository is not None
+        targets = home.publisher().checked(repository, home.clock.now_ms()).targets
+    assert {name for path in targets if (name := parse_delta_target(path))} == {
+        DeltaName(base, result) for base, result in pairwise(digests)
+    }
 
 
 def test_a_device_that_was_stopped_is_known_to_be_offline(lab: Lab) -> None:

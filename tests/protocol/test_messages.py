@@ -8,6 +8,7 @@ from protocol.errors import MessageError
 from protocol.ids import digest_of
 from protocol.messages import (
     REQUEST_WINDOW_CHUNKS_MAX,
+    Capacity,
     ChunkRequest,
     Desired,
     Link,
@@ -30,6 +31,9 @@ REPORT = Report(
     family="digits",
     version="v1",
     files={"model.onnx": digest_of(b"x")},
+    capacity=Capacity(
+        link_bytes_per_s=64_000, processor_percent=25, delta_memory_bytes=128 << 20, links_max=4
+    ),
     update=UpdateReport(rollout="r1", sequence=3, version="v2", outcome="committed"),
 )
 
@@ -77,6 +81,32 @@ def test_unknown_fields_are_ignored_and_another_version_is_refused() -> None:
 def test_a_malformed_message_is_refused(payload: bytes) -> None:
     with pytest.raises(MessageError):
         decode_message(Desired, payload)
+
+
+def test_a_report_without_a_capacity_is_one_of_a_device_that_does_not_say() -> None:
+    fields = json.loads(encode_message(REPORT))
+    del fields["capacity"]
+    assert decode_message(Report, json.dumps(fields).encode()).capacity is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"link_bytes_per_s": 0},
+        {"link_bytes_per_s": (1 << 40) + 1},
+        {"processor_percent": 0},
+        {"processor_percent": 10_001},
+        {"delta_memory_bytes": -1},
+        {"links_max": 0},
+        {"links_max": 65},
+        {"links_max": 1.5},
+    ],
+)
+def test_a_capacity_out_of_bounds_is_refused_with_its_report(change: dict[str, float]) -> None:
+    fields = json.loads(encode_message(REPORT))
+    fields["capacity"] |= change
+    with pytest.raises(MessageError, match=f"capacity.{next(iter(change))}"):
+        decode_message(Report, json.dumps(fields).encode())
 
 
 @given(st.binary(max_size=200))

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from protocol.chunks import build_tree
 from protocol.constants import CHUNK_BYTES
 from protocol.ids import Family, Version, digest_of
-from protocol.messages import Report, UpdateReport
+from protocol.messages import Capacity, Report, UpdateReport
 from protocol.release import (
     ClassPrompt,
     HealthPlan,
@@ -115,6 +115,7 @@ def report(
     *,
     files: dict[str, str] | None = None,
     tier: str = "",
+    capacity: Capacity | None = None,
 ) -> Report:
     """What a device says that runs `version` of the paper family."""
     measured: dict[str, str] = {"model.onnx": digest_of(model_bytes(version))} if version else {}
@@ -126,5 +127,6 @@ def report(
         version=version,
         files=measured if files is None else files,
         tier=tier,
+        capacity=capacity,
         update=update,
     )

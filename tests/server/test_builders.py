@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from protocol.delta.format import Profile
 from protocol.delta.reader import DeltaReader
 from protocol.ids import digest_of
+from protocol.release import DeltaName
 from protocol.tensors import BytesSource
 from server.adapters.blobs import FolderBlobs
 from server.events import DeltaBuilt, DeltaFailed, Event
@@ -32,16 +34,17 @@ def pool(tmp_path: Path, events: queue.Queue[Event]) -> Iterator[BuildPool]:
     pool.stop()
 
 
+@pytest.mark.parametrize("profile", Profile)
 def test_a_delta_is_built_stored_and_gives_the_new_file(
-    blobs: FolderBlobs, pool: BuildPool, events: queue.Queue[Event], tmp_path: Path
+    blobs: FolderBlobs, pool: BuildPool, events: queue.Queue[Event], tmp_path: Path, profile: Profile
 ) -> None:
     old, new = (write_model(tmp_path / f"{seed}.onnx", seed).read_bytes() for seed in (1, 2))
     blobs.put(old)
     blobs.put(new)
-    pool.build(digest_of(old), digest_of(new))
+    pool.build(DeltaName(digest_of(old), digest_of(new), profile))
     built = events.get(timeout=60)
     assert isinstance(built, DeltaBuilt)
-    assert (built.base, built.result) == (digest_of(old), digest_of(new))
+    assert built.name == DeltaName(digest_of(old), digest_of(new), profile)
     assert built.blob.length < len(new) / 10
     assert built.blob == blobs.describe(built.blob.digest)
     # The memory that metadata promises is enough, and the result is the new file.
@@ -49,6 +52,8 @@ def test_a_delta_is_built_stored_and_gives_the_new_file(
     patch = blobs.path(built.blob.digest).read_bytes()
     assert b"".join(piece.data for piece in reader.feed(patch)) == new
     reader.finish()
+    assert reader.header is not None
+    assert reader.header.profile is profile
     assert not list((tmp_path / "blobs").glob(".partial-*"))
 
 
@@ -58,11 +63,11 @@ def test_a_file_that_is_missing_fails_that_delta_only(
     blobs.put(b"a" * 1000)
     blobs.put(b"b" * 1000)
     a, b, missing = digest_of(b"a" * 1000), digest_of(b"b" * 1000), digest_of(b"c")
-    pool.build(a, missing)
-    pool.build(a, b)
+    pool.build(DeltaName(a, missing))
+    pool.build(DeltaName(a, b))
     outcomes = [events.get(timeout=60) for _ in range(2)]
     (failed,) = [event for event in outcomes if isinstance(event, DeltaFailed)]
-    assert (failed.base, failed.result) == (a, missing)
+    assert failed.name == DeltaName(a, missing)
     assert "storage.failed" in failed.detail
     assert any(isinstance(event, DeltaBuilt) for event in outcomes)
 
@@ -72,7 +77,7 @@ def test_a_build_that_takes_too_long_is_given_up(
 ) -> None:
     blob = blobs.put(b"a" * 1000)
     pool = BuildPool(tmp_path / "blobs", 1, 0, events.put)
-    pool.build(blob.digest, blob.digest)
+    pool.build(DeltaName(blob.digest, blob.digest))
     event = events.get(timeout=60)
     assert isinstance(event, DeltaFailed)
     assert "given up" in event.detail
@@ -86,7 +91,7 @@ def test_stopping_ends_children_at_once_and_says_nothing(
     blobs.put(data)
     blobs.put(data[::-1])
     for _ in range(5):
-        pool.build(digest_of(data), digest_of(data[::-1]))
+        pool.build(DeltaName(digest_of(data), digest_of(data[::-1])))
     pool.stop()
     assert events.empty()
     assert not pool._children
@@ -94,5 +99,5 @@ def test_stopping_ends_children_at_once_and_says_nothing(
 
 def test_the_child_ends_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digest = digest_of(b"x")
-    assert main([str(tmp_path / "blobs"), digest, digest]) == 1
+    assert main([str(tmp_path / "blobs"), digest, digest, "small"]) == 1
     assert capsys.readouterr().err.count("\n") == 1

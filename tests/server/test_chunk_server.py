@@ -30,8 +30,9 @@ from protocol.messages import (
 )
 from protocol.release import delta_target, file_target
 from protocol.topics import Topics
-from protocol.trust import Documents, Floors, Verified, verify
+from protocol.trust import Documents, Floors, Target, Verified, verify
 from server import operations
+from server.adapters.clock import SystemClock
 from server.broker.tcp import EmbeddedBroker
 from server.config import read_config
 from server.runtime import Server
@@ -400,6 +401,73 @@ def test_a_release_that_is_published_while_the_server_runs_is_noticed(tmp_path: 
 
         _until(lambda: versions() == {"1.json", "1b.json"})
         radio.close()
+
+
+class _Calendar:
+    """A clock that only goes on when it is told to."""
+
+    def __init__(self, now_ms: int) -> None:
+        self.at_ms = now_ms
+
+    def now_ms(self) -> int:
+        return self.at_ms
+
+
+def test_a_delta_that_nobody_needs_leaves_metadata_and_disk_after_its_time_of_grace(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    home = tmp_path / "server"
+    calendar = _Calendar(SystemClock().now_ms())
+    old, new = (digest_of(models[version].read_bytes()) for version in ("1", "2"))
+    config = msgspec.structs.replace(read_config(home), delta_grace_hours=24)
+
+    def signed() -> Target | None:
+        with operations.opened(home) as opened:
+            repository = opened.store.repository()
+            assert repository is not None
+            return (
+                opened.publisher().checked(repository, calendar.now_ms()).targets.get(delta_target(old, new))
+            )
+
+    with Server(config, seed=1, clock=calendar) as server:
+        server.wait_connected(10)
+        radio = Radio(server.broker_port)
+        radio.report(1, "1", models["1"])
+        _until(lambda: server.status()["devices"] == 1)
+        rollout = operations.start_rollout(home, "digits", "2")
+        _until(lambda: radio.desired() is not None)
+        delta = signed()
+        assert delta is not None
+        path = home / "blobs" / delta.digest[:2] / delta.digest
+        calendar.at_ms += 48 * 3_600_000
+        # The device was asked and has not answered, however long ago that was.
+        _until(lambda: operations.rollout_status(home, rollout.id).rollout.state == "stopped")
+        assert signed() is not None
+        sequence = radio.desired()
+        assert sequence is not None
+        update = UpdateReport(
+            rollout=rollout.id, sequence=sequence.sequence, version="2", outcome="committed"
+        )
+        radio.report(2, "2", models["2"], update)
+        _until(lambda: server.status()["versions"] == {"digits 2": 1})
+        calendar.at_ms += 3_600_000
+        _until(lambda: _idle(home) == [delta_target(old, new)])
+        calendar.at_ms += 23 * 3_600_000
+        assert signed() is not None
+        assert path.exists()
+        calendar.at_ms += 3_600_000
+        _until(lambda: signed() is None)
+        _until(lambda: not path.exists())
+        _until(lambda: _idle(home) == [])
+        assert server.counters()["deltas_retired"] == 1
+        radio.close()
+    for digest in (old, new):
+        assert (home / "blobs" / digest[:2] / digest).exists()
+
+
+def _idle(home: Path) -> list[str]:
+    with operations.opened(home) as opened:
+        return [idle.path for idle in opened.store.idle_deltas()]
 
 
 def test_waiting_for_a_broker_that_is_not_there_ends_with_an_error(tmp_path: Path) -> None:

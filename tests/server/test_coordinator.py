@@ -3,13 +3,14 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.ids import DeviceId
+from protocol.ids import DeviceId, digest_of
 from server.coordinator import CoordinatorLimits
-from server.effects import PublishDesired, Save
+from server.effects import Effect, PublishDesired, RemoveBlobs, Save, SignMetadata
 from server.events import ReportReceived
 from server.fleet.registry import DeviceRecord
+from server.releases.delta_stock import TARGETS_SOFT_MAX
 from server.rollouts.states import RolloutState
-from tests.server.samples import NOW_MS, report
+from tests.server.samples import NOW_MS, model_bytes, report
 from tests.server.transcript import Play
 
 
@@ -185,6 +186,33 @@ def test_a_delta_that_saves_nothing_is_noted_and_the_whole_file_goes_out() -> No
         save cached file2/index
         cache file2/index x1
         desired a 2 for r1 #1
+        """
+    )
+
+
+def test_where_the_small_delta_saves_nothing_the_fast_one_is_not_tried() -> None:
+    play = Play()
+    play.play("> report a 1 link=64000\n> report b 1 link=300000\n> rollout r1 2 canary=2")
+    play.check(
+        """
+        > built 1-2 300000
+        save refusal 1-2
+        save rollout r1 canary
+        save member a canary asked
+        save device a running 1
+        save member b canary asked
+        save device b running 1
+        save cached release2
+        cache release2 x1
+        save cached file2
+        cache file2 x3
+        save cached file2/index
+        cache file2/index x1
+        desired a 2 for r1 #1
+        desired b 2 for r1 #1
+        > restart
+        > report c 1 link=300000
+        save device c running 1
         """
     )
 
@@ -564,6 +592,7 @@ STEPS = st.one_of(
             "> wait 4000", "> wait 11000", "> connect", "> restart", "> signed", "> unsigned", "> link a online",
             "> built 1-2 1000", "> failed 1-2", "> built 2-3 900000", "> failed 2-3", "> built 1-3 1000",
             "> built 3-2 1000", "> rollout r1 2 canary=2", "> rollout r2 3 failures=1",
+            "> wait 3600000", "> wait 604800000", "> report c 1 link=64000", "> report d 2 link=64000",
         ]
     ),
 )  # fmt: skip
@@ -581,7 +610,7 @@ def test_whatever_happens_requests_are_numbered_saved_first_and_never_sent_for_a
         words = step[2:].split()
         if words[0] in {"signed", "unsigned"} and play.signing is None:
             continue
-        if words[0] == "report" and len(words) > 3 and words[4] not in play.coordinator.campaigns:
+        if words[0] == "report" and len(words) > 4 and words[4] not in play.coordinator.campaigns:
             continue
         campaigns = play.coordinator.campaigns
         stopped = {name for name, campaign in campaigns.items() if campaign.state is RolloutState.STOPPED}
@@ -589,6 +618,7 @@ def test_whatever_happens_requests_are_numbered_saved_first_and_never_sent_for_a
             continue
         saved: dict[str, int] = {}
         play.command(words)
+        assert_nothing_goes_that_is_on_offer(play)
         for effect in play.last_effects:
             if isinstance(effect, Save) and isinstance(effect.record, DeviceRecord):
                 saved[effect.record.device] = effect.record.desired_sequence
@@ -597,3 +627,236 @@ def test_whatever_happens_requests_are_numbered_saved_first_and_never_sent_for_a
                 assert saved[effect.device] > highest.get(effect.device, 0), "a number was used twice"
                 highest[effect.device] = saved[effect.device]
                 assert effect.desired is None or effect.desired.rollout not in stopped
+
+
+HOUR = 3_600_000
+WEEK = 7 * 24 * HOUR
+
+
+def test_a_straggler_takes_the_chain_that_is_there_and_those_who_ran_the_version_before_get_its_delta() -> (
+    None
+):
+    play = Play()
+    for pair in ("1-2", "2-3"):
+        play.sign(pair, 300)
+    play.play("> restart\n> report a 1 link=64000\n> report b 2 link=64000")
+    play.check(
+        """
+        > rollout r1 3 canary=2
+        save rollout r1 preparing
+        save rollout r1 canary
+        save member a canary asked
+        save device a running 1
+        save member b canary asked
+        save device b running 2
+        save cached release3
+        cache release3 x1
+        save cached delta2-3
+        cache delta2-3 x1
+        save cached delta1-2
+        cache delta1-2 x1
+        desired a 3 for r1 #1
+        desired b 3 for r1 #1
+        """
+    )
+
+
+def test_an_agent_without_chains_gets_a_delta_of_its_own_although_there_is_a_chain() -> None:
+    play = Play()
+    for pair in ("1-2", "2-3"):
+        play.sign(pair, 300)
+    play.play("> restart\n> report a 1")
+    play.check(
+        """
+        > rollout r1 3
+        save rollout r1 preparing
+        build 1-3
+        > failed 1-3
+        save rollout r1 canary
+        save member a canary asked
+        save device a running 1
+        save cached release3
+        cache release3 x1
+        save cached file3
+        cache file3 x3
+        save cached file3/index
+        cache file3/index x1
+        desired a 3 for r1 #1
+        """
+    )
+
+
+def test_a_straggler_waits_for_the_delta_that_its_chain_ends_with() -> None:
+    play = Play()
+    play.sign("1-2", 300)
+    play.play("> restart\n> report a 1 link=64000\n> report b 2 link=64000\n> report c 2 link=64000")
+    play.check(
+        """
+        > rollout r1 3 canary=3
+        save rollout r1 preparing
+        build 2-3
+        > built 2-3 300
+        sign 2-3
+        > signed
+        publish metadata
+        save rollout r1 canary
+        save member a canary asked
+        save device a running 1
+        save member b canary asked
+        save device b running 2
+        save member c canary asked
+        save device c running 2
+        save cached release3
+        cache release3 x1
+        save cached delta2-3
+        cache delta2-3 x1
+        save cached delta1-2
+        cache delta1-2 x1
+        desired a 3 for r1 #1
+        desired b 3 for r1 #1
+        desired c 3 for r1 #1
+        """
+    )
+
+
+def test_a_delta_that_nobody_needs_goes_after_its_time_of_grace_first_from_the_metadata_then_from_the_disk() -> (
+    None
+):
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.play("> uncached release2\n> uncached delta1-2")
+    play.check(
+        f"""
+        > wait {HOUR}
+        save idle 1-2
+        > wait {HOUR}
+        > wait {WEEK - HOUR}
+        sign without 1-2
+        > signed
+        publish metadata
+        remove 1-2 x1
+        > removed delta1-2
+        save no longer idle 1-2
+        > wait {WEEK}
+        """
+    )
+    assert play.coordinator.deadline() == play.refresh_ms
+    assert not [key for key in play.store if key[0] == "idle"]
+
+
+def test_a_removal_that_was_cut_off_is_carried_out_after_a_restart() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.play(f"> uncached release2\n> uncached delta1-2\n> wait {HOUR}\n> wait {WEEK}\n> signed")
+    play.check(
+        """
+        > restart
+        remove 1-2 x1
+        > removed delta1-2
+        save no longer idle 1-2
+        > restart
+        """
+    )
+
+
+def test_a_delta_that_was_idle_stays_when_a_device_comes_back_to_its_base() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.check(
+        f"""
+        > wait {HOUR}
+        save idle 1-2
+        > report b 1
+        save device b running 1
+        > wait {WEEK}
+        save no longer idle 1-2
+        """
+    )
+    assert play.play(f"> wait {HOUR}") == f"> wait {HOUR}"
+
+
+def test_what_a_silent_device_was_asked_to_fetch_stays_until_it_has_answered() -> None:
+    play = Play()
+    play.play("> report a 1\n> report b 1\n> rollout r1 2 canary=2\n> built 1-2 1000\n> signed")
+    play.play("> report a 2 committed r1\n> wait 20000")
+    assert play.coordinator.campaigns["r1"].state is RolloutState.STOPPED  # b said nothing
+    assert play.play(f"> wait {HOUR}\n> wait {WEEK}") == f"> wait {HOUR}\n> wait {WEEK}"
+    play.check(
+        f"""
+        > report b 1 failed r1
+        save device b running 1
+        save member b canary failed
+        > wait {HOUR}
+        save idle 1-2
+        """
+    )
+
+
+def test_a_retired_delta_is_built_again_when_it_is_needed_again() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.play(f"> wait {HOUR}\n> wait {WEEK}\n> signed")
+    play.check(
+        """
+        > report b 1
+        save device b running 1
+        > rollout r2 2
+        save rollout r2 preparing
+        build 1-2
+        > removed delta1-2
+        save no longer idle 1-2
+        > built 1-2 1000
+        sign 1-2
+        """
+    )
+
+
+def test_a_blob_is_not_removed_while_its_delta_is_built_again() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2\n> built 1-2 1000\n> signed\n> report a 2 committed r1")
+    play.play(f"> wait {HOUR}\n> wait {WEEK}\n> signed\n> report b 1\n> rollout r2 2")
+    play.check(
+        """
+        > signed
+        publish metadata
+        > built 1-2 1000
+        save no longer idle 1-2
+        sign 1-2
+        """
+    )
+
+
+def test_idle_deltas_go_at_once_when_the_metadata_grows_too_large() -> None:
+    play = Play()
+    play.sign("1-2", 300)
+    for number in range(TARGETS_SOFT_MAX):
+        play.sign_foreign(number)
+    play.play("> restart\n> report a 2\n> rollout r1 3")
+    (effect,) = [effect for effect in _effects(play, "> built 2-3 1000") if isinstance(effect, SignMetadata)]
+    before = len(play.coordinator.catalog.targets)
+    assert before + 1 - len(effect.retired) == TARGETS_SOFT_MAX
+    assert len(set(effect.retired)) == len(effect.retired)
+    play.play("> signed")
+    assert len(play.coordinator.catalog.targets) == TARGETS_SOFT_MAX
+    removals = [each for each in play.last_effects if isinstance(each, RemoveBlobs)]
+    assert {removal.path for removal in removals} == set(effect.retired)
+
+
+def assert_nothing_goes_that_is_on_offer(play: Play) -> None:
+    """No delta to a release leaves that a device was asked for and has said nothing final about."""
+    retired = {
+        path for effect in play.last_effects if isinstance(effect, SignMetadata) for path in effect.retired
+    }
+    for device in play.coordinator.registry:
+        if device.desired is None or device.version == device.desired.version or not retired:
+            continue
+        update = device.report.update if device.report else None
+        answer = update.outcome if update and update.sequence == device.desired.sequence else "running"
+        if answer == "running":
+            offered = digest_of(model_bytes(device.desired.version))
+            assert not [path for path in retired if path.split("/")[2] == offered]
+
+
+def _effects(play: Play, line: str) -> tuple[Effect, ...]:
+    play.play(line)
+    return play.last_effects

@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> Path:
 
 def _run(*words: object) -> int:
     parser = argparse.ArgumentParser()
-    delta_cli.add_parser(parser.add_subparsers(required=True))
+    delta_cli.add_parser(parser.add_subparsers(required=True), argparse.ArgumentParser(add_help=False))
     args = parser.parse_args(["delta", *map(str, words)])
     code: int = args.run(args)
     return code

@@ -1,18 +1,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.ids import Digest, digest_of
-from protocol.release import ArtifactCustom, delta_target
+from protocol.ids import digest_of
+from protocol.release import DeltaName, delta_target
 from protocol.trust import Target
 from server.releases.catalog import Catalog, blob_target, target_blobs
+from server.releases.delta_graph import FleetGraph
 from server.releases.delta_planner import (
-    TARGETS_SOFT_MAX,
-    artifacts_for,
     can_build,
     is_worthwhile,
     pairs_for,
     plan_cache,
-    retired_deltas,
 )
 from tests.server.samples import model_bytes, paper_catalog, paper_release, report, stored
 
@@ -35,14 +33,14 @@ def test_a_file_that_is_named_otherwise_is_matched_by_its_place() -> None:
 def test_a_file_that_is_there_already_needs_nothing() -> None:
     assert pairs_for(TWO, report("a", 1, "2")) == []
     catalog = paper_catalog(ONE, TWO, extra=(_delta(),))
-    assert artifacts_for(catalog, TWO, report("a", 1, "2")) == [catalog.description(TWO)]
+    assert FleetGraph(catalog).artifacts(TWO, report("a", 1, "2")) == [catalog.description(TWO)]
 
 
 def test_a_device_without_files_needs_no_delta_but_the_whole_file() -> None:
     assert pairs_for(TWO, report("a", 1, "")) == []
     assert pairs_for(TWO, None) == []
     catalog = paper_catalog(ONE, TWO, extra=(_delta(),))
-    assert artifacts_for(catalog, TWO, None) == [catalog.description(TWO), catalog.file(FILE_2)]
+    assert FleetGraph(catalog).artifacts(TWO, None) == [catalog.description(TWO), catalog.file(FILE_2)]
 
 
 def test_a_base_that_only_the_device_knows_leads_to_the_whole_file() -> None:
@@ -50,13 +48,13 @@ def test_a_base_that_only_the_device_knows_leads_to_the_whole_file() -> None:
     foreign = digest_of(b"made at home")
     assert not can_build(catalog, (foreign, FILE_2))
     assert can_build(catalog, (FILE_1, FILE_2))
-    artifacts = artifacts_for(catalog, TWO, report("a", 1, "1", files={"model.onnx": foreign}))
+    artifacts = FleetGraph(catalog).artifacts(TWO, report("a", 1, "1", files={"model.onnx": foreign}))
     assert artifacts == [catalog.description(TWO), catalog.file(FILE_2)]
 
 
 def test_a_signed_delta_is_preferred_to_the_whole_file() -> None:
     catalog = paper_catalog(ONE, TWO, extra=(_delta(),))
-    assert artifacts_for(catalog, TWO, report("a", 1, "1")) == [catalog.description(TWO), _delta()]
+    assert FleetGraph(catalog).artifacts(TWO, report("a", 1, "1")) == [catalog.description(TWO), _delta()]
 
 
 def test_a_delta_that_saves_next_to_nothing_is_not_worthwhile() -> None:
@@ -107,19 +105,9 @@ def test_the_catalog_knows_every_blob_that_devices_may_ask_for() -> None:
         for name, length in target_blobs(target):
             assert catalog.blob_chunks(name) == -(-length // 65_496), path
     assert catalog.blob_chunks(digest_of(b"never signed")) is None
-    assert catalog.deltas() == [(FILE_1, FILE_2)]
+    assert catalog.deltas() == [DeltaName(FILE_1, FILE_2)]
 
 
 def test_a_release_that_is_not_signed_is_not_in_the_catalog() -> None:
     catalog = Catalog.of(paper_catalog(ONE).targets, [ONE, TWO], 0)
     assert list(catalog.releases.values()) == [ONE]
-
-
-def test_deltas_that_no_rollout_needs_are_dropped_before_the_metadata_grows_too_large() -> None:
-    custom = ArtifactCustom(chunks=stored(b"").tree)
-    results = [Digest(digest_of(b"%d" % number)) for number in range(TARGETS_SOFT_MAX)]
-    deltas = tuple(Target(delta_target(FILE_1, result), 0, digest_of(b""), custom) for result in results)
-    catalog = paper_catalog(ONE, TWO, extra=deltas)
-    retired = retired_deltas(catalog, {results[0], FILE_2}, added=1)
-    assert set(retired) == {delta_target(FILE_1, result) for result in results[1:]}
-    assert retired_deltas(paper_catalog(ONE, TWO, extra=deltas[:10]), set(), added=1) == ()

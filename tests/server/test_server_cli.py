@@ -130,6 +130,7 @@ def test_commands_without_a_repository_say_what_to_do(run: Run, files: tuple[str
         ["release", "add", "digits", "1", model, "--runtime", "onnx", "--health", health],
         ["rollout", "start", "digits", "1"],
         ["devices"],
+        ["delta", "graph"],
         ["serve"],
     ):
         assert "whimbrel init" in run(*words, code=1)

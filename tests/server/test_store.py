@@ -1,7 +1,9 @@
 import os
+import sqlite3
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -9,6 +11,7 @@ import pytest
 
 from protocol.chunks import child_plan, root_plan
 from protocol.constants import CHUNK_BYTES
+from protocol.delta.format import Profile
 from protocol.errors import AlreadyPublishedError, RequestError, StorageError
 from protocol.ids import DeviceId, Digest, Family, Version, digest_of
 from protocol.release import release_target
@@ -17,7 +20,15 @@ from server.adapters.keys import KeyFolder
 from server.adapters.lock import FolderLock, is_locked
 from server.adapters.store import SqlStore
 from server.fleet.registry import DeviceRecord
-from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, ReleaseRecord, Repository
+from server.ports import (
+    CacheEntry,
+    CacheRemoval,
+    DeltaRefusal,
+    IdleDelta,
+    IdleDeltaRemoval,
+    ReleaseRecord,
+    Repository,
+)
 from server.releases.catalog import blob_target
 from server.releases.publisher import ROLES, Publisher, Role
 from server.rollouts.campaign import MemberRecord, RolloutRecord
@@ -56,8 +67,10 @@ def test_what_was_saved_is_there_after_a_restart(store: SqlStore, url: str) -> N
         rollout="r1", device=DeviceId("a"), wave="canary", status="asked", sequence=1, asked_ms=NOW_MS
     )
     refusal = DeltaRefusal(base=digest_of(b"a"), result=digest_of(b"b"), length=9)
+    fast = msgspec.structs.replace(refusal, profile=Profile.FAST)
+    idle = IdleDelta(path=refusal.path, since_ms=NOW_MS, blob=stored(b"delta"))
     entry = CacheEntry(name=digest_of(b"c"), length=7)
-    store.save([device, member, refusal, entry])
+    store.save([device, member, refusal, fast, idle, entry])
     repository = store.repository()
     store.close()
     again = SqlStore(url)
@@ -66,9 +79,26 @@ def test_what_was_saved_is_there_after_a_restart(store: SqlStore, url: str) -> N
     assert again.rollouts() == [rollout]
     assert again.members() == again.members("r1") == [member]
     assert again.members("r2") == []
-    assert again.refusals() == [refusal]
+    assert sorted(again.refusals(), key=lambda each: each.path) == [refusal, fast]
+    assert again.idle_deltas() == [idle]
     assert again.cached() == [entry]
     assert again.repository() == repository
+    again.close()
+
+
+def test_a_database_of_an_older_program_gets_the_tables_that_came_later(store: SqlStore, url: str) -> None:
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        connection.execute("DROP TABLE idle_deltas")
+        connection.execute("DROP TABLE refused_targets")
+        connection.commit()
+    again = SqlStore(url)
+    again.check()
+    assert again.refusals() == []
+    idle = IdleDelta(path="deltas/a/b", since_ms=NOW_MS, blob=stored(b"delta"))
+    again.save([idle])
+    assert store.idle_deltas() == [idle]
+    again.save([IdleDeltaRemoval(path="deltas/a/b")])
+    assert store.idle_deltas() == []
     again.close()
 
 
@@ -199,6 +229,15 @@ def test_a_blob_whose_bytes_changed_on_disk_is_not_published(tmp_path: Path) -> 
     blobs.path(blob.digest).write_bytes(b"x" * 99 + b"y")
     with pytest.raises(StorageError, match="damaged"):
         blobs.describe(blob.digest)
+
+
+def test_a_removed_blob_is_gone_and_the_others_stay(tmp_path: Path) -> None:
+    blobs = FolderBlobs(tmp_path / "blobs")
+    gone, stays = blobs.put(b"gone"), blobs.put(b"stays")
+    blobs.remove(gone.digest)
+    blobs.remove(gone.digest)
+    assert not blobs.path(gone.digest).exists()
+    assert blobs.read_chunk(stays.digest, 0) == b"stays"
 
 
 def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 > report a 1                          device a runs version 1
 > report a 1 running r1               ... and says how the update of rollout r1 is going (`#2` for sequence 2)
 > rollout r1 2 canary=1 failures=0    an operator starts rollout r1 of version 2
+> report a 1 link=64000               ... and what its link carries; it then takes chains, and the profile that suits it
 > built 1-2 1000                      the delta is there, with its length; `failed 1-2` if it could not be built
+> built 1-2/fast 1000                 the same of profile `fast`
 > signed                              what was to be signed last is signed; `unsigned` if that failed
 > connect                             the broker is there
 > link a online
 > chunks a file2 0,1,5
 > metadata a 1
 > uncached file2
+> removed delta1-2                    the blobs of a retired delta are gone
 > wait 1000                           milliseconds pass, and the deadline with them if it is due
 > restart                             everything is read from the store, unsaved memory is gone
 """
@@ -19,9 +22,11 @@ from collections.abc import Iterable
 
 import msgspec
 
+from protocol.delta.format import Profile
+from protocol.delta_graph import LINKS_MAX
 from protocol.ids import DeviceId, Digest, Family, Version, digest_of
-from protocol.messages import ChunkRequest, MetadataRequest, UpdateReport
-from protocol.release import delta_target
+from protocol.messages import Capacity, ChunkRequest, MetadataRequest, UpdateReport
+from protocol.release import DeltaName, delta_target, parse_delta_target
 from protocol.trust import Target
 from server.coordinator import Coordinator, CoordinatorLimits
 from server.effects import (
@@ -32,11 +37,13 @@ from server.effects import (
     Effect,
     PublishDesired,
     PublishMetadata,
+    RemoveBlobs,
     Save,
     SignMetadata,
     UncacheBlob,
 )
 from server.events import (
+    BlobsRemoved,
     BlobUncached,
     BrokerConnected,
     DeadlineReached,
@@ -52,12 +59,21 @@ from server.events import (
     Started,
 )
 from server.fleet.registry import DeviceRecord
-from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, Record
-from server.releases.catalog import target_blobs
+from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, IdleDelta, IdleDeltaRemoval, Record
+from server.releases.catalog import blob_target, target_blobs
 from server.rollouts.campaign import MemberRecord, RolloutRecord
 from tests.server.samples import NOW_MS, model_bytes, paper_catalog, paper_release, report, stored
 
 VERSIONS = ("1", "2", "3")
+
+
+def _capacity(link_bytes_per_s: int) -> Capacity:
+    return Capacity(
+        link_bytes_per_s=link_bytes_per_s,
+        processor_percent=100,
+        delta_memory_bytes=1 << 27,
+        links_max=LINKS_MAX,
+    )
 
 
 class Play:
@@ -80,6 +96,18 @@ class Play:
         self.last_effects: tuple[Effect, ...] = ()
         self.coordinator = Coordinator(self.limits)
         self.happen(self._started())
+
+    def sign(self, pair: str, length: int) -> None:
+        """Let a delta be signed since ever; known after a restart."""
+        blob = stored(pair.encode() * (length // len(pair)))
+        target = blob_target(delta_target(*self._name(pair)), blob, 4096)
+        self.deltas[target.path] = target
+
+    def sign_foreign(self, number: int) -> None:
+        """Let a delta be signed between files of which nobody knows anything."""
+        base, result = digest_of(b"base %d" % number), digest_of(b"result %d" % number)
+        target = blob_target(delta_target(base, result), stored(b"delta %d" % number))
+        self.deltas[target.path] = target
 
     def play(self, text: str) -> str:
         """The same text with what the coordinator really ordered."""
@@ -136,16 +164,18 @@ class Play:
                 )
             case ["built", pair, length]:
                 blob = stored(pair.encode() * (int(length) // len(pair)))
-                return DeltaBuilt(*self._pair(pair), blob, 4096)
+                return DeltaBuilt(self._name(pair), blob, 4096)
             case ["failed", pair]:
-                return DeltaFailed(*self._pair(pair), "no memory")
+                return DeltaFailed(self._name(pair), "no memory")
             case ["signed"]:
                 assert self.signing is not None
                 self.deltas |= {target.path: target for target in self.signing.added}
+                for path in self.signing.retired:
+                    self.deltas.pop(path, None)
                 return MetadataChanged(paper_catalog(*self.releases, extra=tuple(self.deltas.values())))
             case ["unsigned"]:
                 assert self.signing is not None
-                return SigningFailed(self.signing.pairs, self.now_ms + 1000)
+                return SigningFailed(self.signing.deltas, self.now_ms + 1000)
             case ["connect"]:
                 return BrokerConnected()
             case ["link", device, state]:
@@ -154,6 +184,8 @@ class Play:
                 return RequestReceived(DeviceId(device), self._request(name, numbers))
             case ["metadata", device, version]:
                 return RequestReceived(DeviceId(device), MetadataRequest(root_version=int(version)))
+            case ["removed", name]:
+                return BlobsRemoved(delta_target(*self._name(name.removeprefix("delta"))))
             case ["uncached", name]:
                 return BlobUncached(self._digest(name))
             case ["restart"]:
@@ -180,6 +212,7 @@ class Play:
             about,
             files={"model.onnx": digest_of(b"foreign")} if "foreign" in options.get("file", "") else None,
             tier=options.get("tier", ""),
+            capacity=_capacity(int(options["link"])) if "link" in options else None,
         )
         return ReportReceived(DeviceId(device), said)
 
@@ -199,6 +232,7 @@ class Play:
             rollouts=[record for record in records if isinstance(record, RolloutRecord)],
             members=[record for record in records if isinstance(record, MemberRecord)],
             refusals=[record for record in records if isinstance(record, DeltaRefusal)],
+            idle=[record for record in records if isinstance(record, IdleDelta)],
             cached=[record for record in records if isinstance(record, CacheEntry)],
         )
 
@@ -211,20 +245,35 @@ class Play:
             case MemberRecord():
                 self.store["member", record.rollout, record.device] = record
             case DeltaRefusal():
-                self.store["refusal", record.base, record.result] = record
+                self.store["refusal", record.path] = record
+            case IdleDelta():
+                self.store["idle", record.path] = record
+            case IdleDeltaRemoval():
+                del self.store["idle", record.path]
             case CacheEntry():
                 self.store["cached", record.name] = record
             case CacheRemoval():
                 del self.store["cached", record.name]
 
-    def _pair(self, text: str) -> tuple[Digest, Digest]:
-        base, _, result = text.partition("-")
-        return digest_of(model_bytes(base)), digest_of(model_bytes(result))
+    def _name(self, text: str) -> DeltaName:
+        pair, _, profile = text.partition("/")
+        base, _, result = pair.partition("-")
+        return DeltaName(
+            digest_of(model_bytes(base)),
+            digest_of(model_bytes(result)),
+            Profile[profile.upper() or "SMALL"],
+        )
+
+    def _delta(self, name: DeltaName) -> str:
+        suffix = "/fast" if name.profile is Profile.FAST else ""
+        return f"{self._label(name.base)}-{self._label(name.result)}{suffix}"
 
     def _digest(self, name: str) -> Digest:
         for version in VERSIONS:
             if name == f"file{version}":
                 return digest_of(model_bytes(version))
+        if name.startswith("delta"):
+            return self.deltas[delta_target(*self._name(name.removeprefix("delta")))].digest
         return digest_of(name.replace("release", "release ").encode())
 
     def _label(self, digest: str) -> str:
@@ -259,13 +308,20 @@ class Play:
                     yield f"answer {device} {self._blob(name)} {','.join(map(str, chunks))}"
                 case AnswerMetadata(device, version):
                     yield f"answer {device} metadata after root {version}"
-                case BuildDelta(base, result):
-                    yield f"build {self._label(base)}-{self._label(result)}"
-                case SignMetadata(added, retired, pairs):
-                    names = [f"{self._label(base)}-{self._label(result)}" for base, result in pairs]
-                    assert [target.path for target in added] == [delta_target(*pair) for pair in pairs]
-                    assert not retired
-                    yield f"sign {' '.join(names) or 'again'}"
+                case BuildDelta(name):
+                    yield f"build {self._delta(name)}"
+                case RemoveBlobs(path, names):
+                    yield f"remove {self._path(path)} x{len(names)}"
+                case SignMetadata(added, retired, deltas):
+                    assert [target.path for target in added] == [delta_target(*name) for name in deltas]
+                    signed = [self._delta(name) for name in deltas]
+                    signed += [f"without {self._path(path)}" for path in retired]
+                    yield f"sign {' '.join(signed) or 'again'}"
+
+    def _path(self, path: str) -> str:
+        name = parse_delta_target(path)
+        assert name is not None
+        return self._delta(name)
 
     def _blob(self, name: str) -> str:
         label = self._label(name)
@@ -282,7 +338,11 @@ class Play:
             case MemberRecord():
                 return f"member {record.device} {record.wave} {record.status}"
             case DeltaRefusal():
-                return f"refusal {self._label(record.base)}-{self._label(record.result)}"
+                return f"refusal {self._path(record.path)}"
+            case IdleDelta():
+                return f"idle {self._path(record.path)}"
+            case IdleDeltaRemoval():
+                return f"no longer idle {self._path(record.path)}"
             case CacheEntry():
                 return f"cached {self._blob(record.name)}"
             case CacheRemoval():
