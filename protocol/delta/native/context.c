@@ -229,6 +229,7 @@ static void code_block(Context *x, const int encode, const uint8_t *old_block, u
     Parts old, now;
     int16_t old_codes[BLOCK_CODES_MAX], new_codes[BLOCK_CODES_MAX];
     Group g = group_for(l);
+    now.d = now.m = 0; /* not every layout has them */
     split_block(x, old_block, &old);
     for (int j = 0; j < count; j++) old_codes[j] = centred(l, old.codes[j]);
     if (encode) {
@@ -364,7 +365,7 @@ static void remember(Context *x) {
     if (x->layout->kind == KIND_FLOAT || x->layout->kind == KIND_WORD || !(x->run->flags & RUN_BASE)) return;
     int64_t sum = 0;
     for (int j = 0; j < x->columns; j++) sum += x->tensor->spread[j];
-    x->model->spread = (int32_t)(sum / x->columns) + x->tensor->mean_row_spread;
+    x->model->spread = clamp((int32_t)(sum / x->columns) + x->tensor->mean_row_spread, -SPREAD_LIMIT, SPREAD_LIMIT);
 }
 
 static inline void code_run(Context *x, const int encode, const uint8_t *old, uint8_t *now) {

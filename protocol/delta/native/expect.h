@@ -165,7 +165,11 @@ static inline void learn_drift(Tensor *t, const Group *g, int j) {
     t->drift_mean[column] += (change * 16 - t->drift_mean[column]) / rows;
 }
 
+#define DRIFT_LIMIT ((int64_t)1 << 60) /* of the sums: a row may have any length */
+
 static void learn_row_drift(Tensor *t) {
+    t->drift_xx = clamp64(t->drift_xx, 0, DRIFT_LIMIT);
+    t->drift_xy = clamp64(t->drift_xy, -DRIFT_LIMIT, DRIFT_LIMIT);
     int64_t xx = t->drift_xx, xy = t->drift_xy;
     while (magnitude(xy) >> 44 || xx >> 44) {
         xx >>= 1;

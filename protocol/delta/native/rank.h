@@ -6,14 +6,16 @@
 #include "model.h"
 
 #define COEFFICIENT_LIMIT (1 << 19)
-#define VARIANCE_MIN (1 << 12)
+#define VARIANCE_MIN ((int64_t)1 << 12)
+#define VARIANCE_MAX ((int64_t)1 << 40)
 #define NORMAL_LIMIT ((int64_t)1 << 39)
 #define RIGHT_LIMIT ((int64_t)1 << 45)
 #define STEP_LIMIT ((int64_t)1 << 24)
 #define SWEEPS 2
 #define ROWS_REMEMBERED 300
 
-static inline int64_t ridge_of(const Tensor *t, int k) { return ((int64_t)1 << 50) / t->variance[k]; }
+/* Of a coefficient that no run has started, the variance is 0 until here. */
+static inline int64_t ridge_of(const Tensor *t, int k) { return ((int64_t)1 << 50) / clamp64(t->variance[k], VARIANCE_MIN, VARIANCE_MAX); }
 
 /* Least squares for the row's coefficients, from what it has shown so far and what was expected: sweeps of Gauss-Seidel. */
 static void solve(Tensor *t, int rank) {
@@ -81,8 +83,7 @@ static void start_rank_row(Context *x, int has_old_row) {
             const int32_t n = t->row + 2 < ROWS_REMEMBERED ? t->row + 2 : ROWS_REMEMBERED;
             const int64_t miss = t->coefficient[k] - t->expected[k];
             const int64_t doubt = ((int64_t)1 << 50) / (t->normal[k * RANK_MAX + k] + ridge_of(t, k));
-            t->variance[k] += (miss * miss + doubt - t->variance[k]) / n;
-            if (t->variance[k] < VARIANCE_MIN) t->variance[k] = VARIANCE_MIN;
+            t->variance[k] = clamp64(t->variance[k] + (miss * miss + doubt - t->variance[k]) / n, VARIANCE_MIN, VARIANCE_MAX);
             t->mean[k] += (t->coefficient[k] - t->forecast[k] - t->mean[k]) / n;
         }
         t->forecast[k] = has_old_row ? forecast(x, k) : 0;

@@ -177,7 +177,8 @@ static uint16_t code_scale(Context *x, const int encode, uint16_t old_half, uint
 static uint16_t code_half(Context *x, const int encode, int which, uint16_t old, uint16_t now) {
     Tensor *t = x->tensor;
     Counter *counters = &x->model->half[(which * 8 + t->half_last[which] * 2 + (t->half_before[which] > 0)) * NUMBER_COUNTERS];
-    const int32_t difference = (int32_t)code_number(&x->coder, encode, counters, order16(now) - order16(old));
+    const int64_t coded = code_number(&x->coder, encode, counters, order16(now) - order16(old));
+    const int32_t difference = (int32_t)clamp64(coded, -65535, 65535);
     const int32_t size = difference < 0 ? -difference : difference;
     t->half_before[which] = t->half_last[which];
     t->half_last[which] = size == 0 ? 0 : size < 3 ? 1 : size < 12 ? 2 : 3;
