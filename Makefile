@@ -10,6 +10,8 @@ DEVICES ?= 36
 SEED ?= 1
 COUNT ?= 200
 MINUTES ?= 1
+PAIRS ?= *
+BENCH_OPTIONS ?=
 
 # The environment is known by the lock file that it was made from.
 define environment
@@ -21,7 +23,7 @@ endef
 
 .PHONY: help
 help: ## list the targets
-	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  %-18s %s\n' "$$name" "$$text"; done
 
 .PHONY: demo
 demo: ## bring up a broker, a server and 36 devices; ship a good and a bad release of a real model (about two minutes)
@@ -84,6 +86,17 @@ arm64-vectors: ## apply the golden vectors on an emulated 64-bit ARM processor (
 bench-native: ## measure C with ctypes against numba, Cython, Rust and pure Python, also on an emulated ARM processor
 	$(call environment,wheels)
 	$(BIN)/python -m benchmarks.native
+
+.PHONY: bench-delta
+bench-delta: ## measure the delta coder beside its peers on real pairs of models (PAIRS=GLOB; trains them first: hours)
+	$(call environment,bench)
+	@command -v zstd >/dev/null && command -v xdelta3 >/dev/null || echo "note: apt-get install zstd xdelta3, or they are left out"
+	$(BIN)/python -m benchmarks.delta --pairs '$(PAIRS)' $(BENCH_OPTIONS)
+
+.PHONY: bench-delta-large
+bench-delta-large: ## measure the delta coder on files of 0.1, 1 and 4 GB: linear time, bounded memory (needs 14 GB of disk)
+	$(call environment,bench)
+	$(BIN)/python -m benchmarks.large $(BENCH_OPTIONS)
 
 .PHONY: diagram
 diagram: setup ## write the state diagram into README.md and protocol/SPEC.md

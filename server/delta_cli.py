@@ -32,6 +32,7 @@ from protocol.errors import (
     WrongBaseError,
 )
 from server import graph_cli
+from server.releases.chain_workers import ChainWorkers, workers_for
 
 _READ_BYTES = 64 * 1024
 _HASH_BYTES = 1 << 20
@@ -66,6 +67,18 @@ def add_parser(
         default=DEFAULT_SEGMENT_BYTES >> 10,
         metavar="KIB",
         help="result of one segment: memory on the device, and what a power cut costs (default: %(default)s)",
+    )
+
+    make.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that work side by side on a file of more than 64 MiB (default: one for each core)",
+    )
+    make.add_argument(
+        "--portable",
+        action="store_true",
+        help="for devices that have no compiled library: larger, and read at a bearable speed by Python alone",
     )
 
     apply = commands.add_parser("apply", help="turn OLD into the new file")
@@ -224,6 +237,8 @@ class _Progress:
 
 
 def _make(args: argparse.Namespace) -> dict[str, Any]:
+    if args.workers is not None and args.workers < 1:
+        raise RequestError(f"--workers {args.workers}: at least 1 is needed")
     with (
         _File(args.old) as old,
         _File(args.new) as new,
@@ -236,7 +251,9 @@ def _make(args: argparse.Namespace) -> dict[str, Any]:
             out,
             profile=Profile[args.profile.upper()],
             segment_bytes=args.segment_kib << 10,
+            is_portable=args.portable or None,
             progress=progress,
+            encode_chains=_chain_workers(args, new.length),
         )
     return {
         "command": "make",
@@ -249,6 +266,11 @@ def _make(args: argparse.Namespace) -> dict[str, Any]:
         "decoder_memory_bytes": stats.header.decoder_memory_bytes,
         "codecs": _codecs(stats.segments, stats.patch_bytes, stats.result_bytes),
     }
+
+
+def _chain_workers(args: argparse.Namespace, result_bytes: int) -> ChainWorkers | None:
+    workers = workers_for(result_bytes, args.workers)
+    return ChainWorkers(args.old, args.new, workers) if workers > 1 else None
 
 
 def _apply(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ same numbers go into a C header and a Python module; a test regenerates both.
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +81,7 @@ def _outcome_probability(outcome: int, offset: float, spread: float, *, is_near:
 
 def _middles() -> list[float]:
     edges = [*offset_edges(), _HALF]
-    return [(low + high) / 2 / 65536 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [(low + high) / 2 / 65536 for low, high in pairwise(edges)]
 
 
 def _spread(index: int) -> float:
@@ -186,7 +187,7 @@ def sharpnesses() -> list[int]:
 
 def _probability(octaves: float) -> int:
     one = 1 << _PROBABILITY_BITS
-    odds = 2.0**octaves
+    odds = math.exp2(octaves)
     return min(max(round(one * odds / (1 + odds)), 64), one - 64)
 
 
@@ -205,6 +206,11 @@ def lean_starts() -> list[int]:
     return [_probability((i + 0.5) / 2) for i in range(24)]
 
 
+def reciprocals() -> list[int]:
+    """2**32 / n, rounded up; of the divisors that the coder divides by most."""
+    return [0, *(-(-(1 << 32) // n) for n in range(1, 201))]
+
+
 TABLES: dict[str, tuple[str, Callable[[], Sequence[int]]]] = {
     "OFFSET_CLASS": ("uint8_t", offset_classes),
     "CHANGE": ("uint32_t", changes),
@@ -219,6 +225,7 @@ TABLES: dict[str, tuple[str, Callable[[], Sequence[int]]]] = {
     "GRID_START": ("uint32_t", grid_starts),
     "LEAN_START": ("uint32_t", lean_starts),
     "LOG2": ("uint16_t", logarithms),
+    "RECIPROCAL": ("uint64_t", reciprocals),
     "RATE": ("uint16_t", rates),
 }
 

@@ -14,3 +14,15 @@ pin_part pyproject.toml --extra wheels --output-file locks/wheels.lock
 pin_part pyproject.toml --extra vectors --output-file locks/vectors.lock
 pin_part benchmarks/native/requirements.in --output-file locks/bench-native.lock
 pin_part pyproject.toml --extra fuzz --extra editable --output-file locks/fuzz.lock
+
+# On Linux the ordinary build of PyTorch brings several GB of CUDA, which nothing here uses: there the CPU build of the same
+# version is pinned (for CPython 3.11 on x86-64), which pip finds in PyTorch's own index or in a folder of PIP_FIND_LINKS.
+bench=(pyproject.toml --extra bench --output-file locks/bench.lock)
+pin_part "${bench[@]}"
+mapfile -t cuda < <(sed -nE 's/^((cuda|nvidia|triton)[a-z0-9-]*)==.*/--no-emit-package=\1/p' locks/bench.lock)
+pin_part "${bench[@]}" "${cuda[@]}"
+sed -i "s/^torch==2\.13\.0 /torch==2.13.0 ; sys_platform != 'linux' /" locks/bench.lock
+cat >>locks/bench.lock <<'LINUX'
+torch==2.13.0+cpu ; sys_platform == 'linux' \
+    --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+LINUX

@@ -97,10 +97,26 @@ def quantize_to_q4_1(source: Path, out: Path) -> None:
     Raises:
         EngineError: llama.cpp refuses.
     """
+    quantize(source, out, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1, token_embedding_type=llama_cpp.GGML_TYPE_Q8_0)
+
+
+def quantize(source: Path, out: Path, file_type: int, *, token_embedding_type: int | None = None) -> None:
+    """Quantizes with llama.cpp's own quantizer.
+
+    Args:
+        source: A GGUF file with float matrices.
+        out: The result; replaced when it exists.
+        file_type: What kind of file, as llama.cpp numbers them (`llama_ftype`).
+        token_embedding_type: Of the embedding (`ggml_type`), where it is not what the kind of file brings.
+
+    Raises:
+        EngineError: llama.cpp refuses.
+    """
     llama_cpp.llama_log_set(_no_log, ctypes.c_void_p())
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1
-    parameters.token_embedding_type = llama_cpp.GGML_TYPE_Q8_0
+    parameters.ftype = file_type
+    if token_embedding_type is not None:
+        parameters.token_embedding_type = token_embedding_type
     parameters.nthread = _THREADS
     code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters))
     if code != 0:

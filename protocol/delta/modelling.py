@@ -21,7 +21,10 @@ from protocol.delta.runs import DIVISORS, SLOTS, Basis, ContextRun, Flag
 from protocol.delta.tensor import Run
 from protocol.tensors.regions import Layout, ReadAt, Region
 
-_SPARSE_SHARE = 0.6  # of half groups that did not change
+_SPARSE_SHARES = {
+    Profile.FAST: 0.6,
+    Profile.SMALL: 0.9,
+}  # of half groups that did not change: a flag for each group pays
 _HALF_GROUP = 16
 _SAMPLES = 4  # pieces of a tall tensor on which choices are tried
 _SAMPLE_BYTES = 384 << 10
@@ -38,7 +41,7 @@ class Choice:
         basis: Directions of its rows, if they pay.
     """
 
-    flags: Flag = Flag(0)
+    flags: Flag = Flag.NONE
     basis: Basis | None = None
 
 
@@ -67,6 +70,7 @@ class Modeller:
         self._new = new
         self._regions = regions
         self._matches = matches
+        self._profile = profile
         self._is_small = profile is Profile.SMALL
         self._choices = dict(choices or {})
         self._slots: dict[tuple[int, bool], int] = {}
@@ -117,15 +121,15 @@ class Modeller:
     def _run(self, run: Run, place: TensorPlace | None, old: bytes, new: bytes) -> ContextRun:
         choice = self.choice(place.tensor) if place is not None and old else Choice()
         tensor = place.tensor if place else -1
-        flags = Flag(0) if tensor == self._last_tensor and place else Flag.START
+        flags = Flag.NONE if tensor == self._last_tensor and place else Flag.START
         self._last_tensor = tensor
         row_codes = place.row_codes if place else run.length
         gain, basis = None, None
         if old:
-            flags |= Flag.BASE | observed_flags(NAME_BY_NUMBER[run.layout], old, new)
-            flags |= choice.flags & ~(Flag.GRID if not self._has_grid(run, flags) else Flag(0))
+            flags |= Flag.BASE | observed_flags(NAME_BY_NUMBER[run.layout], old, new, self._profile)
+            flags |= choice.flags & ~(Flag.GRID if not self._has_grid(run, flags) else Flag.NONE)
             gain = fit_gain(run, old, new)
-            flags |= Flag.GAIN if gain else Flag(0)
+            flags |= Flag.GAIN if gain else Flag.NONE
             if choice.basis and place and _is_whole_rows(run, place):
                 flags, basis = flags | Flag.RANK, choice.basis
         first_block = place.first_block if place else 0
@@ -151,7 +155,7 @@ class Modeller:
 
     def _choose(self, tensor: int) -> Choice:
         region, match = self._regions[tensor], self._matches[tensor].base
-        flags = Flag.GRID if self._is_small and region.layout in {Layout.Q8_0, Layout.Q6_K} else Flag(0)
+        flags = Flag.GRID if self._is_small and region.layout in {Layout.Q8_0, Layout.Q6_K} else Flag.NONE
         if match is None or not is_tall(region):
             return Choice(flags)
         drifting = Choice(flags | Flag.DRIFT)
@@ -178,8 +182,8 @@ class Modeller:
             first = (rows - some) * index // max(1, _SAMPLES - 1)
             old = self._base.read_at(match.offset + first * region.row_bytes, some * region.row_bytes)
             new = self._new.read_at(region.offset + first * region.row_bytes, some * region.row_bytes)
-            flags = Flag.BASE | observed_flags(region.layout, old, new) | choice.flags
-            flags |= (Flag.START if index == 0 else Flag(0)) | (Flag.RANK if choice.basis else Flag(0))
+            flags = Flag.BASE | observed_flags(region.layout, old, new, self._profile) | choice.flags
+            flags |= (Flag.START if index == 0 else Flag.NONE) | (Flag.RANK if choice.basis else Flag.NONE)
             if Flag.LATTICE not in flags:
                 flags &= ~Flag.GRID
             run = ContextRun(
@@ -204,15 +208,23 @@ def _is_whole_rows(run: Run, place: TensorPlace) -> bool:
     return place.first_block % row_blocks == 0 and run.blocks % row_blocks == 0
 
 
-def observed_flags(name: Layout, old: bytes, new: bytes) -> Flag:
-    """Return the flags that the bytes of a run decide by themselves."""
+def observed_flags(name: Layout, old: bytes, new: bytes, profile: Profile) -> Flag:
+    """Return the flags that the bytes of a run decide by themselves.
+
+    Args:
+        name: The run's layout.
+        old: Its bytes in the base.
+        new: Its bytes in the result.
+        profile: Few bytes or much speed.
+    """
     layout = LAYOUTS[name]
     if layout.codes.width > 8 or name is Layout.RAW:
-        return Flag(0)
-    flags = Flag(0)
+        return Flag.NONE
+    flags = Flag.NONE
     before = np.frombuffer(old, np.uint8).reshape(-1, layout.block_bytes)
     after = np.frombuffer(new, np.uint8).reshape(-1, layout.block_bytes)
-    if _sparse_share(layout.codes.split(before), layout.codes.split(after)) > _SPARSE_SHARE:
+    share = _sparse_share(layout.codes.split(before), layout.codes.split(after))
+    if share > _SPARSE_SHARES[profile]:
         flags |= Flag.SPARSE
     if name in DIVISORS and layout.formula is Formula.SCALED:
         field = layout.fields[0]

@@ -39,6 +39,7 @@ _BLOCKS_MAX = 1 << 40
 class Flag(IntFlag):
     """What a run's flags byte says."""
 
+    NONE = 0
     BASE = 1
     GAIN = 2
     SPARSE = 4  # most groups do not change
@@ -224,9 +225,9 @@ def check_run(run: ContextRun) -> None:
         PatchError: The run's flags, rows or basis do not fit its layout.
     """
     name, layout = NAME_BY_NUMBER[run.layout], LAYOUT_BY_NUMBER[run.layout]
-    if layout.formula is not Formula.PLAIN or layout.codebook:
-        if run.row_codes % layout.codes.count:
-            raise PatchError(f"rows of {run.row_codes} codes are not whole blocks of {name}")
+    has_scales = layout.formula is not Formula.PLAIN or layout.codebook
+    if has_scales and run.row_codes % layout.codes.count:
+        raise PatchError(f"rows of {run.row_codes} codes are not whole blocks of {name}")
     if Flag.LATTICE in run.flags and name not in DIVISORS:
         raise PatchError(f"scales of {name} have no lattice")
     if (Flag.GAIN in run.flags) != (run.gain is not None) or (run.gain and not takes_gain(layout)):

@@ -172,6 +172,7 @@ class FileSource:
     """
 
     def __init__(self, file: BinaryIO) -> None:
+        self._file = file  # kept, or it would close
         self._descriptor = file.fileno()
         self._length = os.fstat(self._descriptor).st_size
 

@@ -55,6 +55,7 @@ def build_delta(blobs: FolderBlobs, name: DeltaName) -> BuiltDelta:
         blobs.path(name.result).open("rb") as result_file,
         blobs.partial() as partial,
     ):
+        # One process: the pool already runs as many builds as the server has been given cores for.
         stats = make_delta(FileSource(base_file), FileSource(result_file), partial, profile=name.profile)
         partial.flush()
         return BuiltDelta(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from protocol.delta import codecs
+from protocol.delta.context import ContextModel
 from protocol.delta.format import (
     HEADER_BYTES,
     RECORD_BYTES,
@@ -349,8 +350,9 @@ def _repaired(
     )
     repaired: list[tuple[SegmentHeader, bytes]] = []
     whole = bytearray()
+    model = ContextModel()
     for segment, body in segments:
-        result = _decoded(segment, body, base, header)
+        result = _decoded(segment, body, base, header, model)
         if result:
             segment = replace(segment, digest=hashlib.sha256(result).digest()[:SEGMENT_DIGEST_BYTES])  # noqa: PLW2901 - the record that was read becomes the one that is written
             whole += result
@@ -358,15 +360,19 @@ def _repaired(
     return replace(header, result_sha256=hashlib.sha256(whole).digest()), repaired
 
 
-def _decoded(segment: SegmentHeader, body: bytes, base: bytes, header: Header) -> bytes:
+def _decoded(segment: SegmentHeader, body: bytes, base: bytes, header: Header, model: ContextModel) -> bytes:
     """Return what a segment gives, whatever it was announced to give; nothing where it gives none."""
     if segment.codec is Codec.NOTES:
+        return b""
+    if segment.codec is Codec.TABLES:
+        with contextlib.suppress(PatchError):
+            model.basis = codecs.read_tables(segment, body)
         return b""
     window = base[segment.window_offset : segment.window_offset + segment.window_length]
     # Whatever goes wrong here goes wrong in the target as well, where it counts.
     with contextlib.suppress(Exception):
         check_segment(segment, header, 0)
-        return codecs._decode(segment, body, window, header)
+        return codecs._decode(segment, body, window, header, model)
     return b""
 
 

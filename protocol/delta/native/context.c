@@ -9,9 +9,12 @@
 
 /* ---- groups ---- */
 
-/* Classes of odds, an octave each. */
-static inline int32_t chance_class(uint32_t probability) {
-    return clamp(((log2_of(probability) - log2_of(ONE - (int64_t)probability)) >> 8) + 14, 0, CHANCES - 1);
+/* Classes of the odds of a change, an octave each. */
+static uint8_t chance_of[OFFSETS * SPREADS];
+
+__attribute__((constructor)) static void make_chances(void) {
+    for (int i = 0; i < OFFSETS * SPREADS; i++)
+        chance_of[i] = (uint8_t)clamp(((log2_of(CHANGE[i]) - log2_of(ONE - (int64_t)CHANGE[i])) >> 8) + 14, 0, CHANCES - 1);
 }
 
 /* Whether all codes are as expected. */
@@ -46,7 +49,7 @@ static inline int32_t code_value(Context *x, const int encode, const Group *g, i
     const Tensor *t = x->tensor;
     const int32_t place = g->place[j], is_edge = g->expected[j] <= g->low || g->expected[j] >= g->high;
     Counter *change = &m->change[is_edge * OFFSETS * SPREADS + place];
-    int32_t chance = chance_class(CHANGE[place]);
+    int32_t chance = chance_of[place];
     if (g->grid[j]) {
         change = &m->grid[g->grid_chance[j] * (GRID_MAX + 1) + g->grid[j]];
         chance = clamp(g->grid_chance[j] / 2 - 5, 0, CHANCES - 1);
@@ -66,36 +69,75 @@ static inline int32_t outcome_of(const Group *g, int j, int32_t value) {
     return steps > 3 ? 5 : steps + 1;
 }
 
-static void code_group(Context *x, const int encode, Group *g) {
+/* What every group that did not change teaches: the same as code by code, in a loop of its own because most groups are so. */
+static void learn_quiet(Context *x, Group *g, Lesson *lesson) {
     Tensor *t = x->tensor;
-    uint8_t *busy = &t->busy[g->column >> 4];
-    const int is_moving = x->run->rank || x->run->flags & RUN_DRIFT;
-    if (is_moving && t->unit == UNKNOWN && g->new_step) t->unit = clamp(log2_of(g->new_step) / 256 - 8, -8, 30);
-    expect(x, g);
-    if (x->run->flags & RUN_GRID) expect_grid(x, g);
-    const int is_quiet = x->run->flags & RUN_SPARSE ? code_quiet(x, encode, g, t->is_left_busy + 2 * (*busy & 1)) : 0;
-    int32_t changes = 0, row_score = 0, row_weight = 0, pull[GROUP_MAX];
-    int64_t information = 0;
+    int32_t score[GROUP_MAX], lowest = 0;
     for (int j = 0; j < g->count; j++) {
-        const int32_t value = is_quiet ? 0 : code_value(x, encode, g, j, changes);
+        g->now[j] = (int16_t)g->expected[j];
+        score[j] = SCORE[g->place[j]];
+        lesson->score += score[j];
+        lowest = score[j] < lowest ? score[j] : lowest;
+    }
+    if (lowest > -64) {
+        learn_spreads(t, g, score); /* scores so small weigh nothing */
+    } else {
+        for (int j = 0; j < g->count; j++) {
+            learn_spread(t, g->column + j, g->place[j], 0);
+            lesson->weight += (score[j] * score[j]) >> 12;
+        }
+    }
+    memset(t->above + g->column, 0, (size_t)g->count);
+    t->last_change = 0;
+    if (g->count > 1) t->before_change = 0;
+    if (x->run->rank)
+        for (int j = 0; j < g->count; j++) {
+            const int32_t force = PULL[g->place[j]];
+            lesson->pull[j] = g->side[j] ? force : -force;
+            lesson->information += INFORMATION[g->place[j]];
+        }
+    else if (x->run->flags & RUN_DRIFT && t->unit != UNKNOWN)
+        for (int j = 0; j < g->count; j++) learn_drift(t, g, j);
+}
+
+static int32_t code_busy(Context *x, const int encode, Group *g, Lesson *lesson) {
+    Tensor *t = x->tensor;
+    const int is_drifting = x->run->flags & RUN_DRIFT && !x->run->rank && t->unit != UNKNOWN;
+    int32_t changes = 0;
+    for (int j = 0; j < g->count; j++) {
+        const int32_t value = code_value(x, encode, g, j, changes);
         if (!encode) g->now[j] = (int16_t)(g->expected[j] + value);
         t->before_change = t->last_change;
         t->last_change = t->above[g->column + j] = value != 0;
         changes += value != 0;
         const int32_t place = g->place[j], outcome = outcome_of(g, j, value);
         const int32_t score = learn_spread(t, g->column + j, place, outcome);
-        row_score += score;
-        row_weight += (score * score) >> 12;
+        lesson->score += score;
+        lesson->weight += (score * score) >> 12;
         if (x->run->rank) {
             const int32_t force = PULL[outcome * OFFSETS * SPREADS + place];
-            pull[j] = (outcome > 2 ? value > 0 : g->side[j]) ? force : -force;
-            information += INFORMATION[place];
-        } else if (is_moving && t->unit != UNKNOWN) {
+            lesson->pull[j] = (outcome > 2 ? value > 0 : g->side[j]) ? force : -force;
+            lesson->information += INFORMATION[place];
+        } else if (is_drifting) {
             learn_drift(t, g, j);
         }
     }
-    learn_row_spread(t, row_score, row_weight);
-    if (x->run->rank && g->new_step) observe(x, g->column, g->count, g->new_step, g->mean, pull, information);
+    return changes;
+}
+
+static void code_group(Context *x, const int encode, Group *g) {
+    Tensor *t = x->tensor;
+    uint8_t *busy = &t->busy[g->column >> 4];
+    const int is_moving = x->run->rank || x->run->flags & RUN_DRIFT;
+    Lesson lesson = {0};
+    int32_t changes = 0;
+    if (is_moving && t->unit == UNKNOWN && g->new_step) t->unit = clamp(log2_of(g->new_step) / 256 - 8, -8, 30);
+    expect(x, g);
+    if (x->run->flags & RUN_GRID) expect_grid(x, g);
+    if (x->run->flags & RUN_SPARSE && code_quiet(x, encode, g, t->is_left_busy + 2 * (*busy & 1))) learn_quiet(x, g, &lesson);
+    else changes = code_busy(x, encode, g, &lesson);
+    learn_row_spread(t, lesson.score, lesson.weight);
+    if (x->run->rank && g->new_step) observe(x, g->column, g->count, g->new_step, g->mean, lesson.pull, lesson.information);
     if (is_moving && !x->run->rank) learn_row_drift(t);
     t->is_left_busy = changes > 0;
     *busy = (uint8_t)((*busy & ~1) | t->is_left_busy);
@@ -119,20 +161,22 @@ static void start_row(Context *x, int has_old_row) {
     t->scale_last = t->scale_before = 0;
 }
 
+static inline int32_t column_of(const Context *x) { return x->in_row < x->columns ? x->in_row : x->in_row % x->columns; }
+
 /* `count` codes of one step, cut where rows end. */
 static void code_codes(Context *x, const int encode, Group *g, const int16_t *old, int16_t *now, int count) {
     const int is_plain = x->layout->kind == KIND_PLAIN;
     for (int done = 0; done < count; done += g->count) {
-        const int64_t in_row = x->code_index % x->run->row_codes;
-        if (in_row == 0 && is_plain) start_row(x, 0);
-        g->column = (int32_t)(in_row % x->columns);
+        if (x->in_row == 0 && is_plain) start_row(x, 0);
+        g->column = column_of(x);
         g->count = count - done < GROUP_MAX ? count - done : GROUP_MAX;
         if (x->columns - g->column < g->count) g->count = x->columns - g->column;
-        if (x->run->row_codes - in_row < g->count) g->count = (int32_t)(x->run->row_codes - in_row);
+        if (x->run->row_codes - x->in_row < g->count) g->count = x->run->row_codes - x->in_row;
         g->old = old + done;
         g->now = now + done;
         code_group(x, encode, g);
-        x->code_index += g->count;
+        x->in_row += g->count;
+        if (x->in_row == x->run->row_codes) x->in_row = 0;
     }
 }
 
@@ -174,10 +218,10 @@ static inline int32_t sub_value(const Layout *l, uint8_t raw) { return l->sub.wi
 static void code_scales(Context *x, const int encode, const Parts *old, Parts *now, Group *g, const int16_t *old_codes) {
     const Layout *l = x->layout;
     if (l->divisor) {
-        const int32_t column = (int32_t)(x->code_index % x->run->row_codes % x->columns);
-        now->d = code_scale(x, encode, old->d, now->d, old_codes, l->codes.count, column);
-        g->old_step = scale_from(x, old->d).step;
-        g->new_step = scale_from(x, now->d).step;
+        const Scale before = scale_from(x, old->d), after = code_scale(x, encode, before, now->d, old_codes, l->codes.count, column_of(x));
+        now->d = scale_bits(x, after);
+        g->old_step = before.step;
+        g->new_step = after.step;
         return;
     }
     if (l->d_at >= 0) now->d = code_half(x, encode, 0, old->d, now->d);
@@ -236,7 +280,7 @@ static void code_block(Context *x, const int encode, const uint8_t *old_block, u
         split_block(x, new_block, &now);
         for (int j = 0; j < count; j++) new_codes[j] = centred(l, now.codes[j]);
     }
-    if (x->code_index % x->run->row_codes == 0) {
+    if (x->in_row == 0) {
         const int has_old_row = x->run->rank && x->run->forecast && x->tensor->unit != UNKNOWN;
         if (has_old_row) read_old_row(x, old_block);
         start_row(x, has_old_row);
@@ -292,9 +336,9 @@ static void code_word(Context *x, const int encode, const uint8_t *old, uint8_t 
     Tensor *t = x->tensor;
     const int bytes = l->word_bytes, bits = 8 * bytes, is_float = l->kind == KIND_FLOAT;
     const uint64_t mask = UINT64_MAX >> (64 - bits), sign = 1ull << (bits - 1);
-    const int64_t in_row = x->code_index++ % x->run->row_codes;
-    const int32_t column = (int32_t)(in_row % x->columns);
-    if (in_row == 0) t->row = clamp(t->row + 1, 0, 1 << 24);
+    const int32_t column = column_of(x);
+    if (x->in_row == 0) t->row = clamp(t->row + 1, 0, 1 << 24);
+    if (++x->in_row == x->run->row_codes) x->in_row = 0;
     uint64_t before = load_word(old, bytes), after = encode ? load_word(now, bytes) : 0;
     int32_t exponent = 0;
     if (is_float) {
@@ -392,7 +436,7 @@ static int code_runs(Context *x, const int encode, const Run *runs, int32_t coun
         x->run = run;
         x->model = &x->state->models[run->slot];
         x->columns = run->row_codes < COLUMNS_MAX ? run->row_codes : COLUMNS_MAX;
-        x->code_index = run->first_block * (l->word_bytes ? l->block_bytes / l->word_bytes : l->codes.count);
+        x->in_row = (int32_t)(run->first_block * (l->word_bytes ? l->block_bytes / l->word_bytes : l->codes.count) % run->row_codes);
         if (run->is_start) start_tensor(x);
         has_memory = make_gram(x);
         const uint8_t *old = run->flags & RUN_BASE ? window + run->base_offset : 0;

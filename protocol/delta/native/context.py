@@ -3,7 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import ClassVar, Final
+from typing import Any, Final
 
 from protocol.delta.layouts import LAYOUTS, Bits, BlockLayout, Formula, Order, Words
 from protocol.delta.native import library
@@ -27,17 +27,19 @@ _int32, _int64 = ctypes.c_int32, ctypes.c_int64
 
 
 class _Slice(ctypes.Structure):
-    _fields_: ClassVar = [
+    _fields_ = [  # type: ignore[mutable-override]  # the stubs' type is wider than any list
         (name, _int32) for name in ("byte", "count", "shift", "width", "element", "to", "stride")
     ]
 
 
 class _Field(ctypes.Structure):
-    _fields_: ClassVar = [(name, _int32) for name in ("first", "slices", "count", "width", "flip")]
+    _fields_ = [  # type: ignore[mutable-override]  # the stubs' type is wider than any list
+        (name, _int32) for name in ("first", "slices", "count", "width", "flip")
+    ]
 
 
 class _Layout(ctypes.Structure):
-    _fields_: ClassVar = [
+    _fields_ = [  # type: ignore[mutable-override]  # the stubs' type is wider than any list
         *((name, _int32) for name in ("kind", "block_bytes", "zero", "sub_zero", "is_signed")),
         *((name, _int32) for name in ("word_bytes", "exponent_bits", "d_at", "m_at", "divisor")),
         *((name, _Field) for name in ("codes", "sub", "submin")),
@@ -45,7 +47,7 @@ class _Layout(ctypes.Structure):
 
 
 class _Run(ctypes.Structure):
-    _fields_: ClassVar = [
+    _fields_ = [  # type: ignore[mutable-override]  # the stubs' type is wider than any list
         *((name, _int32) for name in ("layout", "flags", "slot", "row_codes")),
         *((name, _int64) for name in ("blocks", "base_offset", "first_block")),
         *((name, _int32) for name in ("gain", "offset", "rank", "is_start")),
@@ -123,7 +125,7 @@ def _library() -> ctypes.CDLL | None:
     if loaded is not None:
         loaded.whimbrel_state_bytes.restype = ctypes.c_size_t
         loaded.whimbrel_state_reset.restype = None
-        pointers = [
+        pointers: list[Any] = [
             ctypes.c_void_p,
             ctypes.c_void_p,
             _int32,

@@ -41,6 +41,11 @@ static void expect_ratio(const Context *x, Group *g) {
         g->shift = 0;
         break;
     default:
+        if (g->old_step == g->new_step && g->old_offset == g->new_offset && g->new_step) {
+            g->ratio = STEP;
+            g->shift = 0;
+            break;
+        }
         g->ratio = ratio_of(g->old_step, g->new_step, RATIO_LIMIT);
         g->shift = ratio_of(g->old_offset - g->new_offset, g->new_step, SHIFT_LIMIT);
     }
@@ -140,6 +145,13 @@ static void expect_grid(const Context *x, Group *g) {
 
 /* ---- what outcomes teach ---- */
 
+/* Of one group, summed up. */
+typedef struct {
+    int32_t score, weight;   /* about the row's spread */
+    int64_t information;     /* about its coefficients */
+    int32_t pull[GROUP_MAX];
+} Lesson;
+
 /* Moves the column's spread by the outcome's score; the row's part is summed up by the caller. */
 static inline int32_t learn_spread(Tensor *t, int32_t column, int32_t place, int32_t outcome) {
     const int32_t score = SCORE[outcome * OFFSETS * SPREADS + place];
@@ -149,10 +161,24 @@ static inline int32_t learn_spread(Tensor *t, int32_t column, int32_t place, int
     return score;
 }
 
+/* The same for a group of outcomes that are as expected and weigh nothing. */
+static inline void learn_spreads(Tensor *t, const Group *g, const int32_t *score) {
+    int32_t rate[GROUP_MAX];
+    int32_t *spread = t->spread + g->column;
+    for (int j = 0; j < g->count; j++) rate[j] = RATE[t->weight[g->column + j] >> 4];
+    for (int j = 0; j < g->count; j++) spread[j] = clamp(spread[j] + ((score[j] * OCTAVE_SCORE * rate[j]) >> 16), -SPREAD_LIMIT, SPREAD_LIMIT);
+}
+
 static inline void learn_row_spread(Tensor *t, int32_t score, int32_t weight) {
     t->row_weight = clamp(t->row_weight + weight, 0, 1 << 28);
     int64_t move = (int64_t)score * (OCTAVE_SCORE * 16) / (t->row_weight + 32);
     t->row_spread = clamp(t->row_spread + (int32_t)clamp64(move, -(1 << SPREAD_UNITS), 1 << SPREAD_UNITS), -SPREAD_LIMIT, SPREAD_LIMIT);
+}
+
+/* Towards zero, for magnitudes below 2^21 and divisors up to 200. */
+static inline int32_t divide(int32_t value, int32_t divisor) {
+    const int32_t quotient = (int32_t)((uint64_t)magnitude(value) * RECIPROCAL[divisor] >> 32);
+    return value < 0 ? -quotient : quotient;
 }
 
 static inline void learn_drift(Tensor *t, const Group *g, int j) {
@@ -162,7 +188,7 @@ static inline void learn_drift(Tensor *t, const Group *g, int j) {
     const int32_t mean = t->drift_mean[column] >> 4, rows = t->row + 2 < 200 ? t->row + 2 : 200;
     t->drift_xy += (int64_t)change * mean;
     t->drift_xx += (int64_t)mean * mean;
-    t->drift_mean[column] += (change * 16 - t->drift_mean[column]) / rows;
+    t->drift_mean[column] += divide(change * 16 - t->drift_mean[column], rows);
 }
 
 #define DRIFT_LIMIT ((int64_t)1 << 60) /* of the sums: a row may have any length */

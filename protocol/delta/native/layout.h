@@ -33,8 +33,11 @@ static inline void split_field(const Field *field, const Slice *slices, const ui
         const uint8_t *source = block + slice.byte;
         uint8_t *target = values + slice.element;
         const uint8_t mask = (uint8_t)((1 << slice.width) - 1);
-        for (int32_t i = 0; i < slice.count; i++)
-            target[i * slice.stride] ^= (uint8_t)(((source[i] >> slice.shift) & mask) << slice.to);
+        if (slice.stride == 1) /* vectorized */
+            for (int32_t i = 0; i < slice.count; i++) target[i] ^= (uint8_t)(((source[i] >> slice.shift) & mask) << slice.to);
+        else
+            for (int32_t i = 0; i < slice.count; i++)
+                target[i * slice.stride] ^= (uint8_t)(((source[i] >> slice.shift) & mask) << slice.to);
     }
 }
 
@@ -45,8 +48,12 @@ static inline void join_field(const Field *field, const Slice *slices, const uin
         const uint8_t *source = values + slice.element;
         uint8_t *target = block + slice.byte;
         const uint8_t mask = (uint8_t)((1 << slice.width) - 1);
-        for (int32_t i = 0; i < slice.count; i++)
-            target[i] |= (uint8_t)((((source[i * slice.stride] ^ field->flip) >> slice.to) & mask) << slice.shift);
+        if (slice.stride == 1)
+            for (int32_t i = 0; i < slice.count; i++)
+                target[i] |= (uint8_t)((((source[i] ^ field->flip) >> slice.to) & mask) << slice.shift);
+        else
+            for (int32_t i = 0; i < slice.count; i++)
+                target[i] |= (uint8_t)((((source[i * slice.stride] ^ field->flip) >> slice.to) & mask) << slice.shift);
     }
 }
 

@@ -109,7 +109,7 @@ typedef struct {
     const Slice *slices;
     const Run *run;
     int32_t columns;    /* that have entries of their own */
-    int64_t code_index; /* of the next code in its tensor */
+    int32_t in_row;     /* of the next code */
     int32_t *gram;      /* of the basis: rank x rank for each group of a row */
     int32_t *old_row;   /* in the tensor's unit */
 } Context;

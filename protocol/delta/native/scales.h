@@ -67,12 +67,10 @@ typedef struct {
     int64_t unit; /* from this index to the next */
 } Scale;
 
-static Scale scale_from(const Context *x, uint16_t half) {
+static inline Scale scale_at(const Context *x, int32_t index, int is_negative) {
     const int32_t divisor = x->layout->divisor;
-    Scale s = {.is_negative = half >> 15, .index = half & 32767};
+    Scale s = {.is_negative = is_negative, .index = index};
     if (x->run->flags & RUN_LATTICE) {
-        s.index = maximum_of[divisor_row(divisor)][s.index];
-        if (s.index < 0) s.index = 0;
         s.step = wide_maximum(s.index);
         s.unit = wide_maximum(s.index + 1) - s.step;
     } else {
@@ -84,38 +82,48 @@ static Scale scale_from(const Context *x, uint16_t half) {
     return s;
 }
 
-static uint16_t scale_bits(const Context *x, int32_t index, int is_negative) {
-    index &= 32767;
-    const uint16_t half = x->run->flags & RUN_LATTICE ? scale_of[divisor_row(x->layout->divisor)][index] : (uint16_t)index;
-    return is_negative ? half | 0x8000 : half;
+static inline Scale scale_from(const Context *x, uint16_t half) {
+    int32_t index = half & 32767;
+    if (x->run->flags & RUN_LATTICE) {
+        index = maximum_of[divisor_row(x->layout->divisor)][index];
+        if (index < 0) index = 0;
+    }
+    return scale_at(x, index, half >> 15);
+}
+
+static uint16_t scale_bits(const Context *x, Scale scale) {
+    const uint16_t half = x->run->flags & RUN_LATTICE ? scale_of[divisor_row(x->layout->divisor)][scale.index] : (uint16_t)scale.index;
+    return scale.is_negative ? half | 0x8000 : half;
 }
 
 /* ---- one scale for a block: coded just before its codes, from what its largest weight may have done ---- */
 
 /* Which old code decided the scale, and how many others could decide the new one (a class of 0 to 11). */
 static int32_t find_maximum(const Layout *layout, const int16_t *old, int count, int32_t *rivals) {
-    const int32_t top = layout->divisor;
-    int32_t at = 0, most = -1, second = -1;
+    const int16_t top = (int16_t)layout->divisor;
+    int16_t size[GROUP_MAX] = {0}, most = 0; /* such blocks are one group */
     for (int j = 0; j < count; j++) {
-        int32_t size = old[j] < 0 ? -old[j] : old[j];
-        if (top != 127 && old[j] == top - 1) size = top; /* codes end one earlier on this side: it may have been cut */
-        if (size > most) {
-            second = most;
-            most = size;
-            at = j;
-        } else if (size > second) {
-            second = size;
-        }
+        size[j] = old[j] < 0 ? (int16_t)-old[j] : old[j];
+        if (top != 127 && old[j] == top - 1) size[j] = top; /* codes end one earlier on this side: it may have been cut */
+        most = size[j] > most ? size[j] : most;
     }
+    int32_t at = 0;
+    while (at < count - 1 && size[at] != most) at++;
     if (top == 127) {
+        int16_t second = -1;
+        size[at] = -1;
+        for (int j = 0; j < count; j++) second = size[j] > second ? size[j] : second;
         *rivals = clamp(most - second, 0, 11);
         return at;
     }
-    for (int j = count - 1; j >= 0; j--)
-        if (old[j] == -top) at = j;
-    int32_t others = 0;
-    for (int j = 0; j < count; j++) others += j != at && (old[j] == -top || old[j] == top - 1);
-    *rivals = others > 11 ? 11 : others;
+    int32_t candidates = 0;
+    for (int j = 0; j < count; j++) candidates += size[j] == top;
+    for (int j = at; j < count && size[at] == top; j++)
+        if (old[j] == -top) {
+            at = j;
+            break;
+        }
+    *rivals = clamp(candidates - (size[at] == top), 0, 11);
     return at;
 }
 
@@ -136,13 +144,12 @@ static int32_t expect_scale(const Context *x, const Scale *before, int16_t code,
     return (int32_t)clamp64(drift / before->unit, -15 * 256, 15 * 256);
 }
 
-static uint16_t code_scale(Context *x, const int encode, uint16_t old_half, uint16_t new_half, const int16_t *old, int count, int32_t column) {
+static Scale code_scale(Context *x, const int encode, Scale before, uint16_t new_half, const int16_t *old, int count, int32_t column) {
     Coder *c = &x->coder;
     Model *m = x->model;
     Tensor *t = x->tensor;
     int32_t rivals;
     const int32_t at = find_maximum(x->layout, old, count, &rivals);
-    const Scale before = scale_from(x, old_half);
     const int32_t log_unit = log2_of(before.unit) + log2_of(x->layout->divisor);
     const int32_t spread = clamp(((t->spread[column + at] + t->row_spread - log_unit * LOG_UNITS) >> SPREAD_SHIFT) + 10, 0, SCALE_SPREADS - 1);
     const int32_t position = expect_scale(x, &before, old[at], column + at);
@@ -169,7 +176,7 @@ static uint16_t code_scale(Context *x, const int encode, uint16_t old_half, uint
     *busy = (uint8_t)((*busy & 1) | t->scale_last << 1);
     const int direction = value == 0 ? 0 : value < 0 ? 1 : 2;
     const int flips = code_with(c, encode, &m->scale_flip[direction * 12 + rivals], is_negative != before.is_negative);
-    return encode ? new_half : scale_bits(x, before.index + value, before.is_negative != flips);
+    return scale_at(x, (before.index + value) & 32767, before.is_negative != flips);
 }
 
 /* ---- scales of larger blocks, and their sub-scales ---- */

@@ -1,0 +1,158 @@
+"""Fine-tunes SmolLM2-135M on text that every Python ships: the recipes, the text, and the training loop. No files.
+
+The recipes are small on purpose: what is studied is how weights move, not how good a model becomes. Each is seeded, but
+threads add in different orders on different machines, so that results agree in size and kind, not bit for bit.
+"""
+
+import math
+import pydoc_data.topics
+import random
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.llama import EMBEDDING, OUTPUT_NORM, Adapter, Llama
+from benchmarks.weights import round_bf16
+from examples.smollm2.model_file import tensor_name
+from examples.smollm2.transformer import MATRICES, Array, Shape
+
+TEXT_SEED = 1
+WEIGHTS_SEED = 3
+BATCH_SEED = 11
+
+_SOURCES = 60  # modules of the standard library
+_SOURCE_CHARACTERS_MAX = 20_000  # of each, so that a few long modules do not outweigh the rest
+_WARM_UP_STEPS = 10
+_FINAL_RATE = 0.1  # of the peak; cosine in between (Loshchilov and Hutter, 2017)
+_GRADIENT_NORM_MAX = 1.0
+_WEIGHT_DECAY = 0.01
+_RANK = 8
+_ADAPTER_SCALE = 2.0  # alpha / rank with alpha = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One way to train.
+
+    Attributes:
+        kind: `full` trains all weights; `lora` adapters on all matrices of all layers, merged at the end; `last` the
+            last two layers, the final norm and the head.
+        rate: Peak learning rate.
+        steps: Optimizer steps.
+        sequences: Sequences of a step.
+        tokens: Tokens of a sequence.
+    """
+
+    kind: str
+    rate: float
+    steps: int
+    sequences: int
+    tokens: int
+
+
+RECIPES = {
+    "large": Recipe("full", 5e-5, steps=120, sequences=5, tokens=128),
+    "tiny": Recipe("full", 1e-5, steps=60, sequences=2, tokens=128),
+    "lora": Recipe("lora", 3e-4, steps=60, sequences=5, tokens=128),
+    "last2": Recipe("last", 5e-5, steps=60, sequences=5, tokens=128),
+}
+
+
+def training_text() -> str:
+    """The language reference and part of the standard library's sources, in a seeded order."""
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(folder / f"{name}.py" for name in sys.stdlib_module_names)
+    sources = [
+        path.read_text("utf-8", errors="replace")[:_SOURCE_CHARACTERS_MAX] for path in paths if path.is_file()
+    ]
+    order = random.Random(TEXT_SEED)
+    order.shuffle(sources)
+    parts = topics + sources[:_SOURCES]
+    order.shuffle(parts)
+    return "\n\n".join(parts)
+
+
+def train(
+    shape: Shape,
+    base: Mapping[str, Array],
+    tokens: npt.NDArray[np.int32],
+    recipe: Recipe,
+    report: Callable[[str], None],
+) -> dict[str, Array]:
+    """Trains a copy of the base and returns its weights, rounded to bfloat16.
+
+    Args:
+        shape: The model's size.
+        base: float32 weights by GGUF name.
+        tokens: The training text.
+        recipe: What to train, and how.
+        report: Takes lines about the progress.
+    """
+    torch.manual_seed(WEIGHTS_SEED)
+    model, trained = _prepared(shape, base, recipe.kind)
+    optimizer = torch.optim.AdamW(trained, lr=recipe.rate, betas=(0.9, 0.999), weight_decay=_WEIGHT_DECAY)
+    draws = np.random.default_rng(BATCH_SEED)
+    losses: list[float] = []
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate * _schedule(step, recipe.steps)
+        starts = draws.integers(0, len(tokens) - recipe.tokens - 1, recipe.sequences)
+        batch = np.stack([tokens[start : start + recipe.tokens] for start in starts]).astype(np.int64)
+        losses.append(_step(model, trained, optimizer, torch.from_numpy(batch)))
+        if step % 20 == 19:
+            report(f"step {step + 1} of {recipe.steps}: loss {np.mean(losses[-20:]):.3f}")
+    weights = {name: weight.detach() for name, weight in model.weights.items()}
+    for name, adapter in model.adapters.items():
+        weights[name] = weights[name] + adapter.update().detach()
+    return {name: round_bf16(weight.numpy()) for name, weight in weights.items()}
+
+
+def _schedule(step: int, steps: int) -> float:
+    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) * (1 - _FINAL_RATE) + _FINAL_RATE
+    return min(1.0, (step + 1) / _WARM_UP_STEPS) * decay
+
+
+def _step(model: Llama, trained: list[Tensor], optimizer: torch.optim.Optimizer, batch: Tensor) -> float:
+    # Arithmetic in bfloat16 where the processor has it, weights and moments in float32.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model.logits(batch)
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, _GRADIENT_NORM_MAX)
+    optimizer.step()
+    return float(loss.item())
+
+
+def _prepared(shape: Shape, base: Mapping[str, Array], kind: str) -> tuple[Llama, list[Tensor]]:
+    """The model, and which of its tensors are trained."""
+    weights = {name: torch.tensor(value) for name, value in base.items()}
+    if kind == "lora":
+        adapters = {
+            name: Adapter(
+                down=(torch.randn(_RANK, weights[name].shape[1]) * 0.25 / math.sqrt(_RANK)).requires_grad_(),
+                up=torch.zeros(weights[name].shape[0], _RANK, requires_grad=True),
+                scale=_ADAPTER_SCALE,
+            )
+            for name in (tensor_name(layer, matrix) for layer in range(shape.layers) for matrix in MATRICES)
+        }
+        return Llama(shape, weights, adapters), [
+            part for adapter in adapters.values() for part in (adapter.down, adapter.up)
+        ]
+    last = tuple(f"blk.{layer}." for layer in (shape.layers - 2, shape.layers - 1))
+    names = [
+        name
+        for name in weights
+        if kind == "full" or name in {EMBEDDING, OUTPUT_NORM} or name.startswith(last)
+    ]
+    trained = [weights[name].requires_grad_() for name in names]
+    return Llama(shape, weights, lookup_trains=kind == "full"), trained

