@@ -35,6 +35,13 @@ class Disk(Protocol):
     def write(self, name: str, offset: int, data: bytes) -> None:
         """Write into an existing file."""
 
+    def resize(self, name: str, length: int) -> None:
+        """Cut a file, or make it longer with zeros whose space is reserved; durable on return, with everything written before.
+
+        Raises:
+            StorageFullError: There is no room; the file is as it was.
+        """
+
     def sync(self, name: str) -> None:
         """Make everything written to a file durable. After an error the file's content is unknown: write it anew."""
 

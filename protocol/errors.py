@@ -112,6 +112,12 @@ class PatchLimitError(PatchError):
     code = "patch.limit"
 
 
+class NotInPlaceError(PatchError):
+    """A delta file was not made for application in place."""
+
+    code = "patch.not_in_place"
+
+
 class AdmissionError(WhimbrelError):
     """An update cannot succeed here and is refused before its first byte."""
 
@@ -130,6 +136,13 @@ class StorageFullError(StorageError):
     """No room for the update; the active version is untouched."""
 
     code = "storage.full"
+
+
+class InverseFullError(StorageFullError):
+    """The inverse of a delta does not fit into the room that it was given; whoever applies in place goes back."""
+
+    code = "storage.inverse_full"
+    is_retryable = False
 
 
 class StorageReadOnlyError(StorageError):

@@ -31,7 +31,7 @@ from protocol.errors import (
     StorageReadOnlyError,
     WrongBaseError,
 )
-from server import graph_cli
+from server import graph_cli, inplace_cli
 from server.releases.chain_workers import ChainWorkers, workers_for
 
 _READ_BYTES = 64 * 1024
@@ -84,13 +84,30 @@ def add_parser(
     apply = commands.add_parser("apply", help="turn OLD into the new file")
     apply.add_argument("old", type=Path, metavar="OLD")
     apply.add_argument("patch", type=Path, metavar="PATCH")
-    apply.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    apply.add_argument("-o", "--output", type=Path, metavar="OUT", help="required without --in-place")
     apply.add_argument(
         "--memory-limit-mib",
         type=int,
         default=_MEMORY_LIMIT_MIB,
         metavar="MIB",
         help="refuse a delta that declares more (default: %(default)s)",
+    )
+
+    make.add_argument(
+        "--in-place",
+        action="store_true",
+        help="make it so that devices without room for two files can apply it",
+    )
+    apply.add_argument(
+        "--in-place",
+        action="store_true",
+        help="turn OLD itself into the new file; again after an interruption",
+    )
+    apply.add_argument(
+        "--inverse",
+        type=Path,
+        metavar="FILE",
+        help="with --in-place: the delta back, which is written meanwhile",
     )
 
     inspect = commands.add_parser("inspect", help="show what a delta file holds")
@@ -252,6 +269,7 @@ def _make(args: argparse.Namespace) -> dict[str, Any]:
             profile=Profile[args.profile.upper()],
             segment_bytes=args.segment_kib << 10,
             is_portable=args.portable or None,
+            in_place=args.in_place,
             progress=progress,
             encode_chains=_chain_workers(args, new.length),
         )
@@ -274,6 +292,10 @@ def _chain_workers(args: argparse.Namespace, result_bytes: int) -> ChainWorkers 
 
 
 def _apply(args: argparse.Namespace) -> dict[str, Any]:
+    if args.in_place:
+        return _apply_in_place(args)
+    if args.output is None or args.inverse is not None:
+        raise RequestError("apply needs -o OUT, or --in-place with --inverse FILE")
     with _File(args.old) as old, _File(args.patch) as patch:
         reader = DeltaReader(old, memory_limit_bytes=args.memory_limit_mib << 20)
         with (
@@ -301,11 +323,32 @@ def _apply(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _apply_in_place(args: argparse.Namespace) -> dict[str, Any]:
+    if args.output is not None:
+        raise RequestError("--in-place writes to OLD itself", hint="leave -o away")
+    with _File(args.patch) as patch, _Progress("applying", is_quiet=args.json) as progress:
+        done = inplace_cli.apply_in_place(args, patch, progress)
+        header = done["header"]
+        return {
+            "command": "apply",
+            "output": str(args.old),
+            "inverse": done["inverse"],
+            "inverse_bytes": done["inverse_bytes"],
+            "base_bytes": header.base_length,
+            "patch_bytes": patch.length,
+            "result_bytes": header.result_length,
+            "ratio": _ratio(patch.length, header.result_length),
+            "result_sha256": header.result_sha256.hex(),
+            "decoder_memory_bytes": header.decoder_memory_bytes,
+        }
+
+
 def _feed_header(reader: DeltaReader, patch: _File, old: _File) -> int:
     """Feed the header, check the base against it, and return how many bytes were fed."""
     offset = 0
     while reader.header is None and offset < patch.length:
-        part = patch.read_at(offset, HEADER_BYTES)
+        # Byte by byte towards its end, as it may be longer than usual: a segment must not be fed with it.
+        part = patch.read_at(offset, HEADER_BYTES if offset == 0 else 1)
         for _ in reader.feed(part):
             raise AssertionError("there are no segments before the header")
         offset += len(part)
@@ -389,6 +432,8 @@ def _describe(report: dict[str, Any]) -> Iterator[str]:
     yield f"{'result':<9}{_size(report['result_bytes'])}"
     ratio = "" if report["ratio"] is None else f", {100 * report['ratio']:.2f} % of the result"
     yield f"{'delta':<9}{_size(report['patch_bytes'])}{ratio}"
+    if "inverse" in report:
+        yield f"{'inverse':<9}{_size(report['inverse_bytes'])}, {report['inverse']}"
     yield f"{'memory':<9}{_size(report['decoder_memory_bytes'])} declared for a device"
     yield from _describe_contents(report)
     speed = report["result_bytes"] / max(report["seconds"], 1e-3) / 1e6

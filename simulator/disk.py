@@ -70,6 +70,17 @@ class SimulatedDisk(Disk):
         file.pending.append((offset, before))
         file.content[offset : offset + len(data)] = data
 
+    def resize(self, name: str, length: int) -> None:
+        """As `Disk.resize`."""
+        self._check_writable(name)
+        file = self._file(name)
+        more = length - len(file.content)
+        if more > self.free_bytes():
+            raise StorageFullError(f"{name}: no room for {more} bytes more, {self.free_bytes()} are free")
+        file.pending.clear()
+        del file.content[length:]
+        file.content.extend(bytes(max(0, more)))
+
     def sync(self, name: str) -> None:
         """As `Disk.sync`."""
         self._check_writable(name)

@@ -104,6 +104,19 @@ class RealDisk:
                 view = view[written:]
                 offset += written
 
+    def resize(self, name: str, length: int) -> None:
+        """As `Disk.resize`."""
+        with _storage_errors(name), self._opened(name, os.O_RDWR) as descriptor:
+            before = os.fstat(descriptor).st_size
+            if length > before:
+                try:
+                    os.posix_fallocate(descriptor, before, length - before)
+                except OSError:
+                    os.ftruncate(descriptor, before)
+                    raise
+            os.ftruncate(descriptor, length)
+            os.fsync(descriptor)
+
     def sync(self, name: str) -> None:
         """As `Disk.sync`."""
         with _storage_errors(name), self._opened(name, os.O_RDWR) as descriptor:

@@ -6,6 +6,7 @@ sees them. Layout: SPEC section 6.5.
 """
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from bsdiff4 import core
@@ -23,6 +24,36 @@ def encode_bsdiff(result: bytes, window: bytes, effort: str) -> bytes:
     The time is about a second for a mebibyte, the memory 17 times the window: callers bound both.
     """
     control, difference, extra = core.diff(window, result)
+    return _pack(control, difference, extra, effort)
+
+
+def encode_instructions(
+    instructions: Sequence[tuple[int, int, int]], differences: bytes, insertions: bytes, effort: str
+) -> bytes:
+    """Return the payload for instructions that are known already; linear in time.
+
+    Args:
+        instructions: `add`, `insert` and `move` of each (SPEC section 6.5).
+        differences: What is added, for all instructions.
+        insertions: Likewise.
+        effort: As in `compress`.
+    """
+    values = np.array(instructions, np.int64).reshape(-1)
+    words = np.where(values < 0, -values, values).astype("<u8") | np.where(
+        values < 0, np.uint64(1 << 63), np.uint64(0)
+    )
+    return _pack(words.astype("<u8").tobytes(), differences, insertions, effort)
+
+
+def read_instructions(payload: bytes, result_length: int) -> list[tuple[int, int, int]]:
+    """Return the instructions of a payload that `decode_bsdiff` accepted."""
+    length, stored = _STREAM.unpack_from(payload)
+    assert length <= (result_length + 1) * _TUPLE_BYTES
+    data = payload[_STREAM.size : _STREAM.size + (stored or length)]
+    return _instructions(_unpack_control(decompress(data, length) if stored else data))
+
+
+def _pack(control: bytes, difference: bytes, extra: bytes, effort: str) -> bytes:
     out = bytearray()
     for stream in (_pack_control(control), difference, extra):
         frame = compress(stream, effort)

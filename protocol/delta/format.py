@@ -50,6 +50,7 @@ HEADER_BYTES_MAX = 4096
 _SEGMENT = struct.Struct("<BBHIIIQ16sI")
 _END = struct.Struct("<BBHIQQ16sI")
 RECORD_BYTES = _SEGMENT.size + 4
+_REACH = struct.Struct("<II")  # extension of the header with FLAG_IN_PLACE
 _CRC = struct.Struct("<I")
 _OFFSET = struct.Struct("<Q")
 
@@ -76,13 +77,33 @@ class Profile(IntEnum):
 
 
 FLAG_CONTINUES = 1
-"""Segment flag: a context segment goes on with the model that the one before left behind. Header flags 1 and 2 are reserved for
-descending order and for application in place; this version sets and accepts none."""
+"""Segment flag: a context segment goes on with the model that the one before left behind."""
+
+FLAG_IN_PLACE = 2
+"""Header flag: made for application in place. Flag 1 is reserved for descending order; this version neither sets nor accepts it."""
+
+REACH_BYTES_MAX = 8 << 20
+"""How far behind its own result a segment of a file made for application in place may look: what a device keeps of the bytes that
+it has overwritten. Enough for a header or a vocabulary that grew."""
 
 WITHOUT_RESULT = frozenset({Codec.TABLES, Codec.NOTES})
 
 TABLES_BYTES_MAX = 65_536
 """Content of one tables record, unpacked and packed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far from their own place the segments of a file that was made for application in place look (SPEC 6.12).
+
+    Attributes:
+        behind_bytes: The most that a base window starts before the segment's result does.
+        ahead_bytes: The most that a base window ends after the segment's result does, at most `REACH_BYTES_MAX`; what is further
+            ahead counts as that. It becomes the `behind_bytes` of the inverse.
+    """
+
+    behind_bytes: int
+    ahead_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +118,7 @@ class Header:
         result_sha256: Digest of that file.
         decoder_memory_bytes: What a reader needs besides itself, by the rule of `segment_memory_bytes`.
         segment_bytes_max: No segment's result is longer.
+        reach: Set for a file that can be applied in place.
     """
 
     profile: Profile
@@ -106,15 +128,17 @@ class Header:
     result_sha256: bytes
     decoder_memory_bytes: int
     segment_bytes_max: int
+    reach: Reach | None = None
 
     def pack(self) -> bytes:
         """Return the header with its checksum."""
+        extension = _REACH.pack(self.reach.behind_bytes, self.reach.ahead_bytes) if self.reach else b""
         body = _HEADER.pack(
             MAGIC,
             FORMAT_VERSION,
-            HEADER_BYTES,
+            HEADER_BYTES + len(extension),
             self.profile,
-            0,
+            FLAG_IN_PLACE if self.reach else 0,
             CODEC_REVISION,
             self.base_length,
             self.result_length,
@@ -123,6 +147,7 @@ class Header:
             self.decoder_memory_bytes,
             self.segment_bytes_max,
         )
+        body += extension
         return body + _CRC.pack(zlib.crc32(body))
 
     @classmethod
@@ -143,7 +168,7 @@ class Header:
             raise PatchError(
                 f"the delta file needs codec revision {revision}", hint="install a newer Whimbrel"
             )
-        if flags:
+        if flags & ~FLAG_IN_PLACE:
             raise PatchError(f"the delta file has unknown flags {flags:#x}", hint="install a newer Whimbrel")
         if profile not in set(Profile):
             raise PatchError(f"the delta file has the unknown profile {profile}")
@@ -153,7 +178,19 @@ class Header:
             raise PatchLimitError(
                 f"the delta file has segments of {segment_bytes} bytes, limit {SEGMENT_BYTES_MAX}"
             )
-        return cls(Profile(profile), base_length, base, result_length, result, memory, segment_bytes)
+        reach = _read_reach(data[_HEADER.size : -4]) if flags & FLAG_IN_PLACE else None
+        return cls(Profile(profile), base_length, base, result_length, result, memory, segment_bytes, reach)
+
+
+def _read_reach(extension: bytes) -> Reach:
+    if len(extension) < _REACH.size:
+        raise PatchError("the delta file is for application in place and does not say how far it reaches")
+    reach = Reach(*_REACH.unpack_from(extension))
+    if max(reach.behind_bytes, reach.ahead_bytes) > REACH_BYTES_MAX:
+        raise PatchLimitError(
+            f"the delta file reaches {reach.behind_bytes} bytes behind its result, limit {REACH_BYTES_MAX}"
+        )
+    return reach
 
 
 def header_length(prefix: bytes) -> int:
@@ -318,6 +355,11 @@ def check_segment(segment: SegmentHeader, header: Header, result_offset: int) ->
         )
     if segment.window_offset + segment.window_length > header.base_length:
         raise PatchError("a segment's base window reaches past the end of the base")
+    behind = result_offset - segment.window_offset if segment.window_length else 0
+    if header.reach is not None and behind > header.reach.behind_bytes:
+        raise PatchError(
+            f"a segment reaches {behind} bytes behind its result, {header.reach.behind_bytes} were declared"
+        )
     _check_codec_lengths(segment)
     needed = segment_memory_bytes(
         segment.codec, segment.result_length, segment.window_length, segment.body_length

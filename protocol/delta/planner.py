@@ -5,7 +5,7 @@ tensors share a segment, large ones are cut at block borders, and what has no te
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from protocol.delta.anchors import Anchors
 from protocol.delta.layouts import LAYOUTS, BlockLayout
@@ -225,6 +225,35 @@ class Planner:
             if ours != theirs:
                 return inside + next(i for i in range(size) if ours[-1 - i] != theirs[-1 - i])
         return limit
+
+
+def confine(plan: SegmentPlan, reach_bytes: int) -> SegmentPlan:
+    """Return the plan without what of its base lies more than `reach_bytes` before its result (SPEC 6.12)."""
+    limit = plan.result_offset - reach_bytes
+    if plan.window_offset >= limit or not plan.window_length:
+        return plan
+    end = plan.window_offset + plan.window_length
+    if not plan.runs:
+        low = min(limit, end)
+        return replace(plan, window_offset=low, window_length=end - low)
+    kept = [
+        run
+        if run.base_offset is not None and plan.window_offset + run.base_offset >= limit
+        else Run(run.layout, run.blocks, None)
+        for run in plan.runs
+    ]
+    starts = [run.base_offset for run in kept if run.base_offset is not None]
+    if not starts:
+        return replace(plan, window_offset=0, window_length=0, runs=tuple(kept))
+    first = min(starts)
+    last = max(run.base_offset + run.length for run in kept if run.base_offset is not None)
+    moved = (
+        run if run.base_offset is None else Run(run.layout, run.blocks, run.base_offset - first)
+        for run in kept
+    )
+    return replace(
+        plan, window_offset=plan.window_offset + first, window_length=last - first, runs=tuple(moved)
+    )
 
 
 def _place(index: int, region: Region, layout: BlockLayout, inside: int) -> TensorPlace | None:

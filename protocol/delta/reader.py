@@ -27,6 +27,7 @@ from protocol.delta.format import (
     header_length,
     unpack_record,
 )
+from protocol.delta.moves import Move, moves_of
 from protocol.errors import PatchError, PatchLimitError, TruncatedPatchError, WrongBaseError
 from protocol.tensors.regions import ReadAt
 
@@ -52,12 +53,14 @@ class Piece:
         data: Its bytes.
         codec: How it was sent.
         patch_length: Bytes of the delta file that it took.
+        moves: Which of its bytes came from where in the base, for a reader that was asked to tell.
     """
 
     offset: int
     data: bytes
     codec: Codec
     patch_length: int
+    moves: tuple[Move, ...] = ()
 
 
 class DeltaReader:
@@ -67,6 +70,7 @@ class DeltaReader:
         base: What the delta applies to. Its length is checked at once; its digest is the caller's to compare with
             `header.base_sha256`, since only the caller knows when it was last measured.
         memory_limit_bytes: A delta that declares more is refused before anything is allocated for it.
+        tells_moves: Pieces say where their bytes came from.
 
     Attributes:
         header: None until enough bytes have been fed.
@@ -74,8 +78,15 @@ class DeltaReader:
         result_offset: How much of the result has been given out.
     """
 
-    def __init__(self, base: ReadAt, *, memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES) -> None:
+    def __init__(
+        self,
+        base: ReadAt,
+        *,
+        memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
+        tells_moves: bool = False,
+    ) -> None:
         self._base = base
+        self._tells_moves = tells_moves
         self._memory_limit_bytes = memory_limit_bytes
         self._buffer = bytearray()
         self._segment: SegmentHeader | None = None
@@ -150,7 +161,12 @@ class DeltaReader:
 
     @classmethod
     def restore(
-        cls, base: ReadAt, state: bytes, *, memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES
+        cls,
+        base: ReadAt,
+        state: bytes,
+        *,
+        memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
+        tells_moves: bool = False,
     ) -> Self:
         """Return a reader that goes on where `dump` was called; feed it from byte `patch_offset` of the delta file.
 
@@ -164,7 +180,7 @@ class DeltaReader:
             raise PatchError("the stored state of a delta is damaged", hint="start the delta again")
         _, length, flags, patch_offset, result_offset, segments, notes = _STATE.unpack_from(state)
         header_bytes = state[_STATE.size : _STATE.size + length]
-        reader = cls(base, memory_limit_bytes=memory_limit_bytes)
+        reader = cls(base, memory_limit_bytes=memory_limit_bytes, tells_moves=tells_moves)
         if length != len(header_bytes) or (not length and (patch_offset or result_offset)):
             raise PatchError("the stored state of a delta contradicts itself", hint="start the delta again")
         if length:
@@ -253,7 +269,10 @@ class DeltaReader:
             self._model.basis = read_tables(segment, body)
         else:
             data = decode_segment(segment, body, self._base, header, self._model)
-            piece = Piece(self.result_offset, data, segment.codec, length)
+            moves = (
+                moves_of(segment, body, self.result_offset, self._model.basis) if self._tells_moves else ()
+            )
+            piece = Piece(self.result_offset, data, segment.codec, length, moves)
             if self._hash is not None:
                 self._hash.update(data)
             self.result_offset += len(data)

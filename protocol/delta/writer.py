@@ -18,6 +18,7 @@ from protocol.delta.chains import (
 )
 from protocol.delta.context import is_fast
 from protocol.delta.format import (
+    REACH_BYTES_MAX,
     RECORD_BYTES,
     SEGMENT_BYTES_MAX,
     SEGMENT_DIGEST_BYTES,
@@ -27,12 +28,13 @@ from protocol.delta.format import (
     Header,
     Position,
     Profile,
+    Reach,
     SegmentHeader,
     segment_memory_bytes,
 )
 from protocol.delta.matching import match_regions
 from protocol.delta.notes import Notes
-from protocol.delta.planner import Planner, SegmentPlan
+from protocol.delta.planner import Planner, SegmentPlan, confine
 from protocol.delta.tensor import working_bytes
 from protocol.errors import PatchLimitError
 from protocol.tensors import map_regions
@@ -79,6 +81,7 @@ def make_delta(
     profile: Profile = Profile.SMALL,
     segment_bytes: int = DEFAULT_SEGMENT_BYTES,
     is_portable: bool | None = None,
+    in_place: bool = False,
     progress: Callable[[int, int], None] | None = None,
     encode_chains: Callable[[Iterable[ChainJob]], Iterable[ChainResult]] | None = None,
 ) -> DeltaStats:
@@ -95,6 +98,8 @@ def make_delta(
         segment_bytes: Result of one segment: decides the device's memory and what a power cut costs.
         is_portable: Use only codecs that are fast without the library, for devices that have no wheel of their own; larger by
             half. None means: if this machine has no library either.
+        in_place: Make it so that it can be applied in place, too: nothing is made from bytes of the base that lie far behind. Costs
+            nothing where the layouts are alike, and much where tensors have changed places.
         progress: Called with bytes of the result done and in all.
         encode_chains: Turns jobs into their results, in order; by default one after the other, here. A caller with processes
             hands them out and calls `chains.encode_chain` there.
@@ -112,6 +117,8 @@ def make_delta(
     new_regions, base_regions = map_regions(new), map_regions(base)
     matches = match_regions(base_regions, new_regions, base, new)
     plans = list(Planner(base, new, segment_bytes, base_regions).plan(new_regions, matches))
+    if in_place:
+        plans = [confine(plan, REACH_BYTES_MAX) for plan in plans]
     header = Header(
         profile,
         base.length,
@@ -120,6 +127,7 @@ def make_delta(
         _sha256(new),
         max((_plan_memory_bytes(plan) for plan in plans), default=0),
         segment_bytes,
+        _reach(plans) if in_place else None,
     )
     is_portable = not is_fast() if is_portable is None else is_portable
     choices = {} if is_portable else tall_choices(base, new, header, new_regions, matches)
@@ -148,6 +156,15 @@ def _plan_memory_bytes(plan: SegmentPlan) -> int:
             Codec.TENSOR, plan.length, plan.window_length, plan.length, working_bytes(plan.runs)
         ),
     )
+
+
+def _reach(plans: Iterable[SegmentPlan]) -> Reach:
+    behind = ahead = 0
+    for plan in plans:
+        if plan.window_length:
+            behind = max(behind, plan.result_offset - plan.window_offset)
+            ahead = max(ahead, plan.window_offset + plan.window_length - plan.result_offset - plan.length)
+    return Reach(behind, min(ahead, REACH_BYTES_MAX))
 
 
 def _sha256(source: ReadAt) -> bytes:

@@ -84,11 +84,36 @@ def test_names_are_listed_sorted_from_the_state_folder(disk: Disk) -> None:
     assert disk.names("nowhere") == []
 
 
-@pytest.mark.parametrize("operation", ["read", "write", "sync", "replace", "link"])
+def test_a_file_is_cut_and_made_longer_with_zeros(disk: Disk) -> None:
+    put(disk, "file", b"hello world")
+    disk.resize("file", 5)
+    assert disk.read("file", 0, 100) == b"hello"
+    disk.resize("file", 8)
+    assert disk.read("file", 0, 100) == b"hello\0\0\0"
+    disk.resize("file", 8)
+    assert disk.length("file") == 8
+
+
+def test_a_file_that_cannot_be_made_longer_stays_as_it_is(disk: Disk) -> None:
+    put(disk, "file", b"hello")
+    with pytest.raises(StorageFullError):
+        disk.resize("file", disk.free_bytes() + (1 << 40))
+    assert disk.read("file", 0, 100) == b"hello"
+
+
+def test_writing_behind_the_end_makes_a_file_longer(disk: Disk) -> None:
+    put(disk, "file", b"hello")
+    disk.write("file", 5, b" world")
+    disk.sync("file")
+    assert disk.read("file", 0, 100) == b"hello world"
+
+
+@pytest.mark.parametrize("operation", ["read", "write", "resize", "sync", "replace", "link"])
 def test_a_file_that_is_not_there_is_a_coded_error(disk: Disk, operation: str) -> None:
     calls: dict[str, Callable[[], object]] = {
         "read": lambda: disk.read("none", 0, 1),
         "write": lambda: disk.write("none", 0, b"x"),
+        "resize": lambda: disk.resize("none", 1),
         "sync": lambda: disk.sync("none"),
         "replace": lambda: disk.replace("none", "other"),
         "link": lambda: disk.link("none", "other"),
@@ -143,6 +168,15 @@ def test_a_link_to_the_current_slot_is_moved_in_one_step(tmp_path: Path) -> None
     disk.point("current", "slots/a")
     disk.point("current", "slots/b")
     assert (tmp_path / "current" / "model").read_bytes() == b"2"
+
+
+def test_what_was_written_before_a_resize_outlives_a_crash() -> None:
+    disk = SimulatedDisk()
+    put(disk, "file", b"a" * 2048)
+    disk.write("file", 0, b"b" * 2048)
+    disk.resize("file", 1024)
+    disk.crash(random.Random(1))
+    assert disk.read("file", 0, 4096) == b"b" * 1024
 
 
 def test_a_crash_of_the_simulated_disk_takes_back_only_what_was_not_synced() -> None:

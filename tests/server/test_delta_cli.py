@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from protocol.errors import (
+    NotInPlaceError,
     PatchError,
     RequestError,
     StorageFullError,
@@ -203,3 +204,91 @@ def test_usage_errors_end_with_two(files: Path, capsys: pytest.CaptureFixture[st
 def test_what_a_segment_size_outside_its_limits_says(files: Path) -> None:
     words = ("make", files / "old.gguf", files / "new.gguf", "-o", files / "out" / "p", "--segment-kib", 0)
     _refused(PatchError, "segments of 0 bytes", files, *words)
+
+
+# --- in place --------------------------------------------------------------------------------------------------
+
+
+def _in_place(files: Path, patch: Path, *options: str) -> int:
+    return _run(
+        "apply", files / "old.gguf", patch, "--in-place", "--inverse", files / "out" / "back", *options
+    )
+
+
+def test_a_file_is_updated_in_place_and_its_inverse_leads_back(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = (files / "old.gguf").read_bytes(), (files / "new.gguf").read_bytes()
+    patch = _make(files, "--in-place")
+    capsys.readouterr()
+    assert _in_place(files, patch, "--json") == 0
+    report = _report(capsys)
+    assert (files / "old.gguf").read_bytes() == new
+    assert report["inverse_bytes"] == (files / "out" / "back").stat().st_size < len(old)
+    again = ("apply", files / "old.gguf", files / "out" / "back", "--in-place")
+    assert _run(*again, "--inverse", files / "out" / "forth") == 0
+    assert (files / "old.gguf").read_bytes() == old
+    assert "inverse" in capsys.readouterr().out
+    assert sorted(path.name for path in files.iterdir()) == ["new.gguf", "old.gguf", "out"]
+
+
+def test_an_interrupted_update_in_place_goes_on(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = (files / "new.gguf").read_bytes()
+    patch = _make(files, "--in-place")
+    with monkeypatch.context() as context:
+        context.setattr(os, "ftruncate", _interrupted)  # the last thing that is done to the file
+        with pytest.raises(KeyboardInterrupt):
+            _in_place(files, patch)
+    assert _in_place(files, patch) == 0
+    assert (files / "old.gguf").read_bytes() == new
+
+
+def _interrupted(_descriptor: int, length: int) -> None:
+    if length < 1 << 20:  # not the journal
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", [200, -60])
+def test_a_damaged_delta_leaves_the_file_as_it_was(files: Path, at: int) -> None:
+    old = (files / "old.gguf").read_bytes()
+    patch = _make(files, "--in-place")
+    data = bytearray(patch.read_bytes())
+    data[at] ^= 1
+    patch.write_bytes(data)
+    with pytest.raises(PatchError):
+        _in_place(files, patch)
+    assert (files / "old.gguf").read_bytes() == old
+    assert sorted(path.name for path in files.iterdir()) == ["new.gguf", "old.gguf", "out"]
+    assert [path.name for path in (files / "out").iterdir()] == ["patch"]
+
+
+def test_in_place_refuses_what_it_cannot_do(files: Path) -> None:
+    old = (files / "old.gguf").read_bytes()
+    ordinary, patch = _make(files), files / "out" / "in_place"
+    assert _run("make", files / "old.gguf", files / "new.gguf", "-o", patch, "--in-place") == 0
+    with pytest.raises(NotInPlaceError, match="--in-place"):
+        _in_place(files, ordinary)
+    with pytest.raises(RequestError, match="--inverse"):
+        _run("apply", files / "old.gguf", patch, "--in-place")
+    with pytest.raises(RequestError, match="-o"):
+        _run("apply", files / "old.gguf", patch)
+    with pytest.raises(RequestError, match="itself"):
+        _run("apply", files / "old.gguf", patch, "--in-place", "-o", files / "x", "--inverse", files / "y")
+    with pytest.raises(RequestError, match="no such file"):
+        _run("apply", files / "none", patch, "--in-place", "--inverse", files / "y")
+    (files / "out" / "back").write_bytes(b"precious")
+    with pytest.raises(RequestError, match="exists"):
+        _in_place(files, patch)
+    assert (files / "out" / "back").read_bytes() == b"precious"
+    (files / "out" / "back").unlink()
+    (files / "old.gguf").write_bytes(old[:-1])
+    with pytest.raises(WrongBaseError):
+        _in_place(files, patch)
+    assert (files / "old.gguf").read_bytes() == old[:-1]
+    assert not (files / "out" / "back").exists()
+
+
+def test_a_delta_made_for_application_in_place_is_an_ordinary_one_too(files: Path) -> None:
+    patch, out = _make(files, "--in-place"), files / "out" / "new"
+    assert _run("apply", files / "old.gguf", patch, "-o", out) == 0
+    assert out.read_bytes() == (files / "new.gguf").read_bytes()
