@@ -18,7 +18,7 @@ from protocol.delta.runs import ContextRun, Flag
 
 __all__ = ["decode", "encode", "reset", "state_bytes"]
 
-_BATCH_CODES: Final = 1 << 15
+_BATCH_CODES: Final = 1 << 12
 """Codes taken apart at once: a list takes eight times the memory of its bytes, and more."""
 
 _ROWS_MAX: Final = 1 << 24
