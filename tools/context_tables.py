@@ -6,9 +6,9 @@ coder itself uses integers only, so what floating point gives here is rounded on
 same numbers go into a C header and a Python module; a test regenerates both.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def _outcome_probability(outcome: int, offset: float, spread: float, *, is_near:
 
 def _middles() -> list[float]:
     edges = [*offset_edges(), _HALF]
-    return [(low + high) / 2 / 65536 for low, high in pairwise(edges)]
+    return [(low + high) / 2 / 65536 for low, high in itertools.pairwise(edges)]
 
 
 def _spread(index: int) -> float:
@@ -187,7 +187,7 @@ def sharpnesses() -> list[int]:
 
 def _probability(octaves: float) -> int:
     one = 1 << _PROBABILITY_BITS
-    odds = math.exp2(octaves)
+    odds = math.pow(2, octaves)
     return min(max(round(one * odds / (1 + odds)), 64), one - 64)
 
 

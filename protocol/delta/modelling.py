@@ -21,10 +21,8 @@ from protocol.delta.runs import DIVISORS, SLOTS, Basis, ContextRun, Flag
 from protocol.delta.tensor import Run
 from protocol.tensors.regions import Layout, ReadAt, Region
 
-_SPARSE_SHARES = {
-    Profile.FAST: 0.6,
-    Profile.SMALL: 0.9,
-}  # of half groups that did not change: a flag for each group pays
+# Of half groups that did not change; above it a flag for each group pays.
+_SPARSE_SHARES = {Profile.FAST: 0.6, Profile.SMALL: 0.98}
 _HALF_GROUP = 16
 _SAMPLES = 4  # pieces of a tall tensor on which choices are tried
 _SAMPLE_BYTES = 384 << 10

@@ -109,14 +109,24 @@ def tensor(name: Layout, flags: Flag, seed: int, count: int, share: float = 0.1)
     return (on_lattice(name, old), on_lattice(name, new)) if Flag.LATTICE in flags else (old, new)
 
 
-def three_segments(name: Layout, flags: Flag, *, has_forecast: bool = False, seed: int = 1) -> list[Segment]:
-    """Return two tensors and a little that is new, cut twice: once within a row where rows may be cut."""
+def three_segments(
+    name: Layout, flags: Flag, *, has_forecast: bool = False, seed: int = 1, rows: int = 4
+) -> list[Segment]:
+    """Return two tensors and a little that is new, cut twice: within a row where rows may be cut.
+
+    Args:
+        name: Of their layout.
+        flags: Of the runs that may have a base.
+        has_forecast: Whether a basis foretells where rows go.
+        seed: Gives the blocks.
+        rows: Of each tensor, at least 2.
+    """
     layout = LAYOUTS[name]
     row_codes = max(64, 2 * layout.codes.count)
-    row, rows = row_codes // layout.codes.count, 4
+    row = row_codes // layout.codes.count
     basis = basis_for(row_codes, 3, seed, has_forecast=has_forecast) if Flag.RANK in flags else None
     gain = (60_000, 9_000) if Flag.GAIN in flags else None
-    cut = 2 * row if basis else 2 * row + row // 2
+    cut = rows // 2 * row + (0 if basis else row // 2)
     tensors = [tensor(name, flags, seed + k, row * rows) for k in (0, 10)]
     # The second tensor lies first in the base.
     window = tensors[1][0] + b"between" + tensors[0][0]

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from protocol.delta.layouts import LAYOUTS
 from protocol.delta.native import context as native
 from protocol.delta.reference import context as reference
+from protocol.delta.reference.coder import Encoder
+from protocol.delta.reference.numbers import code_number
 from protocol.delta.reference.scales import lattice
+from protocol.delta.reference.state import MODELS, State
 from protocol.delta.runs import (
     BASIS_BYTES_MAX,
     COLUMNS_MAX,
@@ -232,6 +235,16 @@ def test_a_state_that_garbage_has_left_is_still_a_state() -> None:
         for segment in three_segments(name, Flag.BASE | Flag.DRIFT):
             reference.decode(state, segment.runs, segment.window, rng.bytes(500))
             check([segment], bytes(state))
+
+
+@pytest.mark.parametrize("difference", [1 << 31, -(1 << 31), (1 << 47) - 1, -(1 << 46)])
+def test_a_scale_that_no_half_can_reach_is_kept_within_what_there_is(difference: int) -> None:
+    old, new = tensor(Layout.Q4_K, Flag(0), 8, 1)
+    segment = Segment([_run(Layout.Q4_K, Flag.START | Flag.BASE, 1, 256)], old, new)
+    state = State.unpack(new_state())
+    coder = Encoder(state.counters)
+    code_number(coder, MODELS[0].half, difference)  # the first decision of such a segment
+    assert check_payload(segment, coder.finish(100) or b"", new_state()) is not None
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Golden vectors: delta files that every reader, on every processor, must turn into the same bytes for ever.
+"""Golden vectors: delta files, and payloads of the context coder, that every reader must turn into the same bytes for ever.
 
 Run this file as a program to write vectors for layouts that have none; existing ones are never written again.
 """
@@ -12,7 +12,12 @@ from onnx import TensorProto, helper
 
 from protocol.delta.inspection import inspect_delta
 from protocol.delta.layouts import LAYOUTS
+from protocol.delta.native import context as native
+from protocol.delta.reference import context as reference
+from protocol.delta.runs import DIVISORS, Basis, Flag, read_context_runs, write_context_runs
+from protocol.delta.tensor import takes_gain
 from protocol.tensors import BytesSource, Layout
+from tests.protocol.context_segments import new_state, three_segments
 from tests.protocol.delta_files import apply, delta
 from tests.protocol.model_files import (
     GGML_NUMBERS,
@@ -24,6 +29,7 @@ from tests.protocol.model_files import (
 )
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "delta"
+CONTEXT_VECTORS = VECTORS / "context"
 _DTYPES = {Layout.I8: "I8", Layout.U8: "U8", Layout.F8: "F8_E4M3", Layout.F64: "F64"}
 _DTYPES |= {Layout.I16: "I16", Layout.I32: "I32", Layout.I64: "I64", Layout.PACKED4: "F4"}
 # The first vector of this name was made from files that no container described: raw segments. It stays.
@@ -80,6 +86,46 @@ def _write_missing() -> None:
             path.write_text(json.dumps(vector, indent=1) + "\n")
 
 
+def _context_cases() -> dict[str, tuple[Layout, Flag]]:
+    """All flags at once for each layout, and both a lattice and a basis where there may be one."""
+    every = Flag.BASE | Flag.SPARSE | Flag.DRIFT | Flag.GRID
+    cases = {
+        layout.value: (layout, every | (Flag.GAIN if takes_gain(row) else Flag(0)))
+        for layout, row in LAYOUTS.items()
+    }
+    for layout in DIVISORS:
+        cases[f"{layout.value}_lattice"] = layout, every | Flag.LATTICE
+        cases[f"{layout.value}_rank"] = layout, Flag.BASE | Flag.RANK
+    return cases
+
+
+def _context_vector(layout: Layout, flags: Flag) -> dict[str, object]:
+    segments = three_segments(layout, flags, has_forecast=True, rows=2)
+    basis, state = segments[0].runs[0].basis, new_state()
+    vector: dict[str, object] = {
+        "basis": basis.pack().hex() if basis else "",
+        "base": segments[0].window.hex(),
+        "segments": [
+            {
+                "parameters": write_context_runs(segment.runs).hex(),
+                "payload": reference.encode(state, segment.runs, segment.window, segment.result).hex(),
+                "result_bytes": len(segment.result),
+                "result_sha256": hashlib.sha256(segment.result).hexdigest(),
+            }
+            for segment in segments
+        ],
+    }
+    return vector | {"state_sha256": hashlib.sha256(state).hexdigest()}
+
+
+def _write_missing_context() -> None:
+    CONTEXT_VECTORS.mkdir(parents=True, exist_ok=True)
+    for name, case in _context_cases().items():
+        path = CONTEXT_VECTORS / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(_context_vector(*case), indent=1) + "\n")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_vector_of_a_layout_goes_through_that_layout(layout: Layout) -> None:
     vector = json.loads(_path(layout).read_text())
@@ -94,5 +140,28 @@ def test_a_stored_delta_still_gives_the_same_result(path: Path) -> None:
     assert hashlib.sha256(result).hexdigest() == vector["result_sha256"]
 
 
+def test_every_layout_has_a_vector_of_the_context_coder() -> None:
+    assert {path.stem for path in CONTEXT_VECTORS.glob("*.json")} >= _context_cases().keys()
+
+
+@pytest.mark.parametrize("path", sorted(CONTEXT_VECTORS.glob("*.json")), ids=lambda path: path.stem)
+def test_stored_payloads_still_give_the_same_results_and_states(path: Path) -> None:
+    vector = json.loads(path.read_text())
+    base = bytes.fromhex(vector["base"])
+    basis = Basis.unpack(bytes.fromhex(vector["basis"])) if vector["basis"] else None
+    for coder in (reference, native) if native.is_available() else (reference,):
+        reader, writer = new_state(), new_state()
+        for segment in vector["segments"]:
+            length, payload = segment["result_bytes"], bytes.fromhex(segment["payload"])
+            runs = read_context_runs(bytes.fromhex(segment["parameters"]), length, len(base), basis)
+            result = coder.decode(reader, runs, base, payload)
+            assert result is not None
+            assert hashlib.sha256(result).hexdigest() == segment["result_sha256"]
+            assert coder.encode(writer, runs, base, result) == payload
+        assert hashlib.sha256(reader).hexdigest() == vector["state_sha256"]
+        assert reader == writer
+
+
 if __name__ == "__main__":
     _write_missing()
+    _write_missing_context()

@@ -6,6 +6,7 @@
 #include "whimbrel.h"
 
 #define VERSION 1
+#define FREQUENT 9 /* class of odds from which on changes nearby say nothing */
 
 /* ---- groups ---- */
 
@@ -18,20 +19,20 @@ __attribute__((constructor)) static void make_chances(void) {
 }
 
 /* Whether all codes are as expected. */
-static int code_quiet(Context *x, const int encode, const Group *g, int around) {
+static int code_quiet(Context *x, const int encode, const Group *g, int around, Lesson *lesson) {
     uint32_t sum = 1;
     int is_quiet = encode;
     for (int j = 0; j < g->count; j++) sum += CHANGE[g->place[j]];
     if (encode)
         for (int j = 0; j < g->count; j++) is_quiet &= g->now[j] == g->expected[j];
+    lesson->chance = sum;
     const int32_t chance = clamp((log2_of(sum) * 3 >> 8) - 24, 0, 63);
     const int is_same = g->old_step == g->new_step && g->old_offset == g->new_offset;
     return code_with(&x->coder, encode, &x->model->quiet[(chance * 2 + is_same) * 4 + around], is_quiet);
 }
 
 /* By how many codes the new code is not the expected one; 0 is excluded. */
-static inline int32_t code_change(Context *x, const int encode, const Group *g, int j, int32_t value) {
-    Coder *c = &x->coder;
+static inline int32_t code_change(Context *x, Coder *c, const int encode, const Group *g, int j, int32_t value) {
     Model *m = x->model;
     const int32_t code = g->expected[j];
     int up = code < g->high;
@@ -44,7 +45,7 @@ static inline int32_t code_change(Context *x, const int encode, const Group *g, 
     return up ? steps : -steps;
 }
 
-static inline int32_t code_value(Context *x, const int encode, const Group *g, int j, int32_t changes) {
+static inline int32_t code_value(Context *x, Coder *c, const int encode, const Group *g, int j, int32_t changes, int32_t around) {
     Model *m = x->model;
     const Tensor *t = x->tensor;
     const int32_t place = g->place[j], is_edge = g->expected[j] <= g->low || g->expected[j] >= g->high;
@@ -54,11 +55,14 @@ static inline int32_t code_value(Context *x, const int encode, const Group *g, i
         change = &m->grid[g->grid_chance[j] * (GRID_MAX + 1) + g->grid[j]];
         chance = clamp(g->grid_chance[j] / 2 - 5, 0, CHANCES - 1);
     }
-    const int32_t around = t->last_change + t->before_change;
-    Counter *activity = &m->activity[((chance * 4 + (changes > 3 ? 3 : changes)) * 2 + t->above[g->column + j]) * 3 + around];
     const int32_t value = encode ? g->now[j] - g->expected[j] : 0;
-    if (!code_with_two(&x->coder, encode, change, activity, x->run->flags & RUN_SPARSE ? 2 : 3, value != 0)) return 0;
-    return code_change(x, encode, g, j, value);
+    if (chance >= FREQUENT) {
+        if (!code_with(c, encode, change, value != 0)) return 0;
+    } else {
+        Counter *activity = &m->activity[((chance * 4 + (changes > 3 ? 3 : changes)) * 2 + t->above[g->column + j]) * 3 + around];
+        if (!code_with_two(c, encode, change, activity, x->run->flags & RUN_SPARSE ? 2 : 3, value != 0)) return 0;
+    }
+    return code_change(x, c, encode, g, j, value);
 }
 
 /* Row of SCORE and PULL: as expected; one to the nearer side; one to the other; two, three, more. */
@@ -72,21 +76,8 @@ static inline int32_t outcome_of(const Group *g, int j, int32_t value) {
 /* What every group that did not change teaches: the same as code by code, in a loop of its own because most groups are so. */
 static void learn_quiet(Context *x, Group *g, Lesson *lesson) {
     Tensor *t = x->tensor;
-    int32_t score[GROUP_MAX], lowest = 0;
-    for (int j = 0; j < g->count; j++) {
-        g->now[j] = (int16_t)g->expected[j];
-        score[j] = SCORE[g->place[j]];
-        lesson->score += score[j];
-        lowest = score[j] < lowest ? score[j] : lowest;
-    }
-    if (lowest > -64) {
-        learn_spreads(t, g, score); /* scores so small weigh nothing */
-    } else {
-        for (int j = 0; j < g->count; j++) {
-            learn_spread(t, g->column + j, g->place[j], 0);
-            lesson->weight += (score[j] * score[j]) >> 12;
-        }
-    }
+    for (int j = 0; j < g->count; j++) g->now[j] = (int16_t)g->expected[j];
+    lesson->score = -(int32_t)(lesson->chance >> (PROBABILITY_BITS - SCORE_BITS));
     memset(t->above + g->column, 0, (size_t)g->count);
     t->last_change = 0;
     if (g->count > 1) t->before_change = 0;
@@ -103,13 +94,15 @@ static void learn_quiet(Context *x, Group *g, Lesson *lesson) {
 static int32_t code_busy(Context *x, const int encode, Group *g, Lesson *lesson) {
     Tensor *t = x->tensor;
     const int is_drifting = x->run->flags & RUN_DRIFT && !x->run->rank && t->unit != UNKNOWN;
-    int32_t changes = 0;
+    Coder c = x->coder; /* a copy, which can stay in registers */
+    int32_t changes = 0, last = t->last_change, before = t->before_change;
     for (int j = 0; j < g->count; j++) {
-        const int32_t value = code_value(x, encode, g, j, changes);
+        const int32_t value = code_value(x, &c, encode, g, j, changes, last + before);
         if (!encode) g->now[j] = (int16_t)(g->expected[j] + value);
-        t->before_change = t->last_change;
-        t->last_change = t->above[g->column + j] = value != 0;
-        changes += value != 0;
+        before = last;
+        last = value != 0;
+        t->above[g->column + j] = (uint8_t)last;
+        changes += last;
         const int32_t place = g->place[j], outcome = outcome_of(g, j, value);
         const int32_t score = learn_spread(t, g->column + j, place, outcome);
         lesson->score += score;
@@ -122,6 +115,9 @@ static int32_t code_busy(Context *x, const int encode, Group *g, Lesson *lesson)
             learn_drift(t, g, j);
         }
     }
+    t->last_change = last;
+    t->before_change = before;
+    x->coder = c;
     return changes;
 }
 
@@ -134,7 +130,7 @@ static void code_group(Context *x, const int encode, Group *g) {
     if (is_moving && t->unit == UNKNOWN && g->new_step) t->unit = clamp(log2_of(g->new_step) / 256 - 8, -8, 30);
     expect(x, g);
     if (x->run->flags & RUN_GRID) expect_grid(x, g);
-    if (x->run->flags & RUN_SPARSE && code_quiet(x, encode, g, t->is_left_busy + 2 * (*busy & 1))) learn_quiet(x, g, &lesson);
+    if (x->run->flags & RUN_SPARSE && code_quiet(x, encode, g, t->is_left_busy + 2 * (*busy & 1), &lesson)) learn_quiet(x, g, &lesson);
     else changes = code_busy(x, encode, g, &lesson);
     learn_row_spread(t, lesson.score, lesson.weight);
     if (x->run->rank && g->new_step) observe(x, g->column, g->count, g->new_step, g->mean, lesson.pull, lesson.information);

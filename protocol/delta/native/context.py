@@ -181,13 +181,14 @@ def decode(state: bytearray, runs: Sequence[ContextRun], window: bytes, payload:
     return bytes(result) if code == 0 else None
 
 
-def _address(buffer: bytearray) -> ctypes.c_void_p:
-    return ctypes.cast((ctypes.c_char * len(buffer)).from_buffer(buffer), ctypes.c_void_p)
+def _address(buffer: bytearray) -> ctypes.Array[ctypes.c_char]:
+    # Not a pointer made with ctypes.cast: that is part of a cycle, and would keep the buffer until the collector runs.
+    return (ctypes.c_char * len(buffer)).from_buffer(buffer)
 
 
 def _arguments(
     state: bytearray, runs: Sequence[ContextRun]
-) -> tuple[ctypes.c_void_p, ctypes.Array[_Run], int, ctypes.Array[_Layout], ctypes.Array[_Slice]]:
+) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[_Run], int, ctypes.Array[_Layout], ctypes.Array[_Slice]]:
     table = _table()
     return (
         _address(state),

@@ -11,6 +11,7 @@
 #define WEIGHT_MAX (400 * 16)
 #define RATIO_LIMIT (64 * STEP)
 #define SHIFT_LIMIT (4096 * STEP)
+#define SCORE_BITS 8
 #define OCTAVE_SCORE 23 /* a score of 1/256 per neper is that many units of 2^-12 octaves */
 
 /* Codes that share a step. They are centred: 0 stands for the weight 0. */
@@ -19,6 +20,7 @@ typedef struct {
     int64_t old_step, new_step, old_offset, new_offset;
     const int16_t *old;
     int16_t *now;
+    int32_t step_units;          /* the new step in the tensor's unit, times 16 */
     int32_t ratio, shift;        /* from old codes to new ones, units of 2^-16 */
     int32_t mean[GROUP_MAX];     /* by how much columns and rows are expected to have moved, likewise */
     int32_t expected[GROUP_MAX]; /* codes */
@@ -65,9 +67,11 @@ static void expect(const Context *x, Group *g) {
     int32_t position[GROUP_MAX];
     expect_ratio(x, g);
     for (int j = 0; j < GROUP_MAX; j++) g->mean[j] = 0;
+    g->step_units = 0;
     if (g->new_step && t->unit != UNKNOWN) {
         if (x->run->rank) expect_rank(x, g->column, g->count, g->new_step, g->mean);
         else if (x->run->flags & RUN_DRIFT) expect_drift(x, g);
+        g->step_units = (int32_t)clamp64(in_units(t, magnitude(g->new_step) * 16), 0, 1 << 22);
     }
     const int32_t level = t->row_spread - log2_of(g->new_step) * LOG_UNITS;
     const int32_t *spread = t->spread + g->column;
@@ -148,6 +152,7 @@ static void expect_grid(const Context *x, Group *g) {
 /* Of one group, summed up. */
 typedef struct {
     int32_t score, weight;   /* about the row's spread */
+    uint32_t chance;         /* sum of the probabilities of a change */
     int64_t information;     /* about its coefficients */
     int32_t pull[GROUP_MAX];
 } Lesson;
@@ -159,14 +164,6 @@ static inline int32_t learn_spread(Tensor *t, int32_t column, int32_t place, int
     t->weight[column] = (uint16_t)(weight > WEIGHT_MAX ? WEIGHT_MAX : weight);
     t->spread[column] = clamp(t->spread[column] + ((score * OCTAVE_SCORE * RATE[t->weight[column] >> 4]) >> 16), -SPREAD_LIMIT, SPREAD_LIMIT);
     return score;
-}
-
-/* The same for a group of outcomes that are as expected and weigh nothing. */
-static inline void learn_spreads(Tensor *t, const Group *g, const int32_t *score) {
-    int32_t rate[GROUP_MAX];
-    int32_t *spread = t->spread + g->column;
-    for (int j = 0; j < g->count; j++) rate[j] = RATE[t->weight[g->column + j] >> 4];
-    for (int j = 0; j < g->count; j++) spread[j] = clamp(spread[j] + ((score[j] * OCTAVE_SCORE * rate[j]) >> 16), -SPREAD_LIMIT, SPREAD_LIMIT);
 }
 
 static inline void learn_row_spread(Tensor *t, int32_t score, int32_t weight) {
@@ -183,8 +180,7 @@ static inline int32_t divide(int32_t value, int32_t divisor) {
 
 static inline void learn_drift(Tensor *t, const Group *g, int j) {
     const int32_t still = clamp((g->old[j] * g->ratio + g->shift + HALF_STEP) >> 16, g->low, g->high);
-    const int64_t moved = in_units(t, (g->now[j] - still) * magnitude(g->new_step));
-    const int32_t change = (int32_t)clamp64(moved, -(1 << 15), 1 << 15), column = g->column + j;
+    const int32_t change = clamp((g->now[j] - still) * g->step_units >> 4, -(1 << 15), 1 << 15), column = g->column + j;
     const int32_t mean = t->drift_mean[column] >> 4, rows = t->row + 2 < 200 ? t->row + 2 : 200;
     t->drift_xy += (int64_t)change * mean;
     t->drift_xx += (int64_t)mean * mean;

@@ -11,7 +11,7 @@ from protocol.delta.reference.expect import RATIO_LIMIT
 from protocol.delta.reference.fresh import code_fresh
 from protocol.delta.reference.groups import code_group
 from protocol.delta.reference.run import GROUP_MAX, Context, Group
-from protocol.delta.reference.scales import code_half, code_scale, code_subs, scale_from
+from protocol.delta.reference.scales import code_half, code_scale, code_subs, scale_bits, scale_from
 from protocol.delta.reference.state import SPREAD_LIMIT, UNKNOWN, State, reset, state_bytes
 from protocol.delta.reference.words import code_words
 from protocol.delta.runs import ContextRun, Flag
@@ -113,14 +113,13 @@ def _code_codes(x: Context, g: Group, old: list[int], wanted: list[int]) -> list
     is_plain, row_codes, columns = x.shape.kind is Kind.PLAIN, x.row_codes, x.columns
     done = 0
     while done < len(old):
-        in_row = x.code_index % row_codes
-        if in_row == 0 and is_plain:
+        if x.in_row == 0 and is_plain:
             _start_row(x, None)
-        g.column = in_row % columns
-        end = done + min(GROUP_MAX, len(old) - done, columns - g.column, row_codes - in_row)
+        g.column = x.in_row % columns
+        end = done + min(GROUP_MAX, len(old) - done, columns - g.column, row_codes - x.in_row)
         g.old, g.wanted = old[done:end], wanted[done:end]
         found += code_group(x, g)
-        x.code_index += end - done
+        x.in_row = (x.in_row + end - done) % row_codes
         done = end
     return found
 
@@ -143,7 +142,7 @@ def _code_blocks(x: Context, run: memoryview, start: int, new: memoryview) -> by
     size = x.shape.layout.block_bytes
     old, now = split(x.shape, run[start : start + len(new)]), split(x.shape, new)
     for b in range(len(old.codes)):
-        if x.code_index % x.row_codes == 0:
+        if x.in_row == 0:
             _start_row(x, _old_row(x, run[start + b * size :]))
         group = Group(x.shape.low, x.shape.high)
         _code_scales(x, old, now, b, group)
@@ -169,9 +168,10 @@ def _code_scales(x: Context, old: Parts, now: Parts, b: int, g: Group) -> None:
     """Code the scale, the offset and the sub-scales of a block, and fill in the steps that they give."""
     shape = x.shape
     if shape.divisor:
-        column = x.code_index % x.row_codes % x.columns
-        now.d[b] = code_scale(x, old.d[b], now.d[b], old.codes[b], column)
-        g.old_step, g.new_step = scale_from(x, old.d[b]).step, scale_from(x, now.d[b]).step
+        before = scale_from(x, old.d[b])
+        after = code_scale(x, before, now.d[b], old.codes[b])
+        now.d[b] = scale_bits(x, after)
+        g.old_step, g.new_step = before.step, after.step
         return
     ratio = STEP
     if shape.d:

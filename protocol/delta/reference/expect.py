@@ -5,6 +5,7 @@ from typing import Final
 from protocol.delta.context_tables import INFORMATION, OFFSET_CLASS, OFFSETS, PULL, RATE, SCORE, SPREADS
 from protocol.delta.reference.arithmetic import HALF_STEP, STEP, clamp, log2_of, quotient, ratio_of
 from protocol.delta.reference.blocks import Kind
+from protocol.delta.reference.coder import PROBABILITY_BITS
 from protocol.delta.reference.run import Context, Group
 from protocol.delta.reference.state import SPREAD_LIMIT, SPREAD_UNITS, UNKNOWN, Tensor
 
@@ -20,6 +21,8 @@ _SPREAD_ZERO: Final = 22 << SPREAD_SHIFT  # class 22 is a spread of one step
 _SHIFT_LIMIT: Final = 4096 * STEP
 _MEAN_LIMIT: Final = 16 * STEP
 _WEIGHT_MAX: Final = 400 * 16
+_STEP_UNITS_MAX: Final = 1 << 22
+_SCORE_BITS: Final = 8
 _OCTAVE_SCORE: Final = 23  # a score of 1/256 per neper is that many units of 2**-12 octaves
 _ROW_MOVE_LIMIT: Final = 1 << SPREAD_UNITS
 _ROW_WEIGHT_MAX: Final = 1 << 28
@@ -107,6 +110,18 @@ def learn(x: Context, g: Group, values: list[int]) -> None:
         if value:
             rows[j] += PLACES * _outcome(g.side[j], value)
     _learn_spreads(t, g.column, rows)
+    _learn_moves(x, g, values, rows)
+
+
+def learn_quiet(x: Context, g: Group, chance: int) -> None:
+    """Learn from a group that is as expected: its row only, from the sum of the probabilities that it is not."""
+    score = -(chance >> (PROBABILITY_BITS - _SCORE_BITS))
+    _learn_row_spread(x.tensor, score * _OCTAVE_SCORE, 0)
+    _learn_moves(x, g, [0] * len(g.place), g.place)
+
+
+def _learn_moves(x: Context, g: Group, values: list[int], rows: list[int]) -> None:
+    t = x.tensor
     if x.directions:
         if g.new_step:
             pull = [_pull(row, side, value) for row, side, value in zip(rows, g.side, values, strict=True)]
@@ -134,6 +149,10 @@ def _learn_spreads(t: Tensor, column: int, rows: list[int]) -> None:
         spread[at] = (
             moved if -SPREAD_LIMIT <= moved <= SPREAD_LIMIT else clamp(moved, -SPREAD_LIMIT, SPREAD_LIMIT)
         )
+    _learn_row_spread(t, total, information)
+
+
+def _learn_row_spread(t: Tensor, total: int, information: int) -> None:
     t.row_weight = clamp(t.row_weight + information, 0, _ROW_WEIGHT_MAX)
     move = clamp(quotient(total * 16, t.row_weight + 32), -_ROW_MOVE_LIMIT, _ROW_MOVE_LIMIT)
     t.row_spread = clamp(t.row_spread + move, -SPREAD_LIMIT, SPREAD_LIMIT)
@@ -145,14 +164,15 @@ def _pull(row: int, side: int, value: int) -> int:
 
 
 def _learn_drift(t: Tensor, g: Group, values: list[int]) -> None:
-    step, rows, at = abs(g.new_step), min(t.row + 2, 200), g.column
+    rows, at = min(t.row + 2, 200), g.column
+    step = clamp(t.in_units(abs(g.new_step) * 16), 0, _STEP_UNITS_MAX)
     tracked = t.drift_mean[at : at + len(values)]
     changes = {0: 0}
     learned = []
     for still, expected, value, mean in zip(_still(g), g.expected, values, tracked, strict=True):
         codes = expected + value - still
         if codes not in changes:
-            changes[codes] = clamp(t.in_units(codes * step), -_CHANGE_LIMIT, _CHANGE_LIMIT)
+            changes[codes] = clamp(codes * step >> 4, -_CHANGE_LIMIT, _CHANGE_LIMIT)
         change = changes[codes]
         miss = change * 16 - mean
         learned.append(mean + (miss // rows if miss >= 0 else -(-miss // rows)))

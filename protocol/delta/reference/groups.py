@@ -5,7 +5,7 @@ from typing import Final
 from protocol.delta.context_tables import CHANGE, OFFSETS, SPREADS
 from protocol.delta.reference.arithmetic import clamp, log2_of
 from protocol.delta.reference.coder import ONE
-from protocol.delta.reference.expect import expect, learn
+from protocol.delta.reference.expect import expect, learn, learn_quiet
 from protocol.delta.reference.grid import expect_grid
 from protocol.delta.reference.numbers import code_steps
 from protocol.delta.reference.run import Context, Group
@@ -18,6 +18,9 @@ _AROUND: Final = 3
 
 _ACTIVITY: Final = 4 * 2 * _AROUND
 """Counters of activity in a class of odds."""
+
+_FREQUENT: Final = 9 * _ACTIVITY
+"""From this class of odds on changes nearby say nothing."""
 
 
 def _chance_class(probability: int) -> int:
@@ -37,23 +40,25 @@ def code_group(x: Context, g: Group) -> list[int]:
     if x.has_grid:
         expect_grid(x, g)
     busy = t.busy[g.column >> 4]
-    if x.is_sparse and _code_quiet(x, g, t.is_left_busy + 2 * (busy & 1)):
+    chance = 1 + sum(map(CHANGE.__getitem__, g.place)) if x.is_sparse else 0
+    if x.is_sparse and _code_quiet(x, g, chance, t.is_left_busy + 2 * (busy & 1)):
         values, codes = [0] * count, g.expected
         t.above[g.column : g.column + count] = values
         t.before_change = t.last_change if count == 1 else 0
         t.last_change = t.is_left_busy = 0
+        learn_quiet(x, g, chance)
     else:
         values = _code_values(x, g)
         codes = [code + value for code, value in zip(g.expected, values, strict=True)]
         t.is_left_busy = int(any(values))
-    learn(x, g, values)
+        learn(x, g, values)
     t.busy[g.column >> 4] = (busy & ~1) | t.is_left_busy
     return codes
 
 
-def _code_quiet(x: Context, g: Group, around: int) -> int:
-    """Code whether all codes are as expected."""
-    chance = clamp((log2_of(1 + sum(map(CHANGE.__getitem__, g.place))) * 3 >> 8) - 24, 0, 63)
+def _code_quiet(x: Context, g: Group, chance: int, around: int) -> int:
+    """Code whether all codes are as expected; `chance` is the sum of the probabilities that they are not."""
+    chance = clamp((log2_of(chance) * 3 >> 8) - 24, 0, 63)
     is_same = g.old_step == g.new_step and g.old_offset == g.new_offset
     at = x.model.quiet + (chance * 2 + is_same) * 4 + around
     return x.coder.code(at, g.wanted == g.expected)
@@ -61,7 +66,7 @@ def _code_quiet(x: Context, g: Group, around: int) -> int:
 
 def _code_values(x: Context, g: Group) -> list[int]:
     """Code by how many codes each new code is not the expected one."""
-    t, m, code_two = x.tensor, x.model, x.coder.code_two
+    t, m, code_one, code_two = x.tensor, x.model, x.coder.code, x.coder.code_two
     above, column = t.above, g.column
     low, high, grid = g.low, g.high, g.grid if x.has_grid else None
     share = 2 if x.is_sparse else 3
@@ -75,10 +80,13 @@ def _code_values(x: Context, g: Group) -> list[int]:
         if grid and (found := grid[j]):
             change = m.grid + found[1] * _GRID_ROW + found[0]
             chance = _ACTIVITY * clamp(found[1] // 2 - 5, 0, CHANCES - 1)
-        around = (min(changes, 3) * 2 + above[column + j]) * _AROUND + last + before
         if wanted:
             value = wanted[j]
-        is_changed = code_two(change, activity_row + chance + around, share, value != 0)
+        if chance >= _FREQUENT:
+            is_changed = code_one(change, value != 0)
+        else:
+            around = (min(changes, 3) * 2 + above[column + j]) * _AROUND + last + before
+            is_changed = code_two(change, activity_row + chance + around, share, value != 0)
         before = last
         if is_changed:
             values.append(_code_change(x, g, j, value))

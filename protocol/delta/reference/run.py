@@ -25,7 +25,7 @@ class Context:
         shape: Of the run's layout.
         row_codes: Codes in a row.
         columns: How many have entries of their own.
-        code_index: Of the next code in its tensor.
+        in_row: Of the next code.
         gain: What plain codes are expected to be multiplied by, units of 2**-16.
         offset: And what is added.
         is_sparse: A flag tells of most groups that they are as expected.
@@ -33,7 +33,6 @@ class Context:
         has_lattice: Scales came from bfloat16 maxima.
         has_grid: Weights came from bfloat16.
         directions: In which rows move, where there is a basis.
-        share: Quarters of the say that a code's place has, against what is around it.
     """
 
     coder: Coder
@@ -43,7 +42,7 @@ class Context:
     shape: Shape
     row_codes: int
     columns: int
-    code_index: int
+    in_row: int
     gain: int
     offset: int
     is_sparse: bool
@@ -51,7 +50,6 @@ class Context:
     has_lattice: bool
     has_grid: bool
     directions: Directions | None
-    scales: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: ContextRun, coder: Coder, state: State) -> Self:
@@ -66,7 +64,7 @@ class Context:
             shape,
             run.row_codes,
             min(run.row_codes, COLUMNS_MAX),
-            run.first_block * shape.count,
+            run.first_block * shape.count % run.row_codes,
             gain,
             offset,
             Flag.SPARSE in run.flags,

@@ -106,26 +106,27 @@ class Scale(NamedTuple):
 
 def scale_from(x: Context, half: int) -> Scale:
     """Return what half-precision bits say."""
-    return _scale(x.shape.divisor, half, has_lattice=x.has_lattice)
+    rung = half & (_SIGN - 1)
+    if x.has_lattice:
+        rung = lattice(x.shape.divisor).maximum_of[rung]
+    return _scale_at(x.shape.divisor, rung, half >> 15, has_lattice=x.has_lattice)
+
+
+def scale_bits(x: Context, scale: Scale) -> int:
+    """Return the half-precision bits of a scale."""
+    half = lattice(x.shape.divisor).scale_of[scale.rung] if x.has_lattice else scale.rung
+    return half | _SIGN if scale.is_negative else half
 
 
 @functools.lru_cache(1 << 12)
-def _scale(divisor: int, half: int, *, has_lattice: bool) -> Scale:
-    is_negative, rung = half >> 15, half & (_SIGN - 1)
+def _scale_at(divisor: int, rung: int, is_negative: int, *, has_lattice: bool) -> Scale:
     if has_lattice:
-        rung = lattice(divisor).maximum_of[rung]
         step = _wide_maximum(rung)
         unit = _wide_maximum(rung + 1) - step
     else:
         step = wide(rung) * divisor
         unit = 1 if rung == _SIGN - 1 else wide(rung + 1) * divisor - step
     return Scale(rung, is_negative, -step if is_negative else step, unit)
-
-
-def _scale_bits(x: Context, rung: int, *, is_negative: bool) -> int:
-    rung &= _SIGN - 1
-    half = lattice(x.shape.divisor).scale_of[rung] if x.has_lattice else rung
-    return half | _SIGN if is_negative else half
 
 
 # --- One scale for a block: coded just before its codes, from what its largest weight may have done ------------------
@@ -164,11 +165,11 @@ def _expect_change(x: Context, before: Scale, code: int, column: int) -> int:
     return clamp(quotient(drift, before.unit), -_EXPECT_LIMIT, _EXPECT_LIMIT)
 
 
-def code_scale(x: Context, old_half: int, new_half: int, old: list[int], column: int) -> int:
-    """Code a block's scale; returns its bits. `new_half` is of no meaning to a reader."""
+def code_scale(x: Context, before: Scale, new_half: int, old: list[int]) -> Scale:
+    """Code a block's scale. `new_half` is of no meaning to a reader; a writer's lies on the lattice where that is said."""
     coder, m, t = x.coder, x.model, x.tensor
     at, rivals = _find_maximum(x.shape.divisor, old)
-    before = scale_from(x, old_half)
+    column = x.in_row % x.columns
     log_unit = log2_of(before.unit) + log2_of(x.shape.divisor)
     level = t.spread[column + at] + t.row_spread - log_unit * LOG_UNITS
     spread = clamp((level >> SPREAD_SHIFT) + 10, 0, SCALE_SPREADS - 1)
@@ -199,9 +200,8 @@ def code_scale(x: Context, old_half: int, new_half: int, old: list[int], column:
     t.busy[column >> 4] = (busy & 1) | t.scale_last << 1
     direction = 0 if value == 0 else 1 if value < 0 else 2
     flips = coder.code(m.scale_flip + direction * 12 + rivals, is_negative != before.is_negative)
-    if coder.is_encoder:
-        return new_half
-    return _scale_bits(x, before.rung + value, is_negative=before.is_negative != flips)
+    rung, sign = before.rung + value & _SIGN - 1, int(before.is_negative != flips)
+    return _scale_at(x.shape.divisor, rung, sign, has_lattice=x.has_lattice)
 
 
 # --- Scales of larger blocks, and their sub-scales -------------------------------------------------------------------

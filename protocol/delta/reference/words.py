@@ -60,11 +60,10 @@ def _class(level: int, exponent: int) -> int:
 def _code_word(x: Context, exponent: int, wanted: int) -> int:
     """Code by how much a word is not the old one."""
     t = x.tensor
-    in_row = x.code_index % x.row_codes
-    x.code_index += 1
-    column = in_row % x.columns
-    if in_row == 0:
+    column = x.in_row % x.columns
+    if x.in_row == 0:
         t.row = min(t.row + 1, _ROWS_MAX)
+    x.in_row = (x.in_row + 1) % x.row_codes
     running, tracked = _class(t.word_level, exponent), t.spread[column]
     level = (running + (_class(tracked, exponent) if t.row > 0 else running)) // 4
     kind = WORD_LEVELS if x.shape.kind is Kind.FLOAT else 0
