@@ -96,7 +96,7 @@ def _measure(sizes: list[float], methods: list[Contender], cache: Path) -> list[
             files = open_files(f"{size:g} GB", base, new)
             for method in methods:
                 rows.append(run(method, files, Path(folder), _TIMEOUT_S))
-                print(f"{size:g} GB {method.name}: done", file=sys.stderr, flush=True)
+                print("  ".join(_cells(rows[-1])), file=sys.stderr, flush=True)
     return rows
 
 

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Protocol, Self
 
-from protocol.delta import reference
 from protocol.delta.native import context as native
+from protocol.delta.reference import context as reference
 from protocol.delta.runs import Basis, ContextRun
 from protocol.errors import PatchError
 
@@ -42,7 +42,8 @@ class Coder(Protocol):
 
 def implementation() -> Coder:
     """Return the library where it is, else the reference."""
-    return native if native.is_available() else reference
+    coder: Coder = native if native.is_available() else reference
+    return coder
 
 
 def is_fast() -> bool:

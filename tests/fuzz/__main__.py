@@ -2,8 +2,10 @@
 
 import argparse
 import re
+import resource
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +16,9 @@ ROOT: Final = Path(__file__).resolve().parent.parent.parent
 WORK: Final = ROOT / ".cache" / "fuzz"
 _LATE_S: Final = 120
 """The fuzzer ends by itself; a child that is that late hangs where no alarm reaches it."""
+
+_STALL_S_MAX: Final = 5.0
+"""Of the processor, to start the interpreter and take the input once."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,36 @@ class Run:
 
 
 def run(target: str, seconds: int, seed: int) -> Run:
-    """Fuzz one target in a child process."""
+    """Fuzz one target in child processes until the time is over or something is found."""
     folder = WORK / target
     folder.mkdir(parents=True, exist_ok=True)
     before = set((folder / "findings").glob("*"))
-    log = folder / "log"
+    done = Run(target, 0, 0, 0, [])
+    end = time.monotonic() + seconds
+    while (left := round(end - time.monotonic())) > 0:
+        part, code = _run_child(target, left, seed)
+        found = set((folder / "findings").glob("*")) - before
+        stalls = {path for path in found if path.name.startswith("timeout-") and _is_stall(target, path)}
+        for path in stalls:
+            path.unlink()
+        findings = [str(path.relative_to(ROOT)) for path in sorted(found - stalls)]
+        if code and not found:
+            findings = [f"ended with code {code}, see {(folder / 'log').relative_to(ROOT)}"]
+        done = Run(
+            target,
+            done.executions + part.executions,
+            max(done.peak_mib, part.peak_mib),
+            len(list((folder / "corpus").glob("*"))),
+            findings,
+        )
+        if findings or not stalls:
+            break
+    return done
+
+
+def _run_child(target: str, seconds: int, seed: int) -> tuple[Run, int]:
+    """Run the fuzzer once; returns its statistics and its exit code, or -1 if it did not end."""
+    log = WORK / target / "log"
     command = [
         sys.executable,
         "-m",
@@ -40,33 +70,34 @@ def run(target: str, seconds: int, seed: int) -> Run:
         f"-max_total_time={seconds}",
         f"-seed={seed}",
     ]
-    code: int | None = None
     with log.open("wb") as out:
         try:
-            child = subprocess.run(
+            code = subprocess.run(
                 command,
                 cwd=ROOT,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 timeout=seconds + _LATE_S,
                 check=False,
-            )
-            code = child.returncode
+            ).returncode
         except subprocess.TimeoutExpired:
             out.write(b"\nkilled: did not end\n")
+            code = -1
     text = log.read_text(errors="replace")
-    findings = [str(path.relative_to(ROOT)) for path in sorted(set((folder / "findings").glob("*")) - before)]
-    if code and not findings:
-        findings = [f"ended with code {code}, see {log.relative_to(ROOT)}"]
-    if code is None:
-        findings.append(f"did not end, see {log.relative_to(ROOT)}")
-    return Run(
-        target,
-        _statistic(text, "number_of_executed_units"),
-        _statistic(text, "peak_rss_mb"),
-        len(list((folder / "corpus").glob("*"))),
-        findings,
-    )
+    run = Run(target, _statistic(text, "number_of_executed_units"), _statistic(text, "peak_rss_mb"), 0, [])
+    return run, code
+
+
+def _is_stall(target: str, path: Path) -> bool:
+    """Whether an input that took too long by the clock takes the processor hardly any time: the machine stood still."""
+    command = [sys.executable, "-m", f"tests.fuzz.fuzz_{target}", str(path)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        code = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=_LATE_S, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return False
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return code == 0 and after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < _STALL_S_MAX
 
 
 def _statistic(text: str, name: str) -> int:

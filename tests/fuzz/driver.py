@@ -30,7 +30,7 @@ def fuzz(name: str) -> None:
         {"protocol"}, set(), enable_loader_override=True, trace_dataflow=False
     ):
         from tests.fuzz.mutation import MUTATORS  # noqa: PLC0415
-        from tests.fuzz.targets import TARGETS  # noqa: PLC0415
+        from tests.fuzz.targets import SEED_FOLDERS, TARGETS  # noqa: PLC0415
 
     mutate, target = MUTATORS[name], TARGETS[name]
 
@@ -49,6 +49,10 @@ def fuzz(name: str) -> None:
         "-print_final_stats=1",
     ]
     given = sys.argv[1:]
-    folders = [] if any(not option.startswith("-") for option in given) else [str(corpus), str(SEEDS / name)]
+    folders = (
+        []
+        if any(not option.startswith("-") for option in given)
+        else [str(corpus), str(SEEDS / SEED_FOLDERS[name])]
+    )
     atheris.Setup([sys.argv[0], *options, *given, *folders], target, custom_mutator=changed)
     atheris.Fuzz()

@@ -21,6 +21,7 @@ from protocol.delta.format import (
     RECORD_BYTES,
     SEGMENT_BYTES_MAX,
     SEGMENT_DIGEST_BYTES,
+    WITHOUT_RESULT,
     Codec,
     EndRecord,
     Header,
@@ -62,7 +63,13 @@ _NUMBERS = (
     2**64 - 1,
 )
 _MESSAGE_DEPTH = 6
-_FIELD_LIMITS = {"parameter_length": 2**16, "window_offset": 2**64}
+_FIELD_LIMITS = {
+    "parameter_length": 2**16,
+    "result_length": 2**32,
+    "window_offset": 2**64,
+    "window_length": 2**32,
+    "payload_length": 2**32,
+}
 
 
 def mutate_blindly(data: bytes, size: int, seed: int, mutate: Mutate) -> bytes:
@@ -236,7 +243,7 @@ def mutate_planner(data: bytes, size: int, seed: int, mutate: Mutate) -> bytes:
 
 
 @dataclass
-class _Patch:
+class Patch:
     """A delta file taken apart; fields of records may be anything."""
 
     header: Header
@@ -247,7 +254,7 @@ def mutate_reader(data: bytes, size: int, seed: int, mutate: Mutate) -> bytes:
     """Change a field, a body or the order of segments; lengths, checksums, memory and digests follow where that is possible."""
     rng = random.Random(seed)
     base, packed = split_input(data)
-    patch = _parse_patch(packed)
+    patch = parse_patch(packed)
     if patch is None or not patch.segments or rng.random() < _BLIND_SHARE:
         return mutate(data, size)
     index = rng.randrange(len(patch.segments))
@@ -265,7 +272,7 @@ def mutate_reader(data: bytes, size: int, seed: int, mutate: Mutate) -> bytes:
     return join_input(base, seal_patch(patch, base, repairs=rng.random() < 0.8))[:size]
 
 
-def _change_body(patch: _Patch, index: int, rng: random.Random, mutate: Mutate) -> None:
+def _change_body(patch: Patch, index: int, rng: random.Random, mutate: Mutate) -> None:
     segment, body = patch.segments[index]
     parameters, payload = body[: segment.parameter_length], body[segment.parameter_length :]
     if parameters and rng.random() < 0.4:
@@ -278,21 +285,21 @@ def _change_body(patch: _Patch, index: int, rng: random.Random, mutate: Mutate) 
     )
 
 
-def _change_record(patch: _Patch, index: int, rng: random.Random) -> None:
+def _change_record(patch: Patch, index: int, rng: random.Random) -> None:
     segment, body = patch.segments[index]
-    name = rng.choice(
-        ["codec", "parameter_length", "result_length", "window_offset", "window_length", "payload_length"]
-    )
+    name = rng.choice([*_FIELD_LIMITS, "codec", "continues"])
     before = int(getattr(segment, name))
     value = rng.choice([before + 1, max(0, before - 1), *_NUMBERS[:16]])
     changes: dict[str, Any] = {name: value % _FIELD_LIMITS.get(name, 2**32)}
     if name == "codec":
         changes = {name: rng.choice([codec for codec in Codec if codec is not Codec.END])}
+    elif name == "continues":
+        changes = {name: not segment.continues}
     segment = replace(segment, **changes)
     patch.segments[index] = (segment, body)
 
 
-def _parse_patch(data: bytes) -> _Patch | None:
+def parse_patch(data: bytes) -> Patch | None:
     """Take a delta file apart as far as it goes; None if not even its header is one."""
     try:
         header = Header.unpack(data[:HEADER_BYTES])
@@ -312,10 +319,10 @@ def _parse_patch(data: bytes) -> _Patch | None:
         segments.append((record, data[at : at + record.body_length]))
         at += record.body_length
         result_offset += record.result_length
-    return _Patch(header, segments)
+    return Patch(header, segments)
 
 
-def seal_patch(patch: _Patch, base: bytes, *, repairs: bool) -> bytes:
+def seal_patch(patch: Patch, base: bytes, *, repairs: bool) -> bytes:
     """Put a delta file together with right checksums.
 
     Args:
@@ -333,7 +340,7 @@ def seal_patch(patch: _Patch, base: bytes, *, repairs: bool) -> bytes:
         sealed = replace(segment, body_crc=zlib.crc32(body[: segment.body_length]))
         out += sealed.pack(Position(crc, len(out), result_offset)) + body
         result_offset += segment.result_length
-        count += segment.codec is not Codec.NOTES
+        count += segment.codec not in WITHOUT_RESULT
     end = EndRecord(count, result_offset, len(out) + RECORD_BYTES, header.result_sha256[:16])
     return bytes(out + end.pack(Position(crc, len(out), result_offset)))
 
@@ -362,17 +369,14 @@ def _repaired(
 
 def _decoded(segment: SegmentHeader, body: bytes, base: bytes, header: Header, model: ContextModel) -> bytes:
     """Return what a segment gives, whatever it was announced to give; nothing where it gives none."""
-    if segment.codec is Codec.NOTES:
-        return b""
-    if segment.codec is Codec.TABLES:
-        with contextlib.suppress(PatchError):
-            model.basis = codecs.read_tables(segment, body)
-        return b""
     window = base[segment.window_offset : segment.window_offset + segment.window_length]
     # Whatever goes wrong here goes wrong in the target as well, where it counts.
     with contextlib.suppress(Exception):
         check_segment(segment, header, 0)
-        return codecs._decode(segment, body, window, header, model)
+        if segment.codec is Codec.TABLES:
+            model.basis = codecs.read_tables(replace(segment, body_crc=zlib.crc32(body)), body)
+        elif segment.codec not in WITHOUT_RESULT:
+            return codecs._decode(segment, body, window, header, model)
     return b""
 
 
@@ -382,4 +386,5 @@ MUTATORS: dict[str, Mutator] = {
     "safetensors": mutate_safetensors,
     "planner": mutate_planner,
     "reader": mutate_reader,
+    "coders": mutate_reader,
 }

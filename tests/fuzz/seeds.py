@@ -1,5 +1,6 @@
 """Writes the seeds of the corpus: `python -m tests.fuzz.seeds`. Small valid files of every kind, for fuzzers to start from."""
 
+import hashlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,10 +8,17 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, helper
 
+from protocol.delta.compression import compress
+from protocol.delta.context import ContextModel
+from protocol.delta.format import Codec, Header, Profile, SegmentHeader
+from protocol.delta.layouts import LAYOUTS
+from protocol.delta.runs import Basis, ContextRun, Flag, write_context_runs
 from protocol.tensors import Layout
+from tests.fuzz.mutation import Patch, seal_patch
 from tests.fuzz.targets import join_input
 from tests.protocol.delta_files import delta
 from tests.protocol.model_files import (
+    GGML_NUMBERS,
     GgufBuilder,
     GgufTensor,
     block_file,
@@ -121,21 +129,27 @@ def _matrix(name: str, data: bytes) -> bytes:
 
 
 def reader_seeds() -> Iterator[tuple[str, bytes]]:
-    """Every rung of the ladder, one and several segments, several layouts."""
+    """Every rung of the ladder, one and several segments, several layouts, with the tensor codec and with the context codec."""
     for layout in (Layout.Q4_0, Layout.Q8_0, Layout.Q4_K, Layout.F32, Layout.IQ4_XS):
-        old = blocks(layout, 4, 1)
-        yield (
-            layout.value,
-            _reader_seed(block_file(layout, old), block_file(layout, moved_blocks(layout, old, 2)), 1024),
-        )
+        old = blocks(layout, max(4, 200 // LAYOUTS[layout].block_bytes), 1)
+        pair = block_file(layout, old), block_file(layout, moved_blocks(layout, old, 2))
+        yield layout.value, _reader_seed(*pair, 1024, is_portable=True)
+    for layout in GGML_NUMBERS:
+        count = 1 + 1500 // LAYOUTS[layout].block_bytes
+        old = blocks(layout, count, 1)
+        pair = block_file(layout, old), block_file(layout, moved_blocks(layout, old, 2))
+        yield f"context-{layout.value}", _reader_seed(*pair, 1024)
     integers = np.random.default_rng(1).integers(-60, 60, (16, 64)).astype(np.int8)
-    yield (
-        "i8",
-        _reader_seed(onnx_file({"w": integers}), onnx_file({"w": (integers * 1.5).astype(np.int8)}), 4096),
-    )
+    pair = onnx_file({"w": integers}), onnx_file({"w": (integers * 1.5).astype(np.int8)})
+    yield "i8", _reader_seed(*pair, 4096, is_portable=True)
+    yield "context-i8", _reader_seed(*pair, 1024)
     text = b"".join(b"token %d\n" % i for i in range(150))
-    yield "text", _reader_seed(text, text.replace(b"7\n", b"seven\n") + text[::-1], 1024)
-    yield "self", _reader_seed(b"", text, 1024)
+    changed = text.replace(b"7\n", b"seven\n") + text[::-1]
+    yield "text", _reader_seed(text, changed, 1024, is_portable=True)
+    yield "self", _reader_seed(b"", text, 1024, is_portable=True)
+    yield "context-text", _reader_seed(text, changed, 1024)
+    yield "rank", _rank_seed(Flag.BASE | Flag.RANK | Flag.START)
+    yield "flags", _rank_seed(~Flag.GAIN)
     yield (
         "raw",
         _reader_seed(b"", np.random.default_rng(2).integers(0, 256, 200, dtype=np.uint8).tobytes(), 1024),
@@ -144,8 +158,45 @@ def reader_seeds() -> Iterator[tuple[str, bytes]]:
     yield "empty", _reader_seed(b"", b"", 1024)
 
 
-def _reader_seed(base: bytes, new: bytes, segment_bytes: int) -> bytes:
-    return join_input(base, delta(base, new, segment_bytes)[0])
+def _rank_seed(flags: Flag) -> bytes:
+    """A tables record, and two context segments that go on with each other and use it."""
+    columns, rank, rows = 64, 2, 8
+    rng = np.random.default_rng(3)
+    sides = [rng.integers(-90, 90, rank * columns).astype(np.int8).tobytes() for _ in range(2)]
+    basis = Basis(columns, rank, sides[0], sides[1], bytes([20, 24, 10, 30]))
+    base = blocks(Layout.Q8_0, rows * columns // 32, 1)
+    new = moved_blocks(Layout.Q8_0, base, 2)
+    model = ContextModel()
+    model.basis = basis
+    model.reset()
+    packed = compress(basis.pack(), "fast")
+    records = [(SegmentHeader(Codec.TABLES, 0, 0, 0, 0, len(packed), bytes(16), 0), packed)]
+    half = len(base) // 2
+    for part in range(2):
+        chosen = flags if part == 0 else flags & ~Flag.START
+        run = ContextRun(
+            LAYOUTS[Layout.Q8_0].number, chosen, 0, half // 34, columns, part * half // 34, 0, basis=basis
+        )
+        window, result = base[part * half :][:half], new[part * half :][:half]
+        parameters, payload = write_context_runs([run]), model.encode([run], window, result)
+        header = SegmentHeader(
+            Codec.CONTEXT,
+            len(parameters),
+            half,
+            part * half,
+            half,
+            len(payload),
+            bytes(16),
+            0,
+            continues=part > 0,
+        )
+        records.append((header, parameters + payload))
+    frame = Header(Profile.SMALL, len(base), hashlib.sha256(base).digest(), len(new), bytes(32), 0, len(new))
+    return join_input(base, seal_patch(Patch(frame, records), base, repairs=True))
+
+
+def _reader_seed(base: bytes, new: bytes, segment_bytes: int, *, is_portable: bool = False) -> bytes:
+    return join_input(base, delta(base, new, segment_bytes, is_portable=is_portable)[0])
 
 
 SEEDS = {"gguf": gguf_seeds, "onnx": onnx_seeds, "safetensors": safetensors_seeds}

@@ -10,11 +10,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from protocol.delta.context import Coder
 from protocol.delta.inspection import inspect_delta
 from protocol.delta.matching import match_regions
 from protocol.delta.notes import Notes, read_notes
 from protocol.delta.planner import Planner
 from protocol.delta.reader import DeltaReader
+from protocol.delta.reference import context as reference
 from protocol.errors import ModelFileError, PatchError
 from protocol.tensors import BytesSource, Region, map_files, map_regions
 from protocol.tensors.gguf import parse_gguf
@@ -25,6 +27,7 @@ READER_MEMORY_BYTES = 32 << 20
 """What the reader may be told to take; the process as a whole gets a few times that."""
 
 PLANNED_SEGMENT_BYTES = 1024
+REFERENCE: Coder = reference
 _BASE_LENGTH = struct.Struct("<I")
 
 
@@ -154,9 +157,21 @@ def run_reader(data: bytes) -> None:
         inspect_delta(BytesSource(patch))
 
 
-def _read(base: bytes, patch: bytes, part_bytes: int, *, resumes: bool) -> _Outcome:
+def run_coders(data: bytes) -> None:
+    """The library and the reference in Python give the same result or refuse alike, the one where the other left off."""
+    base, patch = split_input(data)
+    ours = _read(base, patch, len(patch) or 1, resumes=False)
+    theirs = _read(base, patch, 1 + len(patch) // 3, resumes=True, coder=REFERENCE)
+    if (ours.result, ours.error) != (theirs.result, theirs.error):
+        raise BrokenPromiseError(f"the library: {ours.error!r}, the reference: {theirs.error!r}")
+
+
+def _read(
+    base: bytes, patch: bytes, part_bytes: int, *, resumes: bool, coder: Coder | None = None
+) -> _Outcome:
     source = BytesSource(base)
     reader = DeltaReader(source, memory_limit_bytes=READER_MEMORY_BYTES)
+    reader._model._coder = coder or reader._model._coder
     result = bytearray()
     try:
         position = resumed_at = 0
@@ -168,6 +183,7 @@ def _read(base: bytes, patch: bytes, part_bytes: int, *, resumes: bool) -> _Outc
             position += part_bytes
             if resumes and reader.patch_offset > resumed_at:
                 reader = DeltaReader.restore(source, reader.dump(), memory_limit_bytes=READER_MEMORY_BYTES)
+                reader._model._coder = coder or reader._model._coder
                 position = resumed_at = reader.patch_offset
         reader.finish()
     except PatchError as error:
@@ -186,4 +202,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "safetensors": run_safetensors,
     "planner": run_planner,
     "reader": run_reader,
+    "coders": run_coders,
 }
+
+SEED_FOLDERS = dict(zip(TARGETS, TARGETS, strict=True)) | {"coders": "reader"}
+"""Where in the corpus the seeds of a target are."""

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocol.delta.context import ContextModel
 from protocol.delta.layouts import LAYOUTS
 from protocol.delta.native import context as native
 from protocol.delta.reference import context as reference
@@ -83,6 +84,16 @@ def test_a_device_may_change_from_one_to_the_other_between_segments(name: Layout
     payloads, state = check(segments), new_state()
     for segment, payload, coder in zip(segments, payloads, (native, reference, native), strict=True):
         assert coder.decode(state, segment.runs, segment.window, payload) == segment.result
+
+
+def test_a_stored_model_is_taken_up_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = three_segments(Layout.Q5_K, Flag.BASE | Flag.SPARSE)
+    payloads, model = check(segments), ContextModel()
+    model.reset()
+    for segment, payload in zip(segments, payloads, strict=True):
+        assert model.decode(segment.runs, segment.window, payload) == segment.result
+        monkeypatch.setattr(native, "is_available", lambda: False)
+        model = ContextModel.load(model.dump())
 
 
 def test_what_was_learned_makes_the_next_segment_smaller() -> None:

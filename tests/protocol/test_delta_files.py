@@ -268,3 +268,11 @@ def test_notes_name_the_tensors_that_changed(tmp_path: Path) -> None:
     assert found.segments.total() == sum(found.segments.values())
     assert sum(found.patch_bytes.values()) == found.patch_length
     assert sum(found.result_bytes.values()) == len(new)
+
+
+def test_inspection_says_why_a_tensor_costs_what_it_costs(tmp_path: Path) -> None:
+    base = _model(tmp_path, Kind.Q4_0, 0)
+    new = _model(tmp_path, Kind.Q4_0, 0, ffn=(weights((32, 256), 99), Kind.Q4_0))
+    (note,) = inspect_delta(BytesSource(delta(base, new)[0])).tensors
+    assert (note.name, note.matched_by) == ("ffn", "name")
+    assert note.reason.startswith("retrained: codes share nothing")
