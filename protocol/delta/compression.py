@@ -8,11 +8,12 @@ import zstandard
 
 from protocol.errors import PatchError
 
-_LEVELS = {"fast": 3, "small": 12, "smallest": 19}
+_LEVELS = {"quick": 1, "fast": 3, "small": 12, "smallest": 19}
 # Residuals hold no repetitions: with almost no search zstd is a fast Huffman coder, and often a better one than with it.
 _ENTROPY_ONLY = zstandard.ZstdCompressionParameters.from_level(
     1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, target_length=0, write_checksum=0
 )
+_SAMPLE_BYTES = 64 << 10
 # A frame of ours never needs a larger window than one segment or one field stream.
 _MAX_WINDOW_BYTES = 32 << 20
 
@@ -22,11 +23,21 @@ def compress(data: bytes, effort: str) -> bytes:
 
     Args:
         data: Any bytes.
-        effort: "fast"; "small", which is enough for residuals; or "smallest", which pays for text.
+        effort: "quick", for a device, which tries on a sample what is worth trying; "fast"; "small", which is enough for residuals; or "smallest", which pays for text.
     """
-    frame = zstandard.ZstdCompressor(level=_LEVELS[effort], write_checksum=False).compress(data)
-    coded = zstandard.ZstdCompressor(compression_params=_ENTROPY_ONLY).compress(data)
+    if effort == "quick" and len(data) > _SAMPLE_BYTES:
+        middle = (len(data) - _SAMPLE_BYTES) // 2
+        sample = data[middle : middle + _SAMPLE_BYTES]
+        return min(_both("quick"), key=lambda compressor: len(compressor.compress(sample))).compress(data)
+    frame, coded = (compressor.compress(data) for compressor in _both(effort))
     return min(frame, coded, key=len)
+
+
+def _both(effort: str) -> tuple[zstandard.ZstdCompressor, zstandard.ZstdCompressor]:
+    return (
+        zstandard.ZstdCompressor(level=_LEVELS[effort], write_checksum=False),
+        zstandard.ZstdCompressor(compression_params=_ENTROPY_ONLY),
+    )
 
 
 def decompress(frame: bytes, length: int) -> bytes:

@@ -260,7 +260,7 @@ def _encode(start: int, result: bytes, moves: list[Move], low: int, window: byte
         body = _differences(start, result, moves, low, window)
         best = min(best, (Codec.BSDIFF, body), key=lambda rung: len(rung[1]))
     if len(best[1]) > _POOR_RATIO * len(result):
-        best = min(best, (Codec.SELF, compress(result, "fast")), key=lambda rung: len(rung[1]))
+        best = min(best, (Codec.SELF, compress(result, "quick")), key=lambda rung: len(rung[1]))
     return best
 
 
@@ -283,4 +283,4 @@ def _differences(start: int, result: bytes, moves: list[Move], low: int, window:
     insertions.append(result[at:])
     if instructions[0] == (0, 0, 0):
         del instructions[0]
-    return encode_instructions(instructions, b"".join(differences), b"".join(insertions), "fast")
+    return encode_instructions(instructions, b"".join(differences), b"".join(insertions), "quick")
