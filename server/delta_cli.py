@@ -54,33 +54,7 @@ def add_parser(
     )
     commands = delta.add_subparsers(dest="delta_command", required=True, metavar="COMMAND")
 
-    make = commands.add_parser("make", help="write the delta that turns OLD into NEW")
-    make.add_argument("old", type=Path, metavar="OLD", help="what devices have")
-    make.add_argument("new", type=Path, metavar="NEW", help="what they shall have")
-    make.add_argument("-o", "--output", type=Path, required=True, metavar="PATCH")
-    make.add_argument(
-        "--profile", choices=("small", "fast"), default="small", help="fewest bytes, or most speed"
-    )
-    make.add_argument(
-        "--segment-kib",
-        type=int,
-        default=DEFAULT_SEGMENT_BYTES >> 10,
-        metavar="KIB",
-        help="result of one segment: memory on the device, and what a power cut costs (default: %(default)s)",
-    )
-
-    make.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that work side by side on a file of more than 64 MiB (default: one for each core)",
-    )
-    make.add_argument(
-        "--portable",
-        action="store_true",
-        help="for devices that have no compiled library: larger, and read at a bearable speed by Python alone",
-    )
-
+    make = _make_parser(commands)
     apply = commands.add_parser("apply", help="turn OLD into the new file")
     apply.add_argument("old", type=Path, metavar="OLD")
     apply.add_argument("patch", type=Path, metavar="PATCH")
@@ -120,6 +94,38 @@ def add_parser(
     for command in (make, apply, inspect):
         command.add_argument("--json", action="store_true", help="print one JSON object for programs")
         command.set_defaults(run=run)
+
+
+def _make_parser(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
+    make = commands.add_parser("make", help="write the delta that turns OLD into NEW")
+    make.add_argument("old", type=Path, metavar="OLD", help="what devices have")
+    make.add_argument("new", type=Path, metavar="NEW", help="what they shall have")
+    make.add_argument("-o", "--output", type=Path, required=True, metavar="PATCH")
+    make.add_argument(
+        "--profile", choices=("small", "fast"), default="small", help="fewest bytes, or most speed"
+    )
+    make.add_argument(
+        "--segment-kib",
+        type=int,
+        default=DEFAULT_SEGMENT_BYTES >> 10,
+        metavar="KIB",
+        help="result of one segment: memory on the device, and what a power cut costs (default: %(default)s)",
+    )
+
+    make.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that work side by side on a file of more than 64 MiB (default: one for each core)",
+    )
+    make.add_argument(
+        "--portable",
+        action="store_true",
+        help="for devices that have no compiled library: larger, and read at a bearable speed by Python alone",
+    )
+    return make
 
 
 def run(args: argparse.Namespace) -> int:

@@ -177,6 +177,8 @@ class _Chain:
             found.append(encode(plan, result, window))
             if len(found[-1].body) > _POOR_RATIO * len(result):
                 found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
+                if encode != self._tensor:  # what shares nothing with the base is sometimes better in planes
+                    found.append(self._tensor(plan, result, window))
         else:
             found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
             if window and _is_alike(result, window):
