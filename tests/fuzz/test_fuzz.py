@@ -41,10 +41,12 @@ def test_every_kept_input_is_answered(target: str, path: Path) -> None:
     TARGETS[target](path.read_bytes())
 
 
-@pytest.mark.parametrize(("target", "path"), _INPUTS, ids=lambda value: getattr(value, "name", value))
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [(target, path) for target, path in _INPUTS if path.name.startswith("seed-")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_seeds_are_valid_files(target: str, path: Path) -> None:
-    if not path.name.startswith("seed-"):
-        pytest.skip("kept because it once found something")
     data = path.read_bytes()
     if target in _PARSERS:
         assert _PARSERS[target](BytesSource(data))

@@ -21,7 +21,6 @@ typedef struct {
     uint64_t low, range, code;
     const uint8_t *in, *in_end;
     uint8_t *out, *out_start, *out_end;
-    int is_encoder;
     int is_full; /* the writer's buffer was too short */
 } Coder;
 
@@ -43,7 +42,7 @@ static inline void decoder_start(Coder *c, const uint8_t *payload, size_t length
 }
 
 static inline void encoder_start(Coder *c, uint8_t *out, size_t capacity) {
-    *c = (Coder){.out = out, .out_start = out, .out_end = out + capacity, .range = UINT64_MAX, .is_encoder = 1};
+    *c = (Coder){.out = out, .out_start = out, .out_end = out + capacity, .range = UINT64_MAX};
 }
 
 static inline void put_word(Coder *c) {

@@ -190,6 +190,7 @@ def _arguments(
     state: bytearray, runs: Sequence[ContextRun]
 ) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[_Run], int, ctypes.Array[_Layout], ctypes.Array[_Slice]]:
     table = _table()
+    assert len(state) == state_bytes()  # the library writes all of it
     return (
         _address(state),
         (_Run * len(runs))(*(_run(run, table) for run in runs)),
