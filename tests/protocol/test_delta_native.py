@@ -153,7 +153,7 @@ def test_the_coder_gives_the_same_with_and_without_avx2() -> None:
     assert answers[0] == answers[1]
     assert len(set(answers[0].split())) == 4
     if platform.machine() == "x86_64" and shutil.which("objdump"):
-        command = ["objdump", "-d", ROOT / LIBRARY]
+        command = ["objdump", "-d", str(ROOT / LIBRARY)]
         assert "ymm" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
