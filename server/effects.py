@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from protocol.ids import DeviceId, Digest
 from protocol.messages import Desired
-from protocol.release import DeltaName
+from protocol.release import DeltaName, ReleaseFile
 from protocol.trust import Target
 from server.ports import Record
 
@@ -72,6 +72,10 @@ class BuildDelta:
     """Build a delta; answered by `DeltaBuilt` or `DeltaFailed`."""
 
     name: DeltaName
+    base_files: tuple[
+        ReleaseFile, ...
+    ] = ()  # of a release that holds the base: they may describe its tensors
+    result_files: tuple[ReleaseFile, ...] = ()  # likewise for the result
 
 
 @dataclass(frozen=True, slots=True)

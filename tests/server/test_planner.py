@@ -52,6 +52,12 @@ def test_a_base_that_only_the_device_knows_leads_to_the_whole_file() -> None:
     assert artifacts == [catalog.description(TWO), catalog.file(FILE_2)]
 
 
+def test_a_file_is_known_with_those_beside_it_in_a_published_release() -> None:
+    catalog = paper_catalog(ONE, TWO)
+    assert catalog.files_beside(FILE_2) == tuple(TWO.files)
+    assert paper_catalog(ONE).files_beside(FILE_2) == ()
+
+
 def test_a_signed_delta_is_preferred_to_the_whole_file() -> None:
     catalog = paper_catalog(ONE, TWO, extra=(_delta(),))
     assert FleetGraph(catalog).artifacts(TWO, report("a", 1, "1")) == [catalog.description(TWO), _delta()]
