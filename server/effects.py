@@ -69,13 +69,14 @@ class AnswerMetadata:
 
 @dataclass(frozen=True, slots=True)
 class BuildDelta:
-    """Build a delta; answered by `DeltaBuilt` or `DeltaFailed`."""
+    """Build a delta; answered by `DeltaBuilt` or `DeltaFailed`.
+
+    The files are those of releases that hold base and result: they may describe the tensors of these two.
+    """
 
     name: DeltaName
-    base_files: tuple[
-        ReleaseFile, ...
-    ] = ()  # of a release that holds the base: they may describe its tensors
-    result_files: tuple[ReleaseFile, ...] = ()  # likewise for the result
+    base_files: tuple[ReleaseFile, ...] = ()
+    result_files: tuple[ReleaseFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

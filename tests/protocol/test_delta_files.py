@@ -212,6 +212,8 @@ def test_codes_whose_scale_was_chosen_anew_are_foretold_whatever_their_layout() 
             packed = (codes[0::2] | codes[1::2] << 4).tobytes()
             tensor = helper.make_tensor("w", layout, (512, 256), packed, raw=True)
             files.append(onnx_model([], [tensor]))
+        portable, _ = delta(files[0], files[1], 1 << 20, is_portable=True)
+        assert apply(files[0], portable) == files[1]
         sizes.append(_check(files[0], files[1], 1 << 20))
     assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
     assert sizes[0] < 0.17 * (1 << 16)
