@@ -4,8 +4,10 @@ Only the writer comes here; floating point is allowed, because what it finds is 
 eigenvectors of the rows' differences, the forecast is a ridge regression of their coefficients on the old rows.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +60,20 @@ def fit_basis(base: ReadAt, new: ReadAt, old_region: Region, region: Region) -> 
         old_region: The tensor in the base, with rows of the same length.
         region: The tensor in the new file; `is_tall`.
     """
+    with _single_thread():
+        return _fit_basis(base, new, old_region, region)
+
+
+def _single_thread() -> contextlib.AbstractContextManager[Any]:
+    """Keep linear algebra to this thread: its idle threads spin, which costs more processor time than they save."""
+    try:
+        from threadpoolctl import threadpool_limits  # noqa: PLC0415 - only writers need it, so only they have to have it
+    except ImportError:
+        return contextlib.nullcontext()
+    return threadpool_limits(1, user_api="blas")
+
+
+def _fit_basis(base: ReadAt, new: ReadAt, old_region: Region, region: Region) -> tuple[Basis, float]:
     layout = LAYOUTS[region.layout]
     columns = region.row_bytes // layout.block_bytes * layout.codes.count
     rank = min(RANK_MAX, BASIS_BYTES_MAX // 2 // columns)

@@ -132,9 +132,12 @@ static void code_group(Context *x, const int encode, Group *g) {
     int32_t changes = 0;
     if (is_moving && t->unit == UNKNOWN && g->new_step) t->unit = clamp(log2_of(g->new_step) / 256 - 8, -8, 30);
     expect(x, g);
-    if (x->run->flags & RUN_GRID) expect_grid(x, g);
-    if (x->run->flags & RUN_SPARSE && code_quiet(x, encode, g, t->is_left_busy + 2 * (*busy & 1), &lesson)) learn_quiet(x, g, &lesson);
-    else changes = code_busy(x, encode, g, &lesson);
+    if (x->run->flags & RUN_SPARSE && code_quiet(x, encode, g, t->is_left_busy + 2 * (*busy & 1), &lesson)) {
+        learn_quiet(x, g, &lesson);
+    } else {
+        if (x->run->flags & RUN_GRID) expect_grid(x, g);
+        changes = code_busy(x, encode, g, &lesson);
+    }
     learn_row_spread(t, lesson.score, lesson.weight);
     if (x->run->rank && g->new_step) observe(x, g->column, g->count, g->new_step, g->mean, lesson.pull, lesson.information);
     if (is_moving && !x->run->rank) learn_row_drift(t);

@@ -62,19 +62,18 @@ static void expect_drift(const Context *x, Group *g) {
     for (int j = 0; j < g->count; j++) g->mean[j] = (int32_t)clamp64((mean[j] * scale) >> 10, -16 * STEP, 16 * STEP);
 }
 
-static void expect(const Context *x, Group *g) {
-    const Tensor *t = x->tensor;
-    int32_t position[GROUP_MAX];
-    expect_ratio(x, g);
-    for (int j = 0; j < GROUP_MAX; j++) g->mean[j] = 0;
-    g->step_units = 0;
-    if (g->new_step && t->unit != UNKNOWN) {
-        if (x->run->rank) expect_rank(x, g->column, g->count, g->new_step, g->mean);
-        else if (x->run->flags & RUN_DRIFT) expect_drift(x, g);
-        g->step_units = (int32_t)clamp64(in_units(t, magnitude(g->new_step) * 16), 0, 1 << 22);
+/* Offset and spread class of codes that are expected where they were, in the middle of their cells: most codes of most files. */
+static void expect_still(Group *g, const int32_t *spread, int32_t level) {
+    for (int j = 0; j < g->count; j++) {
+        g->expected[j] = g->old[j];
+        g->side[j] = 1;
+        g->log_spread[j] = spread[j] + level;
+        g->place[j] = g->spread[j] = clamp((g->log_spread[j] + SPREAD_ZERO) >> SPREAD_SHIFT, 0, SPREADS - 1);
     }
-    const int32_t level = t->row_spread - log2_of(g->new_step) * LOG_UNITS;
-    const int32_t *spread = t->spread + g->column;
+}
+
+static void expect_moved(Group *g, const int32_t *spread, int32_t level) {
+    int32_t position[GROUP_MAX];
     for (int j = 0; j < g->count; j++) position[j] = g->old[j] * g->ratio + g->shift + g->mean[j];
     for (int j = 0; j < g->count; j++) {
         int32_t code = clamp((position[j] + HALF_STEP) >> 16, g->low, g->high);
@@ -87,6 +86,23 @@ static void expect(const Context *x, Group *g) {
         g->spread[j] = clamp((g->log_spread[j] + SPREAD_ZERO) >> SPREAD_SHIFT, 0, SPREADS - 1);
     }
     for (int j = 0; j < g->count; j++) g->place[j] = OFFSET_CLASS[g->place[j]] * SPREADS + g->spread[j];
+}
+
+static void expect(const Context *x, Group *g) {
+    const Tensor *t = x->tensor;
+    int is_moving = 0;
+    expect_ratio(x, g);
+    memset(g->mean, 0, sizeof g->mean);
+    g->step_units = 0;
+    if (g->new_step && t->unit != UNKNOWN) {
+        is_moving = x->run->rank || x->run->flags & RUN_DRIFT;
+        if (x->run->rank) expect_rank(x, g->column, g->count, g->new_step, g->mean);
+        else if (is_moving) expect_drift(x, g);
+        g->step_units = (int32_t)clamp64(in_units(t, magnitude(g->new_step) * 16), 0, 1 << 22);
+    }
+    const int32_t level = t->row_spread - log2_of(g->new_step) * LOG_UNITS;
+    if (is_moving || g->ratio != STEP || g->shift) expect_moved(g, t->spread + g->column, level);
+    else expect_still(g, t->spread + g->column, level);
 }
 
 /* ---- weights that were bfloat16: only some points of their old cell are possible ---- */

@@ -37,8 +37,6 @@ def code_group(x: Context, g: Group) -> list[int]:
     if x.is_moving and t.unit == UNKNOWN and g.new_step:
         t.unit = clamp(log2_of(g.new_step) // 256 - 8, -8, 30)
     expect(x, g)
-    if x.has_grid:
-        expect_grid(x, g)
     busy = t.busy[g.column >> 4]
     chance = 1 + sum(map(CHANGE.__getitem__, g.place)) if x.is_sparse else 0
     if x.is_sparse and _code_quiet(x, g, chance, t.is_left_busy + 2 * (busy & 1)):
@@ -48,6 +46,8 @@ def code_group(x: Context, g: Group) -> list[int]:
         t.last_change = t.is_left_busy = 0
         learn_quiet(x, g, chance)
     else:
+        if x.has_grid:
+            expect_grid(x, g)
         values = _code_values(x, g)
         codes = [code + value for code, value in zip(g.expected, values, strict=True)]
         t.is_left_busy = int(any(values))
