@@ -19,10 +19,11 @@ import msgspec
 from msgspec import Struct
 
 from protocol.delta.format import Profile
+from protocol.delta.needs import in_place_needs
 from protocol.delta.writer import make_delta
 from protocol.errors import WhimbrelError
 from protocol.ids import parse_digest
-from protocol.release import DeltaName
+from protocol.release import DeltaName, InPlaceNeeds
 from server.adapters.blobs import FileSource, FolderBlobs, storage_errors
 from server.events import DeltaBuilt, DeltaFailed, Event
 from server.ports import StoredBlob
@@ -40,6 +41,7 @@ class BuiltDelta(Struct, frozen=True, kw_only=True):
 
     blob: StoredBlob
     memory_bytes: int
+    in_place: InPlaceNeeds | None
 
 
 def build_delta(blobs: FolderBlobs, name: DeltaName) -> BuiltDelta:
@@ -55,11 +57,14 @@ def build_delta(blobs: FolderBlobs, name: DeltaName) -> BuiltDelta:
         blobs.path(name.result).open("rb") as result_file,
         blobs.partial() as partial,
     ):
+        base, result = FileSource(base_file), FileSource(result_file)
         # One process: the pool already runs as many builds as the server has been given cores for.
-        stats = make_delta(FileSource(base_file), FileSource(result_file), partial, profile=name.profile)
+        stats = make_delta(base, result, partial, profile=name.profile, in_place=None)
         partial.flush()
         return BuiltDelta(
-            blob=blobs.put_file(Path(partial.name)), memory_bytes=stats.header.decoder_memory_bytes
+            blob=blobs.put_file(Path(partial.name)),
+            memory_bytes=stats.header.decoder_memory_bytes,
+            in_place=in_place_needs(base, result, FileSource(partial)),
         )
 
 
@@ -136,7 +141,7 @@ class BuildPool:
             last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
             return DeltaFailed(name, f"ended with {child.returncode}: {last[0][:400]}")
         built = msgspec.json.decode(output[:_OUTPUT_BYTES_MAX], type=BuiltDelta)
-        return DeltaBuilt(name, built.blob, built.memory_bytes)
+        return DeltaBuilt(name, built.blob, built.memory_bytes, built.in_place)
 
 
 def main(argv: list[str] | None = None) -> int:
