@@ -60,8 +60,8 @@ format: setup ## format the code
 	$(BIN)/ruff format
 
 .PHONY: kill-test
-kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200)
-	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED)
+kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200); IN_PLACE=1: of one that rewrites its only copy
+	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED) $(if $(IN_PLACE),--in-place)
 
 .PHONY: fuzz
 fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 1); fails on a finding

@@ -4,6 +4,7 @@ Pure: a signed description, signed targets, what the device just measured and it
 out. A refusal is final for this release on this device as it is; it is reported as rejected, never as failed.
 """
 
+from collections import Counter
 from itertools import pairwise
 from typing import Final
 
@@ -11,6 +12,7 @@ from msgspec.structs import replace
 
 from device.config import AgentConfig
 from device.journal import InstallItem, InstallLink
+from device.rewriting import room_bytes
 from protocol.delta_graph import Edge, Route, edges_of, release_routes
 from protocol.errors import AdmissionError
 from protocol.ids import Digest
@@ -40,9 +42,18 @@ class MemoryBudgetError(AdmissionError):
 
 
 class DiskBudgetError(AdmissionError):
-    """There is no room for the update beside the version that must be kept."""
+    """There is no room for the update beside the version that must be kept.
+
+    Args:
+        needed_bytes: Room that it takes.
+        available_bytes: Room that there is.
+    """
 
     code = "admission.disk"
+
+    def __init__(self, needed_bytes: int, available_bytes: int) -> None:
+        super().__init__(f"update needs {needed_bytes} bytes of disk, {available_bytes} are free")
+        self.needed_bytes = needed_bytes
 
 
 class QuarantinedError(AdmissionError):
@@ -55,6 +66,12 @@ class MissingArtifactError(AdmissionError):
     """No signed file leads from what this device has to the release."""
 
     code = "admission.no_artifact"
+
+
+class NotInPlaceError(AdmissionError):
+    """Nothing that is signed turns the files of this device into the new ones where they are, and there is no room for both."""
+
+    code = "admission.not_in_place"
 
 
 def check_release_fits(release: Release, config: AgentConfig, runtimes: dict[str, str]) -> None:
@@ -90,7 +107,8 @@ def plan_update(
 ) -> tuple[InstallItem, ...]:
     """Choose how each file comes about: the cheapest ways for which there is room.
 
-    A chain of deltas takes more room than a single one, and that more than a whole file, so these are tried in turn.
+    A chain of deltas takes more room than a single one, and that more than a whole file, so these are tried in turn. A device that
+    rewrites its files needs least room with the deltas that were made for that, and takes whole files only without one.
 
     Args:
         release: What to install.
@@ -103,20 +121,33 @@ def plan_update(
     Raises:
         MissingArtifactError: To a file leads nothing that is signed.
         DiskBudgetError: Whatever is chosen, there is no room.
+        NotInPlaceError: There would be with a delta to rewrite files with, and there is none.
     """
     choices = (0,) if full_only else (config.capacity.links_max, 1, 0)
-    refusal: AdmissionError | None = None
-    for links_max in choices:
+    missing: MissingArtifactError | None = None
+    refusals: list[DiskBudgetError] = []
+    can_rewrite = False
+    for links_max in dict.fromkeys(choices):
         try:
             items = plan_items(release, targets, measured, config, links_max=links_max)
+            can_rewrite |= any(item.in_place for item in items)
             check_disk(items, available_bytes, config)
-        except AdmissionError as error:
-            if refusal is None or isinstance(error, DiskBudgetError):
-                refusal = error  # the least room that would do
+        except MissingArtifactError as error:
+            missing = missing or error
+        except DiskBudgetError as error:
+            refusals.append(error)
         else:
             return items
-    assert refusal is not None
-    raise refusal
+    if not refusals:
+        assert missing is not None
+        raise missing
+    least = min(refusals, key=lambda refusal: refusal.needed_bytes)
+    if config.is_in_place and not can_rewrite and not full_only:
+        raise NotInPlaceError(
+            f"no signed delta can be applied in place to what this device has; with whole files the {least}",
+            hint="make room, or go by a version to which such a delta leads",
+        )
+    raise least
 
 
 def plan_items(
@@ -144,8 +175,29 @@ def plan_items(
         edges = [edge for edge in edges if edge.base is None]
     capacity = replace(config.capacity, links_max=max(links_max, 1))
     held = [Digest(sha256) for sha256 in measured.values()]
+    if config.is_in_place:
+        edges = _rewriting_edges(edges, release, measured)
     routes = release_routes(release, edges, held, capacity)
-    return tuple(_plan_item(file, routes, targets, measured) for file in release.files)
+    return tuple(_plan_item(file, routes, targets, measured, config) for file in release.files)
+
+
+def _rewriting_edges(edges: list[Edge], release: Release, measured: dict[str, str]) -> list[Edge]:
+    """Leave out the deltas whose base something else still needs: a second file with the same bytes, or another file of the release.
+
+    Files that are alike may be one file with two names, and a file is rewritten once.
+    """
+    names = Counter(measured.values())
+    kept = {file.sha256 for file in release.files}
+    bases: dict[str, Digest] = {}
+    for edge in edges:
+        if edge.base is not None and edge.in_place is not None and edge.result in kept:
+            bases.setdefault(edge.base, edge.result)
+    return [
+        edge
+        for edge in edges
+        if edge.base is None
+        or (names[edge.base] == 1 and edge.base not in kept and bases.get(edge.base) == edge.result)
+    ]
 
 
 def check_disk(items: tuple[InstallItem, ...], available_bytes: int, config: AgentConfig) -> None:
@@ -155,12 +207,13 @@ def check_disk(items: tuple[InstallItem, ...], available_bytes: int, config: Age
         DiskBudgetError: It does not.
     """
     fetched = sum(link.blob_length for item in items for link in item.links)
-    # A whole file becomes the new file by a rename; a kept one by a link. Only the result of a delta takes more room.
-    built = sum(item.length for item in items if item.action == "delta")
+    # A whole file becomes the new file by a rename; a kept one by a link. Only the result of a delta takes more room, or
+    # what makes it safe to overwrite its base.
+    built = sum(_built_bytes(item) for item in items if item.action == "delta")
     on_the_way = max((_on_the_way_bytes(item) for item in items), default=0)
     needed = fetched + built + on_the_way + DISK_SLACK_BYTES + config.disk_reserve_bytes
     if needed > available_bytes:
-        raise DiskBudgetError(f"update needs {needed} bytes of disk, {available_bytes} are free")
+        raise DiskBudgetError(needed, available_bytes)
 
 
 def check_quarantine(release_sha256: str, quarantine: tuple[str, ...]) -> None:
@@ -173,8 +226,16 @@ def check_quarantine(release_sha256: str, quarantine: tuple[str, ...]) -> None:
         raise QuarantinedError("release failed its trial on this device", hint="publish a corrected version")
 
 
+def _built_bytes(item: InstallItem) -> int:
+    return item.length if item.in_place is None else room_bytes(item.in_place, item.length)
+
+
 def _plan_item(
-    file: ReleaseFile, routes: dict[Digest, Route], targets: dict[str, Target], measured: dict[str, str]
+    file: ReleaseFile,
+    routes: dict[Digest, Route],
+    targets: dict[str, Target],
+    measured: dict[str, str],
+    config: AgentConfig,
 ) -> InstallItem:
     route = routes.get(Digest(file.sha256))
     if route is None:
@@ -201,6 +262,7 @@ def _plan_item(
         blob_length=last.blob_length,
         tree=last.tree,
         earlier=tuple(earlier),
+        in_place=route.edges[-1].in_place if config.is_in_place else None,
     )
 
 

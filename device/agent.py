@@ -52,7 +52,7 @@ class Agent:
             events.TrialFinished: Update.trial_finished,
             events.ServingStarted: lambda _, event: self._serving.started(event),
             events.EffectFailed: self._on_effect_failed,
-            events.DeadlineReached: lambda update, _: update.timeout(),
+            events.DeadlineReached: self._on_deadline,
         }
 
     @property
@@ -78,11 +78,15 @@ class Agent:
         else:
             assert self._update is not None, "the first event is Booted"
             self._handlers[type(event)](self._update, event)
+            self._serving.resume()
         return self._desk.take()
 
     def deadline(self) -> int | None:
         """The instant at which the agent wants to be woken, or `None`."""
-        return None if self._update is None else self._update.deadline()
+        if self._update is None:
+            return None
+        candidates = (self._update.deadline(), self._serving.deadline_ms)
+        return min((instant for instant in candidates if instant is not None), default=None)
 
     def _boot(self, event: events.Booted) -> None:
         assert self._update is None, "an agent boots once"
@@ -90,6 +94,11 @@ class Agent:
         desk.ledger.boot(event.record, event.runtimes, event.memory_bytes)
         desk.begin(desk.ledger.record.state)
         self._update = Update(desk, self._serving, event.root)
+        if desk.is_rewriting:
+            self._serving.wait()
+            desk.emit(Persist(desk.ledger.record))
+            self._on_settled()
+            return
         self._serving.take_inventory()  # first: a disk that cannot be written must not keep the old version from answering
         desk.emit(Persist(desk.ledger.record))
         self._update.suspend()
@@ -108,6 +117,10 @@ class Agent:
     def _on_swap_failed(self, code: str) -> None:
         assert self._update is not None
         self._update.swap_failed(code)
+
+    def _on_deadline(self, update: Update, _event: events.DeadlineReached) -> None:
+        self._serving.timeout()
+        update.timeout()
 
     def _on_connected(self, update: Update, _event: events.Connected) -> None:
         desk, device = self._desk, self.config.device

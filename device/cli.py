@@ -25,6 +25,7 @@ from device.journal import Journal, Record
 from device.ports import ModelSource
 from device.runtime import DeviceRuntime, install_factory
 from device.slots import slot_file
+from device.states import REWRITING
 from protocol.errors import RequestError, WhimbrelError
 from protocol.release import ClassPrompt, Prompt, TextPrompt, decode_release
 
@@ -147,6 +148,11 @@ def _infer(arguments: argparse.Namespace) -> int:
     record = _record(config)
     if record.active is None:
         raise RequestError("no version is installed", hint="provision the device first")
+    if record.update is not None and record.update.is_in_place and record.state in REWRITING:
+        raise RequestError(
+            f"the model is being rewritten in place, in state {record.state.value}",
+            hint="ask again after the update; `whimbrel-device status` shows it",
+        )
     slot = record.slots[record.active]
     path = RealDisk(config.folder).path(slot_file(record.active, slot.main_file))
     model = LocalEngine().load(ModelSource(slot.runtime, path))

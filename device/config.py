@@ -33,6 +33,8 @@ class AgentConfig:
         groups_outstanding: Chunk groups subscribed to at a time; two keep a link busy without flooding it.
         link_bytes_per_s: What the link carries, for the choice among deltas; a metered one is described by a low rate.
         processor_percent: Speed of one core, with a server's as 100, for the same choice.
+        is_in_place: Rewrite the files of the active slot where there is a delta for that, and serve nothing meanwhile: for a disk
+            without room for two versions.
     """
 
     device: DeviceId
@@ -45,6 +47,7 @@ class AgentConfig:
     groups_outstanding: int = 2
     link_bytes_per_s: int = LINK_BYTES_PER_S
     processor_percent: int = 100
+    is_in_place: bool = False
 
     @property
     def capacity(self) -> Capacity:
@@ -53,8 +56,15 @@ class AgentConfig:
             link_bytes_per_s=self.link_bytes_per_s,
             processor_percent=self.processor_percent,
             delta_memory_bytes=self.delta_memory_bytes_max,
-            links_max=LINKS_MAX,
+            links_max=1 if self.is_in_place else LINKS_MAX,
+            in_place=self.is_in_place,
         )
+
+
+class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[slots]`."""
+
+    in_place: bool = False
 
 
 class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +81,7 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk_reserve_mb: _Megabytes = 16
     link_kb_per_s: Annotated[int, Meta(ge=1, le=1_000_000_000)] = LINK_BYTES_PER_S // _KB
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    slots: SlotSettings = SlotSettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +125,7 @@ def load_config(path: Path) -> DeviceConfig:
             disk_reserve_bytes=settings.disk_reserve_mb * _MB,
             link_bytes_per_s=settings.link_kb_per_s * _KB,
             processor_percent=settings.processor_percent,
+            is_in_place=settings.slots.in_place,
         )
         host, port = parse_address(settings.broker)
     except (TopicError, RequestError) as error:

@@ -7,7 +7,7 @@ from typing import Final
 from device.config import AgentConfig
 from device.effects import Effect, Publish, Trace
 from device.ledger import Ledger
-from device.states import State, Trigger, fire
+from device.states import REWRITING, State, Trigger, fire
 from protocol.messages import encode_message
 from protocol.topics import Topics
 
@@ -73,6 +73,12 @@ class Desk:
         self.drop_question()
         return True
 
+    @property
+    def is_rewriting(self) -> bool:
+        """Whether files of the active slot are being rewritten, or wait as new ones for a verdict: there is nothing to serve."""
+        update = self.ledger.record.update
+        return self.state in REWRITING and update is not None and update.is_in_place
+
     def drop_question(self) -> None:
         """No longer wait for an answer."""
         self._job = 0
@@ -90,7 +96,7 @@ class Desk:
         self.emit(self.ledger.persist(self.state))
 
     def report(self) -> None:
-        """Tell the server how things stand."""
-        if self.is_connected:
+        """Tell the server how things stand; not before it was measured which files are there: it plans by them."""
+        if self.is_connected and self.ledger.files is not None:
             payload = encode_message(self.ledger.report(self.state))
             self.emit(Publish(self.topics.report(self.config.device), payload, 1, retain=True))

@@ -98,7 +98,11 @@ class RemoveBlobs:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Measure the active slot and the disk; answers `Probed`."""
+    """Measure the active slot and the disk; answers `Probed`.
+
+    What an update in place has taken from the slot is put back first, however far it had come, so this is not
+    ordered while such an update goes on.
+    """
 
     serial: int
     active: SlotName | None
@@ -106,7 +110,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class EmptySlot:
-    """Remove the files of a slot, and the checkpoint of their installation."""
+    """Remove the files of a slot, the checkpoint of their installation, and what leads back to them; never an only copy."""
 
     slot: SlotName
 
@@ -151,6 +155,11 @@ class Serve:
 
 
 @dataclass(frozen=True, slots=True)
+class LetGo:
+    """Close the model: its file is going to be rewritten."""
+
+
+@dataclass(frozen=True, slots=True)
 class PointCurrent:
     """Let the `current` link name a slot, for applications that open the files themselves."""
 
@@ -183,6 +192,7 @@ Effect = (
     | MeasureSlot
     | StartTrial
     | Serve
+    | LetGo
     | PointCurrent
     | Trace
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from device import blobs, effects, events
+from device import blobs, effects, events, rewriting
 from device.effects import Effect
 from device.install import discard_installation, install_step
 from device.journal import Journal
@@ -80,6 +80,7 @@ class Executor:
             ),
             effects.StartTrial: self._trial,
             effects.Serve: self._serve,
+            effects.LetGo: lambda _effect: self.close(),
         }
 
     @property
@@ -118,9 +119,9 @@ class Executor:
 
     def close(self) -> None:
         """Let go of the model."""
-        if self._model is not None:
-            self._model.close()
-            self._model = None
+        before, self._model = self._model, None
+        if before is not None:
+            before.close()
 
     def _work(self, job: Callable[[Any], events.Event | None], effect: Any) -> None:
         try:
@@ -147,8 +148,10 @@ class Executor:
         files: dict[str, str] = {}
         inactive_bytes = 0
         if effect.active is not None:
+            rewriting.put_back(self._disk, effect.active)
             files = measure_slot(self._disk, effect.active)
-            inactive_bytes = slot_bytes(self._disk, effect.active.other)
+            other = effect.active.other
+            inactive_bytes = slot_bytes(self._disk, other) + rewriting.remains_bytes(self._disk, other)
         return events.Probed(effect.serial, files, self._disk.free_bytes(), inactive_bytes)
 
     def _install_step(self, effect: effects.InstallStep) -> events.InstallProgressed:

@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from device import rewriting
 from device.blobs import FOLDER, blob_file
 from device.journal import InstallItem, InstallLink
 from device.ports import Disk
@@ -65,7 +66,7 @@ def install_step(
 
     Args:
         disk: The state folder.
-        active: Slot that deltas apply to and kept files come from.
+        active: Slot that deltas apply to and kept files come from; files that are rewritten in place move out of it.
         slot: Slot that is built.
         items: The plan.
         memory_bytes_max: What applying a delta may take.
@@ -78,9 +79,19 @@ def install_step(
         StorageError: The disk failed; calling again goes on at the last checkpoint.
     """
     plan = digest_of(msgspec.msgpack.encode(items))
+    if any(item.in_place for item in items):
+        assert active is not None
+        if not rewriting.is_begun(disk, active, slot, plan):
+            discard_installation(disk, slot)
+            rewriting.begin(disk, active, slot, plan)
     checkpoint = _load(disk, plan)
     while checkpoint.item < len(items):
         item = items[checkpoint.item]
+        if item.in_place is not None:
+            assert active is not None
+            if rewriting.rewrite_step(disk, active, slot, item, memory_bytes_max):
+                _save(disk, Checkpoint(plan=plan, item=checkpoint.item + 1))
+            return False
         if item.action == "delta":
             _delta_step(disk, active, slot, item, checkpoint, memory_bytes_max)
             return False
@@ -92,7 +103,14 @@ def install_step(
 
 
 def discard_installation(disk: Disk, slot: SlotName) -> None:
-    """Empty a slot, and first forget what was written down about building it."""
+    """Empty a slot, and first forget what was written down about building it.
+
+    What was rewritten into the slot goes back where it came from: it may be the only copy.
+
+    Raises:
+        StorageError: The disk failed; nothing is lost, and calling again goes on.
+    """
+    rewriting.settle(disk, slot)
     if disk.length(_STATE_FILE) is not None:
         _save(disk, Checkpoint(plan=""))  # durable, as a removal need not be
     empty_slot(disk, slot)

@@ -19,7 +19,7 @@ from device.slots import SlotHealth, SlotName
 from device.states import State
 from protocol.errors import StorageError, WhimbrelError
 from protocol.messages import Desired, TrialEvidence
-from protocol.release import ChunkTree, Release, RuntimeName
+from protocol.release import ChunkTree, InPlaceNeeds, Release, RuntimeName
 from protocol.trust import Floors
 
 RECORD_VERSION: Final = 1
@@ -70,6 +70,7 @@ class InstallItem(Struct, frozen=True, kw_only=True):
     blob_length: int = 0
     tree: ChunkTree | None = None
     earlier: tuple[InstallLink, ...] = ()  # files on the way, in order; the first is made from the active one
+    in_place: InPlaceNeeds | None = None  # for a delta that rewrites the active file itself
 
     @property
     def links(self) -> tuple[InstallLink, ...]:
@@ -118,6 +119,11 @@ class UpdateRecord(Struct, frozen=True, kw_only=True):
     counters: Counters = Counters()
     states_ms: dict[str, int] = {}
     evidence: TrialEvidence | None = None
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether files of the active slot are rewritten, so that nothing can be served meanwhile."""
+        return any(item.in_place is not None for item in self.items)
 
 
 class Record(Struct, frozen=True, kw_only=True):

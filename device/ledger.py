@@ -27,7 +27,7 @@ class Ledger:
         self.tally = Tally()
         self.runtimes: dict[str, str] = {}
         self.memory_bytes = 0
-        self.files: dict[str, str] = {}  # of the active slot, as last measured
+        self.files: dict[str, str] | None = None  # of the active slot, as last measured; None before that
         self.disk_free_bytes = 0
         self._config = config
         self._reports = 0
@@ -106,7 +106,7 @@ class Ledger:
             self.record,
             state,
             self._reports,
-            files=self.files,
+            files=self.files or {},
             runtimes=self.runtimes,
             disk_free_bytes=self.disk_free_bytes,
             memory_bytes=self.memory_bytes,

@@ -1,14 +1,18 @@
 """Which slot answers: measured before it is served, and given up for the one before if it turns out damaged. Pure."""
 
 from collections.abc import Callable
+from typing import Final
 
 from msgspec.structs import replace
 
 from device import events
 from device.desk import Desk
-from device.effects import PointCurrent, Probe, Serve
+from device.effects import LetGo, PointCurrent, Probe, Serve
 from device.slots import SlotHealth, SlotName
 from device.states import State
+
+RETRY_MS: Final = 60_000
+"""Until another try to serve, after the disk failed to put back or to read what should be served."""
 
 
 class Serving:
@@ -24,16 +28,61 @@ class Serving:
         self, desk: Desk, on_settled: Callable[[], None], on_swap_failed: Callable[[str], None]
     ) -> None:
         self.slot: SlotName | None = None  # what the engine answers with
+        self.deadline_ms: int | None = None
         self._desk = desk
         self._on_settled = on_settled
         self._on_swap_failed = on_swap_failed
-        self._inventory = 0  # serial of the probe whose answer decides what is served
+        self._inventory = 0  # serial of the probe whose answer will decide what is served
         self._serve = 0  # serial of the last `Serve`
+        self._is_waiting = False  # until the files are no longer rewritten
 
-    def take_inventory(self) -> None:
-        """Measure the active slot, and serve it if it is what was signed."""
-        self._inventory = self._desk.serial()
+    def take_inventory(self, serial: int = 0) -> None:
+        """Measure the active slot, and serve it if it is what was signed.
+
+        Args:
+            serial: Of an inventory that this stands in for.
+        """
+        self._inventory = serial or self._desk.serial()
         self._desk.emit(Probe(self._inventory, self._desk.ledger.record.active))
+
+    def wait(self) -> None:
+        """The files are being rewritten: nothing can answer until that is over, one way or the other."""
+        self.slot = None
+        self.deadline_ms = None
+        self._is_waiting = True
+        self._desk.ledger.files = self._desk.ledger.files or {}
+        self._inventory = self._serve = 0  # answers that are under way speak of files that will be gone
+
+    def let_go(self) -> None:
+        """The files are about to be rewritten."""
+        self.wait()
+        self._desk.emit(LetGo())
+
+    def resume(self) -> None:
+        """Serve the version before again once nothing rewrites its files any more: they are put back and measured.
+
+        What ends the rewriting is durable by then; where that failed, this waits for the next try.
+        """
+        if self._is_waiting and not self._desk.is_rewriting:
+            self._is_waiting = False
+            self.take_inventory()
+
+    def timeout(self) -> None:
+        """Some deadline has passed; if it was this one, try again, and first write down what should be served.
+
+        An inventory that may still be under way is ordered again under its own number, so that the first answer counts.
+        """
+        if self.deadline_ms is not None and self._desk.now_ms >= self.deadline_ms:
+            self.deadline_ms = None
+            self._desk.persist()
+            self.take_inventory(self._inventory)
+
+    def go_back(self, slot: SlotName) -> None:
+        """The record names the version before again: let it answer; where it was rewritten, it has to be put back first."""
+        if self._desk.ledger.update.is_in_place:
+            self.let_go()
+        else:
+            self.begin(slot)
 
     def begin(self, slot: SlotName) -> None:
         """Let the engine answer with a slot whose files were measured, and the `current` link name it.
@@ -41,6 +90,7 @@ class Serving:
         The engine first: a disk that cannot be written keeps the link from being moved, and nothing else.
         """
         record = self._desk.ledger.record.slots[slot]
+        self._is_waiting = False
         self._serve = self._desk.serial()
         self._desk.emit(Serve(self._serve, slot, record.runtime, record.main_file), PointCurrent(slot))
 
@@ -48,6 +98,8 @@ class Serving:
         """Whether this was the inventory."""
         if event.serial != self._inventory:
             return False
+        self._inventory = 0
+        self.deadline_ms = None
         ledger = self._desk.ledger
         ledger.files = event.files
         ledger.disk_free_bytes = event.disk_free_bytes
@@ -64,6 +116,7 @@ class Serving:
         """The engine answers."""
         if event.serial == self._serve:
             self.slot = self._desk.ledger.record.active
+            self.deadline_ms = None
             self._on_settled()
 
     def failed(self, event: events.EffectFailed) -> bool:
@@ -71,7 +124,11 @@ class Serving:
         if event.serial and event.serial == self._serve:
             self._abandon("engine.failed")
             return True
-        return bool(event.serial) and self.probed(events.Probed(event.serial, {}, 0, 0))
+        was_dropped = not event.serial and self._inventory != 0  # perhaps, with what could not be carried out
+        was_ours = bool(event.serial) and self.probed(events.Probed(event.serial, {}, 0, 0))
+        if was_dropped or (was_ours and event.is_retryable):
+            self.deadline_ms = self._desk.now_ms + RETRY_MS
+        return was_ours
 
     def _abandon(self, code: str) -> None:
         """The active slot cannot be served: fall back to the other one, if that one ever proved itself."""

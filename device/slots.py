@@ -1,7 +1,8 @@
 """Slots A and B: where a version of the model lives. Position and health are two questions with two answers.
 
 The active slot is never written to. A new version is built in the other one, and becomes active at one commit
-point, the durable record of `journal.py`; this module only knows names and files.
+point, the durable record of `journal.py`; this module only knows names and files. Where the disk has no room for both, files move from
+the one to the other and are rewritten there, see `rewriting.py`.
 """
 
 import hashlib

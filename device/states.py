@@ -72,7 +72,10 @@ REVOCABLE: Final = (
     State.VERIFYING,
     State.SUSPENDED,
 )
-"""Under way, and nothing but scratch space has been touched: another request may take its place."""
+"""Under way, and nothing but scratch space has been touched, or what was can be put back: another request may take its place."""
+
+REWRITING: Final = (State.INSTALLING, State.VERIFYING, State.TRIAL)
+"""Where an update in place has the files of the active slot. Leaving these for any state but COMMITTING puts them back."""
 
 _NETWORKED: Final = (State.SYNCING, State.DOWNLOADING)
 

@@ -1,7 +1,7 @@
 """One update from the wish to its end: what happens on entering each state of the table. Pure.
 
-Syncing and admitting decide whether it can succeed; downloading and installing leave the active slot alone; the trial decides; the
-commit point is one durable record. `agent.py` says which event leads here.
+Syncing and admitting decide whether it can succeed; downloading and installing leave the active slot alone, or what
+they take from it can be put back; the trial decides; the commit point is one durable record. `agent.py` says which event leads here.
 """
 
 from collections.abc import Iterable
@@ -136,6 +136,8 @@ class Update:
                 self._begin_trial()
             case State.FAILED if self._ledger.update.retry:
                 self._schedule_retry()
+            case state if state in RESTING:
+                self._desk.emit(RemoveBlobs(frozenset()))  # a power cut may bring back what was removed
 
     # --- what should run -----------------------------------------------------------------------------------
 
@@ -333,6 +335,8 @@ class Update:
         self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.INSTALLING))
         self._desk.persist()
         self._desk.report()
+        if self._ledger.update.is_in_place:
+            self._serving.let_go()
         self._ask_install_step()
 
     # --- installing and verifying --------------------------------------------------------------------------
@@ -545,7 +549,7 @@ class Update:
         self._ledger.files = dict(self._ledger.record.active_slot.files)
         self._ledger.note(code=event.code, detail=event.detail)
         self._desk.move(Trigger.SWAP_FAILED, event.code)
-        self._serving.begin(before)
+        self._serving.go_back(before)
         self._desk.persist()
 
 

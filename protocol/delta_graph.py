@@ -21,7 +21,7 @@ from protocol.chunks import index_lengths
 from protocol.delta.format import Profile
 from protocol.ids import Digest
 from protocol.messages import Capacity
-from protocol.release import Release, file_target, parse_delta_target
+from protocol.release import InPlaceNeeds, Release, file_target, parse_delta_target
 from protocol.trust import Target
 
 LINKS_MAX: Final = 4
@@ -54,6 +54,7 @@ class Edge:
         result_bytes: Length of the result.
         profile: Of a delta.
         memory_bytes: What its decoder declares.
+        in_place: What it takes where its base is rewritten; None if it was not made for that.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Edge:
     result_bytes: int
     profile: Profile | None = None
     memory_bytes: int = 0
+    in_place: InPlaceNeeds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ def edges_of(targets: Mapping[str, Target], lengths: Mapping[Digest, int]) -> li
                 sizes[name.result],
                 name.profile,
                 target.custom.memory_bytes,
+                target.custom.in_place,
             )
         )
     return edges
@@ -169,7 +172,8 @@ def release_routes(
 ) -> dict[Digest, Route]:
     """The cheapest way to each file of a release; files to which none leads are left out.
 
-    A whole file of the release itself is no base for another of its files: it moves into its place once it is there.
+    A whole file of the release itself is no base for another of its files: it moves into its place once it is there. Who rewrites its
+    files takes a delta wherever there is one, whatever it costs: beside a whole file there is hardly room for the old one.
     """
     edges, held = list(edges), list(held)
     own = dict.fromkeys(Digest(file.sha256) for file in release.files)
@@ -178,7 +182,11 @@ def release_routes(
         usable = [
             edge for edge in edges if edge.base is not None or edge.result == digest or edge.result not in own
         ]
-        found = cheapest_routes(usable, held, capacity).get(digest)
+        found = None
+        if capacity is not None and capacity.in_place:
+            deltas = [edge for edge in usable if edge.base is not None]
+            found = cheapest_routes(deltas, held, capacity).get(digest)
+        found = found or cheapest_routes(usable, held, capacity).get(digest)
         if found is not None:
             routes[digest] = found
     return routes
@@ -202,6 +210,8 @@ def leading_to(edges: Iterable[Edge], results: Iterable[Digest]) -> Iterator[Edg
 def _is_usable(edge: Edge, capacity: Capacity | None) -> bool:
     if capacity is None:
         return edge.profile is not Profile.FAST
+    if capacity.in_place and edge.base is not None and edge.in_place is None:
+        return False
     return edge.memory_bytes <= capacity.delta_memory_bytes
 
 

@@ -133,7 +133,7 @@ class StorageError(WhimbrelError):
 
 
 class StorageFullError(StorageError):
-    """No room for the update; the active version is untouched."""
+    """No room for the update."""
 
     code = "storage.full"
 
@@ -142,6 +142,13 @@ class InverseFullError(StorageFullError):
     """The inverse of a delta does not fit into the room that it was given; whoever applies in place goes back."""
 
     code = "storage.inverse_full"
+    is_retryable = False
+
+
+class DamagedJournalError(StorageError):
+    """What was written down for putting a half rewritten file back has not survived; only the whole file helps."""
+
+    code = "storage.journal_damaged"
     is_retryable = False
 
 

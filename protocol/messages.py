@@ -84,6 +84,7 @@ class Capacity(Struct, frozen=True, kw_only=True):
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)]  # speed of one core, see `delta_graph.py`
     delta_memory_bytes: Count  # what applying a delta may take
     links_max: Annotated[int, Meta(ge=1, le=64)]  # files that it makes one after the other to get to a result
+    in_place: bool = False  # it rewrites its files, and takes no delta that was not made for that
 
 
 class Report(Struct, frozen=True, kw_only=True):

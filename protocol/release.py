@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from protocol.constants import BLOB_BYTES_MAX, PROTOCOL_VERSION, RELEASE_BYTES_MAX
-from protocol.delta.format import Profile
+from protocol.delta.format import REACH_BYTES_MAX, Profile
 from protocol.errors import ReleaseError, TopicError
 from protocol.ids import Digest, Family, Version, digest_of, parse_digest, parse_family, parse_version
 
@@ -102,11 +102,20 @@ class ChunkTree(Struct, frozen=True, kw_only=True):
     levels: Annotated[int, Meta(ge=0, le=4)]
 
 
-class ArtifactCustom(Struct, frozen=True, kw_only=True):
+class InPlaceNeeds(Struct, frozen=True, kw_only=True):
+    """What a delta takes that is applied to its base itself (SPEC section 6.12), so that a device knows before it fetches it."""
+
+    base_bytes: _Length
+    reach_bytes: Annotated[int, Meta(ge=0, le=REACH_BYTES_MAX)]  # the larger of `behind` and `ahead`
+    inverse_bytes: _Length  # length of the inverse, about
+
+
+class ArtifactCustom(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a TUF target of ours says beside length and digest."""
 
     chunks: ChunkTree
     memory_bytes: Annotated[int, Meta(ge=0)] = 0  # a delta's declared decoder memory
+    in_place: InPlaceNeeds | None = None  # of a delta that was made for application in place
 
 
 _encoder = msgspec.json.Encoder(order="deterministic")

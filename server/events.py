@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from protocol.ids import DeviceId, Digest
 from protocol.messages import Report, Request
-from protocol.release import DeltaName
+from protocol.release import DeltaName, InPlaceNeeds
 from server.fleet.registry import DeviceRecord
 from server.ports import CacheEntry, DeltaRefusal, IdleDelta, StoredBlob
 from server.releases.catalog import Catalog
@@ -82,6 +82,7 @@ class DeltaBuilt:
     name: DeltaName
     blob: StoredBlob
     memory_bytes: int  # what a device needs to apply it
+    in_place: InPlaceNeeds | None = None  # and what to apply it to the base itself
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,14 @@ class SimulatedDisk(Disk):
         self.is_read_only = False  # as after an error that made the system remount it
         self.links: dict[str, str] = {}
         self._files: dict[str, _File] = {}
+        self._removed: dict[str, _File] = {}  # names that may come back
 
     def crash(self, rng: random.Random) -> None:
-        """Cut the power: each write that was not synced is kept, lost, or torn at a sector, independently."""
+        """Cut the power: each write that was not synced is kept, lost, or torn at a sector, each name that was removed may come back."""
+        for name, file in self._removed.items():
+            if rng.random() < 0.5:
+                self._files.setdefault(name, file)
+        self._removed.clear()
         for file in {id(file): file for file in self._files.values()}.values():
             for offset, before in reversed(file.pending):
                 kept = rng.choice(
@@ -60,7 +65,7 @@ class SimulatedDisk(Disk):
         self._check_writable(name)
         if length > self.free_bytes():
             raise StorageFullError(f"{name}: no room for {length} bytes, {self.free_bytes()} are free")
-        self._files[name] = _File(length)
+        self._name(name, _File(length))
 
     def write(self, name: str, offset: int, data: bytes) -> None:
         """As `Disk.write`."""
@@ -89,18 +94,24 @@ class SimulatedDisk(Disk):
     def replace(self, source: str, target: str) -> None:
         """As `Disk.replace`."""
         self._check_writable(target)
-        self._files[target] = self._file(source)
+        file = self._file(source)
+        if self._files.get(target) is file:
+            return  # as POSIX has it: both are names of one file, and stay
+        self._name(target, file)
         del self._files[source]
+        self._sync_folder(source)
 
     def link(self, source: str, target: str) -> None:
         """As `Disk.link`."""
         self._check_writable(target)
-        self._files[target] = self._file(source)
+        self._name(target, self._file(source))
 
     def remove(self, name: str) -> None:
         """As `Disk.remove`."""
         self._check_writable(name)
-        self._files.pop(name, None)
+        file = self._files.pop(name, None)
+        if file is not None:
+            self._removed[name] = file
 
     def names(self, folder: str) -> list[str]:
         """As `Disk.names`."""
@@ -122,6 +133,17 @@ class SimulatedDisk(Disk):
         """As `Disk.point`."""
         self._check_writable(name)
         self.links[name] = target
+
+    def _name(self, name: str, file: _File) -> None:
+        """Give a file a name, durably."""
+        self._files[name] = file
+        self._sync_folder(name)
+
+    def _sync_folder(self, name: str) -> None:
+        """Make everything durable that happened to the names beside this one."""
+        folder = name.rpartition("/")[0]
+        for removed in [each for each in self._removed if each.rpartition("/")[0] == folder]:
+            del self._removed[removed]
 
     def _check_writable(self, name: str) -> None:
         if self.is_read_only:

@@ -1,7 +1,8 @@
 """The device's state folder on a POSIX file system: the `Disk` port for real.
 
 Every new name comes about by the same recipe: a temporary file in the same folder, filled or reserved, synced,
-renamed, the folder synced. An inode that an engine may have mapped is never written to. Each operation opens the file
+renamed, the folder synced. An inode that an engine may have mapped is never written to: `install.py` makes new ones, and an
+engine lets go of a model before `rewriting.py` changes its file. Each operation opens the file
 for itself, since the loop and the worker of a device use the disk at the same time.
 """
 
@@ -240,7 +241,7 @@ def _storage_errors(name: str) -> Iterator[None]:
     except OSError as error:
         reason = f"{name}: {error.strerror or error}"
         if error.errno in _FULL:
-            raise StorageFullError(reason, hint="make room; the active version is untouched") from error
+            raise StorageFullError(reason, hint="make room") from error
         if error.errno == errno.EROFS:
             raise StorageReadOnlyError(reason, hint="the state folder must be writable") from error
         raise StorageError(reason) from error

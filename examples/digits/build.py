@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from sklearn.datasets import load_digits
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # it publishes no types
+from threadpoolctl import threadpool_limits
 
 from examples.digits.export import float_model, predictions, quantized
 from examples.digits.network import Floats, Integers, Network

@@ -70,7 +70,8 @@ def _single_thread() -> contextlib.AbstractContextManager[Any]:
         from threadpoolctl import threadpool_limits  # noqa: PLC0415 - only writers need it, so only they have to have it
     except ImportError:
         return contextlib.nullcontext()
-    return threadpool_limits(1, user_api="blas")
+    limits: contextlib.AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
+    return limits
 
 
 def _fit_basis(base: ReadAt, new: ReadAt, old_region: Region, region: Region) -> tuple[Basis, float]:

@@ -57,14 +57,10 @@ def inspect_delta(patch: ReadAt) -> Inspection:
         TruncatedPatchError: It ends too early.
         PatchError: It is damaged, or no delta file.
     """
-    prefix = _read(patch, 0, HEADER_PREFIX_BYTES)
-    length = header_length(prefix)
-    packed = _read(patch, 0, length)
-    inspection = Inspection(Header.unpack(packed), patch.length)
-    inspection.patch_bytes[Codec.END] = length + RECORD_BYTES
-    header_crc = int.from_bytes(packed[-4:], "little")
+    header, segments = read_segments(patch)
+    inspection = Inspection(header, patch.length)
     basis: Basis | None = None
-    for segment, body in _segments(patch, inspection.header, header_crc, length):
+    for segment, body in segments:
         codec = segment.codec
         parameters = body[: segment.parameter_length]
         runs: Sequence[Run | ContextRun] = ()
@@ -81,7 +77,21 @@ def inspect_delta(patch: ReadAt) -> Inspection:
             inspection.tensors += read_notes(body)
         for run in runs:
             inspection.layout_bytes[NAME_BY_NUMBER[run.layout]] += run.length
+    inspection.patch_bytes[Codec.END] = patch.length - inspection.patch_bytes.total()
     return inspection
+
+
+def read_segments(patch: ReadAt) -> tuple[Header, Iterator[tuple[SegmentHeader, bytes]]]:
+    """Return the header of a delta file, and all of its records but the last with their bodies.
+
+    Raises:
+        TruncatedPatchError: It ends too early; also while records are read.
+        PatchError: It is damaged, or no delta file; likewise.
+    """
+    length = header_length(_read(patch, 0, HEADER_PREFIX_BYTES))
+    packed = _read(patch, 0, length)
+    header = Header.unpack(packed)
+    return header, _segments(patch, header, int.from_bytes(packed[-4:], "little"), length)
 
 
 def _segments(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Protocol
 
-from protocol.delta.format import Header
+from protocol.delta.format import SEGMENT_BYTES_MAX, Header
 from protocol.delta.inverse import InverseState
-from protocol.errors import PatchError, StorageError
+from protocol.errors import DamagedJournalError, PatchError, StorageError
 from protocol.tensors.regions import ReadAt
 
 STEP_BYTES: Final = 4 << 20
@@ -95,9 +95,18 @@ def journal_bytes(header: Header, step_bytes: int = STEP_BYTES) -> int:
         header: Of the delta.
         step_bytes: Length of a step, which then follows from the length of the journal.
     """
-    step_bytes_max = step_bytes + header.segment_bytes_max
     longest = max(header.base_length, header.result_length, 1)
-    return 2 * ENTRY_BYTES + min(_reach_bytes(header) + 2 * step_bytes_max, longest)
+    return 2 * ENTRY_BYTES + min(_reach_bytes(header) + 2 * (step_bytes + header.segment_bytes_max), longest)
+
+
+def journal_bytes_max(reach_bytes: int, longest_bytes: int) -> int:
+    """Return the most that `journal_bytes` says of a delta whose header is not at hand.
+
+    Args:
+        reach_bytes: How far it reaches, behind or ahead.
+        longest_bytes: Length of the longer one of base and result.
+    """
+    return 2 * ENTRY_BYTES + min(reach_bytes + 2 * (STEP_BYTES + SEGMENT_BYTES_MAX), max(longest_bytes, 1))
 
 
 def _reach_bytes(header: Header) -> int:
@@ -148,7 +157,7 @@ class UndoJournal:
 
         Raises:
             PatchError: The journal is about another delta.
-            StorageError: There were records, and none is intact.
+            DamagedJournalError: There were records, and none is intact.
         """
         blank = 0
         found: list[tuple[int, Entry]] = []
@@ -163,7 +172,7 @@ class UndoJournal:
                 self._sequence = sequence
                 return entry
         if found or not blank:
-            raise StorageError(
+            raise DamagedJournalError(
                 "the journal of an application in place is damaged", hint="install the file anew"
             )
         return None

@@ -82,7 +82,7 @@ def make_delta(
     profile: Profile = Profile.SMALL,
     segment_bytes: int = DEFAULT_SEGMENT_BYTES,
     is_portable: bool | None = None,
-    in_place: bool = False,
+    in_place: bool | None = False,
     progress: Callable[[int, int], None] | None = None,
     encode_chains: Callable[[Iterable[ChainJob]], Iterable[ChainResult]] | None = None,
 ) -> DeltaStats:
@@ -102,7 +102,7 @@ def make_delta(
         is_portable: Use only codecs that are fast without the library, for devices that have no wheel of their own; larger by
             half. None means: if this machine has no library either.
         in_place: Make it so that it can be applied in place, too: nothing is made from bytes of the base that lie far behind. Costs
-            nothing where the layouts are alike, and much where tensors have changed places.
+            nothing where the layouts are alike, and much where tensors have changed places. None means: if it costs nothing.
         progress: Called with bytes of the result done and in all.
         encode_chains: Turns jobs into their results, in order; by default one after the other, here. A caller with processes
             hands them out and calls `chains.encode_chain` there.
@@ -122,8 +122,10 @@ def make_delta(
     _check_map(new_regions, new)
     matches = match_regions(base_regions, new_regions, base, new)
     plans = list(Planner(base, new, segment_bytes, base_regions).plan(new_regions, matches))
-    if in_place:
-        plans = [confine(plan, REACH_BYTES_MAX) for plan in plans]
+    if in_place is not False:
+        confined = [confine(plan, REACH_BYTES_MAX) for plan in plans]
+        in_place = in_place or confined == plans
+        plans = confined if in_place else plans
     header = Header(
         profile,
         base.length,

@@ -91,7 +91,7 @@ class FolderBlobs:
         with storage_errors(self._folder):
             descriptor, name = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
         try:
-            with storage_errors(self._folder), Path(name).open("wb") as file:
+            with storage_errors(self._folder), Path(name).open("w+b") as file:
                 os.close(descriptor)
                 yield file
         finally:

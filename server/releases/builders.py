@@ -21,10 +21,11 @@ import msgspec
 from msgspec import Struct
 
 from protocol.delta.format import Profile
+from protocol.delta.needs import in_place_needs
 from protocol.delta.writer import make_delta
 from protocol.errors import WhimbrelError
 from protocol.ids import Digest, parse_digest
-from protocol.release import DeltaName, ReleaseFile
+from protocol.release import DeltaName, InPlaceNeeds, ReleaseFile
 from protocol.tensors import Region, map_files, map_regions
 from server.adapters.blobs import FileSource, FolderBlobs, storage_errors
 from server.events import DeltaBuilt, DeltaFailed, Event
@@ -43,6 +44,7 @@ class BuiltDelta(Struct, frozen=True, kw_only=True):
 
     blob: StoredBlob
     memory_bytes: int
+    in_place: InPlaceNeeds | None
 
 
 def build_delta(
@@ -67,10 +69,14 @@ def build_delta(
         base, base_map = _open(blobs, name.base, base_files, opened)
         result, result_map = _open(blobs, name.result, result_files, opened)
         # One process: the pool already runs as many builds as the server has been given cores for.
-        stats = make_delta(base, result, partial, maps=(base_map, result_map), profile=name.profile)
+        stats = make_delta(
+            base, result, partial, maps=(base_map, result_map), profile=name.profile, in_place=None
+        )
         partial.flush()
         return BuiltDelta(
-            blob=blobs.put_file(Path(partial.name)), memory_bytes=stats.header.decoder_memory_bytes
+            blob=blobs.put_file(Path(partial.name)),
+            memory_bytes=stats.header.decoder_memory_bytes,
+            in_place=in_place_needs(base, result, FileSource(partial)),
         )
 
 
@@ -172,7 +178,7 @@ class BuildPool:
             last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
             return DeltaFailed(name, f"ended with {child.returncode}: {last[0][:400]}")
         built = msgspec.json.decode(output[:_OUTPUT_BYTES_MAX], type=BuiltDelta)
-        return DeltaBuilt(name, built.blob, built.memory_bytes)
+        return DeltaBuilt(name, built.blob, built.memory_bytes, built.in_place)
 
 
 def _beside(files: Sequence[ReleaseFile]) -> list[str]:

@@ -10,6 +10,7 @@ from protocol.ids import Digest, Family, Version
 from protocol.release import (
     ArtifactCustom,
     DeltaName,
+    InPlaceNeeds,
     Release,
     ReleaseFile,
     delta_target,
@@ -94,6 +95,9 @@ def target_blobs(target: Target) -> list[tuple[Digest, int]]:
     return [(target.digest, target.length), *indexes]
 
 
-def blob_target(path: str, blob: StoredBlob, memory_bytes: int = 0) -> Target:
-    """The target of a blob that is in the blob store."""
-    return Target(path, blob.length, blob.digest, ArtifactCustom(chunks=blob.tree, memory_bytes=memory_bytes))
+def blob_target(
+    path: str, blob: StoredBlob, memory_bytes: int = 0, in_place: InPlaceNeeds | None = None
+) -> Target:
+    """The target of a blob that is in the blob store; a delta says what it takes."""
+    custom = ArtifactCustom(chunks=blob.tree, memory_bytes=memory_bytes, in_place=in_place)
+    return Target(path, blob.length, blob.digest, custom)

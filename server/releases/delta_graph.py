@@ -177,11 +177,13 @@ class FleetGraph:
 
     def _user(self, release: Release, group: Group, devices: int, result: Digest) -> _User:
         route = self.routes(release, group).get(result)
+        if route is not None and group.capacity is not None and group.capacity.in_place:
+            route = None if any(edge.base is None for edge in route.edges) else route
         reach = {digest: Route() for digest in group.held}
         if group.capacity is not None:
             shorter = replace(group.capacity, links_max=min(group.capacity.links_max, LINKS_MAX) - 1)
             reach = cheapest_routes(self.edges, group.held, shorter)
-        # Where nothing leads to the file, any way is a gain; a file that can be built from is signed as a whole, though.
+        # Where nothing leads to the file, or only what a device has hardly room for, any way is a gain.
         return _User(group, devices, reach, route.cost_us if route is not None else 1 << 62)
 
     def _expected(self, name: DeltaName) -> Edge:
@@ -242,6 +244,7 @@ def device_class(capacity: Capacity | None) -> Capacity | None:
         processor_percent=_power_of_two(capacity.processor_percent),
         delta_memory_bytes=_power_of_two(capacity.delta_memory_bytes),
         links_max=min(capacity.links_max, LINKS_MAX),
+        in_place=capacity.in_place,
     )
 
 

@@ -84,7 +84,10 @@ class DeltaStock:
     def ready(
         self, release: Release, devices: list[DeviceRecord], now_ms: int
     ) -> tuple[list[DeviceRecord], list[Effect]]:
-        """Devices for which nothing is left to build or sign, and orders that start what is."""
+        """Devices for which nothing is left to build or sign, and orders that start what is.
+
+        One that rewrites its files can go nowhere without a delta, so it is not asked while they are neither version.
+        """
         groups = [self.graph.group(release, device.report) for device in devices]
         planned = self.graph.builds(release, Counter(groups), self._is_closed)
         effects: list[Effect] = []
@@ -97,7 +100,9 @@ class DeltaStock:
             effects += self._sign_built(now_ms)
         waiting = {group for users in planned.values() for group in users}
         return [
-            device for device, group in zip(devices, groups, strict=True) if group not in waiting
+            device
+            for device, group in zip(devices, groups, strict=True)
+            if group not in waiting and not _is_between_versions(device)
         ], effects
 
     def built(self, event: DeltaBuilt) -> Iterator[Effect]:
@@ -108,7 +113,9 @@ class DeltaStock:
         if whole is None:
             self._failed.add(name)  # its release went away while it was built
         elif is_worthwhile(event.blob.length, whole.length):
-            self._built[name] = blob_target(delta_target(*name), event.blob, event.memory_bytes)
+            self._built[name] = blob_target(
+                delta_target(*name), event.blob, event.memory_bytes, event.in_place
+            )
             if self.idle.pop(delta_target(*name), None) is not None:
                 yield Save(IdleDeltaRemoval(path=delta_target(*name)))
         else:
@@ -210,3 +217,11 @@ class DeltaStock:
                     digest=Digest(target.digest), length=target.length, tree=target.custom.chunks
                 )
                 yield self.idle.get(path) or IdleDelta(path=path, since_ms=now_ms, blob=blob)
+
+
+def _is_between_versions(device: DeviceRecord) -> bool:
+    """Whether a device was started in the middle of rewriting its files: it will soon say which it has. Nobody waits for one that is away."""
+    report = device.report
+    if report is None or report.files or report.capacity is None or report.update is None:
+        return False
+    return device.is_online and report.capacity.in_place and report.update.outcome == "running"

@@ -191,3 +191,28 @@ def test_a_crash_of_the_simulated_disk_takes_back_only_what_was_not_synced() -> 
         outcomes.add(content.count(b"b"))
         assert content == b"b" * content.count(b"b") + b"a" * content.count(b"a")
     assert {0, 2048} < outcomes
+
+
+def test_a_rename_over_a_second_name_of_the_same_file_does_nothing(disk: Disk) -> None:
+    put(disk, "a/model", b"one")
+    disk.link("a/model", "b/model")
+    disk.replace("a/model", "b/model")
+    assert disk.names("a") == ["a/model"]
+    disk.remove("b/model")
+    disk.replace("a/model", "b/model")
+    assert (disk.names("a"), disk.names("b")) == ([], ["b/model"])
+
+
+def test_a_name_that_was_removed_may_come_back_until_another_one_beside_it_is_durable() -> None:
+    seen = set()
+    for seed in range(20):
+        disk = SimulatedDisk()
+        put(disk, "a/old", b"old")
+        put(disk, "b/old", b"old")
+        disk.remove("a/old")
+        disk.remove("b/old")
+        put(disk, "b/new", b"new")
+        disk.crash(random.Random(seed))
+        assert disk.names("b") == ["b/new"]
+        seen.add(disk.length("a/old"))
+    assert seen == {None, 3}

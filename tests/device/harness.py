@@ -25,6 +25,7 @@ from device.states import State
 from protocol.chunks import build_tree, encode_chunk, index_name
 from protocol.constants import CHUNK_BYTES
 from protocol.delta.format import Profile
+from protocol.delta.needs import in_place_needs
 from protocol.delta.writer import make_delta
 from protocol.errors import EngineError
 from protocol.ids import DeviceId, Digest, Family, FleetId, Version, digest_of
@@ -41,6 +42,7 @@ from protocol.release import (
     ChunkTree,
     ClassPrompt,
     HealthPlan,
+    InPlaceNeeds,
     Prompt,
     Release,
     ReleaseFile,
@@ -135,20 +137,29 @@ class Cache:
         return release
 
     def publish_delta(
-        self, base: bytes, result: bytes, *, profile: Profile = Profile.SMALL, patch: bytes | None = None
+        self,
+        base: bytes,
+        result: bytes,
+        *,
+        profile: Profile = Profile.SMALL,
+        patch: bytes | None = None,
+        in_place: bool = False,
+        needs: InPlaceNeeds | None = None,
     ) -> Digest:
-        """Sign the delta between two files, or `patch` in its place."""
+        """Sign the delta between two files, or `patch` in its place, with what it needs in place, or `needs` in their place."""
+        old, new = BytesSource(base), BytesSource(result)
+        memory_bytes = 0
         if patch is None:
             sink = io.BytesIO()
             memory_bytes = make_delta(
-                BytesSource(base), BytesSource(result), sink, profile=profile, segment_bytes=SEGMENT_BYTES
+                old, new, sink, profile=profile, segment_bytes=SEGMENT_BYTES, in_place=in_place
             ).header.decoder_memory_bytes
             patch = sink.getvalue()
-        else:
-            memory_bytes = 0
+            needs = needs or in_place_needs(old, new, BytesSource(patch))
         name, tree = self.add_blob(patch)
         path = delta_target(digest_of(base), digest_of(result), profile)
-        target = Target(path, len(patch), name, ArtifactCustom(chunks=tree, memory_bytes=memory_bytes))
+        custom = ArtifactCustom(chunks=tree, memory_bytes=memory_bytes, in_place=needs)
+        target = Target(path, len(patch), name, custom)
         self.repository = self.publisher.publish(self.repository, [target], (), START_MS).repository
         self.publish_metadata()
         return name

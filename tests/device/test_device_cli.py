@@ -9,12 +9,17 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from device.adapters.disk import RealDisk
 from device.cli import main
 from device.config import load_config
+from device.journal import InstallItem, Journal, UpdateRecord
 from device.slots import SlotName, measure_slot
-from protocol.release import encode_release
+from device.states import State
+from protocol.ids import digest_of
+from protocol.messages import Desired
+from protocol.release import InPlaceNeeds, encode_release
 from server.operations import add_release, export_release, init_repository, publish_release
 from tests.models import FEATURES, prompts, write_classifier, write_health_plan
 from tests.server.brokers import embedded_broker, free_port, stop, wait_until
@@ -242,6 +247,36 @@ def test_a_wrong_setting_is_named(run: Run, tmp_path: Path, changes: dict[str, s
     assert said in shown
 
 
+_SETTINGS = b'device = "shelf-7"\nfleet = "lab"\nfamily = "digits"\nstate_folder = "state"\n'
+
+
+def test_updating_in_place_is_a_choice(tmp_path: Path) -> None:
+    path = tmp_path / "chosen.toml"
+    path.write_bytes(_SETTINGS)
+    assert not load_config(path).agent.is_in_place
+    path.write_bytes(_SETTINGS + b"[slots]\nin_place = true\n")
+    assert load_config(path).agent.is_in_place
+
+
+def test_a_model_that_is_being_rewritten_is_not_asked(run: Run, shipped: list[str], tmp_path: Path) -> None:
+    run("provision", *shipped)
+    journal = Journal(RealDisk(load_config(tmp_path / "device.toml").folder))
+    record = journal.load()
+    assert record is not None
+    item = InstallItem(
+        name="model.onnx",
+        sha256=digest_of(b"new"),
+        length=3,
+        action="delta",
+        in_place=InPlaceNeeds(base_bytes=3, reach_bytes=0, inverse_bytes=3),
+    )
+    desired = Desired(sequence=1, rollout="r1", family="digits", version="2.0")
+    update = UpdateRecord(desired=desired, started_ms=0, items=(item,))
+    journal.save(replace(record, state=State.INSTALLING, update=update))
+    said = run("infer", "--prompt", "Hello", code=1)
+    assert "is being rewritten in place, in state installing" in said
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -249,6 +284,8 @@ def test_a_wrong_setting_is_named(run: Run, tmp_path: Path, changes: dict[str, s
         (b'device = "shelf-7', "wrong.toml"),
         (b"\xff\xfe", "wrong.toml"),
         (b"device = 1\nfleet = 1\nfamily = 1\nstate_folder = 1\n", "device"),
+        (_SETTINGS + b'[slots]\nin_place = "yes"\n', "Expected `bool`, got `str` - at `$.slots.in_place`"),
+        (_SETTINGS + b"[slots]\ninplace = true\n", "unknown field `inplace` - at `$.slots`"),
     ],
 )
 def test_a_configuration_that_is_none_is_refused(run: Run, tmp_path: Path, text: bytes, said: str) -> None:

@@ -22,10 +22,11 @@ MEND_S = 3.0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("in_place", [False, True], ids=["two slots", "in place"])
 def test_a_killed_agent_always_comes_back_with_a_startable_model_and_ends_on_the_right_version(
-    tmp_path: Path,
+    tmp_path: Path, in_place: bool
 ) -> None:
-    outcome = run(KILLS, SEED, tmp_path)
+    outcome = run(KILLS, SEED, tmp_path, in_place=in_place)
     assert not outcome.violations, summary(outcome, SEED)
     assert outcome.kills == KILLS
     assert outcome.updates >= 1
@@ -102,7 +103,7 @@ def test_every_phase_that_is_still_ahead_is_aimed_at(state: State) -> None:
 
 def test_the_table_names_the_seed_and_every_violation() -> None:
     good, bad = Outcome(kills=3), Outcome(kills=1, violations=["no version is active"])
-    assert "every kill left a model that starts" in summary(good, 7)
+    assert "after every kill there was a model that starts" in summary(good, 7)
     assert "VIOLATION: no version is active" in summary(bad, 7)
     assert "--seed 7" in summary(bad, 7)
 

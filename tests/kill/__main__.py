@@ -2,7 +2,8 @@
 
 Each kill is aimed at a moment that is drawn from the seed: some time after the start of the process, a chunk of the
 download, or an instant inside one of the states. After each of them the state folder must hold a record that loads and an active
-slot that is byte for byte a signed release and answers; every update must come through, with no chunk fetched twice.
+slot that is byte for byte a signed release and answers; every update must come through, with no chunk fetched twice. With
+`--in-place` the device rewrites its only copy, and the slot has to be that after it was put back, which is done on a copy of the folder.
 """
 
 import argparse
@@ -118,12 +119,14 @@ class Operator:
             or (record.active_slot.version, update.outcome) != (self.version, "committed")
         ):
             self._outcome.violations.append(f"{self.version} was rolled out, and the device does not run it")
+        elif update.is_in_place is not self._device.is_in_place:
+            self._outcome.violations.append(f"{self.version} came about in another way than was configured")
         self._outcome.updates += 1
         self._current = None
         return True
 
 
-def run(count: int, seed: int, folder: Path, *, show: bool = False) -> Outcome:
+def run(count: int, seed: int, folder: Path, *, in_place: bool = False, show: bool = False) -> Outcome:
     """Kill an agent `count` times in the middle of an update, and now and then between two."""
     rng = random.Random(seed)
     outcome = Outcome()
@@ -139,7 +142,7 @@ def run(count: int, seed: int, folder: Path, *, show: bool = False) -> Outcome:
         operations.publish_release(home, FAMILY, version)
         releases[version] = record.release
     with Server(read_config(home), seed=seed) as server:
-        device = Device(folder, server.broker_port, releases)
+        device = Device(folder, server.broker_port, releases, in_place=in_place)
         device.provision(VERSIONS[0], {"model.onnx": models[VERSIONS[0]][0]}, root)
         operator = Operator(home, device, outcome)
         try:
@@ -261,12 +264,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="kills within updates (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="decides the moments (default: %(default)s)")
+    parser.add_argument("--in-place", action="store_true", help="the device rewrites its only copy")
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="whimbrel-kill-"))
     is_kept = True
     try:
-        outcome = run(arguments.count, arguments.seed, folder, show=sys.stderr.isatty())
+        outcome = run(
+            arguments.count,
+            arguments.seed,
+            folder,
+            in_place=arguments.in_place,
+            show=sys.stderr.isatty(),
+        )
         is_kept = bool(outcome.violations)
     except WhimbrelError as error:
         sys.stderr.write(f"kill test: {error}\n")
@@ -299,7 +309,7 @@ def summary(outcome: Outcome, seed: int) -> str:
         "killed within updates, by state",
         *(f"  {state:<24}{outcome.states[state]}" for state in order if outcome.states[state]),
         *(f"VIOLATION: {violation}" for violation in outcome.violations),
-        "every kill left a model that starts, and every update came through"
+        "after every kill there was a model that starts or can be put back, and every update came through"
         if not outcome.violations
         else f"try again with --seed {seed}: the moments are drawn alike, the machine's timing is not",
         "",

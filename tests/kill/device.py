@@ -1,9 +1,11 @@
 """One agent as its own process, seen from outside: its trace, its state folder, and what must hold in it after any kill."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from device.config import load_config
 from device.executor import CURRENT_LINK
 from device.journal import Journal, Record
 from device.ports import ModelSource
+from device.rewriting import put_back
 from device.runtime import install_factory
 from device.slots import SlotHealth, SlotName, measure_slot, slot_file, slot_folder
 from device.states import State
@@ -29,11 +32,15 @@ END_S_MAX = 30.0
 class Device:
     """The state folder of a device, and the process that runs on it from time to time."""
 
-    def __init__(self, folder: Path, port: int, releases: dict[str, Release]) -> None:
+    def __init__(
+        self, folder: Path, port: int, releases: dict[str, Release], *, in_place: bool = False
+    ) -> None:
+        self.is_in_place = in_place
         self._config_file = folder / "device.toml"
         self._config_file.write_text(
             'device = "kill-1"\nfleet = "lab"\nfamily = "digits"\nstate_folder = "state"\n'
             f'broker = "127.0.0.1:{port}"\n'
+            f"[slots]\nin_place = {str(in_place).lower()}\n"
         )
         self.config = load_config(self._config_file)
         self.trace_file = folder / "trace.jsonl"
@@ -123,29 +130,41 @@ class Device:
             return [f"the record does not load: {error}"]
         if record is None or record.active is None:
             return ["no version is active"]
-        wrong = self._examine_slot(record, record.active, "the active slot")
+        wrong = self._examine_active(record, record.active)
         pointed = self._pointed()
         if pointed is None:
             wrong.append("the link `current` leads nowhere")
         elif pointed is not record.active and record.state is not State.COMMITTING:
             wrong.append(f"the link `current` names slot {pointed.value} in state {record.state.value}")
-        elif pointed is not record.active:
-            wrong += self._examine_slot(record, pointed, "the slot that `current` names")
+        elif pointed is not record.active and not self.is_in_place:
+            wrong += self._examine_slot(self._disk, record, pointed, "the slot that `current` names")
         return wrong
 
-    def _examine_slot(self, record: Record, name: SlotName, what: str) -> list[str]:
+    def _examine_active(self, record: Record, active: SlotName) -> list[str]:
+        """The active slot must be whole, and where its files are rewritten, it must be possible to put them back, on a copy."""
+        if not self.is_in_place:
+            return self._examine_slot(self._disk, record, active, "the active slot")
+        with tempfile.TemporaryDirectory(dir=self.config.folder.parent) as folder:
+            copied = Path(folder) / "state"
+            shutil.copytree(self.config.folder, copied, symlinks=True)
+            disk = RealDisk(copied)
+            try:
+                put_back(disk, active)
+            except WhimbrelError as error:
+                return [f"the active slot cannot be put back: {error}"]
+            return self._examine_slot(disk, record, active, "the active slot")
+
+    def _examine_slot(self, disk: RealDisk, record: Record, name: SlotName, what: str) -> list[str]:
         """A slot that is served must hold a signed release, byte for byte, that starts and answers."""
         slot = record.slots[name]
         release = self._releases.get(slot.version)
         if slot.health is not SlotHealth.GOOD or release is None:
             return [f"{what} is {slot.health.value}, version {slot.version!r}"]
         signed = {file.name: file.sha256 for file in release.files}
-        if measure_slot(self._disk, name) != signed:
+        if measure_slot(disk, name) != signed:
             return [f"the bytes of {what} are not those of {slot.version}"]
         try:
-            model = LocalEngine().load(
-                ModelSource(slot.runtime, self._disk.path(slot_file(name, slot.main_file)))
-            )
+            model = LocalEngine().load(ModelSource(slot.runtime, disk.path(slot_file(name, slot.main_file))))
             prompt = release.health.prompts[0]
             answer = model.answer(prompt)
             model.close()

@@ -7,10 +7,12 @@ from pathlib import Path
 import gguf
 import pytest
 
+from protocol.delta import writer
 from protocol.delta.format import HEADER_BYTES, REACH_BYTES_MAX, Codec, Header, Reach
 from protocol.delta.inplace import Files, InPlace, read_header
 from protocol.delta.inspection import inspect_delta
-from protocol.delta.undo_journal import Phase, journal_bytes
+from protocol.delta.needs import in_place_needs
+from protocol.delta.undo_journal import Phase, journal_bytes, journal_bytes_max
 from protocol.delta.writer import make_delta
 from protocol.errors import (
     InverseFullError,
@@ -187,6 +189,48 @@ def test_the_file_becomes_the_new_one_and_its_inverse_is_a_delta_back(
     assert apply(new, inverse) == old
     assert inspect_delta(BytesSource(inverse)).header.result_sha256 == digest(old)
     assert apply(old, patch) == new  # it is an ordinary delta, too
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_room_for_the_inverse_is_known_before_anything_is_applied(
+    pairs: dict[str, tuple[bytes, bytes]], pair: str
+) -> None:
+    old, new = pairs[pair]
+    patch = delta(old, new)
+    header, disk = read_header(BytesSource(patch)), prepared(old, patch)
+    needs = in_place_needs(BytesSource(old), BytesSource(new), BytesSource(patch))
+    assert needs is not None
+    assert header.reach is not None
+    assert (needs.base_bytes, needs.reach_bytes) == (
+        len(old),
+        max(header.reach.behind_bytes, header.reach.ahead_bytes),
+    )
+    assert journal_bytes(header) <= journal_bytes_max(needs.reach_bytes, max(len(old), len(new)))
+    slack_bytes = 4096
+    finish(begun(disk, patch, inverse_bytes_max=needs.inverse_bytes + needs.reach_bytes + slack_bytes))
+    assert content(disk) == new
+    assert abs((disk.length("inverse") or 0) - needs.inverse_bytes) < slack_bytes
+
+
+def test_an_ordinary_delta_has_no_needs_in_place(pairs: dict[str, tuple[bytes, bytes]]) -> None:
+    old, new = pairs["update"]
+    patch = delta(old, new, in_place=False)
+    assert in_place_needs(BytesSource(old), BytesSource(new), BytesSource(patch)) is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "is_marked"), [("update", True), ("longer header", True), ("reordered", False)]
+)
+def test_a_delta_can_be_marked_where_that_costs_nothing(
+    pairs: dict[str, tuple[bytes, bytes]], pair: str, is_marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "REACH_BYTES_MAX", SEGMENT_BYTES)
+    old, new = pairs[pair]
+    plain, asked = io.BytesIO(), io.BytesIO()
+    make_delta(BytesSource(old), BytesSource(new), plain, segment_bytes=SEGMENT_BYTES)
+    make_delta(BytesSource(old), BytesSource(new), asked, segment_bytes=SEGMENT_BYTES, in_place=None)
+    assert (inspect_delta(BytesSource(asked.getvalue())).header.reach is not None) is is_marked
+    assert (len(asked.getvalue()) - len(plain.getvalue())) == (8 if is_marked else 0)
 
 
 @pytest.mark.parametrize("pair", PAIRS)

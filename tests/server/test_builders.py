@@ -55,6 +55,10 @@ def test_a_delta_is_built_stored_and_gives_the_new_file(
     reader.finish()
     assert reader.header is not None
     assert reader.header.profile is profile
+    # Between equal layouts it can be applied in place, too, and its target will say what that takes.
+    assert built.in_place is not None
+    assert built.in_place.base_bytes == len(old)
+    assert 0 < built.in_place.inverse_bytes < len(old) / 2
     assert not list((tmp_path / "blobs").glob(".partial-*"))
 
 

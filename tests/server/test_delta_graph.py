@@ -10,9 +10,9 @@ from protocol.delta.format import Profile
 from protocol.delta_graph import LINKS_MAX
 from protocol.ids import DeviceId, Digest, Family, Version, digest_of
 from protocol.messages import Capacity, Desired, Outcome, Report, UpdateReport
-from protocol.release import DeltaName, Release, delta_target
+from protocol.release import DeltaName, InPlaceNeeds, Release, delta_target
 from protocol.trust import Target
-from server.fleet.registry import DeviceRecord
+from server.fleet.registry import DeviceRecord, Registry
 from server.releases.catalog import blob_target
 from server.releases.delta_garbage import ABSENT_MS, has_open_offer, head_releases, needed_deltas
 from server.releases.delta_graph import (
@@ -24,6 +24,7 @@ from server.releases.delta_graph import (
     Group,
     device_class,
 )
+from server.releases.delta_stock import DeltaStock
 from server.rollouts.campaign import RolloutRecord
 from server.rollouts.states import RolloutState
 from tests.server.samples import NOW_MS, model_bytes, paper_catalog, paper_release, report, stored
@@ -38,9 +39,11 @@ WIRED = Capacity(
 )
 
 
-def delta(pair: str, length: int, *, memory: int = 4096) -> Target:
+def delta(pair: str, length: int, *, memory: int = 4096, in_place: InPlaceNeeds | None = None) -> Target:
     name = named(pair)
-    return blob_target(delta_target(*name), stored(pair.encode() * (length // len(pair) + 1)), memory)
+    return blob_target(
+        delta_target(*name), stored(pair.encode() * (length // len(pair) + 1)), memory, in_place
+    )
 
 
 def named(pair: str) -> DeltaName:
@@ -75,6 +78,41 @@ def test_a_version_without_any_delta_gets_one_in_the_profile_that_suits_its_devi
     )  # the whole file is there sooner than any delta is applied
     cabled = Capacity(link_bytes_per_s=1 << 17, processor_percent=8, delta_memory_bytes=1 << 27, links_max=1)
     assert builds(graph_of(), "2", ("1", 9, cabled)) == {named("1-2/fast")}
+
+
+def test_devices_that_rewrite_their_files_get_a_delta_although_the_whole_file_would_be_there_sooner() -> None:
+    slow = Capacity(
+        link_bytes_per_s=1 << 20,
+        processor_percent=4,
+        delta_memory_bytes=1 << 27,
+        links_max=1,
+        in_place=True,
+    )
+    planned = builds(graph_of(), "2", ("1", 1, slow))
+    assert len(planned) == 1
+    release, needs = RELEASES["2"], InPlaceNeeds(base_bytes=1000, reach_bytes=0, inverse_bytes=100)
+    ordinary, marked = graph_of(delta("1-2", 300)), graph_of(delta("1-2", 300, in_place=needs))
+    for graph, kind in ((ordinary, [None]), (marked, [FILES["1"]])):
+        (route,) = graph.routes(release, graph.group(release, report("a", 1, "1", capacity=slow))).values()
+        assert [edge.base for edge in route.edges] == kind
+
+
+def test_a_device_that_is_rewriting_its_file_is_not_asked_before_it_says_which_it_has() -> None:
+    capacity = msgspec.structs.replace(CELL, links_max=1, in_place=True)
+    stock = DeltaStock(Registry(), list)
+    list(stock.start(paper_catalog(*RELEASES.values()), (), (), NOW_MS))
+
+    def asked(*, files: dict[str, str], outcome: Outcome = "running", is_online: bool = True) -> bool:
+        update = UpdateReport(rollout="r1", sequence=7, version="2", outcome=outcome)
+        said = report("a", 1, "1", update, files=files, capacity=capacity)
+        device = DeviceRecord(device=DeviceId("a"), report=said, is_online=is_online)
+        ready, _ = stock.ready(RELEASES["2"], [device], NOW_MS)
+        return ready == [device]
+
+    assert not asked(files={})
+    assert asked(files={}, is_online=False), "nobody waits for one that may be gone for good"
+    assert asked(files={}, outcome="failed"), "it has nothing, and may have room for a whole file"
+    assert asked(files={"model.onnx": FILES["2"]})
 
 
 def test_both_profiles_are_built_where_two_kinds_of_devices_gain_enough_from_their_own() -> None:
