@@ -63,7 +63,7 @@ class Update:
         self._desk = desk
         self._ledger = desk.ledger
         self._serving = serving
-        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root)
+        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust)
         self._requester = Requester(desk.topics, config.device, desk.rng, config.groups_outstanding)
         self._targets: dict[str, Target] = {}
         self._transfer: Transfer | None = None
