@@ -31,14 +31,15 @@ class Attacker:
             self._world.broker.received(self._connection_id, Connect("attacker"))
         (self._replay_metadata, self._replay_request, self._spoil_chunk)[stream.randrange(3)](stream)
 
-    def transmit(self, packet: Packet, byte_count: int) -> None:
+    def transmit(self, connection_id: int, packet: Packet, byte_count: int) -> None:
         """As `Endpoint.transmit`."""
-        self._world.broker.sent(self._connection_id, byte_count)
+        self._world.broker.sent(connection_id, byte_count)
         self._is_accepted = self._is_accepted or isinstance(packet, Connack)
 
-    def closed(self) -> None:
+    def closed(self, connection_id: int) -> None:
         """As `Endpoint.closed`."""
-        self._is_accepted = False
+        if connection_id == self._connection_id:
+            self._is_accepted = False
 
     def _replay_metadata(self, stream: Stream) -> None:
         documents = stream.choice(self._world.server.history).documents

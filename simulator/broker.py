@@ -16,10 +16,10 @@ from simulator.network import Line
 class Endpoint(Protocol):
     """The other end of a connection, as the broker's network sees it."""
 
-    def transmit(self, packet: Packet, byte_count: int) -> None:
+    def transmit(self, connection_id: int, packet: Packet, byte_count: int) -> None:
         """Carry a packet; `VirtualBroker.sent` is to be called once the network has taken it."""
 
-    def closed(self) -> None:
+    def closed(self, connection_id: int) -> None:
         """The broker closed the connection, or died."""
 
 
@@ -78,8 +78,8 @@ class VirtualBroker:
         self._queue.clear()
         endpoints, self._endpoints = self._endpoints, {}
         self._armed_us = None
-        for endpoint in endpoints.values():
-            endpoint.closed()
+        for connection_id, endpoint in endpoints.items():
+            endpoint.closed(connection_id)
 
     def restart(self) -> None:
         """Answer again."""
@@ -106,10 +106,10 @@ class VirtualBroker:
                 continue
             if type(output) is Send:
                 self.bytes_out += output.byte_count
-                endpoint.transmit(output.packet, output.byte_count)
+                endpoint.transmit(output.connection_id, output.packet, output.byte_count)
             else:
                 del endpoints[output[0]]
-                endpoint.closed()
+                endpoint.closed(output.connection_id)
             endpoints = self._endpoints  # a crash may come in between
         self._is_carrying = False
 

@@ -99,6 +99,7 @@ class Client:
         """The power is gone: nobody hears of it."""
         self._is_enabled = False
         self.is_connected = False
+        self._connection_id = 0
         self._generation += 1
 
     def link_changed(self, *, is_up: bool) -> None:
@@ -112,13 +113,16 @@ class Client:
     def break_off(self) -> None:
         """From now on the connection carries nothing, and neither side knows."""
         self._generation += 1
+        self._connection_id = 0
         delay_s = self._device.world.fault_stream.uniform(*NOTICE_S)
         self._device.world.loop.after(int(delay_s * US_PER_S), self._lost, self._generation)
 
     # The broker's side
 
-    def transmit(self, packet: Packet, byte_count: int) -> None:
-        """As `Endpoint.transmit`."""
+    def transmit(self, connection_id: int, packet: Packet, byte_count: int) -> None:
+        """As `Endpoint.transmit`; over a connection that we have given up nothing comes, and the broker's bytes wait."""
+        if connection_id != self._connection_id:
+            return
         world = self._device.world
         left_us = world.broker.line.carry(world.loop.now_us, byte_count)
         arrival_us = self._device.path.down(left_us, byte_count)
@@ -127,8 +131,10 @@ class Client:
             return
         world.loop.at(arrival_us, self.arrive, self._generation, packet, byte_count)
 
-    def closed(self) -> None:
+    def closed(self, connection_id: int) -> None:
         """As `Endpoint.closed`: the reset takes a while to arrive."""
+        if connection_id != self._connection_id:
+            return
         world = self._device.world
         self._connection_id = 0
         world.loop.at(self._device.path.down(world.loop.now_us, 0), self._lost, self._generation)
@@ -196,7 +202,7 @@ class Client:
         if self._connection_id:
             broker.received(self._connection_id, connect)
         else:
-            self.closed()
+            self.closed(0)
 
     def _accepted(self) -> None:
         world = self._device.world
@@ -214,6 +220,7 @@ class Client:
         if generation != self._generation or not self._is_enabled:
             return
         self._generation += 1
+        self._connection_id = 0
         was_connected, self.is_connected = self.is_connected, False
         if was_connected:
             self._backoff.ended((self._device.world.loop.now_us - self._connected_us) / US_PER_S)

@@ -7,11 +7,14 @@ from simulator.loop import US_PER_MS, Loop
 START_MS: Final = 1_800_000_000_000
 """What a right clock shows when a run begins: 15 January 2027."""
 
+WRONG_MS: Final = 60_000
+"""An error that somebody mends."""
+
 _PPM: Final = 1_000_000
 
 
 class DeviceClock:
-    """A clock with an error.
+    """A clock with an error; as `device.adapters.clock.SystemClock`, a process keeps the time that it started with.
 
     Args:
         loop: Virtual time.
@@ -19,25 +22,28 @@ class DeviceClock:
         drift_ppm: How much too fast it is, in millionths.
     """
 
-    __slots__ = ("_drift_ppm", "_last_ms", "_loop", "offset_ms")
+    __slots__ = ("_drift_ppm", "_loop", "_running_offset_ms", "offset_ms")
 
     def __init__(self, loop: Loop, offset_ms: int, drift_ppm: int) -> None:
-        self.offset_ms = offset_ms
+        self.offset_ms = offset_ms  # of the wall clock, which somebody may set
+        self._running_offset_ms = offset_ms
         self._loop = loop
         self._drift_ppm = drift_ppm
-        self._last_ms = 0
 
     def restart(self) -> None:
-        """The device starts: only from here on its time does not go back."""
-        self._last_ms = 0
+        """A process starts, and looks at the wall clock."""
+        self._running_offset_ms = self.offset_ms
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the process takes another time for the right one than a wall clock shows that was set meanwhile."""
+        return abs(self._running_offset_ms - self.offset_ms) > WRONG_MS
 
     def now_ms(self) -> int:
-        """What it shows."""
+        """What the process takes for the time; never before 1970."""
         now_us = self._loop.now_us
-        shown = START_MS + self.offset_ms + (now_us + now_us * self._drift_ppm // _PPM) // US_PER_MS
-        if shown > self._last_ms:
-            self._last_ms = shown
-        return self._last_ms
+        since_ms = (now_us + now_us * self._drift_ppm // _PPM) // US_PER_MS
+        return max(START_MS + self._running_offset_ms, 0) + since_ms
 
     def until_us(self, instant_ms: int) -> int:
         """How long it takes until it shows an instant."""

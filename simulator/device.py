@@ -177,6 +177,12 @@ class SimulatedDevice:
         self.world.checks.crashed(self)
         self.world.power_was_cut(self)
 
+    def restart(self) -> None:
+        """The process ends and is started again; the power stays."""
+        if self.is_powered:
+            self._end()
+            self._boot(self._generation)
+
     def _end(self) -> None:
         """The process is gone."""
         self._generation += 1

@@ -14,7 +14,7 @@ from protocol.errors import StorageError, StorageFullError, StorageReadOnlyError
 SECTOR_BYTES: Final = 512
 """A torn write ends at a multiple of this: what a medium writes at once."""
 
-INTERNED_BYTES_MIN: Final = 1_024
+INTERNED_BYTES_MIN: Final = 4_096
 """Shorter pieces are records and indexes of one device; looking them up costs more than they take."""
 
 _Item = TypeVar("_Item")

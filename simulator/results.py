@@ -72,7 +72,7 @@ class ServerLoad(Struct, frozen=True, kw_only=True):
 
 
 class FleetResult(Struct, frozen=True, kw_only=True):
-    """Everything about a run. All but `wall_s`, `peak_memory_bytes` and what is derived from them is replayed exactly."""
+    """Everything about a run. All but `wall_s`, `cpu_s`, `peak_memory_bytes` and what is derived from them is replayed exactly."""
 
     scenario: Scenario
     command: str
@@ -101,6 +101,7 @@ class FleetResult(Struct, frozen=True, kw_only=True):
     story: list[str] = []
     shrunk: Scenario | None = None
     wall_s: float = 0.0
+    cpu_s: float = 0.0
     peak_memory_bytes: int = 0
 
     @property

@@ -382,16 +382,18 @@ class SimulatedServer:
             return
         broker.received(self._connection_id, Connect(_SERVER_ID))
 
-    def closed(self) -> None:
+    def closed(self, connection_id: int) -> None:
         """As `Endpoint.closed`."""
+        if connection_id != self._connection_id:
+            return
         self._connection_id = 0
         self._is_connected = False
         self._answers.clear()
         self._world.loop.after(RECONNECT_US, self._connect, self._generation)
 
-    def transmit(self, packet: Packet, byte_count: int) -> None:
+    def transmit(self, connection_id: int, packet: Packet, byte_count: int) -> None:
         """As `Endpoint.transmit`: server and broker are neighbours, and take no time for each other."""
-        broker, connection_id = self._world.broker, self._connection_id
+        broker = self._world.broker
         broker.sent(connection_id, byte_count)
         match packet:
             case Publish():

@@ -294,6 +294,8 @@ class World:
             device.disk.capacity_bytes = device.kind.disk_bytes
             device.disk.is_read_only = False
             device.clock.offset_ms = 0
+            if device.clock.is_wrong:
+                device.restart()
             if not device.kind.link.on_s:
                 device.transport.link_changed(is_up=True)
             device.switch_on()
