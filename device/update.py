@@ -542,10 +542,14 @@ class Update:
         """The commit point did not become durable, or what follows it failed: the version before stays."""
         before = self._ledger.slot.other
         self._ledger.change(active=before)
-        self._ledger.files = dict(self._ledger.record.active_slot.files)
         self._ledger.note(code=event.code, detail=event.detail)
         self._desk.move(Trigger.SWAP_FAILED, event.code)
-        self._serving.begin(before)
+        if self._serving.slot is None:
+            # At a boot: that slot has not been measured yet, and the answer about the other one must not be taken for its.
+            self._serving.take_inventory()
+        else:
+            self._ledger.files = dict(self._ledger.record.active_slot.files)
+            self._serving.begin(before)
         self._desk.persist()
 
 

@@ -167,7 +167,6 @@ class Client:
         device = self._device
         world = device.world
         self._generation += 1
-        world.checks.connecting(device)
         if not self.is_link_up:
             self._reconnect_later()
             return
@@ -234,6 +233,7 @@ class Client:
 
     def _reconnect(self, generation: int) -> None:
         if generation == self._generation and self._is_enabled:
+            self._device.world.checks.reconnecting(self._device)
             self._connect()
 
     # Sending

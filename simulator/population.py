@@ -8,6 +8,7 @@ from simulator.device import SimulatedDevice
 from simulator.loop import US_PER_S
 from simulator.network import Line, Path
 from simulator.scenario import DeviceKind
+from simulator.scenario import Link as LinkKind
 from simulator.streams import Stream
 
 if TYPE_CHECKING:
@@ -55,3 +56,38 @@ def _site(kind: DeviceKind, sites: dict[str, tuple[Line, int]]) -> Line | None:
         line, count = Line(kind.link.site_bytes_per_s), 0
     sites[kind.name] = (line, count + 1)
     return line
+
+
+def mixed_population() -> tuple[DeviceKind, ...]:
+    """Devices as different as a fleet's: wired, wireless, behind a shared line, and on a metered modem that sleeps."""
+    return (
+        DeviceKind(name="wired", weight=3.0, tier="pi", link=LinkKind(spread=2.0)),
+        DeviceKind(
+            name="wireless",
+            weight=4.0,
+            tier="pi",
+            link=LinkKind(down_bytes_per_s=400_000, up_bytes_per_s=200_000, loss=0.02, jitter_ms=60.0, spread=3.0),
+        ),
+        DeviceKind(
+            name="site",
+            weight=2.0,
+            tier="jetson",
+            inference_ms=3.0,
+            link=LinkKind(site_devices=8, site_bytes_per_s=1_000_000),
+        ),
+        DeviceKind(
+            name="modem",
+            weight=1.0,
+            tier="pi",
+            link=LinkKind(
+                down_bytes_per_s=60_000,
+                up_bytes_per_s=20_000,
+                latency_ms=150.0,
+                loss=0.05,
+                metered=True,
+                on_s=300.0,
+                off_s=60.0,
+                night_rate=1.5,
+            ),
+        ),
+    )

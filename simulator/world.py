@@ -47,6 +47,9 @@ SAMPLES_MAX: Final = 1_000
 RETRY_S: Final = 30.0
 """Between two rollouts of the last good release while a fleet converges."""
 
+MENDING_S: Final = 60.0
+"""Within which everything is mended after the faults."""
+
 SCRAPS_BYTES: Final = 100_000
 """Room that a full disk has left: for records, not for an update."""
 
@@ -295,10 +298,14 @@ class World:
             device.disk.is_read_only = False
             device.clock.offset_ms = 0
             if device.clock.is_wrong:
-                device.restart()
+                self.loop.after(self._mending_us(), device.restart)
             if not device.kind.link.on_s:
                 device.transport.link_changed(is_up=True)
-            device.switch_on()
+            self.loop.after(self._mending_us(), device.switch_on)
+
+    def _mending_us(self) -> int:
+        """Nobody mends a whole fleet at one instant."""
+        return int(self.fault_stream.uniform(0, MENDING_S) * US_PER_S)
 
     # What is noted
 

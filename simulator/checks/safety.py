@@ -144,8 +144,8 @@ class SafetyChecks:
         if digest not in self._world.signed:
             raise PromiseBrokenError(1, device.number, f"it runs {digest[:12]}, which nobody signed")
 
-    def connecting(self, device: "SimulatedDevice") -> None:
-        """A device tries to connect."""
+    def reconnecting(self, device: "SimulatedDevice") -> None:
+        """A device tries to connect again."""
         now_us = self._world.loop.now_us
         if now_us - self._herd_us > HERD_WINDOW_US:
             self._herd_us, self._herd = now_us, 0

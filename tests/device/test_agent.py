@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from device import effects
-from device.slots import SlotHealth, SlotName
+from device.slots import SlotHealth, SlotName, measure_slot
 from device.states import State
 from protocol.chunks import encode_chunk
 from protocol.ids import DeviceId, digest_of
@@ -386,6 +386,26 @@ def test_a_disk_that_cannot_be_written_does_not_stop_inference(cache: Cache) -> 
     assert "storage.read_only" in {
         report.update.code for report in device.reports if report.update is not None
     }
+
+
+def test_a_disk_that_fails_once_at_the_boot_after_a_commit_costs_the_update_and_not_the_model(
+    cache: Cache,
+) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.COMMITTING)
+    assert device.record.active is SlotName.B
+    device.disk.crash(random.Random(1))
+    device.boot()
+    device.disk.is_read_only = True
+    assert device.step()  # the answer about the slot that was committed is still to come
+    device.disk.is_read_only = False
+    device.settle()
+    record = device.record
+    assert record.active is not None
+    assert measure_slot(device.disk, record.active) == record.active_slot.files != {}
+    assert device.answer() == record.active_slot.files["model.onnx"]
 
 
 @pytest.mark.parametrize("state", [State.TRIAL, State.COMMITTING])
