@@ -98,9 +98,7 @@ class SimulatedDevice:
         "world",
     )
 
-    def __init__(
-        self, world: "World", number: int, kind: DeviceKind, path: Path, clock: DeviceClock
-    ) -> None:
+    def __init__(self, world: "World", number: int, kind: DeviceKind, path: Path, clock: DeviceClock) -> None:
         seed, name = world.scenario.seed, DeviceId(f"d{number:06}")
         self.world = world
         self.number = number
@@ -266,7 +264,9 @@ class SimulatedDevice:
             world.checks.carried_out(self, effect)
             if type(effect) is effects.Trace:
                 source, trigger, target = effect.row
-                trace.note(now_us, self.number, f"{source.value} {trigger.value} {target.value} {effect.code}")
+                trace.note(
+                    now_us, self.number, f"{source.value} {trigger.value} {target.value} {effect.code}"
+                )
                 self._enter(target.value)
                 world.moved(self, effect)
             elif trace.follows(self.number):
@@ -324,7 +324,8 @@ class SimulatedDevice:
             return
         disk, engine = self.disk, self.engine
         read, written, syncs, spent_us = disk.read_bytes, disk.written_bytes, disk.syncs, engine.spent_us
-        self._answers = answers = []
+        answers: list[events.Event] = []
+        self._answers = answers
         try:
             self._jobs.popleft()()
         except PowerCutError:
@@ -384,4 +385,3 @@ def _described(effect: effects.Effect) -> str:
         case effects.Subscribe(filters) | effects.Unsubscribe(filters):
             return f"{type(effect).__name__} {len(filters)} filters"
     return type(effect).__name__
-

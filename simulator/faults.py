@@ -252,4 +252,3 @@ def _poisoned(packet: Publish) -> Publish:
     payload = bytearray(packet.payload)
     payload[POISON_AT] ^= 0x55
     return msgspec.structs.replace(packet, payload=bytes(payload))
-

@@ -32,13 +32,17 @@ def seeds_needed(name: str, seeds_max: int, first: int = 1) -> tuple[int, str]:
 def main() -> int:
     """Print a line per defect; returns 1 when one was not found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=SEEDS_MAX, help="tried per defect (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS_MAX, help="tried per defect (default: %(default)s)"
+    )
     seeds_max = parser.parse_args().seeds
     is_complete = True
     for name in DEFECTS:
         count, detail = seeds_needed(name, seeds_max)
         is_complete = is_complete and count > 0
-        print(f"{name:30} found by seed {count}: {detail}" if count else f"{name:30} NOT FOUND in {seeds_max} seeds", flush=True)
+        found = f"found by seed {count}: {detail}" if count else f"NOT FOUND in {seeds_max} seeds"
+        sys.stdout.write(f"{name:30} {found}\n")
+        sys.stdout.flush()
     return 0 if is_complete else 1
 
 

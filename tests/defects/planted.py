@@ -37,7 +37,7 @@ def skipped_fsync() -> Iterator[None]:
     """What a delta gave is not synced before the checkpoint says that it is there."""
 
     def step(disk: Any, *arguments: Any) -> bool:
-        return install.install_step(_Unsynced(disk), *arguments)  # type: ignore[arg-type]  # the rest of the disk is the disk's
+        return install.install_step(_Unsynced(disk), *arguments)
 
     with patch.object(executor, "install_step", step):
         yield
@@ -71,9 +71,8 @@ def dropped_jitter() -> Iterator[None]:
     """A lost connection is opened again after exactly the bound."""
 
     def wait_s(backoff: Backoff) -> float:
-        longest_s = min(RECONNECT_BASE_S * 2**backoff._attempts, RECONNECT_CAP_S)
         backoff._attempts += 1
-        return longest_s
+        return float(min(RECONNECT_BASE_S * 2 ** (backoff._attempts - 1), RECONNECT_CAP_S))
 
     with patch.object(Backoff, "wait_s", wait_s):
         yield

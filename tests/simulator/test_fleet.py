@@ -9,10 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-import device.executor
-import server.coordinator
-import simulator.device
-import simulator.server
+from device.agent import Agent
+from device.executor import Executor
+from server.broker.core import BrokerCore
+from server.coordinator import Coordinator
+from server.releases.publisher import Publisher
 from simulator.checks.safety import PromiseBrokenError
 from simulator.faults import draw_faults
 from simulator.fleet import run_fleet
@@ -20,6 +21,8 @@ from simulator.results import FleetResult
 from simulator.scenario import DeviceKind, Faults, Link, Model, ReleaseKind, ReleasePlan, Scenario
 from simulator.shrink import shrink
 from simulator.soak import run_seed, soak_scenario
+from simulator.trace import Trace
+from simulator.world import World
 from tests.defects.__main__ import seeds_needed
 from tests.defects.planted import DEFECTS, commit_before_trial
 
@@ -50,9 +53,17 @@ def test_a_fleet_takes_a_release_through_canaries_and_the_rest() -> None:
 
 
 def test_the_code_that_decides_is_the_code_that_runs_live() -> None:
-    assert simulator.device.Executor is device.executor.Executor
-    assert simulator.device.Agent.__module__ == "device.agent"
-    assert simulator.server.Coordinator is server.coordinator.Coordinator
+    world = World(Scenario(devices=1, model=SMALL), Trace())
+    world.run()
+    member = world.devices[0]
+    parts = (
+        member.agent,
+        member.executor,
+        world.server.coordinator,
+        world.server.publisher,
+        world.broker.core,
+    )
+    assert [type(part) for part in parts] == [Agent, Executor, Coordinator, Publisher, BrokerCore]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
@@ -127,7 +138,9 @@ def test_retained_messages_that_are_lost_again_and_again_cost_time_only() -> Non
     result = kept(fleet(60, faults=Faults(end_s=600.0, forget_s=1.0), releases=(PATIENT,)))
     assert result.faults["broker.forget"] > 100
     assert result.versions == {"v2": 60}
-    assert result.server.counters.get("chunks_answered", 0) + result.server.counters.get("metadata_answered", 0)
+    assert result.server.counters.get("chunks_answered", 0) + result.server.counters.get(
+        "metadata_answered", 0
+    )
 
 
 def test_a_fleet_that_lost_its_broker_comes_back_spread_out() -> None:
