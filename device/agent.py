@@ -17,9 +17,11 @@ from device.config import AgentConfig
 from device.desk import Desk
 from device.effects import Effect, Persist, Subscribe
 from device.journal import Record
+from device.ports import Trust
 from device.serving import Serving
 from device.states import State
 from device.update import Update
+from protocol import trust as trust_module
 from protocol.chunks import Chunk, decode_chunk
 from protocol.errors import ChunkError, WhimbrelError
 from protocol.messages import Desired, MetadataBundle, decode_message
@@ -32,11 +34,12 @@ class Agent:
     Args:
         config: Identity and limits.
         rng: Source of jitter; the only source of chance.
+        trust: Verifies signed metadata.
     """
 
-    def __init__(self, config: AgentConfig, rng: random.Random) -> None:
+    def __init__(self, config: AgentConfig, rng: random.Random, trust: Trust = trust_module) -> None:
         self.config = config
-        self._desk = Desk(config, rng)
+        self._desk = Desk(config, rng, trust)
         self._serving = Serving(self._desk, self._on_settled, self._on_swap_failed)
         self._update: Update | None = None  # there is one from `Booted` on
         self._has_resumed = False  # the update that the boot found goes on

@@ -7,6 +7,7 @@ from typing import Final
 from device.config import AgentConfig
 from device.effects import Effect, Publish, Trace
 from device.ledger import Ledger
+from device.ports import Trust
 from device.states import REWRITING, State, Trigger, fire
 from protocol.messages import encode_message
 from protocol.topics import Topics
@@ -21,11 +22,13 @@ class Desk:
     Args:
         config: Identity and limits.
         rng: Source of jitter.
+        trust: Verifies signed metadata.
     """
 
-    def __init__(self, config: AgentConfig, rng: random.Random) -> None:
+    def __init__(self, config: AgentConfig, rng: random.Random, trust: Trust) -> None:
         self.config = config
         self.rng = rng
+        self.trust = trust
         self.topics = Topics(config.fleet)
         self.ledger = Ledger(config)
         self.state = State.IDLE

@@ -17,7 +17,7 @@ from msgspec import Struct
 from device.ports import Disk
 from device.slots import SlotHealth, SlotName
 from device.states import State
-from protocol.errors import StorageError, WhimbrelError
+from protocol.errors import StorageError
 from protocol.messages import Desired, TrialEvidence
 from protocol.release import ChunkTree, InPlaceNeeds, Release, RuntimeName
 from protocol.trust import Floors
@@ -28,6 +28,9 @@ RECORD_BYTES_MAX: Final = 4 << 20
 
 QUARANTINE_MAX: Final = 64
 """Releases that failed their trial here and are remembered; the oldest is forgotten first."""
+
+READ_TRIES: Final = 5
+"""Attempts to read a copy before it counts as damaged: the other copy is older, and floors would go back by it."""
 
 _COPIES: Final = ("record.0", "record.1")
 _MAGIC: Final = b"WBRECORD"
@@ -201,6 +204,17 @@ class Journal:
         self._sequence = sequence
 
     def _read(self, name: str) -> tuple[int, Record] | None:
+        """A copy; `None` where it is not there or damaged. A read that fails once may succeed the next time."""
+        if self._disk.length(name) is None:
+            return None
+        for _ in range(READ_TRIES):
+            try:
+                return self._decoded(name)
+            except StorageError:
+                continue
+        return None
+
+    def _decoded(self, name: str) -> tuple[int, Record] | None:
         try:
             header = self._disk.read(name, 0, _HEADER.size)
             if len(header) < _HEADER.size:
@@ -212,7 +226,7 @@ class Journal:
             if len(body) != length or _checksum(sequence, body) != checksum:
                 return None
             return sequence, _decoder.decode(body)
-        except (WhimbrelError, msgspec.MsgspecError):
+        except msgspec.MsgspecError:
             return None
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from protocol.messages import TrialEvidence
 from protocol.release import HealthPlan, Prompt, RuntimeName
+from protocol.trust import Documents, Floors, Verified
 
 
 class Disk(Protocol):
@@ -132,6 +133,19 @@ class Engine(Protocol):
 
         Never raises because of the model: a crash, a hang or a refusal is evidence.
         """
+
+
+class Trust(Protocol):
+    """Verification of signed metadata: pure functions of their arguments, as `protocol.trust` has them.
+
+    Whoever runs many agents over the same documents may remember what they gave.
+    """
+
+    def check_root(self, root: bytes) -> int:
+        """As `protocol.trust.check_root`."""
+
+    def verify(self, root: bytes, documents: Documents, floors: Floors, now_ms: int) -> Verified:
+        """As `protocol.trust.verify`."""
 
 
 class Workers(Protocol):

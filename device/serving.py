@@ -11,6 +11,9 @@ from device.effects import LetGo, PointCurrent, Probe, Serve
 from device.slots import SlotHealth, SlotName
 from device.states import State
 
+INVENTORIES_MAX: Final = 5
+"""Attempts to measure the active slot before it counts as damaged: a disk that fails once must not silence a device."""
+
 RETRY_MS: Final = 60_000
 """Until another try to serve, after the disk failed to put back or to read what should be served."""
 
@@ -33,16 +36,18 @@ class Serving:
         self._on_settled = on_settled
         self._on_swap_failed = on_swap_failed
         self._inventory = 0  # serial of the probe whose answer will decide what is served
+        self._inventories = 0  # that failed in a row
         self._serve = 0  # serial of the last `Serve`
         self._is_waiting = False  # until the files are no longer rewritten
 
     def take_inventory(self, serial: int = 0) -> None:
-        """Measure the active slot, and serve it if it is what was signed.
+        """Measure the active slot, and serve it if it is what was signed; answers that are still to come are void.
 
         Args:
             serial: Of an inventory that this stands in for.
         """
         self._inventory = serial or self._desk.serial()
+        self._serve = 0
         self._desk.emit(Probe(self._inventory, self._desk.ledger.record.active))
 
     def wait(self) -> None:
@@ -85,20 +90,17 @@ class Serving:
             self.begin(slot)
 
     def begin(self, slot: SlotName) -> None:
-        """Let the engine answer with a slot whose files were measured, and the `current` link name it.
-
-        The engine first: a disk that cannot be written keeps the link from being moved, and nothing else.
-        """
+        """Let the engine answer with a slot whose files were measured; the `current` link follows once it does."""
         record = self._desk.ledger.record.slots[slot]
         self._is_waiting = False
         self._serve = self._desk.serial()
-        self._desk.emit(Serve(self._serve, slot, record.runtime, record.main_file), PointCurrent(slot))
+        self._desk.emit(Serve(self._serve, slot, record.runtime, record.main_file))
 
     def probed(self, event: events.Probed) -> bool:
         """Whether this was the inventory."""
         if event.serial != self._inventory:
             return False
-        self._inventory = 0
+        self._inventory = self._inventories = 0
         self.deadline_ms = None
         ledger = self._desk.ledger
         ledger.files = event.files
@@ -115,20 +117,32 @@ class Serving:
     def started(self, event: events.ServingStarted) -> None:
         """The engine answers."""
         if event.serial == self._serve:
-            self.slot = self._desk.ledger.record.active
+            slot = self.slot = self._desk.ledger.record.active
             self.deadline_ms = None
             self._on_settled()
+            if slot is not None:
+                # Last: a disk that cannot be written keeps the link from being moved, and nothing else.
+                self._desk.emit(PointCurrent(slot))
 
     def failed(self, event: events.EffectFailed) -> bool:
         """Whether it was about serving that something failed."""
         if event.serial and event.serial == self._serve:
             self._abandon("engine.failed")
             return True
-        was_dropped = not event.serial and self._inventory != 0  # perhaps, with what could not be carried out
-        was_ours = bool(event.serial) and self.probed(events.Probed(event.serial, {}, 0, 0))
-        if was_dropped or (was_ours and event.is_retryable):
+        if not event.serial or event.serial != self._inventory:
+            if (
+                not event.serial and self._inventory
+            ):  # perhaps it was dropped with what could not be carried out
+                self.deadline_ms = self._desk.now_ms + RETRY_MS
+            return False
+        self._inventories += 1
+        if event.is_retryable and self._inventories < INVENTORIES_MAX:
+            self.take_inventory()
+            return True
+        self.probed(events.Probed(event.serial, {}, 0, 0))
+        if event.is_retryable:
             self.deadline_ms = self._desk.now_ms + RETRY_MS
-        return was_ours
+        return True
 
     def _abandon(self, code: str) -> None:
         """The active slot cannot be served: fall back to the other one, if that one ever proved itself."""

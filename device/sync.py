@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from typing import Final
 
 from device.effects import Effect, Publish, Subscribe, Unsubscribe
+from device.ports import Trust
 from protocol.errors import TransportError, TrustError, WhimbrelError
 from protocol.ids import DeviceId
 from protocol.messages import MetadataBundle, MetadataRequest, encode_message
 from protocol.topics import Topics
-from protocol.trust import Documents, Floors, Verified, check_root, verify
+from protocol.trust import Documents, Floors, Verified
 
 PATIENCE_MS: Final = 8_000
 """Wait for retained documents before they are asked for."""
@@ -35,16 +36,20 @@ class MetadataSync:
         device: Who asks.
         rng: Source of jitter.
         root: The newest trusted root document.
+        trust: Verifies what was collected.
     """
 
-    def __init__(self, topics: Topics, device: DeviceId, rng: random.Random, root: bytes) -> None:
+    def __init__(
+        self, topics: Topics, device: DeviceId, rng: random.Random, root: bytes, trust: Trust
+    ) -> None:
         self.root = root
         self.deadline_ms: int | None = None
         self.last_error: WhimbrelError | None = None
         self._topics = topics
         self._device = device
         self._rng = rng
-        self._root_version = check_root(root)
+        self._trust = trust
+        self._root_version = trust.check_root(root)
         self._collected: dict[str, bytes] = {}
         self._roots: dict[int, bytes] = {}
         self._filters: tuple[str, ...] = ()
@@ -109,7 +114,7 @@ class MetadataSync:
     def verify(self, documents: Documents, floors: Floors, now_ms: int) -> Verified | None:
         """Verify a set; what does not verify may be half of a publication, so the rest is waited for."""
         try:
-            verified = verify(self.root, documents, floors, now_ms)
+            verified = self._trust.verify(self.root, documents, floors, now_ms)
         except TrustError as error:
             self.last_error = error
             return None

@@ -63,7 +63,7 @@ class Update:
         self._desk = desk
         self._ledger = desk.ledger
         self._serving = serving
-        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root)
+        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust)
         self._requester = Requester(desk.topics, config.device, desk.rng, config.groups_outstanding)
         self._targets: dict[str, Target] = {}
         self._transfer: Transfer | None = None
@@ -458,10 +458,11 @@ class Update:
 
     def restored(self) -> None:
         """The version before answers: the update is over."""
-        self._desk.emit(EmptySlot(self._ledger.slot))
-        self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.BAD))
+        slot = self._ledger.slot
+        self._ledger.set_slot(slot, SlotRecord(health=SlotHealth.BAD))
         self._desk.move(Trigger.RESTORED)
-        self._finish("rolled_back")
+        # Once the record no longer names it: until then that slot may be the active one.
+        self._finish("rolled_back", EmptySlot(slot))
 
     # --- ends ----------------------------------------------------------------------------------------------
 
@@ -500,10 +501,10 @@ class Update:
         self._desk.report()
         self._begin_sync()
 
-    def _finish(self, outcome: str) -> None:
+    def _finish(self, outcome: str, *cleaning: Effect) -> None:
         self._ledger.note(outcome=outcome, finished_ms=self._desk.now_ms, retry=False)
         self._desk.persist()
-        self._desk.emit(RemoveBlobs(frozenset()))
+        self._desk.emit(*cleaning, RemoveBlobs(frozenset()))
         self._desk.report()
         if (pending := self._pending) is not None:
             self._pending = None
@@ -546,10 +547,15 @@ class Update:
         """The commit point did not become durable, or what follows it failed: the version before stays."""
         before = self._ledger.slot.other
         self._ledger.change(active=before)
-        self._ledger.files = dict(self._ledger.record.active_slot.files)
         self._ledger.note(code=event.code, detail=event.detail)
         self._desk.move(Trigger.SWAP_FAILED, event.code)
-        self._serving.go_back(before)
+        if self._serving.slot is None and not self._ledger.update.is_in_place:
+            # At a boot: that slot has not been measured yet, and the answer about the other one must not be taken for its.
+            self._ledger.files = {}
+            self._serving.take_inventory()
+        else:
+            self._ledger.files = dict(self._ledger.record.active_slot.files)
+            self._serving.go_back(before)
         self._desk.persist()
 
 

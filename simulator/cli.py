@@ -1,4 +1,4 @@
-"""The `whimbrel-sim` command: a fleet of real agents on this machine.
+"""The `whimbrel-sim` command: fleets of real agents on this machine, in real time or in virtual time.
 
 Exit codes: 0 every check passed, 1 a check failed or the run could not be done (one line says why), 2 wrong usage,
 130 interrupted.
@@ -20,6 +20,7 @@ import msgspec
 from rich.console import Console
 
 from protocol.errors import StorageError, WhimbrelError
+from simulator.fleet_cli import add_commands
 from simulator.live.options import Options
 from simulator.live.run import run_live
 from simulator.report.page import render_page
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         output, errors = stack.enter_context(_copy(sys.stdout)), stack.enter_context(_copy(sys.stderr))
         try:
-            return _run(arguments, f"whimbrel-sim {shlex.join(given)}", output, errors)
+            return int(arguments.action(arguments, f"whimbrel-sim {shlex.join(given)}", output, errors))
         except WhimbrelError as error:
             print(f"whimbrel-sim: {error}", file=errors)
             return 1
@@ -110,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="for one rollout (default: %(default)s)",
     )
+    run.set_defaults(action=_run)
+    add_commands(commands)
     return parser
 
 

@@ -26,18 +26,12 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-RECONNECT_BASE_S: Final = 0.5
-RECONNECT_CAP_S: Final = 60.0
-"""Full jitter: a device waits for a random time up to the base doubled per attempt, at most the cap."""
+from device.reconnect import Backoff
 
 KEEPALIVE_S: Final = 30
 CONNECT_TIMEOUT_S: Final = 10.0
 QUEUED_MESSAGES_MAX: Final = 256
 """Messages that wait in paho for the socket: reports and requests are few, and the next one says it all again."""
-
-STABLE_S: Final = 5.0
-"""A connection that was lost sooner counts as a failed attempt: a broker that accepts and then closes, because of its
-access rules or since two devices share an identity, is not hammered."""
 
 CONNECTORS_MAX: Final = 32
 """Connections of one process that are being opened at a time; the others wait for their turn."""
@@ -219,11 +213,10 @@ class MqttTransport:
         self.error = ""  # why there is no connection
         self._loop = loop
         self._address = address
-        self._rng = rng
+        self._backoff = Backoff(rng)
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
         self._on_message = on_message
-        self._attempts = 0
         self._is_enabled = False
         self._is_connecting = False
         self._is_connected = False
@@ -263,7 +256,7 @@ class MqttTransport:
     def start(self) -> None:
         """Connect, and go on connecting after every loss."""
         self._is_enabled = True
-        self._attempts = 0
+        self._backoff.reset()
         self._generation += 1
         self._connect()
 
@@ -365,11 +358,9 @@ class MqttTransport:
     def _reconnect_later(self) -> None:
         if not self._is_enabled:
             return
-        longest_s = min(RECONNECT_BASE_S * 2**self._attempts, RECONNECT_CAP_S)
-        self._attempts = min(self._attempts + 1, 16)
         self._generation += 1
         generation = self._generation
-        self._loop.call_later(self._rng.uniform(0, longest_s), lambda: self._reconnect(generation))
+        self._loop.call_later(self._backoff.wait_s(), lambda: self._reconnect(generation))
 
     def _reconnect(self, generation: int) -> None:
         if generation == self._generation:
@@ -390,9 +381,8 @@ class MqttTransport:
             _LOG.info("%s: not connected: %s", self._client_id, reason)
         self.error = reason
         was_connected, self._is_connected = self._is_connected, False
-        if was_connected and time.monotonic() - self._connected_at > STABLE_S:
-            self._attempts = 0
         if was_connected:
+            self._backoff.ended(time.monotonic() - self._connected_at)
             self._on_disconnected()
         self._reconnect_later()
 

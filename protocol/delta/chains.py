@@ -41,6 +41,7 @@ _SELF_EFFORTS = {Profile.FAST: "fast", Profile.SMALL: "smallest"}
 # A tensor segment that is hardly smaller than its result is tried without the base, too.
 _POOR_RATIO = 0.8
 _SAMPLE_BYTES = 64 << 10
+_PROBES, _PROBE_BYTES = 64, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,15 +280,18 @@ def _find_copy(plan: SegmentPlan, result: bytes, window: bytes) -> int | None:
 
 
 def _is_alike(result: bytes, window: bytes) -> bool:
-    """Tell whether bsdiff may find anything: in a sample, does knowing the base help zstd, or do bytes stand still?"""
-    ours, theirs = result[:_SAMPLE_BYTES], window[: 2 * _SAMPLE_BYTES]
-    alone = len(compress(ours, "fast"))
-    together = len(compress(theirs + ours, "fast")) - len(compress(theirs, "fast"))
-    if together < 0.95 * alone:
+    """Tell whether bsdiff may find anything: do pieces stand in the base, do bytes stand still, does knowing the base help zstd?"""
+    steps = range(0, max(1, len(result) - _PROBE_BYTES), max(1, len(result) // _PROBES))
+    if any(window.find(result[at : at + _PROBE_BYTES]) >= 0 for at in steps):
         return True
     size = min(len(result), len(window))
     still = np.count_nonzero(np.frombuffer(result, np.uint8, size) == np.frombuffer(window, np.uint8, size))
-    return bool(still > size // 16)
+    if still > size // 16:
+        return True
+    ours, theirs = result[:_SAMPLE_BYTES], window[: 2 * _SAMPLE_BYTES]
+    alone = len(compress(ours, "fast"))
+    together = len(compress(theirs + ours, "fast")) - len(compress(theirs, "fast"))
+    return together < 0.95 * alone
 
 
 def tall_choices(

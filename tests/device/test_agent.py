@@ -4,9 +4,10 @@ from collections import Counter
 import pytest
 
 from device import effects
-from device.slots import SlotHealth, SlotName
+from device.slots import SlotHealth, SlotName, measure_slot
 from device.states import State
 from protocol.chunks import encode_chunk
+from protocol.errors import StorageError
 from protocol.ids import DeviceId, digest_of
 from protocol.messages import (
     ChunkRequest,
@@ -388,6 +389,48 @@ def test_a_disk_that_cannot_be_written_does_not_stop_inference(cache: Cache) -> 
     }
 
 
+@pytest.mark.parametrize("name", ["record.0", "record.1", "slots/a/model.onnx"])
+def test_a_file_that_cannot_be_read_at_first_is_read_again_at_a_boot(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    device = online(cache)
+    before = device.record
+    read, failures = device.disk.read, [name] * 3
+
+    def failing(path: str, offset: int, length: int) -> bytes:
+        if path in failures:
+            failures.pop()
+            raise StorageError(f"{path}: input/output error")
+        return read(path, offset, length)
+
+    monkeypatch.setattr(device.disk, "read", failing)
+    device.boot()
+    device.settle()
+    assert failures == []
+    assert device.record.boots == before.boots + 1
+    assert device.answer() == digest_of(V1)
+
+
+def test_a_disk_that_fails_once_at_the_boot_after_a_commit_costs_the_update_and_not_the_model(
+    cache: Cache,
+) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.COMMITTING)
+    assert device.record.active is SlotName.B
+    device.disk.crash(random.Random(1))
+    device.boot()
+    device.disk.is_read_only = True
+    assert device.step()  # the answer about the slot that was committed is still to come
+    device.disk.is_read_only = False
+    device.settle()
+    record = device.record
+    assert record.active is not None
+    assert measure_slot(device.disk, record.active) == record.active_slot.files != {}
+    assert device.answer() == record.active_slot.files["model.onnx"]
+
+
 @pytest.mark.parametrize("state", [State.TRIAL, State.COMMITTING])
 def test_a_disk_that_fails_at_the_end_of_an_update_keeps_the_old_version_and_blames_nobody(
     cache: Cache, state: State
@@ -488,7 +531,7 @@ def test_a_release_that_takes_the_device_down_is_given_up_after_three_trials(cac
     ask(device, "v2")
     for _ in range(10):
         device.settle(
-            until=lambda: any(isinstance(effect, effects.StartTrial) for effect in device.effects[-1:])
+            until=lambda: any(isinstance(effect, effects.StartTrial) for effect in device.effects[-2:])
         )
         if device.state is not State.TRIAL:
             break

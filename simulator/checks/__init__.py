@@ -1,0 +1,1 @@
+"""Promises, checked at every step of a run, and convergence after its faults."""
