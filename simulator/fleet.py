@@ -12,6 +12,7 @@ import msgspec
 from device.states import UnlistedTransitionError
 from simulator.checks.safety import PromiseBrokenError
 from simulator.loop import US_PER_S
+from simulator.recording import Recorder
 from simulator.results import (
     BrokerLoad,
     Failure,
@@ -32,19 +33,22 @@ CODE_LINES: Final = 3
 """Last lines of a traceback that a failure of the code quotes."""
 
 
-def run_fleet(scenario: Scenario, *, follow: int = -1, command: str = "") -> FleetResult:
+def run_fleet(
+    scenario: Scenario, *, follow: int = -1, command: str = "", recorder: Recorder | None = None
+) -> FleetResult:
     """Run a scenario to its end.
 
     Args:
         scenario: What to simulate.
         follow: Number of a device whose story is kept.
         command: How to replay it, for the result.
+        recorder: Keeps what a page about the run shows; the run itself does not depend on it.
 
     Raises:
         RequestError: The scenario contradicts itself.
     """
     begun, spent = time.monotonic(), time.process_time()  # noqa: TID251 - how long the run took, for the result
-    world = World(scenario, Trace(follow))
+    world = World(scenario, Trace(follow), recorder)
     failure = None
     thresholds = gc.get_threshold()
     gc.freeze()
@@ -114,6 +118,7 @@ def _result(world: World, failure: Failure | None, command: str) -> FleetResult:
         ),
         delta_bytes=world.delta_lengths(),
         story=world.trace.story,
+        recording=None if world.recorder is None else world.recorder.finish(),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KILOBYTE,
     )
 

@@ -71,6 +71,58 @@ class ServerLoad(Struct, frozen=True, kw_only=True):
     counters: dict[str, int]
 
 
+class Moment(Struct, frozen=True, kw_only=True):
+    """The fleet at an instant at which something changed; finer than a `Sample`."""
+
+    at_s: float
+    counts: list[int]  # devices by label, in the order of `FleetRecording.labels`
+    connections: int
+    broker_bytes: int  # sent so far
+    server_events: int  # handled so far
+
+
+class VersionSpread(Struct, frozen=True, kw_only=True):
+    """How far a version got: instants in seconds, and devices so far, at every thousandth of the fleet and at the end."""
+
+    version: str
+    tried: list[tuple[float, int]]  # devices that had it in a trial
+    committed: list[tuple[float, int]]  # devices that kept it
+
+
+class WaveOutcome(Struct, frozen=True, kw_only=True):
+    """One wave of a rollout, as the coordinator has it at the end."""
+
+    rollout: str
+    version: str
+    wave: str
+    asked: int  # devices that were sent a request
+    begun_s: float
+    ended_s: float | None  # last decision; None while one is missing
+    counts: dict[str, int]  # members by status
+    codes: dict[str, int]  # of those that did not commit
+
+
+class Tracks(Struct, frozen=True, kw_only=True):
+    """What single devices did: changes in order of time. Columns, since there are many."""
+
+    stride: int  # every how many-th device is here
+    kinds: list[str]  # of each device, by number divided by stride
+    at_ms: list[int]
+    device: list[int]  # number divided by stride
+    label: list[int]  # position in `FleetRecording.labels`
+
+
+class FleetRecording(Struct, frozen=True, kw_only=True):
+    """What a page about a run shows beyond the counted figures: bounded, whatever the fleet and the time."""
+
+    labels: list[str]  # states, `idle` with the version that runs: `idle v2`
+    moments: list[Moment]
+    versions: list[VersionSpread]
+    waves: list[WaveOutcome]
+    times_s: dict[str, list[float]]  # by kind of device: median, 95th and 99th percentile from request to commit
+    tracks: Tracks
+
+
 class FleetResult(Struct, frozen=True, kw_only=True):
     """Everything about a run. All but `wall_s`, `cpu_s`, `peak_memory_bytes` and what is derived from them is replayed exactly."""
 
@@ -100,6 +152,7 @@ class FleetResult(Struct, frozen=True, kw_only=True):
     delta_bytes: dict[str, int]  # length of each signed delta, by its versions
     story: list[str] = []
     shrunk: Scenario | None = None
+    recording: FleetRecording | None = None
     wall_s: float = 0.0
     cpu_s: float = 0.0
     peak_memory_bytes: int = 0

@@ -31,6 +31,7 @@ from simulator.loop import US_PER_MS, US_PER_S, Loop
 from simulator.models import FACTORY, FAMILY, FLEET, contents_of, release_of
 from simulator.network import Line
 from simulator.population import make_devices
+from simulator.recording import Recorder
 from simulator.results import Sample
 from simulator.scenario import ReleasePlan, Scenario
 from simulator.server import SimulatedServer
@@ -62,11 +63,13 @@ class World:
     Args:
         scenario: What it is like.
         trace: Takes note of every step.
+        recorder: Takes note of what a page shows.
     """
 
-    def __init__(self, scenario: Scenario, trace: Trace) -> None:
+    def __init__(self, scenario: Scenario, trace: Trace, recorder: Recorder | None = None) -> None:
         self.scenario = scenario
         self.trace = trace
+        self.recorder = recorder
         self.loop = Loop()
         self.topics = Topics(FleetId(FLEET))
         self.trust = RememberedTrust()
@@ -122,6 +125,8 @@ class World:
         self.disk_faults = self._any("storage", "crash_disk")
         self.effect_faults = self._any("crash_effect")
         self.faults.begin()
+        if self.recorder is not None:
+            self.recorder.begin(self)
         self.loop.at(TICK_US, self._tick)
         self.loop.at(0, self._sample)
 
@@ -313,10 +318,12 @@ class World:
         """A fault happened by itself."""
         self.faults.counts[fault] += 1
 
-    def entered(self, before: str, after: str) -> None:
-        """A device is in another state."""
-        self.states[before] -= 1
-        self.states[after] += 1
+    def entered(self, device: SimulatedDevice, state: str) -> None:
+        """A device goes to another state than the one it was in."""
+        self.states[device.state] -= 1
+        self.states[state] += 1
+        if self.recorder is not None:
+            self.recorder.entered(device.number, state)
 
     def moved(self, device: SimulatedDevice, effect: effects.Trace) -> None:
         """A device took a transition."""
@@ -329,6 +336,8 @@ class World:
             update = None if device.agent is None else device.agent.record.update
             if update is not None:
                 self.completion_s.append(max(0, device.clock.now_ms() - update.started_ms) / 1_000)
+        if self.recorder is not None:
+            self.recorder.moved(device.number, effect)
 
     def saved(self, records: list[Record]) -> None:
         """The server made records durable."""
