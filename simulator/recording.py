@@ -6,15 +6,16 @@ change too often.
 
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from device import effects
 from device.states import State, Trigger
 from simulator.loop import US_PER_MS, US_PER_S
-from simulator.models import FACTORY
-from simulator.results import FleetRecording, Moment, Tracks, VersionSpread, WaveOutcome
+from simulator.results import FleetRecording, Moment, Tracks, UpdateTimes, VersionSpread, WaveOutcome
 
 if TYPE_CHECKING:
+    from simulator.device import SimulatedDevice
     from simulator.world import World
 
 MOMENTS_MAX: Final = 2_000
@@ -30,7 +31,6 @@ CHANGES_MAX: Final = 200_000
 """Of these devices; about a megabyte in the page. Beyond it every second device is dropped."""
 
 CURVE_POINTS: Final = 1_000
-_PERCENTILES: Final = (50, 95, 99)
 _DOWN: Final = "down"
 
 
@@ -49,73 +49,63 @@ class Recorder:
         self._counts: list[int] = []
         self._moments: list[Moment] = []
         self._step_us = STEP_US
-        self._tried: dict[str, array[int]] = {}
-        self._tried_by: dict[str, bytearray] = {}
-        self._committed: dict[str, array[int]] = {}
-        self._times_us: dict[str, array[int]] = {}
+        self._tried: dict[str, _Firsts] = {}
+        self._committed: dict[str, _Firsts] = {}
         self._asked: dict[int, tuple[str, int]] = {}
+        self._times_us: dict[str, array[int]] = {}
         self._at_ms: array[int] = array("Q")
         self._device: array[int] = array("L")
         self._label: array[int] = array("B")
 
     def begin(self, world: "World") -> None:
-        """All devices are there, without power, with the factory's version."""
+        """All devices are there, without power."""
         self._world = world
         count = len(world.devices)
         self._stride = -(-count // self._dots_max)
-        self._versions = [FACTORY] * count
         self._now = bytearray([self._label_of(_DOWN)]) * count
         self._counts[self._now[0]] = count
         self._changed_us = 0
         self._latest = self._load()
         self._add_moment()
 
-    def entered(self, number: int, state: str) -> None:
+    def entered(self, device: "SimulatedDevice", state: str) -> None:
         """A device is in another state."""
-        text = f"{state} {self._versions[number]}" if state == State.IDLE.value else state
-        self._put(number, self._label_of(text))
+        if state == State.IDLE.value:
+            _, digest = device.seen.files[0]
+            state = f"{state} {self._world.behaviours[digest].version}"
+        self._put(device.number, self._label_of(state))
 
-    def moved(self, number: int, effect: effects.Trace) -> None:
-        """A device took a transition; `entered` has been called for it."""
-        version, now_us = effect.version, self._world.loop.now_us
+    def moved(self, device: "SimulatedDevice", effect: effects.Trace) -> None:
+        """A device took a transition."""
+        number, version, now_us = device.number, effect.version, self._world.loop.now_us
         _, trigger, target = effect.row
         if trigger is Trigger.REQUESTED and self._asked.get(number, ("", 0))[0] != version:
             self._asked[number] = (version, now_us)
-        if target is State.TRIAL:
-            has_tried = self._tried_by.setdefault(version, bytearray(len(self._now)))
-            if not has_tried[number]:
-                has_tried[number] = 1
-                self._tried.setdefault(version, array("Q")).append(now_us)
-        if trigger is Trigger.COMMITTED:
-            self._versions[number] = version
-            self._committed.setdefault(version, array("Q")).append(now_us)
+        elif target is State.TRIAL:
+            self._firsts(self._tried, version).add(number, now_us)
+        elif trigger is Trigger.COMMITTED:
+            self._firsts(self._committed, version).add(number, now_us)
             asked, asked_us = self._asked.pop(number, ("", 0))
             if asked == version:
-                kind = self._world.devices[number].kind.name
-                self._times_us.setdefault(kind, array("Q")).append(now_us - asked_us)
-            self.entered(number, target.value)
+                self._times_us.setdefault(device.kind.name, array("Q")).append(now_us - asked_us)
 
     def finish(self) -> FleetRecording:
         """Everything, as a value."""
         self._latest = self._load()
         self._changed_us = self._world.loop.now_us
         self._add_moment()
-        width = len(self._labels)
         for moment in self._moments:
-            moment.counts.extend([0] * (width - len(moment.counts)))
+            moment.counts.extend([0] * (len(self._labels) - len(moment.counts)))
+        everybody = [time_us for times_us in self._times_us.values() for time_us in times_us]
+        by_kind = sorted(self._times_us.items())
         return FleetRecording(
             labels=list(self._labels),
             moments=self._moments,
             versions=[
-                VersionSpread(
-                    version=version,
-                    tried=self._curve(self._tried.get(version)),
-                    committed=self._curve(self._committed.get(version)),
-                )
-                for version in sorted(self._tried.keys() | self._committed.keys())
+                self._spread(version) for version in sorted(self._tried.keys() | self._committed.keys())
             ],
             waves=_waves(self._world),
-            times_s={kind: _percentiles(times) for kind, times in sorted(self._times_us.items())},
+            times=[_times(kind, times_us) for kind, times_us in [("", everybody), *by_kind] if times_us],
             tracks=Tracks(
                 stride=self._stride,
                 kinds=[device.kind.name for device in self._world.devices[:: self._stride]],
@@ -123,6 +113,16 @@ class Recorder:
                 device=self._device.tolist(),
                 label=self._label.tolist(),
             ),
+        )
+
+    def _firsts(self, table: "dict[str, _Firsts]", version: str) -> "_Firsts":
+        return table.setdefault(version, _Firsts(len(self._now)))
+
+    def _spread(self, version: str) -> VersionSpread:
+        return VersionSpread(
+            version=version,
+            tried=self._firsts(self._tried, version).curve(),
+            committed=self._firsts(self._committed, version).curve(),
         )
 
     def _label_of(self, text: str) -> int:
@@ -181,21 +181,36 @@ class Recorder:
         self._device = array("L", (self._device[index] // 2 for index in kept))
         self._stride *= 2
 
-    def _curve(self, instants_us: "array[int] | None") -> list[tuple[float, int]]:
-        if instants_us is None:
-            return []
-        devices, reached = len(self._now), len(instants_us)
-        counts = {-(-devices * part // CURVE_POINTS) for part in range(1, CURVE_POINTS + 1)}
+
+class _Firsts:
+    """When each device did something for the first time."""
+
+    def __init__(self, devices: int) -> None:
+        self._devices = bytearray(devices)
+        self._instants_us: array[int] = array("Q")
+
+    def add(self, number: int, instant_us: int) -> None:
+        """A device does it; instants come in order."""
+        if not self._devices[number]:
+            self._devices[number] = 1
+            self._instants_us.append(instant_us)
+
+    def curve(self) -> list[tuple[float, int]]:
+        """Instants in seconds, and devices so far, at every thousandth of the fleet and at the end."""
+        fleet, reached = len(self._devices), len(self._instants_us)
+        counts = {-(-fleet * part // CURVE_POINTS) for part in range(1, CURVE_POINTS + 1)}
         return [
-            (instants_us[count - 1] / US_PER_S, count)
+            (self._instants_us[count - 1] / US_PER_S, count)
             for count in sorted({1, reached} | counts)
-            if count <= reached
+            if 1 <= count <= reached
         ]
 
 
-def _percentiles(times_us: "array[int]") -> list[float]:
-    ordered = sorted(times_us)
-    return [ordered[(len(ordered) - 1) * share // 100] / US_PER_S for share in _PERCENTILES]
+def _times(kind: str, times_us: Sequence[int]) -> UpdateTimes:
+    ordered, count = sorted(times_us), len(times_us)
+    kept = min(count, CURVE_POINTS)
+    values_s = [ordered[part * count // kept - 1] / US_PER_S for part in range(1, kept + 1)]
+    return UpdateTimes(kind=kind, updates=count, values_s=values_s)
 
 
 def _waves(world: "World") -> list[WaveOutcome]:

@@ -85,8 +85,16 @@ class VersionSpread(Struct, frozen=True, kw_only=True):
     """How far a version got: instants in seconds, and devices so far, at every thousandth of the fleet and at the end."""
 
     version: str
-    tried: list[tuple[float, int]]  # devices that had it in a trial
-    committed: list[tuple[float, int]]  # devices that kept it
+    tried: list[tuple[float, int]]  # devices that had it in a trial, each counted once
+    committed: list[tuple[float, int]]  # devices that kept it, likewise
+
+
+class UpdateTimes(Struct, frozen=True, kw_only=True):
+    """How long updates took, from the first request for a version to its commit, in true time."""
+
+    kind: str  # of device; empty for all
+    updates: int
+    values_s: list[float]  # ascending; of many updates those at every thousandth
 
 
 class WaveOutcome(Struct, frozen=True, kw_only=True):
@@ -119,7 +127,7 @@ class FleetRecording(Struct, frozen=True, kw_only=True):
     moments: list[Moment]
     versions: list[VersionSpread]
     waves: list[WaveOutcome]
-    times_s: dict[str, list[float]]  # by kind of device: median, 95th and 99th percentile from request to commit
+    times: list[UpdateTimes]  # of all devices, then by kind
     tracks: Tracks
 
 

@@ -318,7 +318,7 @@ class World:
         self.states[device.state] -= 1
         self.states[state] += 1
         if self.recorder is not None:
-            self.recorder.entered(device.number, state)
+            self.recorder.entered(device, state)
 
     def moved(self, device: SimulatedDevice, effect: effects.Trace) -> None:
         """A device took a transition."""
@@ -332,7 +332,7 @@ class World:
             if update is not None:
                 self.completion_s.append(max(0, device.clock.now_ms() - update.started_ms) / 1_000)
         if self.recorder is not None:
-            self.recorder.moved(device.number, effect)
+            self.recorder.moved(device, effect)
 
     def saved(self, records: list[Record]) -> None:
         """The server made records durable."""

@@ -1,5 +1,7 @@
 """The page about one simulated run: one HTML file with everything in it."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -15,11 +17,14 @@ from simulator.report.fleet_charts import (
     completion,
     faults_by_kind,
     load_over_time,
+    marks_of,
+    percentile,
+    spread_points,
     states_over_time,
     time_to_update,
 )
 from simulator.report.fleet_words import Reach, figures, headline, main_reach, reaches, story, verdict
-from simulator.report.peers import file_lengths, measure_transfers
+from simulator.report.peers import Transfer, file_lengths, measure_transfers
 from simulator.report.templates import render
 from simulator.report.timescale import TimeScale, time_scale
 from simulator.report.units import devices, duration, share, size
@@ -28,6 +33,9 @@ from simulator.scenario import Scenario, encode_scenario
 
 STORY_LINES_MAX: Final = 200
 """Last lines of a device's story that are shown; `whimbrel-sim replay` prints all."""
+
+QUIET_SHARE: Final = 0.02
+"""Of all changes of state: a long time with fewer than that is cut short."""
 
 
 def write_fleet_report(path: Path, scenario: Scenario, result: FleetResult) -> None:
@@ -58,7 +66,8 @@ def write_page(path: Path, text: str) -> None:
 
 def render_fleet(scenario: Scenario, result: FleetResult) -> str:
     """The page: a complete document that needs nothing from outside."""
-    counts, scale = counts_of(result), scale_of(result)
+    counts = counts_of(result)
+    scale = scale_of(result, counts)
     found = reaches(result)
     transfers = measure_transfers(result)
     data = animation_data(result, result.recording, scale) if result.recording is not None else None
@@ -72,14 +81,17 @@ def render_fleet(scenario: Scenario, result: FleetResult) -> str:
         verdict=verdict(result),
         figures=figures(result),
         kinds=FLEET_CLASSES,
-        legend=_legend(result, counts),
-        states=Markup(states_over_time(result, counts, scale)),  # noqa: S704 - built by us, every text in it is escaped
+        legend=legend_of(result, counts),
+        states=Markup(states_over_time(scenario, counts, scale, marks_of(result))),  # noqa: S704 - built by us, every text in it is escaped
         completion=_completion(result, found),
-        times=Markup(time_to_update(result)) if result.completion_s else "",  # noqa: S704 - likewise
-        transfers=Markup(bytes_per_update(transfers)) if transfers else "",  # noqa: S704 - likewise
+        times=_times(result),
+        updates=result.updates,
+        transfers=transfers,
+        transfer=_main_transfer(transfers, main_reach(found)),
+        bytes_chart=lambda transfer: Markup(bytes_per_update(transfer)),  # noqa: S704 - likewise
         traffic_note=_traffic_note(result, found),
         blast=_blast(result, found),
-        load=Markup(load_over_time(result, counts, scale)),  # noqa: S704 - likewise
+        load=Markup(load_over_time(counts, scale)),  # noqa: S704 - likewise
         faults=Markup(faults_by_kind(result)) if any(result.faults.values()) else "",  # noqa: S704 - likewise
         reaches=found,
         scenario_text=msgspec.json.format(encode_scenario(scenario), indent=2).decode(),
@@ -87,6 +99,10 @@ def render_fleet(scenario: Scenario, result: FleetResult) -> str:
         story_lines=result.story[-STORY_LINES_MAX:],
         data=data,
         script=Markup(SCRIPT.read_text("utf-8")) if data is not None else "",  # noqa: S704 - our own
+        times_by_kind={}
+        if result.recording is None
+        else {each.kind: each.values_s for each in result.recording.times},
+        percentile=percentile,
         devices=devices,
         duration=duration,
         share=share,
@@ -94,26 +110,64 @@ def render_fleet(scenario: Scenario, result: FleetResult) -> str:
     )
 
 
-def scale_of(result: FleetResult) -> TimeScale:
+def scale_of(result: FleetResult, counts: Sequence[Counts]) -> TimeScale:
     """The time axis of a run: from its first rollout to its end."""
-    counts = counts_of(result)
-    begun = [rollout.begun_s for rollout in result.rollouts if rollout.begun_s is not None]
-    active = [late.at_s for early, late in zip(counts, counts[1:], strict=False) if early.bands != late.bands]
-    return time_scale(min(begun, default=0.0), result.virtual_s, active)
+    begin_s = first_begin_s(result)
+    return time_scale(begin_s, result.virtual_s, active_instants(counts, begin_s))
 
 
-def _legend(result: FleetResult, counts: list[Counts]) -> list[tuple[str, str]]:
+def first_begin_s(result: FleetResult) -> float:
+    """When the first rollout began."""
+    return min((each.begun_s for each in result.rollouts if each.begun_s is not None), default=0.0)
+
+
+def active_instants(counts: Sequence[Counts], begin_s: float) -> list[float]:
+    """Instants after `begin_s` at which another `QUIET_SHARE` of all changes had happened."""
+    changes = [(late.at_s, _changed(early, late)) for early, late in pairwise(counts) if late.at_s > begin_s]
+    step = QUIET_SHARE * sum(change for _, change in changes)
+    active, done, wanted = [], 0.0, 0.0
+    for at_s, change in changes:
+        done += change
+        if change and done >= wanted:
+            active.append(at_s)
+            wanted = done + step
+    return active
+
+
+def _changed(early: Counts, late: Counts) -> int:
+    """Devices that do something else, twice."""
+    names = early.bands | late.bands
+    return sum(abs(late.bands.get(name, 0) - early.bands.get(name, 0)) for name in names)
+
+
+def legend_of(result: FleetResult, counts: Sequence[Counts]) -> list[tuple[str, str]]:
+    """What devices did, with its CSS class."""
     shown = {name for each in counts for name in each.bands}
     return [(name, kind) for name, kind in classes_of(result.scenario).items() if name in shown]
 
 
 def _completion(result: FleetResult, found: list[Reach]) -> Markup | str:
     main = main_reach(found)
-    if result.recording is None or main is None or not main.kept:
+    points = spread_points(result, main.version) if main is not None else []
+    if main is None or not points:
         return ""
-    spread = next(each for each in result.recording.versions if each.version == main.version)
-    begun_s = next(each.begun_s for each in result.rollouts if each.version == main.version)
-    return Markup(completion(result, spread, begun_s or 0.0))  # noqa: S704 - built by us, every text in it is escaped
+    return Markup(completion([(main.version, "v2", points)]))  # noqa: S704 - built by us, every text in it is escaped
+
+
+def _times(result: FleetResult) -> Markup | str:
+    """By true time where it was recorded; otherwise by the devices' clocks."""
+    if result.recording is not None and result.recording.times:
+        times = result.recording.times[0]
+        return Markup(time_to_update(times.values_s, times.updates))  # noqa: S704 - likewise
+    values = result.completion_s
+    return Markup(time_to_update(values, len(values))) if values else ""  # noqa: S704 - likewise
+
+
+def _main_transfer(transfers: list[Transfer], main: Reach | None) -> Transfer | None:
+    """The step to the version that the run is about, from the version closest to it."""
+    return next(
+        (each for each in reversed(transfers) if main is not None and each.version == main.version), None
+    )
 
 
 def _blast(result: FleetResult, found: list[Reach]) -> Markup | str:

@@ -6,10 +6,11 @@ from typing import Final
 
 from simulator.report.fleet_bands import Counts, at_instant, classes_of, position
 from simulator.report.peers import Transfer
-from simulator.report.svg import Frame, LogFrame, area, axes, line, picture, polyline, rect, text
+from simulator.report.svg import Frame, LogFrame, area, axes, circle, line, picture, polyline, rect, text
 from simulator.report.timescale import TimeFrame, TimeScale, time_frame
 from simulator.report.units import devices, duration, share, size
-from simulator.results import FleetResult, VersionSpread
+from simulator.results import FleetResult
+from simulator.scenario import Scenario
 
 WIDE: Final = 1040
 HALF: Final = 480
@@ -21,26 +22,30 @@ LOG_FROM: Final = 20
 """A distribution whose largest value is more than so many times its smallest has a logarithmic axis."""
 
 PERCENTILES: Final = (50, 95, 99)
+TICKED_WHOLE: Final = 5
+"""From which on an axis has whole numbers only."""
+
 _BAR: Final = 22
 _BAR_ROOM: Final = 150
+_WORDS_ROOM: Final = 90
 
 
-def states_over_time(result: FleetResult, counts: Sequence[Counts], scale: TimeScale) -> str:
-    """Devices by what they do, stacked."""
-    frame = time_frame(56, 44, WIDE - 68, 280, scale, result.scenario.devices)
-    columns = [
-        at_instant(counts, scale.instant((column + 1) / COLUMNS)).bands for column in range(COLUMNS)
-    ]
+def states_over_time(
+    scenario: Scenario, counts: Sequence[Counts], scale: TimeScale, marks: Sequence[tuple[float, str]]
+) -> str:
+    """Devices by what they do, stacked; `marks` are instants and what begins or ends there, ascending."""
+    frame = time_frame(56, 62, WIDE - 68, 280, scale, scenario.devices)
+    columns = [at_instant(counts, scale.instant((column + 1) / COLUMNS)).bands for column in range(COLUMNS)]
     parts = time_axes(frame, "devices")
     base = [0] * COLUMNS
-    for name, kind in classes_of(result.scenario).items():
+    for name, kind in classes_of(scenario).items():
         heights = [column.get(name, 0) for column in columns]
         if any(heights):
             top = [low + height for low, height in zip(base, heights, strict=True)]
             parts.append(area(frame, base, top, frame.width / COLUMNS, f"fill {kind}", name))
             base = top
-    parts += frame.break_marks() + _marks(result, frame)
-    return picture(WIDE, 384, parts, "Number of devices in each state over the time of the run")
+    parts += frame.break_marks() + _drawn_marks(marks, frame)
+    return picture(WIDE, 402, parts, "Number of devices in each state over the time of the run")
 
 
 def time_axes(frame: TimeFrame, y_title: str, *, y_format: str = "{:,.0f}", y_ticks: int = 5) -> list[str]:
@@ -50,7 +55,7 @@ def time_axes(frame: TimeFrame, y_title: str, *, y_format: str = "{:,.0f}", y_ti
     return axes(frame, x_title=x_title, y_title=y_title, y_format=y_format, y_ticks=y_ticks)
 
 
-def _marks(result: FleetResult, frame: TimeFrame) -> list[str]:
+def marks_of(result: FleetResult) -> list[tuple[float, str]]:
     """Where each version's first rollout begins, and where faults end."""
     marks: list[tuple[float, str]] = []
     seen: set[str] = set()
@@ -61,35 +66,58 @@ def _marks(result: FleetResult, frame: TimeFrame) -> list[str]:
     faults_end_s = result.scenario.faults.end_s
     if 0 < faults_end_s < result.virtual_s:
         marks.append((faults_end_s, "faults end"))
-    parts, free_x = [], -math.inf
-    for at_s, label in sorted(marks):
+    return sorted(marks)
+
+
+def _drawn_marks(marks: Sequence[tuple[float, str]], frame: TimeFrame) -> list[str]:
+    parts, free = [], [-math.inf, -math.inf]
+    for at_s, label in marks:
         x = frame.x(at_s)
         parts.append(line(x, frame.top - 8, x, frame.bottom, "phase"))
-        anchor = "end" if x > frame.right - LABEL_ROOM else "start"
-        left = x - LABEL_ROOM if anchor == "end" else x
-        if left >= free_x:
-            parts.append(text(x, frame.top - 14, label, kind="strong", anchor=anchor))
-            free_x = x if anchor == "end" else x + LABEL_ROOM
+        is_far_right = x > frame.right - LABEL_ROOM
+        left, right = (x - LABEL_ROOM, x) if is_far_right else (x, x + LABEL_ROOM)
+        row = next((row for row, free_x in enumerate(free) if left >= free_x), None)
+        if row is not None:
+            free[row] = right
+            anchor = "end" if is_far_right else "start"
+            parts.append(text(x, frame.top - 14 - 18 * row, label, kind="strong", anchor=anchor))
     return parts
 
 
-def completion(result: FleetResult, spread: VersionSpread, begun_s: float) -> str:
-    """Share of the fleet that runs a version, over the time since its rollout began."""
-    total = result.scenario.devices
-    points = [(max(at_s - begun_s, 1e-3), 100 * count / total) for at_s, count in spread.committed]
-    frame = value_frame([at_s for at_s, _ in points], 56, 34, HALF - 76, 200, 100)
+def completion(curves: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> str:
+    """Share of the fleet that runs a version, over the time since its rollout began.
+
+    Args:
+        curves: Name, CSS class, and points (seconds, per cent) of each; at least one point each.
+    """
+    frame = value_frame([at_s for _, _, points in curves for at_s, _ in points], 56, 34, HALF - 76, 200, 100)
     parts = axes(frame, x_title="seconds since its rollout began", y_title="% of the fleet")
-    parts.append(polyline(steps(frame, points), "curve strongline v2"))
-    for percent in PERCENTILES:
-        reached = next((at_s for at_s, value in points if value >= percent), None)
-        if reached is not None:
-            x, y = frame.x(reached), frame.y(percent)
-            parts.append(line(x, y, x, frame.bottom, "phase"))
-            parts.append(f'<circle class="fill v2 ringed" cx="{x:.1f}" cy="{y:.1f}" r="4.5"><title>{percent} % after {duration(reached)}</title></circle>')
-    return picture(HALF, 284, parts, f"Share of the fleet that runs {spread.version} over time")
+    for name, kind, points in curves:
+        parts.append(polyline(_steps(frame, points), f"curve strongline {kind}", name))
+        for percent in PERCENTILES:
+            reached = next((at_s for at_s, value in points if value >= percent), None)
+            if reached is not None:
+                x, y = frame.x(reached), frame.y(percent)
+                parts.append(line(x, y, x, frame.bottom, "phase"))
+                title = f"{name}: {percent} % after {duration(reached)}"
+                parts.append(circle(x, y, 4.5, f"fill {kind} ringed", title))
+    return picture(HALF, 284, parts, "Share of the fleet that runs the version, over time")
 
 
-def steps(frame: Frame, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def spread_points(result: FleetResult, version: str) -> list[tuple[float, float]]:
+    """Seconds since a version's first rollout began, and the per cent of the fleet that kept it by then."""
+    if result.recording is None:
+        return []
+    begun_s = next((each.begun_s for each in result.rollouts if each.version == version), None) or 0.0
+    return [
+        (max(at_s - begun_s, 1e-3), 100 * count / result.scenario.devices)
+        for spread in result.recording.versions
+        if spread.version == version
+        for at_s, count in spread.committed
+    ]
+
+
+def _steps(frame: Frame, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Corners of a line that stays where it is until the next point."""
     corners = [(frame.left, frame.y(0))]
     for at_s, value in points:
@@ -101,7 +129,7 @@ def value_frame(
     values: Sequence[float], left: float, top: float, width: float, height: float, y_to: float
 ) -> Frame:
     """A frame for these values (at least one), logarithmic where they are far apart."""
-    smallest, largest = max(min(values), 1e-3), max(max(values), 2e-3)
+    smallest, largest = max(min(values), 1e-3), max(*values, 2e-3)
     if largest > LOG_FROM * smallest:
         return LogFrame(left, top, width, height, smallest / 1.1, largest * 1.1, y_to)
     return Frame(left, top, width, height, 0, largest * 1.05, y_to)
@@ -120,23 +148,32 @@ def percentile(ordered: Sequence[float], percent: int) -> float:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
-def time_to_update(result: FleetResult) -> str:
-    """How long single devices took, from the request to the commit."""
-    values = result.completion_s
+def time_to_update(values: Sequence[float], updates: int) -> str:
+    """How long single devices took.
+
+    Args:
+        values: Seconds, ascending, at least one; each stands for as many updates as any other.
+        updates: How many there were.
+    """
     counts = histogram(values, value_frame(values, 56, 34, HALF - 76, 200, 1))
-    frame = value_frame(values, 56, 34, HALF - 76, 200, max(counts) * 1.08)
+    each = updates / len(values)
+    frame = value_frame(values, 56, 34, HALF - 76, 200, max(counts) * each * 1.08)
     parts = axes(frame, x_title="seconds from request to commit", y_title="updates", y_format="{:,.0f}")
     width = frame.width / BINS
     for index, count in enumerate(counts):
         if count:
-            y = frame.y(count)
-            parts.append(rect(frame.left + index * width + 0.5, y, width - 1, frame.bottom - y, "fill fetching", f"{count:,} updates"))
+            left, y = frame.left + index * width, frame.y(count * each)
+            title = f"{count * each:,.0f} updates"
+            parts.append(rect(left + 0.5, y, width - 1, frame.bottom - y, "fill fetching", title))
     for row, percent in enumerate(PERCENTILES):
         value = percentile(values, percent)
         x = frame.x(value)
         is_right = x > frame.left + frame.width * 0.62
         parts.append(line(x, frame.top, x, frame.bottom, "phase"))
-        parts.append(text(x - 5 if is_right else x + 5, frame.top + 12 + 17 * row, f"p{percent} {duration(value)}", kind="strong", anchor="end" if is_right else "start"))
+        label, anchor = f"p{percent} {duration(value)}", "end" if is_right else "start"
+        parts.append(
+            text(x - 5 if is_right else x + 5, frame.top + 12 + 17 * row, label, kind="strong", anchor=anchor)
+        )
     return picture(HALF, 284, parts, "Distribution of the time to update")
 
 
@@ -158,17 +195,14 @@ def bars(rows: Sequence[tuple[str, float, str, str]], description: str, *, most:
     return picture(HALF, y + 4, parts, description)
 
 
-def bytes_per_update(transfers: Sequence[Transfer]) -> str:
-    """What a step between two versions takes, by each way of sending it."""
-    rows: list[tuple[str, float, str, str]] = []
-    for transfer in transfers:
-        rows.append((f"{transfer.base} to {transfer.version}", -1, "", ""))
-        rows += [(name, length, "neutral", size(length)) for name, length in transfer.peers.items()]
-        rows += [
-            (f"Whimbrel's signed delta ({profile})", length, "fetching", size(length))
-            for profile, length in transfer.deltas.items()
-        ]
-    return bars(rows, "Bytes of one update, by the way of sending it")
+def bytes_per_update(transfer: Transfer) -> str:
+    """What the step between two versions takes, by each way of sending it."""
+    rows = [(name, length, "neutral", size(length)) for name, length in transfer.peers.items()]
+    rows += [
+        (f"Whimbrel's signed delta ({profile})", length, "fetching", size(length))
+        for profile, length in transfer.deltas.items()
+    ]
+    return bars(rows, f"Bytes of an update from {transfer.base} to {transfer.version}")
 
 
 def blast_radius(result: FleetResult, bad: Sequence[tuple[str, int, int, int]]) -> str:
@@ -188,30 +222,54 @@ def blast_radius(result: FleetResult, bad: Sequence[tuple[str, int, int, int]]) 
     return bars(rows, "Devices that bad versions reached", most=total)
 
 
+def grouped_bars(rows: Sequence[tuple[str, Sequence[tuple[float, str, str]]]], description: str) -> str:
+    """Horizontal bars beside their labels.
+
+    Args:
+        rows: Label, and value, CSS class and the value in words of each bar of it.
+        description: For those who cannot see it.
+    """
+    largest = max((value for _, values in rows for value, _, _ in values), default=0.0) or 1.0
+    frame = Frame(_BAR_ROOM, 0, HALF - _BAR_ROOM - _WORDS_ROOM, 0, 0, largest)
+    parts, y = [], 4.0
+    for label, values in rows:
+        parts.append(text(4, y + 7 + 9 * len(values), label))
+        for value, kind, words in values:
+            width = max(frame.x(value) - frame.left, 2)
+            parts.append(rect(frame.left, y + 2, width, 15, f"fill {kind}", f"{label}: {words}"))
+            parts.append(text(frame.left + width + 8, y + 14, words, kind="strong"))
+            y += 18
+        y += 6
+    return picture(HALF, y + 4, parts, description)
+
+
 def faults_by_kind(result: FleetResult) -> str:
     """How often each kind of fault happened."""
-    rows = [
-        (kind, count, "killed", f"{count:,}")
-        for kind, count in sorted(result.faults.items(), key=lambda each: -each[1])
-        if count
-    ]
-    return bars(rows, "Faults by kind")
+    counts = sorted(result.faults.items(), key=lambda each: -each[1])
+    rows = [(kind, [(count, "killed", f"{count:,}")]) for kind, count in counts if count]
+    return grouped_bars(rows, "Faults by kind")
 
 
-def load_over_time(result: FleetResult, counts: Sequence[Counts], scale: TimeScale) -> str:
+def load_over_time(counts: Sequence[Counts], scale: TimeScale) -> str:
     """What the broker sent, how many devices were connected, what the server handled, over the time of the run."""
     edges = [scale.instant(column / LOAD_COLUMNS) for column in range(LOAD_COLUMNS + 1)]
     rows = (
         ("broker, MB/s sent", rates(counts, edges, lambda each: each.broker_bytes / 1e6), "fetching"),
-        ("connections to the broker", [float(at_instant(counts, edge).connections) for edge in edges[1:]], "offline"),
+        (
+            "connections to the broker",
+            [float(at_instant(counts, edge).connections) for edge in edges[1:]],
+            "offline",
+        ),
         ("server, events/s", rates(counts, edges, lambda each: each.server_events), "installing"),
     )
     parts: list[str] = []
     for row, (title, values, kind) in enumerate(rows):
         frame = time_frame(64, 30 + row * 150, WIDE - 76, 92, scale, (max(values) or 1) * 1.08)
-        y_format = "{:,.0f}" if max(values) >= 5 else "{:,.2f}"
+        y_format = "{:,.0f}" if max(values) >= TICKED_WHOLE else "{:,.3g}"
         parts += axes(frame, x_title="", y_title=title, y_format=y_format, y_ticks=3)
-        parts.append(area(frame, [0.0] * len(values), values, frame.width / len(values), f"fill {kind}", title))
+        parts.append(
+            area(frame, [0.0] * len(values), values, frame.width / len(values), f"fill {kind}", title)
+        )
         parts += frame.break_marks()
     unit = f"{scale.unit} since the first rollout began"
     parts.append(text(WIDE - 12, 30 + 2 * 150 + 92 + 38, unit, kind="title", anchor="end"))

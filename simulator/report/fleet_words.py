@@ -64,7 +64,9 @@ def _reach(
     begun_s = rollouts[0].begun_s or 0.0
     total = result.scenario.devices
     updated_s = {
-        percent: next((at_s - begun_s for at_s, count in spread.committed if 100 * count >= percent * total), None)
+        percent: next(
+            (at_s - begun_s for at_s, count in spread.committed if 100 * count >= percent * total), None
+        )
         for percent in PERCENTILES
     }
     return Reach(
@@ -102,7 +104,12 @@ def story(result: FleetResult) -> str:
     found = reaches(result)
     return " ".join(
         sentence
-        for sentence in (_speed(result, main_reach(found)), _traffic(result), _trouble(result), _stopped(result, found))
+        for sentence in (
+            _speed(result, main_reach(found)),
+            _traffic(result),
+            _trouble(result),
+            _stopped(result, found),
+        )
         if sentence
     )
 
@@ -110,9 +117,17 @@ def story(result: FleetResult) -> str:
 def _speed(result: FleetResult, main: Reach | None) -> str:
     if main is None or not main.updated_s:
         return ""
-    reached = [f"{percent} % after {duration(value)}" for percent, value in main.updated_s.items() if value is not None]
+    reached = [
+        f"{percent} % after {duration(value)}"
+        for percent, value in main.updated_s.items()
+        if value is not None
+    ]
     missed = [f"{percent} %" for percent, value in main.updated_s.items() if value is None]
-    words = f"{main.version} ran on " + ", ".join(reached) if reached else f"{main.version} ran on {share(main.kept, result.scenario.devices)} of the fleet"
+    words = (
+        f"{main.version} ran on " + ", ".join(reached)
+        if reached
+        else f"{main.version} ran on {share(main.kept, result.scenario.devices)} of the fleet"
+    )
     return words + (f"; {' and '.join(missed)} of the fleet were never reached." if missed else ".")
 
 
@@ -134,7 +149,14 @@ def _trouble(result: FleetResult) -> str:
 def _stopped(result: FleetResult, found: Sequence[Reach]) -> str:
     sentences = []
     for each in found:
-        stopped = next((rollout for rollout in result.rollouts if rollout.version == each.version and rollout.state == "stopped"), None)
+        stopped = next(
+            (
+                rollout
+                for rollout in result.rollouts
+                if rollout.version == each.version and rollout.state == "stopped"
+            ),
+            None,
+        )
         if stopped is not None:
             kept = f"{devices(each.kept)} kept it" if each.kept else "none kept it"
             sentences.append(f"{each.version} was stopped after {devices(each.tried)} had tried it; {kept}.")
@@ -148,16 +170,47 @@ def figures(result: FleetResult) -> list[tuple[str, str]]:
     cards = []
     if main is not None and main.updated_s:
         for percent, value in main.updated_s.items():
-            cards.append(("never" if value is None else duration(value), f"until {percent} % of the fleet ran {main.version}"))
+            cards.append(
+                (
+                    "never" if value is None else duration(value),
+                    f"until {percent} % of the fleet ran {main.version}",
+                )
+            )
     elif result.completion_s:
-        cards += [(duration(percentile(result.completion_s, percent)), f"from request to commit, {percent}th percentile") for percent in PERCENTILES]
+        cards += [
+            (
+                duration(percentile(result.completion_s, percent)),
+                f"from request to commit, {percent}th percentile",
+            )
+            for percent in PERCENTILES
+        ]
     bad = [each for each in found if each.kind != "good"]
-    cards.append((size(result.down_bytes), f"to devices; the median device took {size(result.down_bytes_per_device[1])}"))
+    cards.append(
+        (
+            size(result.down_bytes),
+            f"to devices; the median device took {size(result.down_bytes_per_device[1])}",
+        )
+    )
     if bad:
         tried = sum(each.tried for each in bad)
-        cards.append((f"{tried:,}", f"devices tried a bad version, {share(tried, result.scenario.devices)} of the fleet"))
-    cards.append((f"{sum(result.faults.values()):,}", f"faults injected; {result.not_converged:,} devices did not converge"))
-    cards.append((f"{result.checks:,}", "checks of the promises, " + ("one broken" if result.failure else "none broken")))
+        cards.append(
+            (
+                f"{tried:,}",
+                f"devices tried a bad version, {share(tried, result.scenario.devices)} of the fleet",
+            )
+        )
+    cards.append(
+        (
+            f"{sum(result.faults.values()):,}",
+            f"faults injected; {result.not_converged:,} devices did not converge",
+        )
+    )
+    cards.append(
+        (
+            f"{result.checks:,}",
+            "checks of the promises, " + ("one broken" if result.failure else "none broken"),
+        )
+    )
     return cards
 
 

@@ -73,7 +73,7 @@ class LogFrame(Frame):
         decades = range(math.floor(math.log10(self.x_from)), math.ceil(math.log10(self.x_to)) + 1)
         factors = (1, 2, 5) if len(decades) <= LOG_DECADES_WIDE else (1,)
         values = [factor * 10.0**decade for decade in decades for factor in factors]
-        return [(value, f"{value:g}") for value in values if self.x_from <= value <= self.x_to]
+        return [(value, f"{value:,.6g}") for value in values if self.x_from <= value <= self.x_to]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

@@ -54,7 +54,9 @@ class Browser:
             finally:
                 driver.terminate()
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, calm: bool = False) -> None:
+    def open(
+        self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, calm: bool = False
+    ) -> None:
         """Open a file in a window of this size."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._devtools("Emulation.setDeviceMetricsOverride", size)
@@ -75,7 +77,9 @@ class Browser:
 
     def picture(self, path: Path) -> None:
         """Save a picture of the whole page."""
-        size = self.run("return [document.documentElement.clientWidth, document.documentElement.scrollHeight]")
+        size = self.run(
+            "return [document.documentElement.clientWidth, document.documentElement.scrollHeight]"
+        )
         clip = {"x": 0, "y": 0, "width": size[0], "height": size[1], "scale": 1}
         answer = self._devtools("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
         path.write_bytes(base64.b64decode(answer["data"]))
@@ -90,9 +94,9 @@ class Browser:
 
 def _call(url: str, body: object, *, method: str = "POST") -> Any:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)  # noqa: S310 - loopback
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=START_S_MAX) as answer:  # noqa: S310 - likewise
+        with urllib.request.urlopen(request, timeout=START_S_MAX) as answer:
             return json.load(answer)["value"]
     except urllib.error.HTTPError as error:
         raise AssertionError(error.read().decode()) from error
