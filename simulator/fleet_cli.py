@@ -11,6 +11,9 @@ from protocol.errors import RequestError
 from simulator.faults import draw_faults
 from simulator.fleet import run_fleet
 from simulator.population import mixed_population
+from simulator.recording import Recorder
+from simulator.report.files import check_writable
+from simulator.report.fleet import write_fleet_report
 from simulator.results import Failure, FleetResult
 from simulator.scenario import ReleasePlan, Scenario, encode_scenario
 from simulator.soak import explain, run_seeds, soak_scenario, total_faults
@@ -44,6 +47,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--device", type=int, default=-1, metavar="NUMBER", help="tell the story of one device"
     )
     fleet.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_report_option(fleet)
     fleet.set_defaults(action=_fleet)
     soak = commands.add_parser(
         "soak", help="many seeds with every fault; the first failure is shrunk and told"
@@ -62,7 +66,12 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     replay.add_argument("--device", type=int, default=-1, metavar="NUMBER", help="tell its story")
     replay.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_report_option(replay)
     replay.set_defaults(action=_replay)
+
+
+def _add_report_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page about the run")
 
 
 def _fleet(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:
@@ -113,7 +122,11 @@ def _finish(
     follow: int = arguments.device
     if follow >= scenario.devices:
         raise RequestError(f"there is no device {follow}", hint=f"choose 0 to {scenario.devices - 1}")
-    result = run_fleet(scenario, follow=follow, command=command)
+    report: Path | None = arguments.report
+    if report is not None:
+        check_writable(report)
+    recorder = Recorder() if report is not None else None
+    result = run_fleet(scenario, follow=follow, command=command, recorder=recorder)
     if arguments.json:
         print(msgspec.json.encode(result).decode(), file=output)
     else:
@@ -121,7 +134,11 @@ def _finish(
         for line in result.story:
             print(line, file=output)
     if result.failure is not None and follow < 0:
-        print_failure(result.scenario, result.failure, command, errors)
+        told = print_failure(result.scenario, result.failure, command, errors)
+        result = replace(result, story=told.story, shrunk=told.shrunk)
+    if report is not None:
+        write_fleet_report(report, scenario, result)
+        print(f"Report: {report}", file=errors if arguments.json else output)
     return 0 if result.is_passed else 1
 
 
@@ -183,8 +200,8 @@ def print_result(result: FleetResult, output: TextIO) -> None:
     print(f"  {result.checks:,} checks; trace {result.trace_digest}", file=output)
 
 
-def print_failure(scenario: Scenario, failure: Failure, command: str, errors: TextIO) -> None:
-    """The seed, how to replay it, a smaller scenario, and the story of the device involved."""
+def print_failure(scenario: Scenario, failure: Failure, command: str, errors: TextIO) -> FleetResult:
+    """Print the seed, how to replay it, a smaller scenario, and the story of the device involved; returns the last two."""
     where = f" on device {failure.device}" if failure.device >= 0 else ""
     print(
         f"seed {scenario.seed} failed at {failure.at_s:.3f} s{where}: promise {failure.promise}: {failure.detail}",
@@ -200,6 +217,7 @@ def print_failure(scenario: Scenario, failure: Failure, command: str, errors: Te
         print(f"the last lines of the story of device {device}:", file=errors)
         for line in told.story[-STORY_LINES:]:
             print(f"  {line}", file=errors)
+    return told
 
 
 def _listed(counts: dict[str, int]) -> str:

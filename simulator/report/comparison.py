@@ -6,11 +6,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 from markupsafe import Markup
 from msgspec import Struct
+from msgspec.structs import asdict
 
-from simulator.report.fleet import active_instants, first_begin_s, legend_of, write_page
+from simulator.report.files import write_page
+from simulator.report.fleet import active_instants, first_begin_s, legend_of
 from simulator.report.fleet_bands import FLEET_CLASSES, Counts, counts_of
 from simulator.report.fleet_charts import (
     HALF,
@@ -146,7 +147,7 @@ def compared(a: FleetResult, b: FleetResult) -> list[Row]:
 
 def settings(a: FleetResult, b: FleetResult) -> list[tuple[str, str, str]]:
     """Fields of the scenarios that differ: path, value of the first, value of the second."""
-    before, after = (dict(_fields("", msgspec.to_builtins(each.scenario))) for each in (a, b))
+    before, after = (dict(_fields("", each.scenario)) for each in (a, b))
     return [
         (path, before.get(path, _NOTHING), after.get(path, _NOTHING))
         for path in sorted(before.keys() | after.keys())
@@ -157,9 +158,9 @@ def settings(a: FleetResult, b: FleetResult) -> list[tuple[str, str, str]]:
 def _fields(path: str, value: Any) -> list[tuple[str, str]]:
     items: list[tuple[str, Any]]
     match value:
-        case dict():
-            items = [(f"{path}.{key}".lstrip("."), each) for key, each in value.items()]
-        case list() | tuple():
+        case Struct():
+            items = [(f"{path}.{name}".lstrip("."), each) for name, each in asdict(value).items()]
+        case tuple():
             items = [(f"{path}[{index}]", each) for index, each in enumerate(value)]
         case _:
             return [(path, str(value))]

@@ -8,8 +8,8 @@ from typing import Final
 import msgspec
 from markupsafe import Markup
 
-from protocol.errors import StorageError
 from simulator.report.animation import SCRIPT, animation_data
+from simulator.report.files import write_page
 from simulator.report.fleet_bands import FLEET_CLASSES, Counts, classes_of, counts_of
 from simulator.report.fleet_charts import (
     blast_radius,
@@ -50,18 +50,6 @@ def write_fleet_report(path: Path, scenario: Scenario, result: FleetResult) -> N
         StorageError: The file cannot be written.
     """
     write_page(path, render_fleet(scenario, result))
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write a page.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}", hint="choose another --report") from error
 
 
 def render_fleet(scenario: Scenario, result: FleetResult) -> str:

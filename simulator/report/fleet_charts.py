@@ -36,7 +36,7 @@ def states_over_time(
     """Devices by what they do, stacked; `marks` are instants and what begins or ends there, ascending."""
     frame = time_frame(56, 62, WIDE - 68, 280, scale, scenario.devices)
     columns = [at_instant(counts, scale.instant((column + 1) / COLUMNS)).bands for column in range(COLUMNS)]
-    parts = time_axes(frame, "devices")
+    parts = time_axes(frame, "")
     base = [0] * COLUMNS
     for name, kind in classes_of(scenario).items():
         heights = [column.get(name, 0) for column in columns]

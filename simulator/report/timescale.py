@@ -9,7 +9,7 @@ from typing import Final
 from simulator.report.svg import Frame, line, rect, ticks
 from simulator.report.units import duration
 
-BREAKS_MAX: Final = 8
+BREAKS_MAX: Final = 6
 BREAK_SHARE: Final = 0.1
 """A quiet time is cut short when it is more than this share of all the rest."""
 
