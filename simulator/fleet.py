@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from device.states import UnlistedTransitionError
+from server.rollouts.campaign import Campaign
 from simulator.checks.safety import PromiseBrokenError
 from simulator.loop import US_PER_S
 from simulator.results import (
@@ -135,6 +136,16 @@ def _outcome(world: World, rollout: str, kind: str) -> RolloutOutcome:
         begun_s=seconds(record.begun_ms),
         finished_s=seconds(record.finished_ms),
         counts={} if campaign is None else dict(sorted(campaign.counts().items())),
+        committed_s=[] if campaign is None else _committed_s(campaign),
+    )
+
+
+def _committed_s(campaign: Campaign) -> list[float]:
+    begun_ms = campaign.record.begun_ms
+    return sorted(
+        (member.decided_ms - begun_ms) / 1_000
+        for member in campaign.members.values()
+        if member.status == "committed" and member.decided_ms is not None and begun_ms is not None
     )
 
 

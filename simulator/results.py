@@ -36,6 +36,7 @@ class RolloutOutcome(Struct, frozen=True, kw_only=True):
     begun_s: float | None
     finished_s: float | None
     counts: dict[str, int]
+    committed_s: list[float] = []  # from the rollout's begin until the server knew of a commit; sorted, one for each
 
 
 class KindTotals(Struct, frozen=True, kw_only=True):
