@@ -14,8 +14,8 @@ TOUCHED: Final = ("committed", "rolled_back", "failed", "running", "silent")
 class Figures(Struct, frozen=True, kw_only=True):
     """Figures of one run.
 
-    Times to reach a share of the fleet run from the begin of the last rollout of a good release until the server knew;
-    they are None where that share was never reached.
+    Times to reach a share of the fleet run from the begin of the first rollout of the last good release until the server
+    knew; they are None where that share was never reached.
     """
 
     failure: str  # empty if every promise was kept
@@ -50,7 +50,7 @@ class Figures(Struct, frozen=True, kw_only=True):
 def figures_of(result: FleetResult) -> Figures:
     """The figures of a result."""
     devices = result.scenario.devices
-    reached = _last_good(result.rollouts)
+    reached = result.reached_s
     completion = result.completion_s
     totals = {status: _total(result.rollouts, status) for status in ("committed", "rejected", *TOUCHED)}
     failure = result.failure
@@ -95,10 +95,6 @@ def share_reached(sorted_s: list[float], share: float, of: int) -> float | None:
     """When a share of so many had been counted, by their sorted instants; None if never."""
     count = max(1, -int(-share * of // 1))
     return sorted_s[count - 1] if count <= len(sorted_s) else None
-
-
-def _last_good(rollouts: list[RolloutOutcome]) -> list[float]:
-    return next((rollout.committed_s for rollout in reversed(rollouts) if rollout.kind == "good"), [])
 
 
 def _total(rollouts: list[RolloutOutcome], status: str) -> int:

@@ -28,23 +28,38 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "fleet", help="a release on a large fleet in virtual time, replayed from a seed"
     )
     fleet.add_argument("--devices", type=int, default=1_000, metavar="N", help="default: %(default)s")
-    fleet.add_argument("--seed", type=int, default=1, metavar="S", help="decides everything (default: %(default)s)")
     fleet.add_argument(
-        "--faults", choices=("none", "mixed"), default="none", help="mixed: of every kind, at rates drawn from the seed"
+        "--seed", type=int, default=1, metavar="S", help="decides everything (default: %(default)s)"
     )
-    fleet.add_argument("--population", choices=("uniform", "mixed"), default="uniform", help="default: %(default)s")
-    fleet.add_argument("--device", type=int, default=-1, metavar="NUMBER", help="tell the story of one device")
+    fleet.add_argument(
+        "--faults",
+        choices=("none", "mixed"),
+        default="none",
+        help="mixed: of every kind, at rates drawn from the seed",
+    )
+    fleet.add_argument(
+        "--population", choices=("uniform", "mixed"), default="uniform", help="default: %(default)s"
+    )
+    fleet.add_argument(
+        "--device", type=int, default=-1, metavar="NUMBER", help="tell the story of one device"
+    )
     fleet.add_argument("--json", action="store_true", help="print the result as JSON")
     fleet.set_defaults(action=_fleet)
-    soak = commands.add_parser("soak", help="many seeds with every fault; the first failure is shrunk and told")
-    soak.add_argument("--devices", type=int, default=40, metavar="N", help="of each seed (default: %(default)s)")
+    soak = commands.add_parser(
+        "soak", help="many seeds with every fault; the first failure is shrunk and told"
+    )
+    soak.add_argument(
+        "--devices", type=int, default=40, metavar="N", help="of each seed (default: %(default)s)"
+    )
     soak.add_argument("--first", type=int, default=1, metavar="S", help="first seed (default: %(default)s)")
     soak.add_argument("--count", type=int, default=100, metavar="N", help="seeds (default: %(default)s)")
     soak.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     soak.add_argument("--json", action="store_true", help="print one line of JSON per seed")
     soak.set_defaults(action=_soak)
     replay = commands.add_parser("replay", help="run a scenario from a file, and tell the story of a device")
-    replay.add_argument("file", type=Path, metavar="FILE", help="JSON: a scenario, or the fields that are not as usual")
+    replay.add_argument(
+        "file", type=Path, metavar="FILE", help="JSON: a scenario, or the fields that are not as usual"
+    )
     replay.add_argument("--device", type=int, default=-1, metavar="NUMBER", help="tell its story")
     replay.add_argument("--json", action="store_true", help="print the result as JSON")
     replay.set_defaults(action=_replay)
@@ -59,7 +74,9 @@ def _fleet(arguments: argparse.Namespace, command: str, output: TextIO, errors: 
         scenario = replace(scenario, population=mixed_population())
     if arguments.faults == "mixed":
         plan = ReleasePlan(canary_count=max(1, devices // 500), failures_max=devices, wave_timeout_s=600.0)
-        scenario = replace(scenario, releases=(plan,), faults=draw_faults(seed, FAULTS_END_S), keep_alive_s=120)
+        scenario = replace(
+            scenario, releases=(plan,), faults=draw_faults(seed, FAULTS_END_S), keep_alive_s=120
+        )
     return _finish(scenario, arguments, command, output, errors)
 
 
@@ -146,11 +163,16 @@ def print_result(result: FleetResult, output: TextIO) -> None:
         counts = ", ".join(f"{count:,} {status}" for status, count in rollout.counts.items())
         reason = f" ({rollout.reason})" if rollout.reason else ""
         print(f"  {rollout.version} ({rollout.kind}): {rollout.state}{reason}: {counts}", file=output)
-    print("  versions at the end: " + ", ".join(f"{k} {v:,}" for k, v in result.versions.items()), file=output)
+    print(
+        "  versions at the end: " + ", ".join(f"{k} {v:,}" for k, v in result.versions.items()), file=output
+    )
     completion = result.completion_s
     if completion:
         middle, late = completion[len(completion) // 2], completion[len(completion) * 99 // 100]
-        print(f"  an update takes {middle:.1f} s in the median, {late:.1f} s at the 99th percentile", file=output)
+        print(
+            f"  an update takes {middle:.1f} s in the median, {late:.1f} s at the 99th percentile",
+            file=output,
+        )
     print(
         f"  {result.down_bytes / 1e6:,.1f} MB to devices, {result.up_bytes / 1e6:,.1f} MB from them;"
         f" broker {result.broker.messages_out:,} messages out, server busy {result.server.busy_s:,.1f} s",
@@ -164,7 +186,10 @@ def print_result(result: FleetResult, output: TextIO) -> None:
 def print_failure(scenario: Scenario, failure: Failure, command: str, errors: TextIO) -> None:
     """The seed, how to replay it, a smaller scenario, and the story of the device involved."""
     where = f" on device {failure.device}" if failure.device >= 0 else ""
-    print(f"seed {scenario.seed} failed at {failure.at_s:.3f} s{where}: promise {failure.promise}: {failure.detail}", file=errors)
+    print(
+        f"seed {scenario.seed} failed at {failure.at_s:.3f} s{where}: promise {failure.promise}: {failure.detail}",
+        file=errors,
+    )
     print(f"replay it: {command}", file=errors)
     told = explain(scenario, failure, command)
     assert told.shrunk is not None
@@ -179,4 +204,3 @@ def print_failure(scenario: Scenario, failure: Failure, command: str, errors: Te
 
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
-

@@ -91,9 +91,7 @@ def contents_of(scenario: Scenario) -> dict[str, bytes]:
     """
     versions = [FACTORY, *(release.version for release in scenario.releases)]
     if len(set(versions)) != len(versions):
-        raise RequestError(
-            f"two releases have one version, or the factory's ({FACTORY})", hint="rename one"
-        )
+        raise RequestError(f"two releases have one version, or the factory's ({FACTORY})", hint="rename one")
     if scenario.model.files:
         return dict(zip(versions, _real(scenario.model, len(versions)), strict=True))
     contents = {FACTORY: generator(scenario.seed, "model").randbytes(scenario.model.bytes)}

@@ -66,7 +66,9 @@ def mixed_population() -> tuple[DeviceKind, ...]:
             name="wireless",
             weight=4.0,
             tier="pi",
-            link=LinkKind(down_bytes_per_s=400_000, up_bytes_per_s=200_000, loss=0.02, jitter_ms=60.0, spread=3.0),
+            link=LinkKind(
+                down_bytes_per_s=400_000, up_bytes_per_s=200_000, loss=0.02, jitter_ms=60.0, spread=3.0
+            ),
         ),
         DeviceKind(
             name="site",

@@ -37,7 +37,9 @@ class Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     night_rate: Annotated[float, Meta(gt=0, le=100)] = 1.0  # factor of the rate between 22 and 6 o'clock
     site_devices: Count = 0  # devices behind one shared line; 0 for a line each
     site_bytes_per_s: Positive = 10_000_000
-    trace: tuple[tuple[Seconds, Positive], ...] = ()  # instant and down rate, repeated for ever; replaces the rate
+    trace: tuple[
+        tuple[Seconds, Positive], ...
+    ] = ()  # instant and down rate, repeated for ever; replaces the rate
 
     @property
     def comes_and_goes(self) -> bool:
@@ -134,7 +136,9 @@ class Faults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
     forget_s: Seconds = 0.0  # mean time between losses of the broker's retained messages
     server_s: Seconds = 0.0  # mean time between crashes of the server
     server_down_s: Seconds = 5.0
-    replay_s: Seconds = 0.0  # mean time between attacks: older metadata, requests and chunks are published again
+    replay_s: Seconds = (
+        0.0  # mean time between attacks: older metadata, requests and chunks are published again
+    )
     disk_full: Share = 0.0  # of devices: room for less than an update, until faults end
 
 

@@ -26,7 +26,11 @@ class Liveness:
 
     def missing(self) -> list["SimulatedDevice"]:
         """Devices that are neither there nor excused."""
-        return [device for device in self._world.devices if not self.is_there(device) and not self.is_excused(device)]
+        return [
+            device
+            for device in self._world.devices
+            if not self.is_there(device) and not self.is_excused(device)
+        ]
 
     def excused(self) -> int:
         """How many devices cannot run it."""

@@ -508,7 +508,7 @@ def test_a_release_that_takes_the_device_down_is_given_up_after_three_trials(cac
     ask(device, "v2")
     for _ in range(10):
         device.settle(
-            until=lambda: any(isinstance(effect, effects.StartTrial) for effect in device.effects[-1:])
+            until=lambda: any(isinstance(effect, effects.StartTrial) for effect in device.effects[-2:])
         )
         if device.state is not State.TRIAL:
             break
