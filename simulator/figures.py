@@ -83,7 +83,10 @@ def figures_of(result: FleetResult) -> Figures:
         rolled_back=totals["rolled_back"],
         failed=totals["failed"],
         silent=totals["silent"],
-        blast_radius=max((_touched(rollout) / devices for rollout in result.rollouts if rollout.kind != "good"), default=0.0),
+        blast_radius=max(
+            (_touched(rollout) / devices for rollout in result.rollouts if rollout.kind != "good"),
+            default=0.0,
+        ),
         not_converged=result.not_converged,
         faults=sum(result.faults.values()),
         events=result.events,

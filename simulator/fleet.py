@@ -152,7 +152,9 @@ def _reached_s(world: World) -> list[float]:
         for device, member in campaign.members.items():
             if member.status == "committed" and member.decided_ms is not None:
                 first_ms[device] = min(member.decided_ms, first_ms.get(device, member.decided_ms))
-    begun_ms = min((each.record.begun_ms for each in campaigns if each.record.begun_ms is not None), default=0)
+    begun_ms = min(
+        (each.record.begun_ms for each in campaigns if each.record.begun_ms is not None), default=0
+    )
     return sorted((instant_ms - begun_ms) / 1_000 for instant_ms in first_ms.values())
 
 

@@ -32,7 +32,9 @@ class Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     metered: bool = False  # bytes are counted apart; planned for at a tenth of the rate
     on_s: Seconds = 0.0  # duty cycle: time with a link, on average; 0 for always
     off_s: Seconds = 0.0  # and without
-    online_hours: tuple[Hour, Hour] | None = None  # the link is there from one hour of the day to the other, only
+    online_hours: tuple[Hour, Hour] | None = (
+        None  # the link is there from one hour of the day to the other, only
+    )
     online_spread_h: Annotated[float, Meta(ge=0, le=12)] = 0.0  # of both, either way, anew every day
     night_rate: Annotated[float, Meta(gt=0, le=100)] = 1.0  # factor of the rate between 22 and 6 o'clock
     site_devices: Count = 0  # devices behind one shared line; 0 for a line each
@@ -148,6 +150,9 @@ class Scenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     name: Annotated[str, Meta(max_length=64)] = "release"
     seed: Annotated[int, Meta(ge=0, lt=1 << 62)] = 1
     devices: Annotated[int, Meta(ge=1, le=1_000_000)] = 1_000
+    first_device: Count = (
+        0  # its number: a part of a larger fleet has the links, clocks and luck that it has there
+    )
     population: Annotated[tuple[DeviceKind, ...], Meta(min_length=1, max_length=64)] = (DeviceKind(),)
     model: Model = Model()
     releases: Annotated[tuple[ReleasePlan, ...], Meta(min_length=1, max_length=64)] = (ReleasePlan(),)

@@ -108,7 +108,7 @@ class World:
 
     def begin(self) -> None:
         """Switch everything on."""
-        boots = Stream(self.scenario.seed, "boots")
+        boots = Stream(self.scenario.seed, "boots", self.scenario.first_device)
         spread_us = self.scenario.boot_spread_s * US_PER_S
         for device in self.devices:
             self.loop.at(int(boots.random() * spread_us), device.switch_on)
