@@ -3,6 +3,7 @@
 Every mistake is a `RequestError` that names the file, the field and, where there is one, the line.
 """
 
+import argparse
 import difflib
 import json
 import re
@@ -43,6 +44,24 @@ class ScenarioFile(Scenario, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def scenario(self) -> Scenario:
         """Only what a run depends on."""
         return Scenario(**{name: getattr(self, name) for name in Scenario.__struct_fields__})
+
+
+def add_scenario_options(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add `--scenario` and `--set`, which give `scenario` and `changes`."""
+    parser.add_argument(
+        "--scenario",
+        default=default,
+        metavar="NAME|FILE",
+        help="see `whimbrel-sim scenarios`" + (f" (default: {default})" if default else ""),
+    )
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="set a field otherwise, as faults.drop=0.1 or population.0.link.loss=0.05; may be repeated",
+    )
 
 
 def scenario_names() -> list[str]:

@@ -98,7 +98,7 @@ def plan_sweep(
         raise RequestError(
             f"{len(cells)} cells of {len(seeds)} seeds are more than {RUNS_MAX} runs", hint="take fewer"
         )
-    tasks = []
+    tasks: list[Task] = []
     for cell in cells:
         scenario = load_scenario(
             name_or_path, (*changes, *(f"{field}={value}" for field, value in cell.items()))

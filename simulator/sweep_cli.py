@@ -3,8 +3,8 @@
 import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -18,17 +18,22 @@ from simulator.engines import dask_engine, local_engine
 from simulator.figures import Figures
 from simulator.intervals import Summary
 from simulator.sampling import plan_sample, sampled
-from simulator.scenario_files import DEFAULT, load_scenario, scenario_names, scenario_schema, scenario_text
+from simulator.scenario_files import (
+    DEFAULT,
+    add_scenario_options,
+    load_scenario,
+    scenario_names,
+    scenario_schema,
+    scenario_text,
+)
 from simulator.sweep import Row, Task, cells_of, parse_seeds, plan_sweep, run_tasks
 
 SHOWN: Final = ("t50_s", "t95_s", "down_bytes_median", "broker_bytes_per_s_peak", "blast_radius")
-TABLE_WIDTH_MIN: Final = 100
-"""Of output that goes nowhere near a terminal."""
-
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+COLUMN_WIDTH: Final = 28
+"""Of a table that does not go to a terminal: nothing is cut."""
 
 
-def add_sweep_commands(commands: Commands) -> None:
+def add_sweep_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands to the parser of `whimbrel-sim`."""
     scenarios = commands.add_parser("scenarios", help="list the scenarios that are shipped, or print one")
     scenarios.add_argument("name", nargs="?", metavar="NAME", help="print this one as TOML")
@@ -42,7 +47,7 @@ def add_sweep_commands(commands: Commands) -> None:
         description="Runs every seed in every cell: a cell is one combination of the values of --over."
         " Exit code 0: every run kept its promises; 1: one did not, or a run could not be done.",
     )
-    add_scenario_options(sweep)
+    add_scenario_options(sweep, DEFAULT)
     sweep.add_argument("--seeds", default="1-10", metavar="A-B", help="or A,B,C (default: %(default)s)")
     sweep.add_argument(
         "--over",
@@ -68,7 +73,7 @@ def add_sweep_commands(commands: Commands) -> None:
         help="estimate a fleet that is too large to be run whole from some of its devices",
         description="Runs shards of the fleet and says how far off they may be. Exit code as of sweep.",
     )
-    add_scenario_options(sample)
+    add_scenario_options(sample, DEFAULT)
     sample.add_argument("--devices", type=int, default=1_000_000, metavar="N", help="default: %(default)s")
     sample.add_argument("--shards", type=int, default=8, metavar="K", help="default: %(default)s")
     sample.add_argument(
@@ -93,19 +98,6 @@ def add_sweep_commands(commands: Commands) -> None:
     )
     comparison.add_argument("--json", action="store_true", help="print one line of JSON per figure")
     comparison.set_defaults(action=_compare)
-
-
-def add_scenario_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--scenario` and `--set`."""
-    parser.add_argument("--scenario", default=DEFAULT, metavar="NAME|FILE", help="default: %(default)s")
-    parser.add_argument(
-        "--set",
-        dest="changes",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="set a field otherwise, as faults.drop=0.1 or population.0.link.loss=0.05; may be repeated",
-    )
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -265,7 +257,8 @@ def _print_cells(rows: Sequence[Row], shown: Sequence[str], output: TextIO) -> N
 
 def _print_table(table: Table, output: TextIO) -> None:
     console = Console(file=output, highlight=False)
-    console.width = max(console.width, TABLE_WIDTH_MIN)
+    if not console.is_terminal:
+        console.width = COLUMN_WIDTH * len(table.columns)
     console.print(table)
 
 
