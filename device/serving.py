@@ -69,9 +69,8 @@ class Serving:
         if event.serial == self._serve:
             slot = self.slot = self._desk.ledger.record.active
             self._on_settled()
-            if (
-                slot is not None
-            ):  # last: a disk that cannot be written keeps the link from being moved, and nothing else
+            if slot is not None:
+                # Last: a disk that cannot be written keeps the link from being moved, and nothing else.
                 self._desk.emit(PointCurrent(slot))
 
     def failed(self, event: events.EffectFailed) -> bool:

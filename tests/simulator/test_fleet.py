@@ -1,10 +1,6 @@
 """Fleets in virtual time: what a user of the simulator would notice."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -25,10 +21,10 @@ from simulator.trace import Trace
 from simulator.world import World
 from tests.defects.__main__ import seeds_needed
 from tests.defects.planted import DEFECTS, commit_before_trial
+from tests.determinism.__main__ import digests
 
 SMALL = Model(bytes=128 << 10)
 PATIENT = ReleasePlan(failures_max=1_000, wave_timeout_s=600.0)
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def fleet(devices: int = 60, seed: int = 1, **fields: object) -> FleetResult:
@@ -75,21 +71,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
     assert first.trace_digest != other.trace_digest
 
 
-def digest_in_a_process(seed: int, hash_seed: str) -> str:
-    command = [sys.executable, "-m", "simulator.cli", "soak", "--devices", "24", "--first", str(seed)]
-    done = subprocess.run(
-        [*command, "--count", "1", "--json"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": hash_seed},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return str(json.loads(done.stdout)["digest"])
-
-
 def test_a_run_does_not_depend_on_the_order_of_hashes() -> None:
-    assert digest_in_a_process(5, "1") == digest_in_a_process(5, "4711")
+    first, second = (digests(5, 2, 24, hash_seed) for hash_seed in ("1", "4711"))
+    assert list(first) == [5, 6]
+    assert first == second
 
 
 @pytest.mark.parametrize("kind", ["wrong", "slow", "hungry", "crashes", "hangs", "unloadable", "kills"])

@@ -47,8 +47,13 @@ def test_an_update_recorded_live_takes_the_same_transitions_in_the_simulator(tmp
     lab.close()
 
     files = tuple(str(tmp_path / f"{version}.onnx") for version in ("v1", "v2", "v3"))
-    plans = (ReleasePlan(version="v2", canary_count=1), ReleasePlan(version="v3", kind="wrong", canary_count=1))
-    kind = DeviceKind(link=Link(down_bytes_per_s=LINK_BYTES_PER_S), processor_percent=100)  # as configured live
+    plans = (
+        ReleasePlan(version="v2", canary_count=1),
+        ReleasePlan(version="v3", kind="wrong", canary_count=1),
+    )
+    kind = DeviceKind(
+        link=Link(down_bytes_per_s=LINK_BYTES_PER_S), processor_percent=100
+    )  # as configured live
     scenario = Scenario(devices=1, population=(kind,), model=Model(files=files), releases=plans)
     result = run_fleet(scenario, follow=0)
     assert result.failure is None
