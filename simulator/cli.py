@@ -27,6 +27,7 @@ from simulator.report.files import check_writable, write_page
 from simulator.report.page import render_page
 from simulator.report.record import Run
 from simulator.report.summary import print_summary
+from simulator.sweep_cli import add_sweep_commands
 
 _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(action=_run)
     add_commands(commands)
+    add_sweep_commands(commands)
     return parser
 
 

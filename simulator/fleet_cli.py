@@ -16,8 +16,10 @@ from simulator.report.files import check_writable
 from simulator.report.fleet import write_fleet_report
 from simulator.results import Failure, FleetResult
 from simulator.scenario import ReleasePlan, Scenario, encode_scenario
+from simulator.scenario_files import DEFAULT, add_scenario_options, load_scenario
 from simulator.soak import explain, run_seeds, soak_scenario, total_faults
 
+DEVICES: Final = 1_000
 FAULTS_END_S: Final = 1_800.0
 STORY_LINES: Final = 40
 """Last lines of a story that are printed; `replay` prints all."""
@@ -30,10 +32,13 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     fleet = commands.add_parser(
         "fleet", help="a release on a large fleet in virtual time, replayed from a seed"
     )
-    fleet.add_argument("--devices", type=int, default=1_000, metavar="N", help="default: %(default)s")
     fleet.add_argument(
-        "--seed", type=int, default=1, metavar="S", help="decides everything (default: %(default)s)"
+        "--devices", type=int, metavar="N", help=f"default: {DEVICES}, or as many as the scenario has"
     )
+    fleet.add_argument(
+        "--seed", type=int, metavar="S", help="decides everything (default: 1, or the scenario's)"
+    )
+    add_scenario_options(fleet)
     fleet.add_argument(
         "--faults",
         choices=("none", "mixed"),
@@ -75,18 +80,37 @@ def _add_report_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _fleet(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:
-    devices, seed = arguments.devices, arguments.seed
+    if arguments.scenario is None and not arguments.changes:
+        return _finish(_plain(arguments), arguments, command, output, errors)
+    if arguments.faults != "none" or arguments.population != "uniform":
+        raise RequestError(
+            "--faults and --population are not for a scenario", hint="use --set, as faults.drop=0.1"
+        )
+    changes = [
+        f"{name}={getattr(arguments, name)}"
+        for name in ("devices", "seed")
+        if getattr(arguments, name) is not None
+    ]
+    scenario = load_scenario(arguments.scenario or DEFAULT, [*arguments.changes, *changes]).scenario
+    return _finish(scenario, arguments, command, output, errors)
+
+
+def _plain(arguments: argparse.Namespace) -> Scenario:
+    """A fleet that no file describes."""
+    devices = DEVICES if arguments.devices is None else arguments.devices
+    seed = 1 if arguments.seed is None else arguments.seed
+    canary_count = max(1, devices // 500)
     scenario = checked(
-        Scenario(devices=devices, seed=seed, releases=(ReleasePlan(canary_count=max(1, devices // 500)),))
+        Scenario(devices=devices, seed=seed, releases=(ReleasePlan(canary_count=canary_count),))
     )
     if arguments.population == "mixed":
         scenario = replace(scenario, population=mixed_population())
     if arguments.faults == "mixed":
-        plan = ReleasePlan(canary_count=max(1, devices // 500), failures_max=devices, wave_timeout_s=600.0)
+        plan = ReleasePlan(canary_count=canary_count, failures_max=devices, wave_timeout_s=600.0)
         scenario = replace(
             scenario, releases=(plan,), faults=draw_faults(seed, FAULTS_END_S), keep_alive_s=120
         )
-    return _finish(scenario, arguments, command, output, errors)
+    return scenario
 
 
 def _replay(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:

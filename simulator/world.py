@@ -23,6 +23,7 @@ from simulator.device import SimulatedDevice
 from simulator.disk import Interned
 from simulator.engine import Behaviour, Fingerprints
 from simulator.faults import FaultInjector
+from simulator.hours import DailyHours
 from simulator.loop import US_PER_S, Loop
 from simulator.models import FACTORY, FAMILY, FLEET, contents_of, release_of
 from simulator.population import make_devices
@@ -110,12 +111,14 @@ class World:
 
     def begin(self) -> None:
         """Switch everything on."""
-        boots = Stream(self.scenario.seed, "boots")
+        boots = Stream(self.scenario.seed, "boots", self.scenario.first_device)
         spread_us = self.scenario.boot_spread_s * US_PER_S
         for device in self.devices:
             self.loop.at(int(boots.random() * spread_us), device.switch_on)
             if device.kind.link.on_s and device.kind.link.off_s:
                 self.loop.at(int(boots.random() * spread_us), self._duty_cycle, device, True)
+            if device.kind.link.online_hours is not None:
+                DailyHours(self, device).begin()
         self.message_faults = self._any("drop", "cut", "duplicate", "delay", "poison")
         self.disk_faults = self._any("storage", "crash_disk")
         self.effect_faults = self._any("crash_effect")
@@ -299,7 +302,7 @@ class World:
             device.clock.offset_ms = 0
             if device.clock.is_wrong:
                 self.loop.after(self._mending_us(), device.restart)
-            if not device.kind.link.on_s:
+            if not device.kind.link.comes_and_goes:
                 device.transport.link_changed(is_up=True)
             self.loop.after(self._mending_us(), device.switch_on)
 
