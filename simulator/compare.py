@@ -8,8 +8,9 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from protocol.errors import RequestError
-from simulator.figures import Figures, figures_of
+from simulator.figures import Figures
 from simulator.fleet import run_fleet
+from simulator.recording import Recorder
 from simulator.results import FleetResult
 from simulator.scenario_files import load_scenario
 
@@ -31,8 +32,12 @@ class Difference(Struct, frozen=True, kw_only=True):
     is_worse: bool
 
 
-def load_figures(name_or_path: str) -> Figures:
-    """The figures of a result that was printed with `--json`, or of a scenario, which is run now.
+def load_result(name_or_path: str, *, is_recorded: bool = False) -> FleetResult:
+    """A result that was printed with `--json`, or of a scenario, which is run now.
+
+    Args:
+        name_or_path: Of a file, or of a scenario that is shipped.
+        is_recorded: Keep what a page about the run shows, where it is run now.
 
     Raises:
         RequestError: It is neither.
@@ -41,8 +46,8 @@ def load_figures(name_or_path: str) -> Figures:
     if path.suffix == ".json":
         result = _result_in(path)
         if result is not None:
-            return figures_of(result)
-    return figures_of(run_fleet(load_scenario(name_or_path).scenario))
+            return result
+    return run_fleet(load_scenario(name_or_path).scenario, recorder=Recorder() if is_recorded else None)
 
 
 def compare(before: Figures, after: Figures, tolerance: float) -> list[Difference]:

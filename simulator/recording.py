@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from device import effects
-from device.states import State, Trigger
+from device.states import RESTING, State
 from simulator.loop import US_PER_MS, US_PER_S
+from simulator.models import FACTORY
 from simulator.results import FleetRecording, Moment, Tracks, UpdateTimes, VersionSpread, WaveOutcome
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ CHANGES_MAX: Final = 200_000
 
 CURVE_POINTS: Final = 1_000
 _DOWN: Final = "down"
+_UNDER_WAY: Final = frozenset(state.value for state in State if state not in RESTING)
 
 
 class Recorder:
@@ -70,24 +71,29 @@ class Recorder:
 
     def entered(self, device: "SimulatedDevice", state: str) -> None:
         """A device is in another state."""
+        number, now_us = device.number, self._world.loop.now_us
         if state == State.IDLE.value:
-            _, digest = device.seen.files[0]
-            state = f"{state} {self._world.behaviours[digest].version}"
-        self._put(device.number, self._label_of(state))
+            version = self._version_on(device)
+            if version != FACTORY and self._firsts(self._committed, version).add(number, now_us):
+                self._took(device, version, now_us)
+            state = f"{state} {version}"
+        elif state in _UNDER_WAY and device.agent is not None and device.agent.record.update is not None:
+            version = device.agent.record.update.desired.version
+            if self._asked.get(number, ("", 0))[0] != version:
+                self._asked[number] = (version, now_us)
+            if state == State.TRIAL.value:
+                self._firsts(self._tried, version).add(number, now_us)
+        self._put(number, self._label_of(state))
 
-    def moved(self, device: "SimulatedDevice", effect: effects.Trace) -> None:
-        """A device took a transition."""
-        number, version, now_us = device.number, effect.version, self._world.loop.now_us
-        _, trigger, target = effect.row
-        if trigger is Trigger.REQUESTED and self._asked.get(number, ("", 0))[0] != version:
-            self._asked[number] = (version, now_us)
-        elif target is State.TRIAL:
-            self._firsts(self._tried, version).add(number, now_us)
-        elif trigger is Trigger.COMMITTED:
-            self._firsts(self._committed, version).add(number, now_us)
-            asked, asked_us = self._asked.pop(number, ("", 0))
-            if asked == version:
-                self._times_us.setdefault(device.kind.name, array("Q")).append(now_us - asked_us)
+    def _version_on(self, device: "SimulatedDevice") -> str:
+        """The version whose files are in the active slot of the durable record."""
+        _, digest = device.seen.files[0]
+        return self._world.behaviours[digest].version
+
+    def _took(self, device: "SimulatedDevice", version: str, now_us: int) -> None:
+        asked, asked_us = self._asked.pop(device.number, ("", 0))
+        if asked == version:
+            self._times_us.setdefault(device.kind.name, array("Q")).append(now_us - asked_us)
 
     def finish(self) -> FleetRecording:
         """Everything, as a value."""
@@ -189,11 +195,13 @@ class _Firsts:
         self._devices = bytearray(devices)
         self._instants_us: array[int] = array("Q")
 
-    def add(self, number: int, instant_us: int) -> None:
-        """A device does it; instants come in order."""
-        if not self._devices[number]:
-            self._devices[number] = 1
-            self._instants_us.append(instant_us)
+    def add(self, number: int, instant_us: int) -> bool:
+        """A device does it, instants come in order; whether it had not done it before."""
+        if self._devices[number]:
+            return False
+        self._devices[number] = 1
+        self._instants_us.append(instant_us)
+        return True
 
     def curve(self) -> list[tuple[float, int]]:
         """Instants in seconds, and devices so far, at every thousandth of the fleet and at the end."""

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from protocol.errors import RequestError
-from simulator.compare import compare, load_figures
+from simulator.compare import compare, load_result
 from simulator.engines import dask_engine, local_engine
-from simulator.figures import Figures
+from simulator.figures import Figures, figures_of
 from simulator.intervals import Summary
+from simulator.report.comparison import write_comparison
+from simulator.report.files import check_writable
 from simulator.sampling import plan_sample, sampled
 from simulator.scenario_files import (
     DEFAULT,
@@ -97,6 +99,7 @@ def add_sweep_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--tolerance", type=float, default=0.1, metavar="PART", help="default: %(default)s, ten percent"
     )
     comparison.add_argument("--json", action="store_true", help="print one line of JSON per figure")
+    comparison.add_argument("--report", type=Path, metavar="FILE", help="write a page about both runs")
     comparison.set_defaults(action=_compare)
 
 
@@ -184,10 +187,19 @@ def _sample(arguments: argparse.Namespace, _command: str, output: TextIO, errors
     return int(result.failed > 0)
 
 
-def _compare(arguments: argparse.Namespace, _command: str, output: TextIO, _errors: TextIO) -> int:
+def _compare(arguments: argparse.Namespace, _command: str, output: TextIO, errors: TextIO) -> int:
     if arguments.tolerance < 0:
         raise RequestError(f"--tolerance {arguments.tolerance} is negative", hint="choose 0 or more")
-    differences = compare(load_figures(arguments.before), load_figures(arguments.after), arguments.tolerance)
+    report: Path | None = arguments.report
+    if report is not None:
+        check_writable(report)
+    before, after = (
+        load_result(name, is_recorded=report is not None) for name in (arguments.before, arguments.after)
+    )
+    differences = compare(figures_of(before), figures_of(after), arguments.tolerance)
+    if report is not None:
+        write_comparison(report, before, after)
+        print(f"Report: {report}", file=errors if arguments.json else output)
     if arguments.json:
         for each in differences:
             print(msgspec.json.encode(each).decode(), file=output)

@@ -334,8 +334,6 @@ class World:
             update = None if device.agent is None else device.agent.record.update
             if update is not None:
                 self.completion_s.append(max(0, device.clock.now_ms() - update.started_ms) / 1_000)
-        if self.recorder is not None:
-            self.recorder.moved(device, effect)
 
     def saved(self, records: list[Record]) -> None:
         """The server made records durable."""

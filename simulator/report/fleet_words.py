@@ -49,7 +49,7 @@ def reaches(result: FleetResult) -> list[Reach]:
 def _reach(
     result: FleetResult, rollouts: Sequence[RolloutOutcome], spread: VersionSpread | None, kind: str
 ) -> Reach:
-    asked = max(sum(rollout.counts.values()) for rollout in rollouts)
+    asked = max(_asked(result, rollout) for rollout in rollouts)
     if spread is None:
         most = rollouts[0].counts
         kept = most.get("committed", 0)
@@ -77,6 +77,13 @@ def _reach(
         kept=spread.committed[-1][1] if spread.committed else 0,
         updated_s=updated_s,
     )
+
+
+def _asked(result: FleetResult, rollout: RolloutOutcome) -> int:
+    """Devices that were sent a request; members that ran the version already were not."""
+    if result.recording is None:
+        return sum(rollout.counts.values())
+    return sum(wave.asked for wave in result.recording.waves if wave.rollout == rollout.rollout)
 
 
 def main_reach(found: Sequence[Reach]) -> Reach | None:
