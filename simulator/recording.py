@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from simulator.device import SimulatedDevice
     from simulator.world import World
 
-MOMENTS_MAX: Final = 2_000
+MOMENTS_MAX: Final = 4_000
 """Beyond it every second one is dropped, and half as many are taken from then on."""
 
 STEP_US: Final = 20 * US_PER_MS
 """Between two moments at first: a small fleet is updated within a second or two."""
+
+STEP_BEFORE_US: Final = US_PER_S
+"""Likewise, at the least, before the first rollout."""
 
 DOTS_MAX: Final = 4_000
 """Devices whose changes are kept: as many dots as a screen shows apart."""
@@ -143,13 +146,14 @@ class Recorder:
         if before == label:
             return
         now_us = self._world.loop.now_us
-        if now_us - self._changed_us >= self._step_us and self._changed_us > self._last_us:
+        step_us = self._step_us if self._world.rollouts else max(self._step_us, STEP_BEFORE_US)
+        if now_us - self._changed_us >= step_us and self._changed_us > self._last_us:
             self._add_moment()  # as it was until now
         self._now[number] = label
         self._counts[before] -= 1
         self._counts[label] += 1
         self._changed_us, self._latest = now_us, self._load()
-        if now_us - self._last_us >= self._step_us:
+        if now_us - self._last_us >= step_us:
             self._add_moment()
         if number % self._stride == 0:
             self._at_ms.append(now_us // US_PER_MS)

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
@@ -88,7 +88,7 @@ class Browser:
         """End the browser."""
         _call(self._url, None, method="DELETE")
 
-    def _devtools(self, command: str, parameters: dict[str, object]) -> Any:
+    def _devtools(self, command: str, parameters: Mapping[str, object]) -> Any:
         return _call(f"{self._url}/goog/cdp/execute", {"cmd": command, "params": parameters})
 
 
