@@ -38,6 +38,9 @@ from simulator.results import FleetResult
 CLASSES: Final = ("fetching", "back")
 """Colours of the two runs."""
 
+RATIO_MIN: Final = 3
+"""From which on a figure is told as a multiple of the other one, not as a change in per cent."""
+
 _NOTHING: Final = "\N{EN DASH}"
 _SAME: Final = 0.0005
 """Part of a figure below which a change is called none."""
@@ -112,7 +115,7 @@ def compared(a: FleetResult, b: FleetResult) -> list[Row]:
     """Figures of both runs, and the change from the first to the second."""
     rows = [
         _row(
-            f"until {percent} % of the fleet ran the version",
+            f"until {percent}\N{NO-BREAK SPACE}% of the fleet ran the version",
             _updated_s(a, percent),
             _updated_s(b, percent),
             duration,
@@ -181,9 +184,15 @@ def _row(
         return Row(name=name, before=texts[0], after=texts[1], change=_NOTHING, is_better=is_better)
     if abs(after - before) <= _SAME * max(abs(before), abs(after)):
         return Row(name=name, before=texts[0], after=texts[1], change="same", is_better=None)
-    change = f"{100 * (after - before) / before:+,.1f} %" if before else f"+{words(after)}"
+    change = f"+{words(after)}" if not before else _change(after / before)
     is_better = None if less_is_better is None else (after < before) == less_is_better
     return Row(name=name, before=texts[0], after=texts[1], change=change, is_better=is_better)
+
+
+def _change(ratio: float) -> str:
+    if ratio >= RATIO_MIN:
+        return f"\N{MULTIPLICATION SIGN}\N{NO-BREAK SPACE}{ratio:,.1f}"
+    return f"{100 * (ratio - 1):+,.1f}\N{NO-BREAK SPACE}%"
 
 
 def _updated_s(result: FleetResult, percent: int) -> float | None:

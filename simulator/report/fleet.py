@@ -87,9 +87,7 @@ def render_fleet(scenario: Scenario, result: FleetResult) -> str:
         story_lines=result.story[-STORY_LINES_MAX:],
         data=data,
         script=Markup(SCRIPT.read_text("utf-8")) if data is not None else "",  # noqa: S704 - our own
-        times_by_kind={}
-        if result.recording is None
-        else {each.kind: each.values_s for each in result.recording.times},
+        times_by_kind=_times_by_kind(result),
         percentile=percentile,
         devices=devices,
         duration=duration,
@@ -149,6 +147,11 @@ def _times(result: FleetResult) -> Markup | str:
         return Markup(time_to_update(times.values_s, times.updates))  # noqa: S704 - likewise
     values = result.completion_s
     return Markup(time_to_update(values, len(values))) if values else ""  # noqa: S704 - likewise
+
+
+def _times_by_kind(result: FleetResult) -> dict[str, list[float]]:
+    times = [] if result.recording is None else result.recording.times
+    return {each.kind: each.values_s for each in times}
 
 
 def _main_transfer(transfers: list[Transfer], main: Reach | None) -> Transfer | None:
