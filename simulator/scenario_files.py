@@ -163,7 +163,7 @@ def _parse(source: str, text: str, *, is_json: bool) -> dict[str, Any]:
     except RecursionError as error:
         raise RequestError(f"{source} is nested too deeply", hint="give a scenario file") from error
     if not isinstance(document, dict):
-        raise RequestError(f"{source} is not a table of fields", hint="see whimbrel-sim scenarios --schema")
+        raise RequestError(f"{source} is no table of fields", hint="see whimbrel-sim scenarios --schema")
     return document
 
 
