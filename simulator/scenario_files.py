@@ -30,15 +30,15 @@ _WHERE: Final = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOT
 _UNKNOWN: Final = re.compile(r"unknown field `(?P<name>[^`]*)`")
 _TABLE: Final = re.compile(r"^\s*(?P<open>\[\[?)\s*(?P<name>[\w.\-]+)\s*\]")
 
-Words = Annotated[str, Meta(min_length=1, max_length=1_000)]
+Words = Annotated[str, Meta(max_length=1_000)]
 
 
 class ScenarioFile(Scenario, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A scenario, and what it is for."""
 
-    title: Annotated[str, Meta(max_length=100)] = ""
-    asks: Annotated[str, Meta(max_length=1_000)] = ""
-    expects: Annotated[str, Meta(max_length=1_000)] = ""
+    title: Words = ""
+    asks: Words = ""
+    expects: Words = ""
 
     @property
     def scenario(self) -> Scenario:

@@ -19,7 +19,7 @@ HOUR_S = 3_600.0
 
 DEVICES = {
     "bad-quantization": 50,
-    "broker-outage": 40,
+    "broker-outage": 20,
     "cellular-metered": 40,
     "commuter-cars": 40,
     "factory-site-broker": 50,
