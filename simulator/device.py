@@ -267,10 +267,11 @@ class SimulatedDevice:
                 trace.note(
                     now_us, self.number, f"{source.value} {trigger.value} {target.value} {effect.code}"
                 )
-                self._enter(target.value)
                 world.moved(self, effect)
             elif trace.follows(self.number):
                 trace.tell(now_us, self.number, f"  {_described(effect)}")
+        if agent.state.value != self.state:  # not by its traces: one behind an effect that failed is dropped
+            self._enter(agent.state.value)
         world.checks.decided(self)
 
     def _post(self, event: events.Event) -> None:
