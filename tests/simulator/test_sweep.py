@@ -200,6 +200,7 @@ def test_shards_say_of_a_fleet_what_a_run_of_all_of_it_says() -> None:
     for name in ("down_bytes", "update_median_s"):
         estimate = by_name[name]
         assert estimate.value == pytest.approx(getattr(truth, name), rel=0.15)
+        assert estimate.value is not None
         assert estimate.low is not None
         assert estimate.high is not None
         assert estimate.low < estimate.value < estimate.high
