@@ -166,6 +166,7 @@ def test_tiny_disks_refuse_before_the_first_byte_and_nobody_waits() -> None:
         ("devices = \n", ("line 1",)),
         ("[faults]\ndrop = 0.1\n", ("faults.drop does nothing", "faults.end_s")),
         ('devices = "ten"\n', ("line 1", "devices", "Expected `int`")),
+        ("start_hour = nan\n", ("nan", "TOML")),
         ("population = []\n", ("line 1", "population", "length >= 1")),
     ],
 )
@@ -189,6 +190,7 @@ def test_a_mistake_in_a_file_names_file_line_and_field(
         ("population.1.weight=2", "choose 0 to 0"),
         ("devices.0=2", "nothing below a value"),
         ("devices=0", ">= 1"),
+        ("faults.drop=inf", "Expected `float`, got `str`"),
         ("fautls.drop=0.1", "did you mean faults?"),
     ],
 )
