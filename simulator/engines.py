@@ -99,7 +99,9 @@ def code_digest() -> str:
     """SHA-256 of the code that a run depends on."""
     digest = hashlib.sha256()
     for package in _PACKAGES:
-        _add_code(digest, files(package))
+        for source in _sources(files(package)):
+            digest.update(source.name.encode())
+            digest.update(source.read_bytes())
     return digest.hexdigest()
 
 
@@ -130,10 +132,10 @@ def _prepare(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
-def _add_code(digest: "hashlib._Hash", folder: Traversable) -> None:
+def _sources(folder: Traversable) -> Iterator[Traversable]:
+    """Python files below a folder, always in the same order."""
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.is_dir():
-            _add_code(digest, entry)
+            yield from _sources(entry)
         elif entry.name.endswith(".py"):
-            digest.update(entry.name.encode())
-            digest.update(entry.read_bytes())
+            yield entry

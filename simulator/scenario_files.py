@@ -6,6 +6,7 @@ Every mistake is a `RequestError` that names the file, the field and, where ther
 import argparse
 import difflib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -25,20 +26,23 @@ FILE_BYTES_MAX: Final = 1 << 20
 
 DEFAULT: Final = "release"
 
+NAME_LENGTH_MAX: Final = 64
+"""As `Scenario.name`."""
+
 _SUFFIX: Final = ".toml"
 _WHERE: Final = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 _UNKNOWN: Final = re.compile(r"unknown field `(?P<name>[^`]*)`")
 _TABLE: Final = re.compile(r"^\s*(?P<open>\[\[?)\s*(?P<name>[\w.\-]+)\s*\]")
 
-Words = Annotated[str, Meta(min_length=1, max_length=1_000)]
+Words = Annotated[str, Meta(max_length=1_000)]
 
 
 class ScenarioFile(Scenario, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A scenario, and what it is for."""
 
-    title: Annotated[str, Meta(max_length=100)] = ""
-    asks: Annotated[str, Meta(max_length=1_000)] = ""
-    expects: Annotated[str, Meta(max_length=1_000)] = ""
+    title: Words = ""
+    asks: Words = ""
+    expects: Words = ""
 
     @property
     def scenario(self) -> Scenario:
@@ -105,14 +109,11 @@ def load_scenario(name_or_path: str, changes: Iterable[str] = ()) -> ScenarioFil
         source, text = f"scenario {name_or_path}", scenario_text(name_or_path)
         name = name_or_path
     document = _parse(source, text, is_json=path.suffix == ".json")
-    document.setdefault("name", name)
-    _convert(
-        document, source, text
-    )  # the file by itself first, so that its mistakes are not taken for changes
-    for change in changes:
+    document.setdefault("name", name[:NAME_LENGTH_MAX])
+    file = _convert(document, source, text)
+    for change in changes:  # one by one, so that a mistake is told of the change that made it
         _change(document, change)
         file = _convert(document, f"--set {change}", "")
-    file = _convert(document, source, text)
     _check_faults(file.faults, source)
     return file
 
@@ -155,16 +156,31 @@ def _read(path: Path) -> str:
 
 def _parse(source: str, text: str, *, is_json: bool) -> dict[str, Any]:
     try:
-        document = json.loads(text) if is_json else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        if is_json:
+            document = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        else:
+            document = tomllib.loads(text, parse_float=_finite)
+    except ValueError as error:
         raise RequestError(
             f"{source}: {error}", hint=f"correct the {'JSON' if is_json else 'TOML'}"
         ) from error
     except RecursionError as error:
         raise RequestError(f"{source} is nested too deeply", hint="give a scenario file") from error
     if not isinstance(document, dict):
-        raise RequestError(f"{source} is not a table of fields", hint="see whimbrel-sim scenarios --schema")
+        raise RequestError(f"{source} is no table of fields", hint="see whimbrel-sim scenarios --schema")
     return document
+
+
+def _finite(text: str) -> float:
+    """A number as a bound can be checked of it.
+
+    Raises:
+        ValueError: It is infinite, or none.
+    """
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number that a field can have")
+    return value
 
 
 def _convert(document: dict[str, Any], source: str, text: str) -> ScenarioFile:
@@ -229,8 +245,8 @@ def _place(names: Sequence[str], tables: dict[str, int], *, is_array: bool) -> l
 def _change(document: dict[str, Any], change: str) -> None:
     field, text = split_change(change)
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomllib.loads(f"value = {text}", parse_float=_finite)["value"]
+    except ValueError:
         value = text  # a word without quotes
     *steps, last = field.split(".")
     parents: list[Any] = [document]

@@ -22,8 +22,11 @@ _WAY: Final = {
 }
 """CSS class of everything but running a version, in the order of the plot from below."""
 
+AT_REST: Final = "at rest"
+"""What a device does of which only the state is known, not the version."""
+
 _OLDER: Final = ("older1", "older2", "older3")
-FLEET_CLASSES: Final = ("v1", *_WAY.values(), "v3", *_OLDER, "v2")
+FLEET_CLASSES: Final = ("neutral", "v1", *_WAY.values(), "v3", *_OLDER, "v2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,13 @@ def classes_of(scenario: Scenario) -> dict[str, str]:
     bad = [release.version for release in scenario.releases if release.kind != "good"]
     older = {f"runs {version}": _OLDER[index % len(_OLDER)] for index, version in enumerate(good[:-1])}
     newest = {f"runs {version}": "v2" for version in good[-1:]}
-    return {f"runs {FACTORY}": "v1"} | _WAY | {f"runs {version}": "v3" for version in bad} | older | newest
+    return (
+        {AT_REST: "neutral", f"runs {FACTORY}": "v1"}
+        | _WAY
+        | {f"runs {version}": "v3" for version in bad}
+        | older
+        | newest
+    )
 
 
 def band_of(label: str) -> str:
@@ -56,7 +65,9 @@ def band_of(label: str) -> str:
             return "refused"
         case "failed":
             return "gave up"
-    return band(state, version or FACTORY)
+        case "idle" if not version:
+            return AT_REST
+    return band(state, version)
 
 
 def counts_of(result: FleetResult) -> list[Counts]:

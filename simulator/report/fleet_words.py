@@ -125,17 +125,12 @@ def _speed(result: FleetResult, main: Reach | None) -> str:
     if main is None or not main.updated_s:
         return ""
     reached = [
-        f"{percent} % after {duration(value)}"
-        for percent, value in main.updated_s.items()
-        if value is not None
+        f"{percent} % after {duration(at_s)}" for percent, at_s in main.updated_s.items() if at_s is not None
     ]
-    missed = [f"{percent} %" for percent, value in main.updated_s.items() if value is None]
-    words = (
-        f"{main.version} ran on " + ", ".join(reached)
-        if reached
-        else f"{main.version} ran on {share(main.kept, result.scenario.devices)} of the fleet"
-    )
-    return words + (f"; {' and '.join(missed)} of the fleet were never reached." if missed else ".")
+    if len(reached) == len(main.updated_s):
+        return f"{main.version} ran on {', '.join(reached)}."
+    most = f"{share(main.kept, result.scenario.devices)} of the fleet in the end"
+    return f"{main.version} ran on {', '.join([*reached, most])}."
 
 
 def _traffic(result: FleetResult) -> str:
@@ -150,7 +145,13 @@ def _trouble(result: FleetResult) -> str:
     faults = sum(result.faults.values())
     if not faults:
         return "No fault was injected."
-    return f"{faults:,} faults of {len(result.faults)} kinds were injected, for {duration(result.scenario.faults.end_s)}; then the fleet was left to itself."
+    end_s = result.scenario.faults.end_s
+    if result.virtual_s < end_s:
+        return f"{faults:,} faults of {len(result.faults)} kinds were injected."
+    return (
+        f"{faults:,} faults of {len(result.faults)} kinds were injected, for {duration(end_s)};"
+        " then the fleet was left to itself."
+    )
 
 
 def _stopped(result: FleetResult, found: Sequence[Reach]) -> str:

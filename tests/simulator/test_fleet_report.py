@@ -243,6 +243,13 @@ def test_a_failure_is_told_with_what_is_needed_to_see_it_again(failed: FleetResu
     assert failed.story[-1].strip() in page.replace("&#39;", "'").replace("&gt;", ">")
 
 
+def test_a_result_without_a_recording_is_not_told_more_than_it_knows(recorded: FleetResult) -> None:
+    page = render_fleet(recorded.scenario, replace(recorded, recording=None))
+    assert "fleet-data" not in page
+    assert "at rest" in page
+    assert "runs v" not in page
+
+
 def test_text_from_outside_is_escaped(recorded: FleetResult) -> None:
     evil = "</script><script>alert(1)</script>"
     population = (replace(SCENARIO.population[0], name=evil),)
