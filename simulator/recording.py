@@ -74,7 +74,7 @@ class Recorder:
 
     def entered(self, device: "SimulatedDevice", state: str) -> None:
         """A device is in another state."""
-        number, now_us = device.number, self._world.loop.now_us
+        number, now_us = self._place(device), self._world.loop.now_us
         if state == State.IDLE.value:
             version = self._version_on(device)
             if version != FACTORY and self._firsts(self._committed, version).add(number, now_us):
@@ -88,13 +88,17 @@ class Recorder:
                 self._firsts(self._tried, version).add(number, now_us)
         self._put(number, self._label_of(state))
 
+    def _place(self, device: "SimulatedDevice") -> int:
+        """Which device of this world it is, counted from 0."""
+        return device.number - self._world.scenario.first_device
+
     def _version_on(self, device: "SimulatedDevice") -> str:
         """The version whose files are in the active slot of the durable record."""
         _, digest = device.seen.files[0]
         return self._world.behaviours[digest].version
 
     def _took(self, device: "SimulatedDevice", version: str, now_us: int) -> None:
-        asked, asked_us = self._asked.pop(device.number, ("", 0))
+        asked, asked_us = self._asked.pop(self._place(device), ("", 0))
         if asked == version:
             self._times_us.setdefault(device.kind.name, array("Q")).append(now_us - asked_us)
 

@@ -114,9 +114,9 @@ class Tracks(Struct, frozen=True, kw_only=True):
     """What single devices did: changes in order of time. Columns, since there are many."""
 
     stride: int  # every how many-th device is here
-    kinds: list[str]  # of each device, by number divided by stride
+    kinds: list[str]  # of each device, in the order of their numbers
     at_ms: list[int]
-    device: list[int]  # number divided by stride
+    device: list[int]  # position in `kinds`; the first is `Scenario.first_device`, others are a stride apart
     label: list[int]  # position in `FleetRecording.labels`
 
 

@@ -36,7 +36,7 @@ def animation_data(result: FleetResult, recording: FleetRecording, scale: TimeSc
     return {
         "bands": [{"name": name, "kind": classes[name]} for name in names],
         "first": bands[0],
-        "numbers": [index * tracks.stride for index in order],
+        "numbers": [result.scenario.first_device + index * tracks.stride for index in order],
         "groups": [{"name": kind, "count": tracks.kinds.count(kind)} for kind in sorted(set(tracks.kinds))],
         "knots": [[round(at_s * 1_000), round(position, 5)] for at_s, position in scale.knots],
         "zero": round(scale.zero_s * 1_000),

@@ -211,6 +211,14 @@ def test_the_animation_ends_as_the_fleet_does(recorded: FleetResult) -> None:
     assert data["knots"] == sorted(data["knots"])
 
 
+def test_devices_have_their_numbers_in_a_part_of_a_fleet() -> None:
+    scenario = replace(SCENARIO, devices=10, first_device=500, releases=SCENARIO.releases[:1])
+    result = run_fleet(scenario, recorder=Recorder())
+    data = fleet_data(render_fleet(scenario, result))
+    assert sorted(data["numbers"]) == list(range(500, 510))
+    assert final_bands(data) == {"runs v2": 10}
+
+
 def test_deltas_are_told_beside_measured_peers(recorded: FleetResult) -> None:
     transfers = measure_transfers(recorded)
     assert {(each.base, each.version) for each in transfers} >= {("v1", "v2"), ("v2", "v3")}
