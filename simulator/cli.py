@@ -19,13 +19,15 @@ from typing import Final, TextIO
 import msgspec
 from rich.console import Console
 
-from protocol.errors import StorageError, WhimbrelError
+from protocol.errors import WhimbrelError
 from simulator.fleet_cli import add_commands
 from simulator.live.options import Options
 from simulator.live.run import run_live
+from simulator.report.files import check_writable, write_page
 from simulator.report.page import render_page
 from simulator.report.record import Run
 from simulator.report.summary import print_summary
+from simulator.sweep_cli import add_sweep_commands
 
 _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -113,12 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(action=_run)
     add_commands(commands)
+    add_sweep_commands(commands)
     return parser
 
 
 def _run(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:
     report: Path = arguments.report
-    _check_writable(report)
+    check_writable(report)
     console = Console(
         file=errors if arguments.json else output,
         force_terminal=False if arguments.plain else None,
@@ -136,7 +139,7 @@ def _run(arguments: argparse.Namespace, command: str, output: TextIO, errors: Te
         command=command,
     )
     run = run_live(options, console)
-    _write(report, render_page(run))
+    write_page(report, render_page(run))
     print_summary(run, console)
     console.print(f"Report: {report}", soft_wrap=True)
     if arguments.json:
@@ -147,19 +150,6 @@ def _run(arguments: argparse.Namespace, command: str, output: TextIO, errors: Te
 def summary_document(run: Run, report: Path) -> dict[str, object]:
     """What `--json` prints: the whole record, whether it is good, and where the page is."""
     return {"is_passed": run.is_passed, "report": str(report), **msgspec.to_builtins(run)}
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before the run that its report can be written."""
-    if not path.parent.is_dir() or path.is_dir():
-        raise StorageError(f"{path} cannot be written", hint="choose another --report")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}", hint="choose another --report") from error
 
 
 def _seconds(text: str) -> int:

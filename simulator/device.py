@@ -282,7 +282,7 @@ class SimulatedDevice:
         self._queue.append(event)
 
     def _enter(self, state: str) -> None:
-        self.world.entered(self.state, state)
+        self.world.entered(self, state)
         self.state = state
 
     # Time

@@ -12,6 +12,7 @@ import msgspec
 from device.states import UnlistedTransitionError
 from simulator.checks.safety import PromiseBrokenError
 from simulator.loop import US_PER_S
+from simulator.recording import Recorder
 from simulator.results import (
     BrokerLoad,
     Failure,
@@ -32,19 +33,22 @@ CODE_LINES: Final = 3
 """Last lines of a traceback that a failure of the code quotes."""
 
 
-def run_fleet(scenario: Scenario, *, follow: int = -1, command: str = "") -> FleetResult:
+def run_fleet(
+    scenario: Scenario, *, follow: int = -1, command: str = "", recorder: Recorder | None = None
+) -> FleetResult:
     """Run a scenario to its end.
 
     Args:
         scenario: What to simulate.
         follow: Number of a device whose story is kept.
         command: How to replay it, for the result.
+        recorder: Keeps what a page about the run shows; the run itself does not depend on it.
 
     Raises:
         RequestError: The scenario contradicts itself.
     """
     begun, spent = time.monotonic(), time.process_time()  # noqa: TID251 - how long the run took, for the result
-    world = World(scenario, Trace(follow))
+    world = World(scenario, Trace(follow), recorder)
     failure = None
     thresholds = gc.get_threshold()
     gc.freeze()
@@ -98,6 +102,7 @@ def _result(world: World, failure: Failure | None, command: str) -> FleetResult:
         excused=world.excused,
         faults=dict(sorted(world.faults.counts.items())),
         completion_s=sorted(world.completion_s),
+        reached_s=_reached_s(world),
         samples=world.samples,
         rollouts=[_outcome(world, rollout, plan.kind) for rollout, plan in world.rollouts],
         down_bytes=sum(down),
@@ -114,6 +119,7 @@ def _result(world: World, failure: Failure | None, command: str) -> FleetResult:
         ),
         delta_bytes=world.delta_lengths(),
         story=world.trace.story,
+        recording=None if world.recorder is None else world.recorder.finish(),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KILOBYTE,
     )
 
@@ -136,6 +142,25 @@ def _outcome(world: World, rollout: str, kind: str) -> RolloutOutcome:
         finished_s=seconds(record.finished_ms),
         counts={} if campaign is None else dict(sorted(campaign.counts().items())),
     )
+
+
+def _reached_s(world: World) -> list[float]:
+    """When the server knew of each device that runs the last good release; a device may be in several rollouts of it."""
+    version = next((plan.version for plan in reversed(world.scenario.releases) if plan.kind == "good"), "")
+    campaigns = [
+        campaign
+        for campaign in map(world.server.coordinator.campaigns.get, (name for name, _ in world.rollouts))
+        if campaign is not None and campaign.record.version == version
+    ]
+    first_ms: dict[str, int] = {}
+    for campaign in campaigns:
+        for device, member in campaign.members.items():
+            if member.status == "committed" and member.decided_ms is not None:
+                first_ms[device] = min(member.decided_ms, first_ms.get(device, member.decided_ms))
+    begun_ms = min(
+        (each.record.begun_ms for each in campaigns if each.record.begun_ms is not None), default=0
+    )
+    return sorted((instant_ms - begun_ms) / 1_000 for instant_ms in first_ms.values())
 
 
 def _kinds(world: World) -> dict[str, KindTotals]:

@@ -11,10 +11,15 @@ from protocol.errors import RequestError
 from simulator.faults import draw_faults
 from simulator.fleet import run_fleet
 from simulator.population import mixed_population
+from simulator.recording import Recorder
+from simulator.report.files import check_writable
+from simulator.report.fleet import write_fleet_report
 from simulator.results import Failure, FleetResult
 from simulator.scenario import ReleasePlan, Scenario, encode_scenario
+from simulator.scenario_files import DEFAULT, add_scenario_options, load_scenario
 from simulator.soak import explain, run_seeds, soak_scenario, total_faults
 
+DEVICES: Final = 1_000
 FAULTS_END_S: Final = 1_800.0
 STORY_LINES: Final = 40
 """Last lines of a story that are printed; `replay` prints all."""
@@ -27,10 +32,13 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     fleet = commands.add_parser(
         "fleet", help="a release on a large fleet in virtual time, replayed from a seed"
     )
-    fleet.add_argument("--devices", type=int, default=1_000, metavar="N", help="default: %(default)s")
     fleet.add_argument(
-        "--seed", type=int, default=1, metavar="S", help="decides everything (default: %(default)s)"
+        "--devices", type=int, metavar="N", help=f"default: {DEVICES}, or as many as the scenario has"
     )
+    fleet.add_argument(
+        "--seed", type=int, metavar="S", help="decides everything (default: 1, or the scenario's)"
+    )
+    add_scenario_options(fleet)
     fleet.add_argument(
         "--faults",
         choices=("none", "mixed"),
@@ -44,6 +52,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--device", type=int, default=-1, metavar="NUMBER", help="tell the story of one device"
     )
     fleet.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_report_option(fleet)
     fleet.set_defaults(action=_fleet)
     soak = commands.add_parser(
         "soak", help="many seeds with every fault; the first failure is shrunk and told"
@@ -62,22 +71,46 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     replay.add_argument("--device", type=int, default=-1, metavar="NUMBER", help="tell its story")
     replay.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_report_option(replay)
     replay.set_defaults(action=_replay)
 
 
+def _add_report_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page about the run")
+
+
 def _fleet(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:
-    devices, seed = arguments.devices, arguments.seed
+    if arguments.scenario is None and not arguments.changes:
+        return _finish(_plain(arguments), arguments, command, output, errors)
+    if arguments.faults != "none" or arguments.population != "uniform":
+        raise RequestError(
+            "--faults and --population are not for a scenario", hint="use --set, as faults.drop=0.1"
+        )
+    changes = [
+        f"{name}={getattr(arguments, name)}"
+        for name in ("devices", "seed")
+        if getattr(arguments, name) is not None
+    ]
+    scenario = load_scenario(arguments.scenario or DEFAULT, [*arguments.changes, *changes]).scenario
+    return _finish(scenario, arguments, command, output, errors)
+
+
+def _plain(arguments: argparse.Namespace) -> Scenario:
+    """A fleet that no file describes."""
+    devices = DEVICES if arguments.devices is None else arguments.devices
+    seed = 1 if arguments.seed is None else arguments.seed
+    canary_count = max(1, devices // 500)
     scenario = checked(
-        Scenario(devices=devices, seed=seed, releases=(ReleasePlan(canary_count=max(1, devices // 500)),))
+        Scenario(devices=devices, seed=seed, releases=(ReleasePlan(canary_count=canary_count),))
     )
     if arguments.population == "mixed":
         scenario = replace(scenario, population=mixed_population())
     if arguments.faults == "mixed":
-        plan = ReleasePlan(canary_count=max(1, devices // 500), failures_max=devices, wave_timeout_s=600.0)
+        plan = ReleasePlan(canary_count=canary_count, failures_max=devices, wave_timeout_s=600.0)
         scenario = replace(
             scenario, releases=(plan,), faults=draw_faults(seed, FAULTS_END_S), keep_alive_s=120
         )
-    return _finish(scenario, arguments, command, output, errors)
+    return scenario
 
 
 def _replay(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:
@@ -113,7 +146,11 @@ def _finish(
     follow: int = arguments.device
     if follow >= scenario.devices:
         raise RequestError(f"there is no device {follow}", hint=f"choose 0 to {scenario.devices - 1}")
-    result = run_fleet(scenario, follow=follow, command=command)
+    report: Path | None = arguments.report
+    if report is not None:
+        check_writable(report)
+    recorder = Recorder() if report is not None else None
+    result = run_fleet(scenario, follow=follow, command=command, recorder=recorder)
     if arguments.json:
         print(msgspec.json.encode(result).decode(), file=output)
     else:
@@ -121,7 +158,11 @@ def _finish(
         for line in result.story:
             print(line, file=output)
     if result.failure is not None and follow < 0:
-        print_failure(result.scenario, result.failure, command, errors)
+        told = print_failure(result.scenario, result.failure, command, errors)
+        result = replace(result, story=told.story, shrunk=told.shrunk)
+    if report is not None:
+        write_fleet_report(report, scenario, result)
+        print(f"Report: {report}", file=errors if arguments.json else output)
     return 0 if result.is_passed else 1
 
 
@@ -183,8 +224,8 @@ def print_result(result: FleetResult, output: TextIO) -> None:
     print(f"  {result.checks:,} checks; trace {result.trace_digest}", file=output)
 
 
-def print_failure(scenario: Scenario, failure: Failure, command: str, errors: TextIO) -> None:
-    """The seed, how to replay it, a smaller scenario, and the story of the device involved."""
+def print_failure(scenario: Scenario, failure: Failure, command: str, errors: TextIO) -> FleetResult:
+    """Print the seed, how to replay it, a smaller scenario, and the story of the device involved; returns the last two."""
     where = f" on device {failure.device}" if failure.device >= 0 else ""
     print(
         f"seed {scenario.seed} failed at {failure.at_s:.3f} s{where}: promise {failure.promise}: {failure.detail}",
@@ -200,6 +241,7 @@ def print_failure(scenario: Scenario, failure: Failure, command: str, errors: Te
         print(f"the last lines of the story of device {device}:", file=errors)
         for line in told.story[-STORY_LINES:]:
             print(f"  {line}", file=errors)
+    return told
 
 
 def _listed(counts: dict[str, int]) -> str:

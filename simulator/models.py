@@ -4,7 +4,7 @@ import hashlib
 import io
 from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -12,10 +12,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from protocol.chunks import build_tree, index_name
 from protocol.constants import CHUNK_BYTES
 from protocol.delta.format import Profile
+from protocol.delta.needs import in_place_needs
 from protocol.delta.writer import make_delta
 from protocol.errors import RequestError, StorageError
 from protocol.ids import Digest, digest_of
-from protocol.release import ClassPrompt, HealthPlan, Release, ReleaseFile, Resources
+from protocol.release import ClassPrompt, HealthPlan, InPlaceNeeds, Release, ReleaseFile, Resources
 from protocol.tensors import BytesSource
 from server.ports import StoredBlob
 from server.releases.publisher import ROLES, Publisher
@@ -28,6 +29,8 @@ FACTORY: Final = "v1"
 FILE_NAME: Final = "model.onnx"
 BLOCK_BYTES: Final = 4_096
 """A fine-tune changes whole blocks of a synthetic model."""
+
+_RANDOM_BYTES: Final = 1 << 24
 
 LATENCY_P99_MS_MAX: Final = 200.0
 MEMORY_PEAK_BYTES_MAX: Final = 512 << 20
@@ -94,7 +97,7 @@ def contents_of(scenario: Scenario) -> dict[str, bytes]:
         raise RequestError(f"two releases have one version, or the factory's ({FACTORY})", hint="rename one")
     if scenario.model.files:
         return dict(zip(versions, _real(scenario.model, len(versions)), strict=True))
-    contents = {FACTORY: generator(scenario.seed, "model").randbytes(scenario.model.bytes)}
+    contents = {FACTORY: _random_bytes(scenario.seed, scenario.model.bytes)}
     before = contents[FACTORY]
     for release in scenario.releases:
         before = contents[release.version] = _fine_tuned(
@@ -121,12 +124,29 @@ def release_of(version: str, data: bytes, model: Model) -> Release:
     )
 
 
+class SimulatedDelta(NamedTuple):
+    """A delta, and what applying it takes."""
+
+    content: bytes
+    memory_bytes: int
+    in_place: InPlaceNeeds | None
+
+
 @lru_cache(maxsize=64)
-def delta_between(base: bytes, result: bytes, profile: Profile) -> tuple[bytes, int]:
-    """The delta between two files, and the memory that applying it takes; built once for the same files."""
-    sink = io.BytesIO()
-    statistics = make_delta(BytesSource(base), BytesSource(result), sink, profile=profile)
-    return sink.getvalue(), statistics.header.decoder_memory_bytes
+def delta_between(base: bytes, result: bytes, profile: Profile) -> SimulatedDelta:
+    """The delta between two files, as the server's builder makes it; built once for the same files."""
+    sink, old, new = io.BytesIO(), BytesSource(base), BytesSource(result)
+    statistics = make_delta(old, new, sink, profile=profile, in_place=None)
+    content = sink.getvalue()
+    needs = in_place_needs(old, new, BytesSource(content))
+    return SimulatedDelta(content, statistics.header.decoder_memory_bytes, needs)
+
+
+def _random_bytes(seed: int, length: int) -> bytes:
+    """As `randbytes`, which gives at most 256 MiB at once."""
+    chance = generator(seed, "model")
+    pieces = range(0, length, _RANDOM_BYTES)
+    return b"".join(chance.randbytes(min(_RANDOM_BYTES, length - at)) for at in pieces)
 
 
 def _fine_tuned(before: bytes, share: float, seed: int, version: str) -> bytes:

@@ -20,7 +20,8 @@ _HOUR_US = 3_600 * US_PER_S
 def make_devices(world: "World") -> list[SimulatedDevice]:
     """All devices of a scenario, without power."""
     sites: dict[str, tuple[Line, int]] = {}
-    return [_make_device(world, number, sites) for number in range(world.scenario.devices)]
+    first = world.scenario.first_device
+    return [_make_device(world, number, sites) for number in range(first, first + world.scenario.devices)]
 
 
 def _make_device(world: "World", number: int, sites: dict[str, tuple[Line, int]]) -> SimulatedDevice:

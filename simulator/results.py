@@ -71,6 +71,66 @@ class ServerLoad(Struct, frozen=True, kw_only=True):
     counters: dict[str, int]
 
 
+class Moment(Struct, frozen=True, kw_only=True):
+    """The fleet at an instant at which something changed; finer than a `Sample`."""
+
+    at_s: float
+    counts: list[int]  # devices by label, in the order of `FleetRecording.labels`
+    connections: int
+    broker_bytes: int  # sent so far
+    server_events: int  # handled so far
+
+
+class VersionSpread(Struct, frozen=True, kw_only=True):
+    """How far a version got: instants in seconds, and devices so far, at every thousandth of the fleet and at the end."""
+
+    version: str
+    tried: list[tuple[float, int]]  # devices that had it in a trial, each counted once
+    committed: list[tuple[float, int]]  # devices that kept it, likewise
+
+
+class UpdateTimes(Struct, frozen=True, kw_only=True):
+    """How long updates took, from the first request for a version to its commit, in true time."""
+
+    kind: str  # of device; empty for all
+    updates: int
+    values_s: list[float]  # ascending; of many updates those at every thousandth
+
+
+class WaveOutcome(Struct, frozen=True, kw_only=True):
+    """One wave of a rollout, as the coordinator has it at the end."""
+
+    rollout: str
+    version: str
+    wave: str
+    asked: int  # devices that were sent a request
+    begun_s: float
+    ended_s: float | None  # last decision; None while one is missing
+    counts: dict[str, int]  # members by status
+    codes: dict[str, int]  # of those that did not commit
+
+
+class Tracks(Struct, frozen=True, kw_only=True):
+    """What single devices did: changes in order of time. Columns, since there are many."""
+
+    stride: int  # every how many-th device is here
+    kinds: list[str]  # of each device, in the order of their numbers
+    at_ms: list[int]
+    device: list[int]  # position in `kinds`; the first is `Scenario.first_device`, others are a stride apart
+    label: list[int]  # position in `FleetRecording.labels`
+
+
+class FleetRecording(Struct, frozen=True, kw_only=True):
+    """What a page about a run shows beyond the counted figures: bounded, whatever the fleet and the time."""
+
+    labels: list[str]  # states, `idle` with the version that runs: `idle v2`
+    moments: list[Moment]
+    versions: list[VersionSpread]
+    waves: list[WaveOutcome]
+    times: list[UpdateTimes]  # of all devices, then by kind
+    tracks: Tracks
+
+
 class FleetResult(Struct, frozen=True, kw_only=True):
     """Everything about a run. All but `wall_s`, `cpu_s`, `peak_memory_bytes` and what is derived from them is replayed exactly."""
 
@@ -89,6 +149,9 @@ class FleetResult(Struct, frozen=True, kw_only=True):
     excused: int  # devices that cannot run the last good release: it failed its trial there, or does not fit
     faults: dict[str, int]
     completion_s: list[float]  # from being asked to the commit, by the device's report; sorted
+    reached_s: list[
+        float
+    ]  # of the last good version: from its first rollout's begin until the server knew; sorted
     samples: list[Sample]
     rollouts: list[RolloutOutcome]
     down_bytes: int
@@ -100,6 +163,7 @@ class FleetResult(Struct, frozen=True, kw_only=True):
     delta_bytes: dict[str, int]  # length of each signed delta, by its versions
     story: list[str] = []
     shrunk: Scenario | None = None
+    recording: FleetRecording | None = None
     wall_s: float = 0.0
     cpu_s: float = 0.0
     peak_memory_bytes: int = 0

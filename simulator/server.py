@@ -12,7 +12,7 @@ from protocol.chunks import encode_chunk
 from protocol.errors import StorageError, WhimbrelError
 from protocol.ids import DeviceId, Digest, Family, FleetId, Version
 from protocol.messages import Link, Report, decode_message, decode_request, encode_message
-from protocol.release import Release, encode_release, file_target, release_target
+from protocol.release import DeltaName, Release, encode_release, file_target, release_target
 from protocol.topics import LinkTopic, ReportTopic, RequestTopic, Topics
 from protocol.trust import Target
 from server.adapters.mqtt import ANSWERS_MAX
@@ -61,7 +61,7 @@ from server.rollouts.campaign import MemberRecord, RolloutRecord
 from server.runtime import BATCH_EVENTS_MAX, SIGNING_RETRY_MS, bundle
 from simulator.clock import RightClock
 from simulator.loop import US_PER_MS, US_PER_S
-from simulator.models import FLEET, MemoryBlobs, delta_between, publisher_of
+from simulator.models import FLEET, MemoryBlobs, SimulatedDelta, delta_between, publisher_of
 from simulator.network import Line
 
 if TYPE_CHECKING:
@@ -365,14 +365,14 @@ class SimulatedServer:
     def _build(self, order: BuildDelta) -> None:
         name = order.name
         result = self.blobs.read(name.result)
-        delta, memory_bytes = delta_between(self.blobs.read(name.base), result, name.profile)
+        built = delta_between(self.blobs.read(name.base), result, name.profile)
         delay_us = len(result) * US_PER_S // self._world.scenario.server.build_bytes_per_s
-        self._world.loop.after(delay_us, self._built, self._generation, order, delta, memory_bytes)
+        self._world.loop.after(delay_us, self._built, self._generation, name, built)
 
-    def _built(self, generation: int, order: BuildDelta, delta: bytes, memory_bytes: int) -> None:
+    def _built(self, generation: int, name: DeltaName, built: SimulatedDelta) -> None:
         if generation == self._generation:
             self._add("deltas_built")
-            self._post(DeltaBuilt(order.name, self.blobs.put(delta), memory_bytes))
+            self._post(DeltaBuilt(name, self.blobs.put(built.content), built.memory_bytes, built.in_place))
 
     # The broker
 

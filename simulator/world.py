@@ -23,9 +23,11 @@ from simulator.device import SimulatedDevice
 from simulator.disk import Interned
 from simulator.engine import Behaviour, Fingerprints
 from simulator.faults import FaultInjector
+from simulator.hours import DailyHours
 from simulator.loop import US_PER_S, Loop
 from simulator.models import FACTORY, FAMILY, FLEET, contents_of, release_of
 from simulator.population import make_devices
+from simulator.recording import Recorder
 from simulator.results import Sample
 from simulator.scenario import ReleasePlan, Scenario
 from simulator.server import SimulatedServer
@@ -57,11 +59,13 @@ class World:
     Args:
         scenario: What it is like.
         trace: Takes note of every step.
+        recorder: Takes note of what a page shows.
     """
 
-    def __init__(self, scenario: Scenario, trace: Trace) -> None:
+    def __init__(self, scenario: Scenario, trace: Trace, recorder: Recorder | None = None) -> None:
         self.scenario = scenario
         self.trace = trace
+        self.recorder = recorder
         self.loop = Loop()
         self.topics = Topics(FleetId(FLEET))
         self.trust = RememberedTrust()
@@ -107,16 +111,20 @@ class World:
 
     def begin(self) -> None:
         """Switch everything on."""
-        boots = Stream(self.scenario.seed, "boots")
+        boots = Stream(self.scenario.seed, "boots", self.scenario.first_device)
         spread_us = self.scenario.boot_spread_s * US_PER_S
         for device in self.devices:
             self.loop.at(int(boots.random() * spread_us), device.switch_on)
             if device.kind.link.on_s and device.kind.link.off_s:
                 self.loop.at(int(boots.random() * spread_us), self._duty_cycle, device, True)
+            if device.kind.link.online_hours is not None:
+                DailyHours(self, device).begin()
         self.message_faults = self._any("drop", "cut", "duplicate", "delay", "poison")
         self.disk_faults = self._any("storage", "crash_disk")
         self.effect_faults = self._any("crash_effect")
         self.faults.begin()
+        if self.recorder is not None:
+            self.recorder.begin(self)
         self.loop.at(TICK_US, self._tick)
         self.loop.at(0, self._sample)
 
@@ -294,7 +302,7 @@ class World:
             device.clock.offset_ms = 0
             if device.clock.is_wrong:
                 self.loop.after(self._mending_us(), device.restart)
-            if not device.kind.link.on_s:
+            if not device.kind.link.comes_and_goes:
                 device.transport.link_changed(is_up=True)
             self.loop.after(self._mending_us(), device.switch_on)
 
@@ -308,10 +316,12 @@ class World:
         """A fault happened by itself."""
         self.faults.counts[fault] += 1
 
-    def entered(self, before: str, after: str) -> None:
-        """A device is in another state."""
-        self.states[before] -= 1
-        self.states[after] += 1
+    def entered(self, device: SimulatedDevice, state: str) -> None:
+        """A device goes to another state than the one it was in."""
+        self.states[device.state] -= 1
+        self.states[state] += 1
+        if self.recorder is not None:
+            self.recorder.entered(device, state)
 
     def moved(self, device: SimulatedDevice, effect: effects.Trace) -> None:
         """A device took a transition."""

@@ -9,6 +9,7 @@ from simulator.report.record import DeviceResult, Member, Rollout, Run, Transiti
 from simulator.report.svg import (
     BAND_CLASSES,
     Frame,
+    area,
     axes,
     circle,
     line,
@@ -48,7 +49,7 @@ def fleet_over_time(run: Run) -> str:
         if not any(heights):
             continue
         top = [low + height for low, height in zip(base, heights, strict=True)]
-        parts.append(_area(frame, base, top, width, f"fill {kind}", name))
+        parts.append(area(frame, base, top, width, f"fill {kind}", name))
         base = top
     parts += _phase_marks(run, frame)
     parts += _fault_marks(run, frame)
@@ -74,17 +75,6 @@ def _counts_over_time(run: Run, begin: int, end: int) -> list[dict[str, int]]:
             counts[name] = counts.get(name, 0) + 1
         columns.append(counts)
     return columns
-
-
-def _area(frame: Frame, low: Sequence[int], high: Sequence[int], width: float, kind: str, title: str) -> str:
-    """A band between two step lines."""
-    upper, lower = [], []
-    for column, (bottom, top) in enumerate(zip(low, high, strict=True)):
-        left, right = number(frame.left + column * width), number(frame.left + (column + 1) * width)
-        upper.append(f"{left},{number(frame.y(top))} {right},{number(frame.y(top))}")
-        lower.append(f"{right},{number(frame.y(bottom))} {left},{number(frame.y(bottom))}")
-    points = " ".join(upper + lower[::-1])
-    return f'<polygon class="{kind}" points="{points}"><title>{title}</title></polygon>'
 
 
 def _phase_marks(run: Run, frame: Frame) -> list[str]:

@@ -2,10 +2,8 @@
 
 from collections import Counter
 from datetime import datetime
-from pathlib import Path
 from typing import Final
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from simulator.report.charts import (
@@ -18,11 +16,11 @@ from simulator.report.charts import (
 from simulator.report.diagram import state_diagram
 from simulator.report.record import DeviceResult, Rollout, Run
 from simulator.report.svg import BAND_CLASSES
+from simulator.report.templates import render
 
 PAGE_BYTES_MAX: Final = 3_000_000
 """What a report may weigh; the largest fleet stays far below it."""
 
-_TEMPLATE: Final = Path(__file__).with_name("page.html.j2")
 _NOTHING: Final = "\N{EN DASH}"
 _BAD_LEGEND: Final = ("fetching", "installing", "trial", "rolled back")
 
@@ -33,11 +31,10 @@ def render_page(run: Run) -> str:
     Returns:
         A complete document that needs nothing from outside.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    template = environment.from_string(_TEMPLATE.read_text("utf-8"))
     bad = run.rollouts[1] if len(run.rollouts) > 1 else None
     shown = {name for name in BAND_CLASSES if _occurs(run, name)}
-    return template.render(
+    return render(
+        "page.html.j2",
         run=run,
         title=headline(run),
         headline=headline(run),

@@ -7,6 +7,8 @@ from html import escape
 from typing import Final
 
 TICK_STEPS: Final = (1, 2, 5, 10)
+X_TICKS: Final = 8
+LOG_DECADES_WIDE: Final = 4
 BAND_CLASSES: Final = {
     "runs v0": "v0",
     "runs v1": "v1",
@@ -43,6 +45,10 @@ class Frame:
         """Ordinate of a value; zero is at the bottom."""
         return self.top + self.height - value / (self.y_to or 1.0) * self.height
 
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """Values that are marked on the abscissa, and what is written there."""
+        return [(value, number(value)) for value in ticks(self.x_from, self.x_to, X_TICKS)]
+
     @property
     def bottom(self) -> float:
         """Ordinate of the lower edge."""
@@ -52,6 +58,22 @@ class Frame:
     def right(self) -> float:
         """Abscissa of the right edge."""
         return self.left + self.width
+
+
+class LogFrame(Frame):
+    """A frame with a logarithmic abscissa, for values of which some are a hundred times others; both ends above 0."""
+
+    def x(self, value: float) -> float:
+        """As `Frame.x`; what is below the left end is drawn there."""
+        position = math.log(max(value, self.x_from) / self.x_from) / math.log(self.x_to / self.x_from)
+        return self.left + position * self.width
+
+    def x_ticks(self) -> list[tuple[float, str]]:
+        """As `Frame.x_ticks`: powers of ten, with 2 and 5 between them where there is room."""
+        decades = range(math.floor(math.log10(self.x_from)), math.ceil(math.log10(self.x_to)) + 1)
+        factors = (1, 2, 5) if len(decades) <= LOG_DECADES_WIDE else (1,)
+        values = [factor * 10.0**decade for decade in decades for factor in factors]
+        return [(value, f"{value:,.6g}") for value in values if self.x_from <= value <= self.x_to]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -97,6 +119,26 @@ def circle(x: float, y: float, radius: float, kind: str, title: str = "") -> str
     return f'<circle class="{kind}" cx="{number(x)}" cy="{number(y)}" r="{number(radius)}">{inner}</circle>'
 
 
+def area(
+    frame: Frame, low: Sequence[float], high: Sequence[float], width: float, kind: str, title: str
+) -> str:
+    """A band between two step lines of equally wide columns."""
+    upper, lower = [], []
+    for column, (bottom, top) in enumerate(zip(low, high, strict=True)):
+        left, right = number(frame.left + column * width), number(frame.left + (column + 1) * width)
+        upper.append(f"{left},{number(frame.y(top))} {right},{number(frame.y(top))}")
+        lower.append(f"{right},{number(frame.y(bottom))} {left},{number(frame.y(bottom))}")
+    points = " ".join(upper + lower[::-1])
+    return f'<polygon class="{kind}" points="{points}"><title>{escape(title)}</title></polygon>'
+
+
+def polyline(points: Sequence[tuple[float, float]], kind: str, title: str = "") -> str:
+    """A line through points of the drawing."""
+    inner = f"<title>{escape(title)}</title>" if title else ""
+    path = " ".join(f"{number(x)},{number(y)}" for x, y in points)
+    return f'<polyline class="{kind}" points="{path}">{inner}</polyline>'
+
+
 def axes(
     frame: Frame, *, x_title: str, y_title: str, y_format: str = "{:.0f}", y_ticks: int = 5
 ) -> list[str]:
@@ -106,10 +148,10 @@ def axes(
         y = frame.y(value)
         parts.append(line(frame.left, y, frame.right, y, "grid"))
         parts.append(text(frame.left - 8, y + 4, y_format.format(value), anchor="end"))
-    for value in ticks(frame.x_from, frame.x_to, 8):
+    for value, label in frame.x_ticks():
         x = frame.x(value)
         parts.append(line(x, frame.bottom, x, frame.bottom + 5, "tick"))
-        parts.append(text(x, frame.bottom + 19, number(value), anchor="middle"))
+        parts.append(text(x, frame.bottom + 19, label, anchor="middle"))
     parts.append(line(frame.left, frame.bottom, frame.right, frame.bottom, "axis"))
     parts.append(text(frame.right, frame.bottom + 38, x_title, kind="title", anchor="end"))
     parts.append(text(frame.left - 40, frame.top - 10, y_title, kind="title"))
