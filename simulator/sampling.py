@@ -1,8 +1,9 @@
 """A fleet too large to be simulated whole: some of its devices in shards, each a fleet of its own, and how far off that may be.
 
 A shard has devices of the large fleet, with the links, clocks and luck that they have there, the same model and deltas,
-and its share of the broker's line and of the server's time. What a shard cannot show: queues in front of a broker and a
-server that serve everybody, limits on the number of connections and messages, and failures that add up over the fleet.
+and its share of the broker's line and of the server's time: the server does everything as much more slowly as a shard is
+smaller, so that it is as busy. What a shard cannot show: how the server gathers its work into batches, limits on the
+number of connections and messages, failures that add up over the fleet, and the last of all devices.
 """
 
 import math
@@ -22,7 +23,8 @@ SHARDS_MIN: Final = 2
 """Fewer say nothing about their error."""
 
 EVENT_US_MAX: Final = 1_000_000.0
-"""Bound of `Server.event_us`."""
+TRANSACTION_MS_MAX: Final = 3_600_000.0
+"""Bounds of `Server.event_us` and `Server.transaction_ms`."""
 
 AS_IS: Final = (
     "t50_s",
@@ -30,7 +32,6 @@ AS_IS: Final = (
     "t99_s",
     "update_median_s",
     "update_p99_s",
-    "server_busy_s",
     "down_bytes_median",
 )
 """Figures that are of a shard what they are of the fleet."""
@@ -45,9 +46,8 @@ IN_PROPORTION: Final = (
     "failed",
     "silent",
     "broker_bytes_per_s_peak",
-    "broker_connections_peak",
 )
-"""Figures that grow with the number of devices."""
+"""Figures that grow with the number of devices. Bytes are counted until the last device of a shard is done."""
 
 
 class Estimate(Struct, frozen=True, kw_only=True):
@@ -86,6 +86,7 @@ def plan_sample(scenario: Scenario, shards: int, shard_devices: int) -> list[Tas
     server = replace(
         scenario.server,
         event_us=min(EVENT_US_MAX, scenario.server.event_us / share),
+        transaction_ms=min(TRANSACTION_MS_MAX, scenario.server.transaction_ms / share),
         bytes_per_s=max(1, int(scenario.server.bytes_per_s * share)),
     )
     return [

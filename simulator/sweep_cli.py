@@ -184,6 +184,9 @@ def _sample(arguments: argparse.Namespace, _command: str, output: TextIO, errors
         title = f"{scenario.devices:,} devices of {scenario.name}, from {result.shards} shards of {result.shard_devices:,}"
         print(f"{title}; {result.failed} failed", file=output)
         _print_table(table, output)
+        print(
+            "The intervals know what differs between shards, not what all of them lack (ADR 21).", file=output
+        )
     return int(result.failed > 0)
 
 
