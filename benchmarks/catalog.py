@@ -36,7 +36,16 @@ PAIRS = (
     *(
         Pair(f"minilm-{version}.{kind}", f"minilm-v1.{kind}.onnx", f"minilm-v2_{version}.{kind}.onnx")
         for version in ("large", "tiny")
-        for kind in ("int8", "int8pc")
+        for kind in ("int8", "int8pc", "int4")
+    ),
+    *(
+        Pair(
+            f"minilm-{version}.{kind}",
+            f"minilm-v1.{kind}.safetensors",
+            f"minilm-v2_{version}.{kind}.safetensors",
+        )
+        for version in ("large", "tiny")
+        for kind in ("awq", "gptq")
     ),
     Pair("silero-5.1-6.0", "silero-5.1.2.onnx", "silero-6.0.onnx"),
     Pair("silero-6.0-6.2", "silero-6.0.onnx", "silero-6.2.onnx"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import edits, minilm, smollm2, wheels
+from benchmarks import edits, minilm, packing, smollm2, wheels
 from benchmarks.catalog import CACHE, PAIRS, missing, select
 from benchmarks.finetune import RECIPES
 from benchmarks.workshop import Rule, Workshop
@@ -88,6 +88,14 @@ def _minilm_quantized(shop: Workshop, match: re.Match[str], out: Path) -> None:
     minilm.quantize(shop.file(f"minilm-{match[1]}.onnx"), out, per_channel=match[2] == "pc")
 
 
+def _minilm_int4(shop: Workshop, match: re.Match[str], out: Path) -> None:
+    packing.write_int4(shop.file(f"minilm-{match[1]}.onnx"), out)
+
+
+def _minilm_packed(shop: Workshop, match: re.Match[str], out: Path) -> None:
+    packing.write_packed(shop.file(f"minilm-{match[1]}.onnx"), out, match[2])
+
+
 RULES: list[tuple[str, Rule]] = [
     (re.escape(MODEL_NAME), _model),
     (r"tokens\.npy", _tokens),
@@ -104,6 +112,8 @@ RULES: list[tuple[str, Rule]] = [
     (r"minilm\.vocab\.txt", _member(wheels.MINILM_VOCABULARY)),
     (rf"minilm-(v1|v2_(?:{'|'.join(minilm.RATES)}))\.onnx", _minilm_floats),
     (r"minilm-(v1|v2_\w+)\.int8(|pc)\.onnx", _minilm_quantized),
+    (r"minilm-(v1|v2_\w+)\.int4\.onnx", _minilm_int4),
+    (r"minilm-(v1|v2_\w+)\.(awq|gptq)\.safetensors", _minilm_packed),
     *((re.escape(name), _member(member)) for name, member in wheels.VENDOR_MODELS.items()),
 ]
 

@@ -32,6 +32,7 @@ from protocol.errors import (
     WrongBaseError,
 )
 from server import graph_cli, inplace_cli
+from server.model_folder import map_in_folder
 from server.releases.chain_workers import ChainWorkers, workers_for
 
 _READ_BYTES = 64 * 1024
@@ -268,10 +269,12 @@ def _make(args: argparse.Namespace) -> dict[str, Any]:
         _output(args.output, force=args.force) as out,
         _Progress("making", is_quiet=args.json) as progress,
     ):
+        (old_map, old_beside), (new_map, new_beside) = (map_in_folder(each.path, each) for each in (old, new))
         stats = make_delta(
             old,
             new,
             out,
+            maps=(old_map, new_map),
             profile=Profile[args.profile.upper()],
             segment_bytes=args.segment_kib << 10,
             is_portable=args.portable or None,
@@ -286,6 +289,7 @@ def _make(args: argparse.Namespace) -> dict[str, Any]:
         "result_bytes": new.length,
         "patch_bytes": stats.patch_length,
         "ratio": _ratio(stats.patch_length, new.length),
+        "described_by": {"old": old_beside, "new": new_beside},
         "result_sha256": stats.header.result_sha256.hex(),
         "decoder_memory_bytes": stats.header.decoder_memory_bytes,
         "codecs": _codecs(stats.segments, stats.patch_bytes, stats.result_bytes),
@@ -440,6 +444,9 @@ def _describe(report: dict[str, Any]) -> Iterator[str]:
     yield f"{'delta':<9}{_size(report['patch_bytes'])}{ratio}"
     if "inverse" in report:
         yield f"{'inverse':<9}{_size(report['inverse_bytes'])}, {report['inverse']}"
+    for side, names in report.get("described_by", {}).items():
+        if names:
+            yield f"{'tensors':<9}of {side.upper()} are described by {', '.join(names)}"
     yield f"{'memory':<9}{_size(report['decoder_memory_bytes'])} declared for a device"
     yield from _describe_contents(report)
     speed = report["result_bytes"] / max(report["seconds"], 1e-3) / 1e6

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from protocol.ids import DeviceId, Digest
 from protocol.messages import Desired
-from protocol.release import DeltaName
+from protocol.release import DeltaName, ReleaseFile
 from protocol.trust import Target
 from server.ports import Record
 
@@ -69,9 +69,14 @@ class AnswerMetadata:
 
 @dataclass(frozen=True, slots=True)
 class BuildDelta:
-    """Build a delta; answered by `DeltaBuilt` or `DeltaFailed`."""
+    """Build a delta; answered by `DeltaBuilt` or `DeltaFailed`.
+
+    The files are those of releases that hold base and result: they may describe the tensors of these two.
+    """
 
     name: DeltaName
+    base_files: tuple[ReleaseFile, ...] = ()
+    result_files: tuple[ReleaseFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

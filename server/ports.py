@@ -12,7 +12,7 @@ from msgspec import Struct
 from protocol.delta.format import Profile
 from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.messages import Desired
-from protocol.release import ChunkTree, DeltaName, Release, delta_target
+from protocol.release import ChunkTree, DeltaName, Release, ReleaseFile, delta_target
 from protocol.trust import Documents, Target
 from server.fleet.registry import DeviceRecord
 from server.rollouts.campaign import MemberRecord, RolloutRecord
@@ -266,8 +266,19 @@ class Transport(Protocol):
 class DeltaBuilder(Protocol):
     """Builds deltas outside this process; `DeltaBuilt` or `DeltaFailed` follows for every call of `build`."""
 
-    def build(self, name: DeltaName) -> None:
-        """Start, or queue, one build."""
+    def build(
+        self,
+        name: DeltaName,
+        base_files: Sequence[ReleaseFile] = (),
+        result_files: Sequence[ReleaseFile] = (),
+    ) -> None:
+        """Start, or queue, one build.
+
+        Args:
+            name: Base and result.
+            base_files: Of a release that holds the base: an ONNX model describes the tensors of the file beside it.
+            result_files: Likewise for the result.
+        """
         ...
 
 

@@ -329,8 +329,8 @@ class Server:
                 transport.answer_chunks(device, name, chunks)
             case AnswerMetadata(device, root_version):
                 transport.answer_metadata(device, bundle(self._repository, root_version))
-            case BuildDelta(name):
-                self._builds.build(name)
+            case BuildDelta(name, base_files, result_files):
+                self._builds.build(name, base_files, result_files)
             case RemoveBlobs(path, names):
                 return self._remove(path, names)
             case SignMetadata():

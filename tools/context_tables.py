@@ -24,9 +24,19 @@ OFFSETS = 33
 OUTCOMES = 6
 """The expected code; one step to the nearer side; one to the other; two, three, four or more steps."""
 
+SCALE_SPREADS = 24
+"""Spread classes of scales: half octaves of b in units of the scale; class 10 begins at one unit."""
+
+SCALE_OUTCOMES = 17
+"""By how many units a scale moved, either way; the last is any more."""
+
+GRID_SPREADS = 64
+"""Spread classes where weights came from bfloat16: sixths of an octave of b in distances of its points."""
+
 _PROBABILITY_BITS = 22
 _SCORE_BITS = 8
 _SCORE_MIN, _SCORE_MAX = -2.0, 3.0
+_SCORE_TRUST, _SCALE_TRUST = 0.8, 0.75
 _LOG_SHARES = 3
 _LOG_FIRST, _LOG_LAST, _LINEAR = 64, 4096, 2048
 _HALF = 32768
@@ -110,7 +120,10 @@ def nears() -> list[int]:
 
 
 def scores() -> list[int]:
-    """Derivative of the logarithm of an outcome's probability by the logarithm of b, in units of 1/256."""
+    """Derivative of the logarithm of an outcome's probability by the logarithm of b, in units of 1/256.
+
+    Trusted by four fifths, because real moves have longer tails than logistic ones.
+    """
     found = []
     for outcome in range(OUTCOMES):
         for offset in _middles():
@@ -119,8 +132,35 @@ def scores() -> list[int]:
                     math.log(_outcome_probability(outcome, offset, b * factor)) for factor in (0.9, 1 / 0.9)
                 )
                 score = (high - low) / (2 * math.log(1 / 0.9))
-                found.append(round(min(max(score, _SCORE_MIN), _SCORE_MAX) * (1 << _SCORE_BITS)))
+                found.append(
+                    round(min(max(score, _SCORE_MIN), _SCORE_MAX) * _SCORE_TRUST * (1 << _SCORE_BITS))
+                )
     return found
+
+
+def scale_scores() -> list[int]:
+    """The same for a block's scale, whose largest weight is known exactly: outcomes are moves by 0 to 16 of its own units.
+
+    Trusted by three quarters, because another weight may have become the largest.
+    """
+    found = []
+    for b in (2 ** ((index - 10 + 0.5) / 2) for index in range(SCALE_SPREADS)):
+        for outcome in range(SCALE_OUTCOMES):
+            low, high = (math.log(_scale_probability(outcome, b * factor)) for factor in (0.99, 1 / 0.99))
+            score = min((high - low) / (2 * math.log(1 / 0.99)), _SCORE_MAX)
+            found.append(round(score * _SCALE_TRUST * (1 << _SCORE_BITS)))
+    return found
+
+
+def _scale_probability(outcome: int, spread: float) -> float:
+    def beyond(units: float) -> float:
+        return 2 / (1 + math.exp(min(units / spread, 700)))
+
+    if outcome == 0:
+        return 1 - beyond(0.5)
+    if outcome == SCALE_OUTCOMES - 1:
+        return max(beyond(outcome - 0.5), 1e-12)
+    return max(beyond(outcome - 0.5) - beyond(outcome + 0.5), 1e-12)
 
 
 def pulls() -> list[int]:
@@ -181,8 +221,8 @@ def logistics() -> list[int]:
 
 
 def sharpnesses() -> list[int]:
-    """2**16 / b for the spread classes of the grid: thirds of an octave, class 15 stands for one unit."""
-    return [round(65536 * 2 ** ((15 - i) / 3)) for i in range(32)]
+    """2**16 / b for the spread classes of the grid: sixths of an octave, class 29 stands for one unit."""
+    return [round(65536 * 2 ** ((29 - i) / 6)) for i in range(GRID_SPREADS)]
 
 
 def _probability(octaves: float) -> int:
@@ -216,6 +256,7 @@ TABLES: dict[str, tuple[str, Callable[[], Sequence[int]]]] = {
     "CHANGE": ("uint32_t", changes),
     "NEAR": ("uint32_t", nears),
     "SCORE": ("int16_t", scores),
+    "SCALE_SCORE": ("int16_t", scale_scores),
     "PULL": ("int32_t", pulls),
     "INFORMATION": ("int32_t", informations),
     "CONTINUE": ("uint32_t", continuations),
@@ -240,6 +281,9 @@ def header() -> str:
         f"#define SPREADS {SPREADS}",
         f"#define OFFSETS {OFFSETS}",
         f"#define OUTCOMES {OUTCOMES}",
+        f"#define GRID_SPREADS {GRID_SPREADS}",
+        f"#define SCALE_SPREADS {SCALE_SPREADS}",
+        f"#define SCALE_OUTCOMES {SCALE_OUTCOMES}",
     ]
     for name, (kind, make) in TABLES.items():
         values = list(make())
@@ -259,6 +303,9 @@ def module() -> str:
         f"SPREADS = {SPREADS}",
         f"OFFSETS = {OFFSETS}",
         f"OUTCOMES = {OUTCOMES}",
+        f"GRID_SPREADS = {GRID_SPREADS}",
+        f"SCALE_SPREADS = {SCALE_SPREADS}",
+        f"SCALE_OUTCOMES = {SCALE_OUTCOMES}",
     ]
     for name, (_, make) in TABLES.items():
         lines.append(f"{name} = (")

@@ -23,6 +23,7 @@ from protocol.delta.format import (
     SegmentHeader,
 )
 from protocol.delta.gain import with_gains
+from protocol.delta.layouts import LAYOUT_BY_NUMBER, BlockLayout
 from protocol.delta.matching import Match
 from protocol.delta.modelling import Choice, Modeller
 from protocol.delta.notes import Notes
@@ -134,6 +135,7 @@ class _Chain:
         self._notes = Notes(job.regions, job.matches)
         self._records: list[tuple[SegmentHeader, bytes]] = []
         self._has_model = False
+        self._not_in_planes: set[int] = set()
 
     def encode(self) -> ChainResult:
         for plan in self._job.plans:
@@ -175,16 +177,32 @@ class _Chain:
         if plan.runs:
             encode = self._tensor if self._job.is_portable else self._context
             found.append(encode(plan, result, window))
-            if len(found[-1].body) > _POOR_RATIO * len(result):
+            is_poor = len(found[-1].body) > _POOR_RATIO * len(result)
+            if is_poor:
                 found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
-                if encode != self._tensor:  # what shares nothing with the base is sometimes better in planes
-                    found.append(self._tensor(plan, result, window))
+            if encode != self._tensor:
+                found += self._in_planes(plan, result, window, found, is_poor=is_poor)
         else:
             found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
             if window and _is_alike(result, window):
                 body = encode_bsdiff(result, window, self._effort)
                 found.append(_Encoded(Codec.BSDIFF, body, 0, plan.window_offset, len(window)))
         return found
+
+    def _in_planes(
+        self, plan: SegmentPlan, result: bytes, window: bytes, others: Sequence[_Encoded], *, is_poor: bool
+    ) -> list[_Encoded]:
+        """Try planes where they are sometimes better: what shares nothing with the base, words, codes below each other.
+
+        A tensor for which they were not is not tried again.
+        """
+        tensor = _ruling_tensor(plan)
+        if not is_poor and (tensor is None or tensor in self._not_in_planes):
+            return []
+        planes = self._tensor(plan, result, window)
+        if tensor is not None and len(planes.body) > min(len(other.body) for other in others):
+            self._not_in_planes.add(tensor)
+        return [planes]
 
     def _context(self, plan: SegmentPlan, result: bytes, window: bytes) -> _Encoded:
         runs = self._modeller.runs(plan, result, window)
@@ -230,6 +248,19 @@ class _Window(BytesSource):
 
     def read_at(self, offset: int, length: int) -> bytes:
         return super().read_at(offset - self._offset, length)
+
+
+def _ruling_tensor(plan: SegmentPlan) -> int | None:
+    """Return the tensor with the longest run, if most of the segment is words, or codes that lie below each other."""
+    lengths = [run.length if _is_of_planes(LAYOUT_BY_NUMBER[run.layout]) else 0 for run in plan.runs]
+    if 2 * sum(lengths) < plan.length:
+        return None
+    place = plan.places[lengths.index(max(lengths))]
+    return place.tensor if place else None
+
+
+def _is_of_planes(layout: BlockLayout) -> bool:
+    return layout.is_column or layout.codes.width > 8
 
 
 def _find_copy(plan: SegmentPlan, result: bytes, window: bytes) -> int | None:

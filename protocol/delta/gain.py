@@ -13,7 +13,7 @@ from protocol.delta.tensor import GAIN_LIMIT, Run
 from protocol.tensors.regions import Layout
 
 _CODES_MIN = 256  # fewer values cannot pay for ten bytes of parameters
-_FITTED = {Layout.I8, Layout.U8, Layout.PACKED4}
+_FITTED = {Layout.I8, Layout.U8, Layout.PACKED4, Layout.I4}
 
 
 def with_gains(runs: Sequence[Run], result: bytes, window: bytes) -> list[Run]:
@@ -51,8 +51,10 @@ def _codes(layout: BlockLayout, data: bytes) -> Array:
 def _fit(layout: BlockLayout, old: Array, new: Array) -> tuple[int, int] | None:
     if old.size < _CODES_MIN or np.array_equal(old, new):
         return None
-    x = (old.view(np.int8) if layout.is_signed else old).astype(np.float64).reshape(-1)
-    y = (new.view(np.int8) if layout.is_signed else new).astype(np.float64).reshape(-1)
+    x, y = (
+        (codes.view(np.int8) if layout.is_signed else codes).astype(np.float64).reshape(-1) - layout.zero
+        for codes in (old, new)
+    )
     spread = x.var()
     if spread == 0:
         return None

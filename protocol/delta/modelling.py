@@ -222,7 +222,8 @@ def observed_flags(name: Layout, old: bytes, new: bytes, profile: Profile) -> Fl
     before = np.frombuffer(old, np.uint8).reshape(-1, layout.block_bytes)
     after = np.frombuffer(new, np.uint8).reshape(-1, layout.block_bytes)
     share = _sparse_share(layout.codes.split(before), layout.codes.split(after))
-    if share > _SPARSE_SHARES[profile]:
+    # Codes below each other share a scale: where it stays, a word stays as it was, whatever the words beside it do.
+    if share > _SPARSE_SHARES[profile] or layout.is_column:
         flags |= Flag.SPARSE
     if name in DIVISORS and layout.formula is Formula.SCALED:
         field = layout.fields[0]

@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,9 +36,9 @@ from protocol.delta.matching import match_regions
 from protocol.delta.notes import Notes
 from protocol.delta.planner import Planner, SegmentPlan, confine
 from protocol.delta.tensor import working_bytes
-from protocol.errors import PatchLimitError
+from protocol.errors import ModelFileError, PatchLimitError
 from protocol.tensors import map_regions
-from protocol.tensors.regions import ReadAt
+from protocol.tensors.regions import ReadAt, Region
 
 DEFAULT_SEGMENT_BYTES = 1 << 20
 """A compromise: shorter segments cost headers and statistics, longer ones memory on the device."""
@@ -78,6 +78,7 @@ def make_delta(
     new: ReadAt,
     sink: Sink,
     *,
+    maps: tuple[Sequence[Region], Sequence[Region]] | None = None,
     profile: Profile = Profile.SMALL,
     segment_bytes: int = DEFAULT_SEGMENT_BYTES,
     is_portable: bool | None = None,
@@ -94,6 +95,8 @@ def make_delta(
         base: What devices have.
         new: What they shall have.
         sink: Takes the file's bytes in order.
+        maps: Of base and new file, where files beside them say more about their tensors than they do (`map_files`); by default
+            each file's own. They decide how small the delta is, never what it gives back.
         profile: Fewest bytes, or most speed.
         segment_bytes: Result of one segment: decides the device's memory and what a power cut costs.
         is_portable: Use only codecs that are fast without the library, for devices that have no wheel of their own; larger by
@@ -106,7 +109,7 @@ def make_delta(
 
     Raises:
         PatchLimitError: A file or `segment_bytes` is beyond the format's limits.
-        ModelFileError: A file changed while it was read.
+        ModelFileError: A file changed while it was read, or a map does not cover its file.
     """
     if not 1024 <= segment_bytes <= SEGMENT_BYTES_MAX:
         raise PatchLimitError(
@@ -114,7 +117,9 @@ def make_delta(
         )
     if max(base.length, new.length) > BLOB_BYTES_MAX:
         raise PatchLimitError(f"a file has more than {BLOB_BYTES_MAX} bytes")
-    new_regions, base_regions = map_regions(new), map_regions(base)
+    base_regions, new_regions = maps or (map_regions(base), map_regions(new))
+    _check_map(base_regions, base)
+    _check_map(new_regions, new)
     matches = match_regions(base_regions, new_regions, base, new)
     plans = list(Planner(base, new, segment_bytes, base_regions).plan(new_regions, matches))
     if in_place:
@@ -144,6 +149,21 @@ def make_delta(
         if progress:
             progress(file.result_offset, new.length)
     return file.finish()
+
+
+def _check_map(regions: Sequence[Region], source: ReadAt) -> None:
+    """A gap would be missing from the result, and only a device would notice."""
+    position = 0
+    for region in regions:
+        if region.offset != position or region.length < 1:
+            break
+        position = region.end
+    else:
+        if position == source.length:
+            return
+    raise ModelFileError(
+        f"a map of tensors covers {position} of {source.length} bytes", hint="map the file as it is now"
+    )
 
 
 def _plan_memory_bytes(plan: SegmentPlan) -> int:

@@ -112,6 +112,11 @@ def map_external(tensors: tuple[Region, ...], file_length: int) -> tuple[Region,
     Raises:
         ModelFileError: A tensor reaches past the end of the file, or tensors overlap.
     """
+    for tensor in tensors:
+        if tensor.end > file_length:
+            raise ModelFileError(
+                f"ONNX: external tensor {tensor.name!r} ends at {tensor.end}, after its file's end at {file_length}"
+            )
     large = [tensor for tensor in tensors if tensor.length >= MIN_TENSOR_BYTES]
     return cover(large, file_length)
 
@@ -248,7 +253,8 @@ def _checked_location(name: str, location: str) -> str:
     is_plain = location.isprintable() and not {"\\", ":"} & set(location) and not {"", ".", ".."} & set(parts)
     if not is_plain:
         raise ModelFileError(
-            f"ONNX: tensor {name!r} lies in {location!r}, which is no path inside the model's folder"
+            f"ONNX: tensor {name!r} lies in {location[:200]!r}, which is no path inside the model's folder",
+            hint="export the model again, with its external data beside it",
         )
     return "/".join(parts)
 

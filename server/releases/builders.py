@@ -1,7 +1,8 @@
 """Deltas built in child processes: minutes of work and a model's worth of memory stay out of the server.
 
 A child per delta, so that one that dies, hangs or eats all memory costs that delta and nothing else, and so that the
-server can stop at once. This module is also the child: `python -m server.releases.builders BLOBS BASE RESULT PROFILE`.
+server can stop at once. This module is also the child: `python -m server.releases.builders BLOBS BASE RESULT PROFILE`,
+with the names of the files beside base and result.
 """
 
 import argparse
@@ -10,8 +11,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -21,8 +23,9 @@ from msgspec import Struct
 from protocol.delta.format import Profile
 from protocol.delta.writer import make_delta
 from protocol.errors import WhimbrelError
-from protocol.ids import parse_digest
-from protocol.release import DeltaName
+from protocol.ids import Digest, parse_digest
+from protocol.release import DeltaName, ReleaseFile
+from protocol.tensors import Region, map_files, map_regions
 from server.adapters.blobs import FileSource, FolderBlobs, storage_errors
 from server.events import DeltaBuilt, DeltaFailed, Event
 from server.ports import StoredBlob
@@ -42,25 +45,51 @@ class BuiltDelta(Struct, frozen=True, kw_only=True):
     memory_bytes: int
 
 
-def build_delta(blobs: FolderBlobs, name: DeltaName) -> BuiltDelta:
+def build_delta(
+    blobs: FolderBlobs,
+    name: DeltaName,
+    base_files: Mapping[str, Digest],
+    result_files: Mapping[str, Digest],
+) -> BuiltDelta:
     """Build the delta between two stored files and store it.
+
+    Args:
+        blobs: Holds all files, and takes the delta.
+        name: Base and result.
+        base_files: Files of a release with the base, by name; they may describe its tensors.
+        result_files: Likewise for the result.
 
     Raises:
         StorageError: A file is missing, or there is no room.
         PatchLimitError: A file is beyond the format's limits.
     """
-    with (
-        storage_errors(blobs.path(name.base)),
-        blobs.path(name.base).open("rb") as base_file,
-        blobs.path(name.result).open("rb") as result_file,
-        blobs.partial() as partial,
-    ):
+    with ExitStack() as opened, blobs.partial() as partial:
+        base, base_map = _open(blobs, name.base, base_files, opened)
+        result, result_map = _open(blobs, name.result, result_files, opened)
         # One process: the pool already runs as many builds as the server has been given cores for.
-        stats = make_delta(FileSource(base_file), FileSource(result_file), partial, profile=name.profile)
+        stats = make_delta(base, result, partial, maps=(base_map, result_map), profile=name.profile)
         partial.flush()
         return BuiltDelta(
             blob=blobs.put_file(Path(partial.name)), memory_bytes=stats.header.decoder_memory_bytes
         )
+
+
+def _open(
+    blobs: FolderBlobs, digest: Digest, files: Mapping[str, Digest], opened: ExitStack
+) -> tuple[FileSource, tuple[Region, ...]]:
+    """Return a stored file and its map, with what the files beside it say about it."""
+
+    def source(name: Digest) -> FileSource:
+        path = blobs.path(name)
+        with storage_errors(path):
+            return FileSource(opened.enter_context(path.open("rb")))
+
+    sources = {name: source(each) for name, each in files.items()}
+    own = next((name for name, each in files.items() if each == digest), None)
+    if own is None:
+        alone = source(digest)
+        return alone, map_regions(alone)
+    return sources[own], map_files(sources)[own]
 
 
 class BuildPool:
@@ -82,9 +111,14 @@ class BuildPool:
         self._children: set[subprocess.Popen[bytes]] = set()
         self._is_stopping = False
 
-    def build(self, name: DeltaName) -> None:
-        """Start, or queue, one build."""
-        self._threads.submit(self._build, name)
+    def build(
+        self,
+        name: DeltaName,
+        base_files: Sequence[ReleaseFile] = (),
+        result_files: Sequence[ReleaseFile] = (),
+    ) -> None:
+        """See `DeltaBuilder.build`."""
+        self._threads.submit(self._build, name, _beside(base_files), _beside(result_files))
 
     def stop(self) -> None:
         """End all children; what they had not finished is built again after the next start."""
@@ -94,14 +128,14 @@ class BuildPool:
                 child.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _build(self, name: DeltaName) -> None:
-        event = self._run(name)
+    def _build(self, name: DeltaName, base_files: Sequence[str], result_files: Sequence[str]) -> None:
+        event = self._run(name, base_files, result_files)
         if isinstance(event, DeltaFailed) and not self._is_stopping:
             _LOG.warning("delta %.12s to %.12s: %s", name.base, name.result, event.detail)
         if not self._is_stopping:
             self._post(event)
 
-    def _run(self, name: DeltaName) -> Event:
+    def _run(self, name: DeltaName, base_files: Sequence[str], result_files: Sequence[str]) -> Event:
         profile = name.profile.name.lower()
         command = [
             sys.executable,
@@ -111,6 +145,8 @@ class BuildPool:
             name.base,
             name.result,
             profile,
+            *("--base-files", *base_files),
+            *("--result-files", *result_files),
         ]
         with self._lock:
             if self._is_stopping:
@@ -139,6 +175,15 @@ class BuildPool:
         return DeltaBuilt(name, built.blob, built.memory_bytes)
 
 
+def _beside(files: Sequence[ReleaseFile]) -> list[str]:
+    return [f"{file.name}={file.sha256}" for file in files]
+
+
+def _named_digest(text: str) -> tuple[str, Digest]:
+    name, _, digest = text.partition("=")
+    return name, parse_digest(digest)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The child."""
     parser = argparse.ArgumentParser(description="Build one delta between two stored files.")
@@ -146,11 +191,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("base", type=parse_digest)
     parser.add_argument("result", type=parse_digest)
     parser.add_argument("profile", choices=[profile.name.lower() for profile in Profile])
+    for option in ("--base-files", "--result-files"):
+        parser.add_argument(option, nargs="*", type=_named_digest, default=[], metavar="NAME=DIGEST")
     arguments = parser.parse_args(argv)
     os.nice(NICENESS)
     try:
         name = DeltaName(arguments.base, arguments.result, Profile[arguments.profile.upper()])
-        built = build_delta(FolderBlobs(arguments.blobs), name)
+        built = build_delta(
+            FolderBlobs(arguments.blobs), name, dict(arguments.base_files), dict(arguments.result_files)
+        )
     except WhimbrelError as error:
         sys.stderr.write(f"{error.code}: {error}\n")
         return 1

@@ -11,6 +11,7 @@ from protocol.release import (
     ArtifactCustom,
     DeltaName,
     Release,
+    ReleaseFile,
     delta_target,
     file_target,
     parse_delta_target,
@@ -56,6 +57,16 @@ class Catalog:
     def file(self, digest: Digest) -> Target | None:
         """The target of a whole file."""
         return self.targets.get(file_target(digest))
+
+    def files_beside(self, digest: Digest) -> tuple[ReleaseFile, ...]:
+        """Files of a release that holds this file, itself among them; nothing when no published release does."""
+        holders = (
+            release
+            for release in self.releases.values()
+            if any(file.sha256 == digest for file in release.files)
+        )
+        holder = next(holders, None)
+        return tuple(holder.files) if holder is not None else ()
 
     def delta(self, base: Digest, result: Digest, profile: Profile = Profile.SMALL) -> Target | None:
         """The target of the delta between two files."""

@@ -3,8 +3,9 @@
 Which of these deltas pay is decided in `delta_graph.py`.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from protocol.ids import Digest
@@ -18,23 +19,36 @@ DELTA_SHARE_MAX: Final = 0.9
 
 Pair = tuple[Digest, Digest]
 
+_SHARD: Final = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
+
 
 def pairs_for(release: Release, report: Report | None) -> list[Pair]:
     """Base and result of the deltas that could bring a device to `release`.
 
-    The base of a file is what the device measured under the same name, or at the same position of its release: file
-    names often carry the version. Files that are there already need nothing.
+    The base of a file is what the device measured under the same name, or the shard that lies where this one does in
+    a model that is split otherwise now, or what is at the same position of its release: file names often carry the version.
+    Files that are there already need nothing.
     """
     if report is None:
         return []
     installed = [Digest(digest) for digest in report.files.values()]
+    shards = sorted(name for name in report.files if _SHARD.search(name))
     pairs = []
     for position, file in enumerate(release.files):
-        named = report.files.get(file.name)
+        named = report.files.get(file.name) or report.files.get(_shard_alike(file.name, shards))
         base = Digest(named) if named else (installed[position] if position < len(installed) else None)
         if base is not None and file.sha256 not in installed:
             pairs.append((base, Digest(file.sha256)))
     return pairs
+
+
+def _shard_alike(name: str, shards: Sequence[str]) -> str:
+    """The one of the shards of a model in which the middle of this one was before, if shards are of about one length."""
+    found = _SHARD.search(name)
+    number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not shards or not 1 <= number <= count:
+        return ""
+    return shards[(2 * number - 1) * len(shards) // (2 * count)]
 
 
 def can_build(catalog: Catalog, pair: Pair) -> bool:

@@ -91,7 +91,8 @@ class DeltaStock:
         for name in planned:
             if name not in self._building and name not in self._built:
                 self._building.add(name)
-                effects.append(BuildDelta(name))
+                beside = (self.catalog.files_beside(digest) for digest in (name.base, name.result))
+                effects.append(BuildDelta(name, *beside))
         if planned and not any(name in self._building for name in planned):
             effects += self._sign_built(now_ms)
         waiting = {group for users in planned.values() for group in users}

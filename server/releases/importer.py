@@ -1,5 +1,6 @@
 """From a model file on disk to the draft of a release: everything that can be refused is refused here."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ from protocol.release import (
     decode_release,
     encode_release,
 )
-from protocol.tensors import parse_gguf, parse_onnx
+from protocol.tensors import Region, map_external, parse_gguf, parse_onnx
 from server.adapters.blobs import FileSource
 from server.ports import BlobStore, StoredBlob
 
@@ -62,7 +63,7 @@ def import_release(
 
     Raises:
         RequestError: A file cannot be read, or there are too many.
-        ModelFileError: The model is damaged or not of that runtime's kind.
+        ModelFileError: The model is damaged or not of that runtime's kind, or a file of external tensors is not what it says.
         ReleaseError: The health plan or the description is malformed.
         TopicError: The family or version is no name.
         StorageError: The blob store cannot be written.
@@ -90,7 +91,7 @@ def import_release(
         return decode_release(encode_release(release))  # names and bounds, as devices will check them
 
     described([_NOTHING] * len(files))  # before anything large is copied
-    _check_model(files[0], runtime, {path.name for path in files[1:]})
+    _check_model(files[0], runtime, {path.name: path for path in files[1:]})
     return described([blobs.put_file(path) for path in files])
 
 
@@ -105,30 +106,46 @@ def _check_prompts(plan: HealthPlan, runtime: RuntimeName, source: Path) -> None
             )
 
 
-def _check_model(path: Path, runtime: RuntimeName, others: set[str]) -> None:
+def _check_model(path: Path, runtime: RuntimeName, others: Mapping[str, Path]) -> None:
     try:
         with path.open("rb") as file:
-            missing = _external_locations(FileSource(file), runtime) - others
+            external = _external_tensors(FileSource(file), runtime)
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}", hint="give a file that can be read") from error
     except ModelFileError as error:
         raise ModelFileError(
-            f"{path}: {error.message}", hint=error.hint or f"give a {runtime} model"
+            f"{path}: {error.message}", hint=error.hint or f"give a model for the runtime {runtime}"
         ) from error
+    missing = sorted(external.keys() - others.keys())
     if missing:
-        raise ReleaseError(
-            f"{path} keeps tensors in other files: {', '.join(sorted(missing))[:200]}",
-            hint="name them behind the model, with these file names",
-        )
+        hint = "name them behind the model, with these file names"
+        if any("/" in location for location in missing):
+            hint = "a release has no folders: export the model with its tensors in a file beside it"
+        raise ReleaseError(f"{path} keeps tensors in other files: {', '.join(missing)[:200]}", hint=hint)
+    for location, tensors in external.items():
+        _check_external(path, others[location], tensors)
 
 
-def _external_locations(source: FileSource, runtime: RuntimeName) -> set[str]:
+def _external_tensors(source: FileSource, runtime: RuntimeName) -> Mapping[str, tuple[Region, ...]]:
+    """Return for each file beside the model the tensors that should be in it."""
     if source.length == 0:
         raise ModelFileError("the file is empty")
     if runtime == "llama":
         parse_gguf(source)
-        return set()
-    return set(parse_onnx(source).external_locations)
+        return {}
+    return parse_onnx(source).external
+
+
+def _check_external(model: Path, path: Path, tensors: tuple[Region, ...]) -> None:
+    try:
+        map_external(tensors, path.stat().st_size)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}", hint="give a file that can be read") from error
+    except ModelFileError as error:
+        raise ModelFileError(
+            f"{path}: not the tensors that {model.name} describes: {error.message}",
+            hint="give the file that was exported with this model",
+        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,7 @@ import gguf
 import gguf.quants
 import numpy as np
 import numpy.typing as npt
+import onnx
 from onnx import TensorProto, helper
 
 from protocol.delta.layouts import LAYOUTS
@@ -208,3 +209,12 @@ def regions_cover(data: bytes, regions: Sequence[Any]) -> bool:
 def source(data: bytes) -> BytesSource:
     """Bytes as `ReadAt`."""
     return BytesSource(data)
+
+
+def external_model(folder: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> Path:
+    """Write `model.onnx` and, with the reference library, its tensors into `model.onnx.data` beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.onnx"
+    model = onnx.load_model_from_string(onnx_file(tensors))
+    onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=64)
+    return path

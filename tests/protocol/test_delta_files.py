@@ -8,9 +8,11 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from protocol.delta.format import SEGMENT_BYTES_MAX, Codec
 from protocol.delta.inspection import inspect_delta
+from protocol.delta.layouts import LAYOUTS
 from protocol.delta.writer import make_delta
 from protocol.errors import ModelFileError, PatchLimitError
 from protocol.tensors import BytesSource, Layout
@@ -22,6 +24,7 @@ from tests.protocol.model_files import (
     gguf_file,
     moved_blocks,
     onnx_file,
+    onnx_model,
     safetensors_file,
     weights,
 )
@@ -181,8 +184,39 @@ def test_every_ggml_layout_goes_through_a_file(layout: Layout, is_portable: bool
         is_portable=is_portable,
     )
     assert apply(block_file(layout, data), patch) == block_file(layout, moved_blocks(layout, data, 5, 0.01))
-    assert stats.segments[codec] == 1
+    codecs = {codec, Codec.TENSOR} if LAYOUTS[layout].codes.width > 8 else {codec}  # words in what is smaller
+    assert sum(stats.segments[each] for each in codecs) == 1
     assert inspect_delta(BytesSource(patch)).layout_bytes[layout] == len(data)
+
+
+def test_words_that_all_moved_by_a_little_are_coded_in_planes() -> None:
+    """Weight decay alone: every number is some units in the last place smaller, which planes tell best."""
+    old = weights((512, 256), 1)
+    decayed = old * np.float32(1 - 1e-6)
+    base, new = (safetensors_file({"w": ("F32", each.shape, each.tobytes())}) for each in (old, decayed))
+    patch, stats = delta(base, new, 1 << 20)
+    assert apply(base, patch) == new
+    assert stats.segments[Codec.TENSOR] == 1
+    assert not stats.segments[Codec.CONTEXT]
+    assert len(patch) <= len(delta(base, new, 1 << 20, is_portable=True)[0])
+
+
+def test_codes_whose_scale_was_chosen_anew_are_foretold_whatever_their_layout() -> None:
+    """The codes of both layouts mean the same numbers, one as two's complement and one with a zero point."""
+    values = np.random.default_rng(1).normal(0, 2.5, 1 << 17)
+    sizes = []
+    for layout, zero in ((TensorProto.INT4, 0), (TensorProto.UINT4, 8)):
+        files = []
+        for scale in (1.0, 0.85):
+            codes = (np.clip(np.rint(values * scale), -8, 7).astype(np.int8) + zero & 15).astype(np.uint8)
+            packed = (codes[0::2] | codes[1::2] << 4).tobytes()
+            tensor = helper.make_tensor("w", layout, (512, 256), packed, raw=True)
+            files.append(onnx_model([], [tensor]))
+        portable, _ = delta(files[0], files[1], 1 << 20, is_portable=True)
+        assert apply(files[0], portable) == files[1]
+        sizes.append(_check(files[0], files[1], 1 << 20))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+    assert sizes[0] < 0.17 * (1 << 16)
 
 
 def test_onnx_models_with_integer_weights_round_trip() -> None:

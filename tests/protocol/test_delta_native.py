@@ -1,4 +1,5 @@
 import ctypes
+import os
 import platform
 import re
 import shutil
@@ -7,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hatch_build import FOLDER, LIBRARY, build_library
@@ -30,7 +30,7 @@ def sources(tmp_path: Path) -> Path:
     """A folder like protocol/delta/native, with the C files about the library itself; below a root of its own."""
     folder = tmp_path / FOLDER
     folder.mkdir(parents=True)
-    for name in ("whimbrel.h", "hot.h", "abi.c", "processor.c"):
+    for name in ("whimbrel.h", "abi.c", "processor.c"):
         shutil.copy(ROOT / FOLDER / name, folder)
     return folder
 
@@ -116,39 +116,45 @@ def test_the_level_is_what_the_processor_has_unless_the_baseline_is_asked_for(
     assert library.whimbrel_level() == 0
 
 
-HOT = """
-#include "hot.h"
+ENCODE = """
+import hashlib
+import numpy as np
+from protocol.delta.context import ContextModel
+from protocol.delta.layouts import LAYOUTS
+from protocol.delta.runs import ContextRun, Flag
+from protocol.tensors.regions import Layout
 
-WHIMBREL_EXPORT uint64_t mixed(const uint32_t *values, uint64_t count);
-
-static WHIMBREL_INLINE uint64_t mixed_body(const uint32_t *values, uint64_t count)
-{
-    uint64_t sum = 0;
-    for (uint64_t i = 0; i < count; i++) {
-        sum += (uint64_t)values[i] * 2654435761u >> (values[i] & 31);
-    }
-    return sum;
-}
-WHIMBREL_HOT(uint64_t, mixed, (const uint32_t *values, uint64_t count), (values, count))
+rng = np.random.default_rng(1)
+for name in (Layout.Q4_0, Layout.Q8_0, Layout.Q6_K, Layout.F32):
+    layout = LAYOUTS[name]
+    old = rng.integers(0, 128, 640 * layout.block_bytes, np.uint8)
+    new = old ^ (rng.integers(0, 16, len(old), np.uint8) == 0)
+    row = 10 * layout.codes.count
+    run = ContextRun(layout.number, Flag.BASE | Flag.START | Flag.DRIFT, 0, 640, row, 0, 0, None, None)
+    model = ContextModel()
+    model.reset()
+    print(hashlib.sha256(model.encode([run], old.tobytes(), new.tobytes())).hexdigest())
 """
 
 
 @needs_compiler
-def test_a_hot_loop_gives_the_same_with_and_without_avx2(sources: Path) -> None:
-    (sources / "mixed.c").write_text(HOT)  # and no other line anywhere
-    path = compiled(sources)
-    library = ctypes.CDLL(str(path))
-    library.mixed.restype = ctypes.c_uint64
-    library.mixed.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-    values = np.random.default_rng(1).integers(0, 1 << 32, 10_007, dtype=np.uint32)
-    wide = values.astype(np.uint64)
-    expected = int(((wide * 2654435761) >> (wide & 31)).sum())
-    assert library.mixed(values.ctypes.data, len(values)) == expected
-    library.whimbrel_use_every_processor()
-    assert library.mixed(values.ctypes.data, len(values)) == expected
+def test_the_coder_gives_the_same_with_and_without_avx2() -> None:
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", ENCODE],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"WHIMBREL_NATIVE": choice},
+        ).stdout
+        for choice in ("1", "baseline")
+    ]
+    assert answers[0] == answers[1]
+    assert len(set(answers[0].split())) == 4
     if platform.machine() == "x86_64" and shutil.which("objdump"):
-        code = subprocess.run(["objdump", "-d", path], check=True, capture_output=True, text=True).stdout
-        assert "ymm" in code
+        command = ["objdump", "-d", str(ROOT / LIBRARY)]
+        assert "ymm" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @needs_compiler

@@ -8,12 +8,13 @@ import pytest
 
 from protocol.delta.format import Profile
 from protocol.delta.reader import DeltaReader
-from protocol.ids import digest_of
-from protocol.release import DeltaName
+from protocol.ids import Digest, digest_of
+from protocol.release import DeltaName, ReleaseFile
 from protocol.tensors import BytesSource
 from server.adapters.blobs import FolderBlobs
 from server.events import DeltaBuilt, DeltaFailed, Event
 from server.releases.builders import BuildPool, main
+from tests.protocol.model_files import external_model, weights
 from tests.server.samples import write_model
 
 
@@ -55,6 +56,32 @@ def test_a_delta_is_built_stored_and_gives_the_new_file(
     assert reader.header is not None
     assert reader.header.profile is profile
     assert not list((tmp_path / "blobs").glob(".partial-*"))
+
+
+def test_a_file_of_external_data_is_built_with_what_the_models_beside_it_say(
+    blobs: FolderBlobs, pool: BuildPool, events: queue.Queue[Event], tmp_path: Path
+) -> None:
+    releases: list[list[ReleaseFile]] = []
+    for update in (0.0, 0.01):
+        model = external_model(tmp_path / f"{update}", {"w": weights((256, 128), 1, update)})
+        paths = (model, model.with_name("model.onnx.data"))
+        stored = [(path.name, blobs.put(path.read_bytes())) for path in paths]
+        releases.append(
+            [ReleaseFile(name=name, length=blob.length, sha256=blob.digest) for name, blob in stored]
+        )
+    old, new = (Digest(release[1].sha256) for release in releases)
+    pool.build(DeltaName(old, new), *releases)
+    described = events.get(timeout=60)
+    pool.build(DeltaName(old, new))
+    alone = events.get(timeout=60)
+    assert isinstance(described, DeltaBuilt)
+    assert isinstance(alone, DeltaBuilt)
+    assert described.blob.length < 0.8 * alone.blob.length
+    base = BytesSource(blobs.path(old).read_bytes())
+    reader = DeltaReader(base, memory_limit_bytes=described.memory_bytes)
+    patch = blobs.path(described.blob.digest).read_bytes()
+    assert digest_of(b"".join(piece.data for piece in reader.feed(patch))) == new
+    reader.finish()
 
 
 def test_a_file_that_is_missing_fails_that_delta_only(

@@ -21,7 +21,14 @@ from protocol.errors import (
 )
 from protocol.tensors import Layout
 from server import delta_cli
-from tests.protocol.model_files import block_file, blocks, moved_blocks
+from tests.protocol.model_files import (
+    block_file,
+    blocks,
+    external_model,
+    moved_blocks,
+    safetensors_file,
+    weights,
+)
 
 _BLOCKS = blocks(Layout.Q4_0, 500, 1)
 
@@ -292,3 +299,63 @@ def test_a_delta_made_for_application_in_place_is_an_ordinary_one_too(files: Pat
     patch, out = _make(files, "--in-place"), files / "out" / "new"
     assert _run("apply", files / "old.gguf", patch, "-o", out) == 0
     assert out.read_bytes() == (files / "new.gguf").read_bytes()
+
+
+def _external(tmp_path: Path) -> list[Path]:
+    """The files of external data of two versions."""
+    models = (
+        external_model(tmp_path / f"{update}", {"w": weights((256, 128), 1, update)}) for update in (0, 0.01)
+    )
+    return [model.with_name("model.onnx.data") for model in models]
+
+
+def test_the_model_beside_a_file_of_external_data_is_found_by_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = _external(tmp_path)
+    (old.parent / "unrelated.onnx").write_bytes(b"\x08no model")
+    (old.parent / "folder.onnx").mkdir()
+    patch, result = tmp_path / "patch", tmp_path / "result"
+    assert _run("make", old, new, "-o", patch, "--json") == 0
+    made = _report(capsys)
+    assert made["described_by"] == {"old": ["model.onnx"], "new": ["model.onnx"]}
+    assert _run("make", old, new, "-o", patch, "--force") == 0
+    assert "tensors  of NEW are described by model.onnx\n" in capsys.readouterr().out
+    assert _run("inspect", patch, "--json") == 0
+    shown = _report(capsys)
+    assert [(tensor["name"], tensor["layout"]) for tensor in shown["tensors"]] == [("w", "f32")]
+    assert shown["layouts"] == {"f32": new.stat().st_size}
+    assert _run("apply", old, patch, "-o", result) == 0
+    assert result.read_bytes() == new.read_bytes()
+
+
+def test_a_file_that_its_model_describes_wrongly_is_sent_as_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = _external(tmp_path)
+    new.write_bytes(new.read_bytes()[:-4])
+    patch, result = tmp_path / "patch", tmp_path / "result"
+    assert _run("make", old, new, "-o", patch, "--json") == 0
+    assert _report(capsys)["described_by"] == {"old": ["model.onnx"], "new": []}
+    assert _run("apply", old, patch, "-o", result) == 0
+    assert result.read_bytes() == new.read_bytes()
+
+
+def test_shards_of_a_model_describe_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = blocks(Layout.AWQ4, 128 * 32, 1)
+    others = {"l.qzeros": ("I32", (4, 32), bytes(512)), "l.scales": ("F16", (4, 256), bytes(2048))}
+    for version, data in (("old", words), ("new", moved_blocks(Layout.AWQ4, words, 2))):
+        (tmp_path / version).mkdir()
+        shards = ({"l.qweight": ("I32", (128, 32), data)}, others)
+        for number, shard in enumerate(shards, start=1):
+            path = tmp_path / version / f"model-0000{number}-of-00002.safetensors"
+            path.write_bytes(safetensors_file(shard))
+        (tmp_path / version / "model-00001-of-00003.safetensors").write_bytes(b"of another split")
+    first = "model-00001-of-00002.safetensors"
+    patch, result = tmp_path / "patch", tmp_path / "result"
+    assert _run("make", tmp_path / "old" / first, tmp_path / "new" / first, "-o", patch, "--json") == 0
+    assert _report(capsys)["described_by"]["new"] == ["model-00002-of-00002.safetensors"]
+    assert _run("inspect", patch, "--json") == 0
+    assert "awq4" in _report(capsys)["layouts"]
+    assert _run("apply", tmp_path / "old" / first, patch, "-o", result) == 0
+    assert result.read_bytes() == (tmp_path / "new" / first).read_bytes()

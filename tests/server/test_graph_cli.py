@@ -28,7 +28,7 @@ def sign(home: Path, *names: DeltaName) -> None:
     with operations.opened(home) as opened:
         targets = []
         for name in names:
-            built = build_delta(opened.blobs, name)
+            built = build_delta(opened.blobs, name, {}, {})
             targets.append(blob_target(delta_target(*name), built.blob, built.memory_bytes))
         publisher, now_ms = opened.publisher(), opened.clock.now_ms()
         opened.store.sign(lambda before: publisher.publish(before, targets, (), now_ms).repository)

@@ -1,8 +1,10 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from protocol.ids import digest_of
-from protocol.release import DeltaName, delta_target
+from protocol.release import DeltaName, ReleaseFile, delta_target
 from protocol.trust import Target
 from server.releases.catalog import Catalog, blob_target, target_blobs
 from server.releases.delta_graph import FleetGraph
@@ -30,7 +32,29 @@ def test_a_file_that_is_named_otherwise_is_matched_by_its_place() -> None:
     assert pairs_for(TWO, report("a", 1, "1", files={"digits-1.onnx": FILE_1})) == [(FILE_1, FILE_2)]
 
 
-def test_a_file_that_is_there_already_needs_nothing() -> None:
+@pytest.mark.parametrize(
+    ("before", "now", "bases"),
+    [
+        pytest.param(2, 2, [1, 2], id="as many"),
+        pytest.param(2, 3, [1, 2, 2], id="more"),
+        pytest.param(3, 2, [1, 3], id="fewer"),
+        pytest.param(1, 4, [1, 1, 1, 1], id="one"),
+        pytest.param(4, 1, [3], id="into one"),
+    ],
+)
+def test_a_shard_goes_with_the_one_that_lay_where_it_lies(before: int, now: int, bases: list[int]) -> None:
+    def shards(stem: str, count: int) -> dict[str, str]:
+        names = [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+        return {name: digest_of(name.encode()) for name in names}
+
+    old, new = shards("m-v1", before), shards("m-v2", now)
+    files = [ReleaseFile(name=name, length=1, sha256=digest) for name, digest in new.items()]
+    pairs = pairs_for(replace(TWO, files=files), report("a", 1, "1", files=old))
+    assert [list(old.values()).index(base) + 1 for base, _ in pairs] == bases
+    assert [result for _, result in pairs] == list(new.values())
+
+
+def test_a_base_that_only_the_device_knows_already_needs_nothing() -> None:
     assert pairs_for(TWO, report("a", 1, "2")) == []
     catalog = paper_catalog(ONE, TWO, extra=(_delta(),))
     assert FleetGraph(catalog).artifacts(TWO, report("a", 1, "2")) == [catalog.description(TWO)]
@@ -50,6 +74,12 @@ def test_a_base_that_only_the_device_knows_leads_to_the_whole_file() -> None:
     assert can_build(catalog, (FILE_1, FILE_2))
     artifacts = FleetGraph(catalog).artifacts(TWO, report("a", 1, "1", files={"model.onnx": foreign}))
     assert artifacts == [catalog.description(TWO), catalog.file(FILE_2)]
+
+
+def test_a_file_is_known_with_those_beside_it_in_a_published_release() -> None:
+    catalog = paper_catalog(ONE, TWO)
+    assert catalog.files_beside(FILE_2) == tuple(TWO.files)
+    assert paper_catalog(ONE).files_beside(FILE_2) == ()
 
 
 def test_a_signed_delta_is_preferred_to_the_whole_file() -> None:

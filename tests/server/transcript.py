@@ -308,7 +308,9 @@ class Play:
                     yield f"answer {device} {self._blob(name)} {','.join(map(str, chunks))}"
                 case AnswerMetadata(device, version):
                     yield f"answer {device} metadata after root {version}"
-                case BuildDelta(name):
+                case BuildDelta(name, base_files, result_files):
+                    assert name.base in {file.sha256 for file in base_files}
+                    assert name.result in {file.sha256 for file in result_files}
                     yield f"build {self._delta(name)}"
                 case RemoveBlobs(path, names):
                     yield f"remove {self._path(path)} x{len(names)}"

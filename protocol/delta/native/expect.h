@@ -95,10 +95,10 @@ static void expect(const Context *x, Group *g) {
 #define TAIL_HIGH (32 * 8)
 
 /* tail[b][x]: sum over i >= 0 of the probability of a move by more than x / 8 + i - 1/2 points, in units of 2^-20. */
-static int32_t tails[SPREADS][TAIL_HIGH - TAIL_LOW + 1];
+static int32_t tails[GRID_SPREADS][TAIL_HIGH - TAIL_LOW + 1];
 
 __attribute__((constructor)) static void make_tails(void) {
-    for (int b = 0; b < SPREADS; b++)
+    for (int b = 0; b < GRID_SPREADS; b++)
         for (int x = TAIL_HIGH; x >= TAIL_LOW; x--) {
             int64_t distance = ((int64_t)(8 * x - 32) * SHARPNESS[b]) >> 16;
             int32_t here = LOGISTIC[clamp64(magnitude(distance), 0, 1024)];
@@ -137,7 +137,7 @@ static void expect_grid(const Context *x, Group *g) {
         if (count < 1 || count > GRID_MAX) continue;
         const int64_t above = ceil_shift((2 * code + 1) * to_step, point + 1), below = ceil_shift((2 * code - 1) * to_step, point + 1);
         const int64_t mean = (g->mean[j] * sign * to_step) >> (13 + point);
-        const int b = clamp(((g->log_spread[j] + (log_step - point * 256) * LOG_UNITS) * 3 >> SPREAD_UNITS) + 15, 0, SPREADS - 1);
+        const int b = clamp(((g->log_spread[j] + (log_step - point * 256) * LOG_UNITS) * 6 >> SPREAD_UNITS) + 29, 0, GRID_SPREADS - 1);
         const int32_t up = mean_tail(b, (above - last) * 8 - mean, count), down = mean_tail(b, (first - below + 1) * 8 + mean, count);
         const int32_t sum = clamp(up + down, 2, (1 << 20) - 2), lean = log2_of(up) - log2_of(down);
         g->grid[j] = (uint8_t)count;
@@ -157,19 +157,17 @@ typedef struct {
     int32_t pull[GROUP_MAX];
 } Lesson;
 
-/* Moves the column's spread by the outcome's score; the row's part is summed up by the caller. */
-static inline int32_t learn_spread(Tensor *t, int32_t column, int32_t place, int32_t outcome) {
-    const int32_t score = SCORE[outcome * OFFSETS * SPREADS + place];
+/* Moves a column's spread; the row's part is summed up by the caller. */
+static inline void learn_column_spread(Tensor *t, int32_t column, int32_t score) {
     const int32_t weight = t->weight[column] + ((score * score) >> 12);
     t->weight[column] = (uint16_t)(weight > WEIGHT_MAX ? WEIGHT_MAX : weight);
     t->spread[column] = clamp(t->spread[column] + ((score * OCTAVE_SCORE * RATE[t->weight[column] >> 4]) >> 16), -SPREAD_LIMIT, SPREAD_LIMIT);
-    return score;
 }
 
 static inline void learn_row_spread(Tensor *t, int32_t score, int32_t weight) {
     t->row_weight = clamp(t->row_weight + weight, 0, 1 << 28);
-    int64_t move = (int64_t)score * (OCTAVE_SCORE * 16) / (t->row_weight + 32);
-    t->row_spread = clamp(t->row_spread + (int32_t)clamp64(move, -(1 << SPREAD_UNITS), 1 << SPREAD_UNITS), -SPREAD_LIMIT, SPREAD_LIMIT);
+    const int32_t move = score * (OCTAVE_SCORE * 16) / (t->row_weight + 32); /* no group scores more than 2^15 */
+    t->row_spread = clamp(t->row_spread + clamp(move, -(1 << SPREAD_UNITS), 1 << SPREAD_UNITS), -SPREAD_LIMIT, SPREAD_LIMIT);
 }
 
 /* Towards zero, for magnitudes below 2^21 and divisors up to 200. */

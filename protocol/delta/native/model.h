@@ -20,7 +20,6 @@
 #define GRID_MAX 10
 #define GRID_CHANCES 48
 #define LEANS 24
-#define SCALE_SPREADS 24
 #define WORD_LEVELS 16
 
 /* How codes and scales change. Runs that share a slot share a model. */

@@ -1,9 +1,9 @@
-#include "hot.h"
+#include "whimbrel.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-uint32_t whimbrel_level_in_use = WHIMBREL_LEVEL_ANY;
+static uint32_t level_in_use = WHIMBREL_LEVEL_ANY;
 
 /* Intel's manual, volume 1, section 14.3: the processor has the instructions, and the system saves the wide registers. */
 static uint32_t level_of_processor(void)
@@ -31,11 +31,11 @@ static uint32_t level_of_processor(void)
 }
 
 /* When the library is loaded, before any thread can call it: asking takes microseconds under a hypervisor. */
-__attribute__((constructor)) static void look_at_processor(void) { whimbrel_level_in_use = level_of_processor(); }
+__attribute__((constructor)) static void look_at_processor(void) { level_in_use = level_of_processor(); }
 
-uint32_t whimbrel_level(void) { return whimbrel_level_in_use; }
+uint32_t whimbrel_level(void) { return level_in_use; }
 
-void whimbrel_use_every_processor(void) { whimbrel_level_in_use = WHIMBREL_LEVEL_ANY; }
+void whimbrel_use_every_processor(void) { level_in_use = WHIMBREL_LEVEL_ANY; }
 
 #else
 

@@ -144,6 +144,14 @@ static int32_t expect_scale(const Context *x, const Scale *before, int16_t code,
     return (int32_t)clamp64(drift / before->unit, -15 * 256, 15 * 256);
 }
 
+/* A scale's unit is finer than the codes' step, so its move says more about row and column than any code. */
+static inline void learn_scale(Tensor *t, int32_t column, int32_t spread, int32_t move) {
+    const int32_t size = move < 0 ? -move : move;
+    const int32_t score = SCALE_SCORE[spread * SCALE_OUTCOMES + (size < SCALE_OUTCOMES ? size : SCALE_OUTCOMES - 1)];
+    learn_column_spread(t, column, score);
+    learn_row_spread(t, score, (score * score) >> 12);
+}
+
 static Scale code_scale(Context *x, const int encode, Scale before, uint16_t new_half, const int16_t *old, int count, int32_t column) {
     Coder *c = &x->coder;
     Model *m = x->model;
@@ -164,12 +172,13 @@ static Scale code_scale(Context *x, const int encode, Scale before, uint16_t new
         value = after.index - before.index - expected;
         is_negative = after.is_negative;
     }
-    if (code_with_two(c, encode, &m->scale_change[place * 2 + (t->scale_last > 0)], history, 2, value != 0)) {
+    if (code_with_two(c, encode, &m->scale_change[place * 2 + (t->scale_last > 0)], history, 3, value != 0)) {
         const int near = code_with(c, encode, &m->scale_near[place], side == (value > 0)), wanted = value < 0 ? -value : value;
         int32_t size = code_steps(c, encode, &m->scale_more[(spread * 2 + near) * 16], 16, 16, wanted);
         if (size == 16) size += (int32_t)(code_number(c, encode, m->scale_far, wanted - 16) & 65535);
         value = near == side ? size : -size;
     }
+    learn_scale(t, column + at, spread, value);
     value += expected;
     t->scale_before = t->scale_last;
     t->scale_last = value < 0 ? (value < -2 ? 3 : -value) : (value > 2 ? 3 : value);

@@ -18,7 +18,7 @@
 
 WHIMBREL_EXPORT uint32_t whimbrel_abi_version(void);
 
-/* The context coder (context.c, SPEC section 6.11). `state` points to whimbrel_state_bytes() bytes that whimbrel_state_reset has
+/* The context coder (context.h, SPEC section 6.11). `state` points to whimbrel_state_bytes() bytes that whimbrel_state_reset has
  * set or a call before has left; runs, layouts and slices to arrays of the structs in model.h and layout.h. The caller has checked every
  * size and place in them. Encoding returns the payload's length, decoding 0; both a negative number for what went wrong. */
 #define WHIMBREL_NO_MEMORY INT64_C(-1)
@@ -31,7 +31,7 @@ WHIMBREL_EXPORT int64_t whimbrel_encode(void *state, const void *runs, int32_t c
 WHIMBREL_EXPORT int64_t whimbrel_decode(void *state, const void *runs, int32_t count, const void *layouts, const void *slices,
                                         const uint8_t *window, uint8_t *result, const uint8_t *payload, int64_t length);
 
-/* Which instructions the loops marked with WHIMBREL_HOT (hot.h) may use. The result is the same with all of them. */
+/* Which instructions the context coder may use. The result is the same with all of them. */
 #define WHIMBREL_LEVEL_ANY UINT32_C(0)  /* what every processor of the platform has */
 #define WHIMBREL_LEVEL_AVX2 UINT32_C(1) /* x86-64 with AVX2, BMI1, BMI2 and LZCNT */
 

@@ -94,13 +94,13 @@ def _code_run(x: Context, old: memoryview | None, new: memoryview | None, length
 def _start_row(x: Context, old_row: list[int] | None) -> None:
     t = x.tensor
     if t.row >= 0:
-        t.mean_row_spread += quotient(t.row_spread - t.mean_row_spread, 20)
+        t.mean_row_spread += quotient(t.row_spread - t.mean_row_spread, 6)
         t.mean_drift += quotient(t.drift - t.mean_drift, 20)
     t.row = min(t.row + 1, _ROWS_MAX)
     if x.directions:
         x.directions.start_row(t, old_row)
     t.row_spread = t.mean_row_spread
-    t.row_weight = 3 * 16
+    t.row_weight = 6 * 16
     t.drift = t.mean_drift
     t.drift_xy = t.drift_xx = 0
     t.last_change = t.before_change = t.is_left_busy = 0

@@ -152,6 +152,15 @@ def _learn_spreads(t: Tensor, column: int, rows: list[int]) -> None:
     _learn_row_spread(t, total, information)
 
 
+def learn_score(t: Tensor, column: int, score: int) -> None:
+    """Move the spreads of a column and of the row by one score."""
+    information = score * score >> 12
+    t.weight[column] = known = min(t.weight[column] + information, _WEIGHT_MAX)
+    moved = t.spread[column] + (_OCTAVE_SCORE * score * RATE[known >> 4] >> 16)
+    t.spread[column] = clamp(moved, -SPREAD_LIMIT, SPREAD_LIMIT)
+    _learn_row_spread(t, _OCTAVE_SCORE * score, information)
+
+
 def _learn_row_spread(t: Tensor, total: int, information: int) -> None:
     t.row_weight = clamp(t.row_weight + information, 0, _ROW_WEIGHT_MAX)
     move = clamp(quotient(total * 16, t.row_weight + 32), -_ROW_MOVE_LIMIT, _ROW_MOVE_LIMIT)

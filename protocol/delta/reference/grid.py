@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Final
 
-from protocol.delta.context_tables import LOGISTIC, SHARPNESS, SPREADS
+from protocol.delta.context_tables import GRID_SPREADS, LOGISTIC, SHARPNESS
 from protocol.delta.reference.arithmetic import clamp, log2_of
 from protocol.delta.reference.expect import LOG_UNITS
 from protocol.delta.reference.run import Context, Group
@@ -107,7 +107,8 @@ def _chances(
     above = _ceil_shift((2 * expected + 1) * steps.new, point + 1)
     below = _ceil_shift((2 * expected - 1) * steps.new, point + 1)
     move = (mean * steps.new) >> (13 + point)
-    b = clamp(((level + (steps.log_new - point * 256) * LOG_UNITS) * 3 >> SPREAD_UNITS) + 15, 0, SPREADS - 1)
+    level += (steps.log_new - point * 256) * LOG_UNITS
+    b = clamp((level * 6 >> SPREAD_UNITS) + 29, 0, GRID_SPREADS - 1)
     tail, count = _tails()[b], last - first + 1
     return _mean_tail(tail, (above - last) * 8 - move, count), _mean_tail(
         tail, (first - below + 1) * 8 + move, count

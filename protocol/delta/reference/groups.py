@@ -19,7 +19,7 @@ _AROUND: Final = 3
 _ACTIVITY: Final = 4 * 2 * _AROUND
 """Counters of activity in a class of odds."""
 
-_FREQUENT: Final = 9 * _ACTIVITY
+_FREQUENT: Final = 13 * _ACTIVITY
 """From this class of odds on changes nearby say nothing."""
 
 
@@ -69,7 +69,6 @@ def _code_values(x: Context, g: Group) -> list[int]:
     t, m, code_one, code_two = x.tensor, x.model, x.coder.code, x.coder.code_two
     above, column = t.above, g.column
     low, high, grid = g.low, g.high, g.grid if x.has_grid else None
-    share = 2 if x.is_sparse else 3
     change_row, edge_row, activity_row = m.change, m.change + _PLACES, m.activity
     wanted = [new - code for new, code in zip(g.wanted, g.expected, strict=True)] if g.wanted else None
     values: list[int] = []
@@ -86,7 +85,7 @@ def _code_values(x: Context, g: Group) -> list[int]:
             is_changed = code_one(change, value != 0)
         else:
             around = (min(changes, 3) * 2 + above[column + j]) * _AROUND + last + before
-            is_changed = code_two(change, activity_row + chance + around, share, value != 0)
+            is_changed = code_two(change, activity_row + chance + around, 2, value != 0)
         before = last
         if is_changed:
             values.append(_code_change(x, g, j, value))

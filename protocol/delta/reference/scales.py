@@ -3,6 +3,7 @@
 import functools
 from typing import Final, NamedTuple
 
+from protocol.delta.context_tables import SCALE_OUTCOMES, SCALE_SCORE, SCALE_SPREADS
 from protocol.delta.reference.arithmetic import (
     HALF_STEP,
     STEP,
@@ -13,10 +14,10 @@ from protocol.delta.reference.arithmetic import (
     unorder16,
     wide,
 )
-from protocol.delta.reference.expect import LOG_UNITS, SPREAD_SHIFT
+from protocol.delta.reference.expect import LOG_UNITS, SPREAD_SHIFT, learn_score
 from protocol.delta.reference.numbers import code_number, code_steps
 from protocol.delta.reference.run import Context
-from protocol.delta.reference.state import NUMBER_COUNTERS, SCALE_SPREADS, UNKNOWN
+from protocol.delta.reference.state import NUMBER_COUNTERS, UNKNOWN
 
 _SIGN: Final = 0x8000
 _INFINITY: Final = 0x7C00
@@ -185,7 +186,7 @@ def code_scale(x: Context, before: Scale, new_half: int, old: list[int]) -> Scal
         after = scale_from(x, new_half)
         value, is_negative = after.rung - before.rung - expected, after.is_negative
     change = m.scale_change + place * 2 + (t.scale_last > 0)
-    if coder.code_two(change, m.scale_history + history, 2, value != 0):
+    if coder.code_two(change, m.scale_history + history, 3, value != 0):
         near = coder.code(m.scale_near + place, side == (value > 0))
         wanted = abs(value)
         size = code_steps(coder, m.scale_more + (spread * 2 + near) * 16, 16, wanted)
@@ -194,6 +195,8 @@ def code_scale(x: Context, before: Scale, new_half: int, old: list[int]) -> Scal
         value = size if near == side else -size
     else:
         value = 0
+    # A scale's unit is finer than the codes' step, so its move says more about row and column than any code.
+    learn_score(t, column + at, SCALE_SCORE[spread * SCALE_OUTCOMES + min(abs(value), SCALE_OUTCOMES - 1)])
     value += expected
     t.scale_before = t.scale_last
     t.scale_last = 3 if value < -2 or value > 2 else abs(value)

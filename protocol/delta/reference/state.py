@@ -15,6 +15,7 @@ from protocol.delta.context_tables import (
     LEAN_START,
     NEAR,
     OFFSETS,
+    SCALE_SPREADS,
     SPREADS,
 )
 from protocol.delta.reference.arithmetic import clamp
@@ -32,7 +33,7 @@ SPREAD_LIMIT: Final = 64 << SPREAD_UNITS
 NUMBER_COUNTERS: Final = 96
 """Counters of `Coder.number`: nonzero, negative, the bit length in unary, the bit below the highest."""
 
-EDGES, CHANCES, GRID_MAX, GRID_CHANCES, LEANS, SCALE_SPREADS, WORD_LEVELS = 2, 24, 10, 48, 24, 24, 16
+EDGES, CHANCES, GRID_MAX, GRID_CHANCES, LEANS, WORD_LEVELS = 2, 24, 10, 48, 24, 16
 _IN_UNITS_LIMIT: Final = 1 << 54
 
 
@@ -181,7 +182,7 @@ class Tensor:
         self.variance[: len(prior)] = [1 << bits for bits in prior]
         start = 8 << SPREAD_UNITS if model_spread == UNKNOWN else model_spread
         self.spread = [start] * COLUMNS_MAX
-        self.weight = [4 * 16] * COLUMNS_MAX
+        self.weight = [8 * 16] * COLUMNS_MAX
 
     def in_units(self, value: int) -> int:
         """Return a weight or a step in the tensor's unit."""
