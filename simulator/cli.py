@@ -20,6 +20,7 @@ import msgspec
 from rich.console import Console
 
 from protocol.errors import StorageError, WhimbrelError
+from simulator.estimate_cli import add_estimate_parser
 from simulator.fleet_cli import add_commands
 from simulator.live.options import Options
 from simulator.live.run import run_live
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(action=_run)
     add_commands(commands)
+    add_estimate_parser(commands)
     return parser
 
 

@@ -1,0 +1,16 @@
+"""What a whole file and a general binary difference cost; the only importer of `bsdiff4` and `zstandard` in this package."""
+
+import bsdiff4
+import zstandard
+
+_ZSTD_LEVEL = 19
+
+
+def compressed_bytes(new: bytes) -> int:
+    """Length of the new file under zstd."""
+    return len(zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(new))
+
+
+def bsdiff_bytes(old: bytes, new: bytes) -> int:
+    """Length of bsdiff4's patch."""
+    return len(bsdiff4.diff(old, new))
