@@ -24,6 +24,7 @@ from simulator.estimate_cli import add_estimate_parser
 from simulator.fleet_cli import add_commands
 from simulator.live.options import Options
 from simulator.live.run import run_live
+from simulator.rehearse_cli import add_rehearse_parser
 from simulator.report.page import render_page
 from simulator.report.record import Run
 from simulator.report.summary import print_summary
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(action=_run)
     add_commands(commands)
     add_estimate_parser(commands)
+    add_rehearse_parser(commands)
     return parser
 
 

@@ -29,6 +29,9 @@ DOCUMENT_BYTES: Final = 4_600
 DOCUMENT_MESSAGES: Final = 5
 """As many messages."""
 
+DESCRIPTION_MESSAGES: Final = 1
+"""The release's description, which travels as a chunk of its own."""
+
 REPORT_MESSAGES: Final = 7
 """A device says that it is there and what it runs, and reports on the way of an update."""
 
@@ -286,7 +289,7 @@ def _broker_lines(plan: FleetPlan) -> list[Line]:
 
 
 def _server_lines(plan: FleetPlan) -> list[Line]:
-    chunks = chunks_of(plan.delta_bytes)
+    chunks = chunks_of(plan.delta_bytes) + DESCRIPTION_MESSAGES
     answers = chunks * plan.devices
     requests = math.ceil(chunks / GROUP_CHUNKS) * plan.devices
     reports = REPORT_MESSAGES * plan.devices

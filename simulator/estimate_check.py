@@ -82,7 +82,8 @@ def updated_s(result: FleetResult, share: float) -> float:
     begun_s = result.rollouts[0].begun_s
     assert begun_s is not None
     wanted = share * result.scenario.devices
-    return next(sample.at_s for sample in result.samples if sample.updated >= wanted) - begun_s
+    instants = (sample.at_s for sample in result.samples if sample.updated >= wanted)
+    return next(instants, result.virtual_s) - begun_s
 
 
 def reconnects_in_worst_second(result: FleetResult, from_s: float) -> int:
@@ -108,14 +109,15 @@ def _always_online() -> Iterator[Comparison]:
     yield report("reports", estimate.REPORT_MESSAGES, reports)
     retained = plan.delta_bytes + plan.devices * estimate.RETAINED_PER_DEVICE_BYTES
     yield report("retained_bytes", retained, result.broker.retained_bytes_peak, 0.1)
-    yield report("cached_publishes", chunks, result.server.counters["chunks_cached"], 0.1)
+    cached = chunks + estimate.DESCRIPTION_MESSAGES
+    yield report("cached_publishes", cached, result.server.counters["chunks_cached"], 0.1)
 
 
 def _by_request() -> Iterator[Comparison]:
     scenario = Scenario(devices=50, model=Model(bytes=2 << 20), releases=(DELTA,), server=Server(retained_bytes_max=1))
     result = run(scenario)
     plan = plan_of(scenario, result)
-    answers = estimate.chunks_of(plan.delta_bytes) * plan.devices
+    answers = (estimate.chunks_of(plan.delta_bytes) + estimate.DESCRIPTION_MESSAGES) * plan.devices
     report = _reporter("nothing cached", 0.1)
     yield report("reply_publishes", answers, result.server.counters["chunks_answered"])
     yield report("reply bytes", plan.delta_bytes * plan.devices, result.server.counters["bytes_answered"])

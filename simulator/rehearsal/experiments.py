@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from msgspec.structs import replace
+
 from simulator import estimate
 from simulator.estimate_check import (
     Comparison,
@@ -24,7 +26,8 @@ from simulator.scenario import DeviceKind, Faults, Model, ReleasePlan, Scenario,
 Figures = dict[str, float]
 
 MODEL: Final = Model(bytes=2 << 20)
-SCALES: Final = (10, 10_000, 10_000_000)
+SCALES: Final = {"n10": 10, "n10k": 10_000, "n10m": 10_000_000}
+SCALES_ONLINE_HOURS: Final = 2.0
 BAD_SHARE: Final = 0.05
 CANARY: Final = 20
 ROLLOUT_SEEDS: Final = 100
@@ -46,7 +49,7 @@ def worst_links() -> Figures:
 
 
 def envelope() -> Figures:
-    """The calculator against the simulator, and what it says of three fleets."""
+    """The calculator against the simulator."""
     figures: Figures = {}
     for each in compare_quickly():
         _note(figures, each.name.replace(" ", "_"), each)
@@ -58,17 +61,14 @@ def envelope() -> Figures:
         reckoned_h = estimate.elapsed_hours(plan, busy_s, share)
         figures[f"{name}_estimated_min"] = reckoned_h * 60
         figures[f"{name}_simulated_min"] = updated_s(result, share) / 60
-    for devices in SCALES:
-        for line in estimate.estimate(estimate.FleetPlan(devices=devices, online_hours=2.0)):
-            figures[f"at_{devices}_{line.name}"] = line.value
     return figures
 
 
 def power_cuts() -> Figures:
     """Power cuts before any effect and in any disk operation, against the same fleet without."""
-    quiet = run(Scenario(devices=60, model=MODEL, releases=(_release(60),)))
+    scenario = Scenario(devices=60, model=MODEL, releases=(_release(60),))
     faults = Faults(end_s=900.0, crash_effect=0.02, crash_disk=0.001, power_s=300.0)
-    result = run(Scenario(devices=60, model=MODEL, releases=(_release(60),), faults=faults))
+    quiet, result = run(scenario), run(replace(scenario, faults=faults))
     cuts = sum(count for name, count in result.faults.items() if name.startswith("power."))
     return {
         "devices": 60,
@@ -86,8 +86,9 @@ def power_cuts() -> Figures:
 
 def delivery() -> Figures:
     """The same delta out of the broker's cache, and by a reply to every device."""
-    cached = run(Scenario(devices=100, model=MODEL, releases=(_release(100),)))
-    replies = run(Scenario(devices=100, model=MODEL, releases=(_release(100),), server=Server(retained_bytes_max=1)))
+    scenario = Scenario(devices=100, model=MODEL, releases=(_release(100),), bin_s=1.0)
+    cached = run(scenario)
+    replies = run(replace(scenario, server=Server(retained_bytes_max=1)))
     answered = replies.server.counters["chunks_answered"]
     published = cached.server.counters["chunks_cached"]
     return {
@@ -109,9 +110,8 @@ def delivery() -> Figures:
 def attack() -> Figures:
     """Somebody with the broker's credentials replays what was signed before and spoils chunks."""
     plans = (_release(60), ReleasePlan(version="v3", canary_count=60, failures_max=60, changed_share=0.3))
-    quiet = run(Scenario(devices=60, model=MODEL, releases=plans))
-    faults = Faults(end_s=900.0, replay_s=1.0, poison=0.1)
-    result = run(Scenario(devices=60, model=MODEL, releases=plans, faults=faults, keep_alive_s=120))
+    scenario = Scenario(devices=60, model=MODEL, releases=plans, keep_alive_s=120)
+    quiet, result = run(scenario), run(replace(scenario, faults=Faults(end_s=900.0, replay_s=1.0, poison=0.1)))
     return {
         "devices": 60,
         "replays": result.faults.get("attack.replay", 0),
@@ -187,6 +187,16 @@ EXPERIMENTS: Final[Mapping[str, Callable[[], Figures]]] = {
     "disk-costs": disk_costs,
 }
 """By the name that a step gives."""
+
+
+def scale_figures() -> Figures:
+    """What the calculator says of three fleets that are online for two hours a day; every step may quote it."""
+    plans = {
+        key: estimate.FleetPlan(devices=devices, online_hours=SCALES_ONLINE_HOURS) for key, devices in SCALES.items()
+    }
+    return {
+        f"{key}_{line.name}": line.value for key, plan in plans.items() for line in estimate.estimate(plan)
+    }
 
 
 def _release(devices: int) -> ReleasePlan:

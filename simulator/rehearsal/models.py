@@ -6,6 +6,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -99,7 +100,7 @@ def delta_sizes() -> dict[str, float]:
     """Whole file, bsdiff4 and ours, after training a little, more, and from scratch; in percent of the file."""
     files = model_files()
     figures: dict[str, float] = {"file_mb": len(files["base"]) / 1e6}
-    for old, new in zip(VERSIONS, VERSIONS[1:], strict=False):
+    for old, new in pairwise(VERSIONS):
         before, after = files[old], files[new]
         percent = 100 / len(after)
         figures[f"{new}_zstd_percent"] = compressed_bytes(after) * percent
