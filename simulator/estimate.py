@@ -65,14 +65,20 @@ class FleetPlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model_mb: Annotated[float, Meta(gt=0, le=1e6, description="a model file")] = 100.0
     delta_percent: Annotated[float, Meta(gt=0, le=100, description="a delta's share of the model file")] = 4.0
     link_kb_per_s: Annotated[float, Meta(gt=0, le=1e7, description="of a device, while it is online")] = 64.0
-    loss_percent: Annotated[float, Meta(ge=0, le=90, description="packets that are lost and sent again")] = 1.0
+    loss_percent: Annotated[float, Meta(ge=0, le=90, description="packets that are lost and sent again")] = (
+        1.0
+    )
     latency_ms: Annotated[float, Meta(ge=0, le=60_000, description="one way")] = 50.0
     online_hours: Annotated[float, Meta(gt=0, le=24, description="with a link, a day, in the mean")] = 24.0
-    sessions_per_day: Annotated[float, Meta(gt=0, le=10_000, description="stretches with a link, a day")] = 1.0
+    sessions_per_day: Annotated[float, Meta(gt=0, le=10_000, description="stretches with a link, a day")] = (
+        1.0
+    )
     site_devices: Annotated[int, Meta(ge=1, le=1_000_000, description="devices behind one site broker")] = 1
     canary: Annotated[int, Meta(ge=1, le=10_000_000, description="devices of the canary wave")] = 100
     bad_percent: Annotated[float, Meta(gt=0, le=100, description="share that a bad release fails on")] = 2.0
-    releases_per_month: Annotated[float, Meta(ge=0, le=10_000, description="updates of each device a month")] = 1.0
+    releases_per_month: Annotated[
+        float, Meta(ge=0, le=10_000, description="updates of each device a month")
+    ] = 1.0
     price_per_gb: Annotated[NotNegative, Meta(description="metered traffic, an example")] = 1.0
     price_per_million_messages: Annotated[NotNegative, Meta(description="at the broker, an example")] = 1.0
     price_per_million_minutes: Annotated[NotNegative, Meta(description="of connection, an example")] = 0.1
@@ -133,7 +139,12 @@ def busy_seconds(plan: FleetPlan, byte_count: float) -> float:
     0.2 s where nothing else is under way, which is left out.
     """
     transfer_s = update_bytes(byte_count, plan.loss_percent / 100) / (plan.link_kb_per_s * 1_000)
-    return transfer_s + ROUND_TRIPS * 2 * plan.latency_ms / 1_000 + plan.model_mb * 1e6 / DEVICE_BYTES_PER_S + TRIAL_S
+    return (
+        transfer_s
+        + ROUND_TRIPS * 2 * plan.latency_ms / 1_000
+        + plan.model_mb * 1e6 / DEVICE_BYTES_PER_S
+        + TRIAL_S
+    )
 
 
 def elapsed_hours(plan: FleetPlan, busy_s: float, share: float) -> float:
@@ -154,7 +165,11 @@ def elapsed_hours(plan: FleetPlan, busy_s: float, share: float) -> float:
 
     def reached(hours: float) -> float:
         left_s = hours * SECONDS_PER_HOUR - busy_s
-        return _compound(left_s, interruptions, off_s + RECONNECT_CAP_S / 2, off_at_first) if left_s >= 0 else 0.0
+        return (
+            _compound(left_s, interruptions, off_s + RECONNECT_CAP_S / 2, off_at_first)
+            if left_s >= 0
+            else 0.0
+        )
 
     return _inverse(reached, share)
 
@@ -231,7 +246,14 @@ def canary_needed(bad_share: float, confidence: float) -> int:
 
 def estimate(plan: FleetPlan) -> tuple[Line, ...]:
     """All figures of a plan, each with its working, in the order in which one would say them."""
-    return (*_byte_lines(plan), *_hour_lines(plan), *_broker_lines(plan), *_server_lines(plan), *_dollar_lines(plan), *_rollout_lines(plan))
+    return (
+        *_byte_lines(plan),
+        *_hour_lines(plan),
+        *_broker_lines(plan),
+        *_server_lines(plan),
+        *_dollar_lines(plan),
+        *_rollout_lines(plan),
+    )
 
 
 def _byte_lines(plan: FleetPlan) -> list[Line]:
@@ -302,7 +324,9 @@ def _server_lines(plan: FleetPlan) -> list[Line]:
 
 
 def _dollar_lines(plan: FleetPlan) -> list[Line]:
-    gigabytes = plan.devices / plan.site_devices * update_bytes(plan.delta_bytes, plan.loss_percent / 100) / 1e9
+    gigabytes = (
+        plan.devices / plan.site_devices * update_bytes(plan.delta_bytes, plan.loss_percent / 100) / 1e9
+    )
     full = plan.devices / plan.site_devices * update_bytes(plan.model_mb * 1e6, plan.loss_percent / 100) / 1e9
     traffic = gigabytes * plan.price_per_gb
     messages = plan.devices * (chunks_of(plan.delta_bytes) + DOCUMENT_MESSAGES + REPORT_MESSAGES) / 1e6

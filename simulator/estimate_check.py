@@ -94,12 +94,16 @@ def reconnects_in_worst_second(result: FleetResult, from_s: float) -> int:
 
 def _always_online() -> Iterator[Comparison]:
     link = Link(down_bytes_per_s=100_000, up_bytes_per_s=50_000, loss=0.01)
-    scenario = Scenario(devices=50, population=(DeviceKind(link=link),), model=Model(bytes=2 << 20), releases=(DELTA,))
+    scenario = Scenario(
+        devices=50, population=(DeviceKind(link=link),), model=Model(bytes=2 << 20), releases=(DELTA,)
+    )
     result = run(scenario)
     plan = plan_of(scenario, result)
     report = _reporter("always online", 0.05)
     loss = plan.loss_percent / 100
-    yield report("update_bytes", estimate.update_bytes(plan.delta_bytes, loss), result.down_bytes / plan.devices)
+    yield report(
+        "update_bytes", estimate.update_bytes(plan.delta_bytes, loss), result.down_bytes / plan.devices
+    )
     online_s = result.completion_s[len(result.completion_s) // 2]
     yield report("online_s", estimate.busy_seconds(plan, plan.delta_bytes), online_s, 0.25)
     messages = (result.broker.messages_out - result.server.counters["messages_received"]) / plan.devices
@@ -114,7 +118,9 @@ def _always_online() -> Iterator[Comparison]:
 
 
 def _by_request() -> Iterator[Comparison]:
-    scenario = Scenario(devices=50, model=Model(bytes=2 << 20), releases=(DELTA,), server=Server(retained_bytes_max=1))
+    scenario = Scenario(
+        devices=50, model=Model(bytes=2 << 20), releases=(DELTA,), server=Server(retained_bytes_max=1)
+    )
     result = run(scenario)
     plan = plan_of(scenario, result)
     answers = (estimate.chunks_of(plan.delta_bytes) + estimate.DESCRIPTION_MESSAGES) * plan.devices
@@ -144,10 +150,16 @@ def _slow_link() -> Iterator[Comparison]:
 
 def intermittent_scenario(devices: int, bytes_per_s: int) -> Scenario:
     """Devices that have a link for 5 of 25 minutes. The release comes after ten such times, when they no longer go in step."""
-    link = Link(down_bytes_per_s=bytes_per_s, up_bytes_per_s=bytes_per_s, latency_ms=150.0, on_s=300.0, off_s=1_200.0)
+    link = Link(
+        down_bytes_per_s=bytes_per_s, up_bytes_per_s=bytes_per_s, latency_ms=150.0, on_s=300.0, off_s=1_200.0
+    )
     release = ReleasePlan(at_s=15_000.0, changed_share=0.3, canary_count=1_000, wave_timeout_s=864_000.0)
     return Scenario(
-        devices=devices, population=(DeviceKind(link=link),), model=Model(bytes=2 << 20), releases=(release,), bin_s=30.0
+        devices=devices,
+        population=(DeviceKind(link=link),),
+        model=Model(bytes=2 << 20),
+        releases=(release,),
+        bin_s=30.0,
     )
 
 
@@ -172,7 +184,11 @@ def outage_scenario(devices: int, outage_s: float) -> Scenario:
 def _reporter(situation: str, usual: float) -> Callable[..., Comparison]:
     def report(name: str, estimated: float, simulated: float, tolerance: float = usual) -> Comparison:
         return Comparison(
-            situation=situation, name=name, estimated=float(estimated), simulated=float(simulated), tolerance=tolerance
+            situation=situation,
+            name=name,
+            estimated=float(estimated),
+            simulated=float(simulated),
+            tolerance=tolerance,
         )
 
     return report

@@ -34,7 +34,9 @@ def add_estimate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentP
             type=int if schema["type"] == "integer" else float,
             default=schema["default"],
             metavar="N",
-            help=f"{schema['description']} (default: %(default)s)".replace("%(default)s", f"{schema['default']:g}"),
+            help=f"{schema['description']} (default: %(default)s)".replace(
+                "%(default)s", f"{schema['default']:g}"
+            ),
         )
     parser.add_argument("--check", action="store_true", help="run the simulator and compare (a minute)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -52,7 +54,9 @@ def plan_from(arguments: argparse.Namespace) -> FleetPlan:
         return msgspec.convert(values, FleetPlan)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
-        raise RequestError(f"--{path.rstrip('`').replace('_', '-')}: {text.lower()}", hint="choose another value") from error
+        raise RequestError(
+            f"--{path.rstrip('`').replace('_', '-')}: {text.lower()}", hint="choose another value"
+        ) from error
 
 
 def print_lines(lines: tuple[Line, ...], output: TextIO) -> None:
@@ -91,7 +95,10 @@ def _estimate(arguments: argparse.Namespace, command: str, output: TextIO, error
 def _check(arguments: argparse.Namespace, output: TextIO) -> int:
     comparisons = list(compare_all())
     if arguments.json:
-        rows = [{**msgspec.to_builtins(each), "ratio": each.ratio, "is_within": each.is_within} for each in comparisons]
+        rows = [
+            {**msgspec.to_builtins(each), "ratio": each.ratio, "is_within": each.is_within}
+            for each in comparisons
+        ]
         print(msgspec.json.encode(rows).decode(), file=output)
     else:
         print_comparisons(comparisons, output)

@@ -28,10 +28,18 @@ def add_rehearse_parser(commands: "argparse._SubParsersAction[argparse.ArgumentP
         " connectivity'. Without a step it lists them; docs/rehearsal.md is the whole text.",
     )
     parser.add_argument("step", nargs="?", metavar="STEP", help="name or number of a step")
-    parser.add_argument("--predict", metavar="VALUE", help="your prediction, or skip; asked for on a terminal")
-    parser.add_argument("--all", action="store_true", help="all steps, one after the other (about three minutes)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="run all experiments and write the document")
-    parser.add_argument("--reuse", action="store_true", help="with --write: keep the figures that FILE carries")
+    parser.add_argument(
+        "--predict", metavar="VALUE", help="your prediction, or skip; asked for on a terminal"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="all steps, one after the other (about three minutes)"
+    )
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="run all experiments and write the document"
+    )
+    parser.add_argument(
+        "--reuse", action="store_true", help="with --write: keep the figures that FILE carries"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(action=_rehearse)
 
@@ -83,7 +91,9 @@ def _prediction(step: Step, arguments: argparse.Namespace, output: TextIO) -> fl
     if given is not None:
         return None if given == SKIP else _number(given)
     if not sys.stdin.isatty() or arguments.json:
-        raise RequestError(f"{step.name} wants a prediction first", hint="add --predict VALUE, or --predict skip")
+        raise RequestError(
+            f"{step.name} wants a prediction first", hint="add --predict VALUE, or --predict skip"
+        )
     for _ in range(TRIES):
         print(f"your prediction in {step.predict.unit} (Enter to skip): ", end="", file=output, flush=True)
         text = sys.stdin.readline().strip()
@@ -142,7 +152,10 @@ def _compared(predicted: float, measured: float) -> str:
 def _print_table(rows: list[list[str]], output: TextIO) -> None:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=output)
+        print(
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(),
+            file=output,
+        )
 
 
 def _document(answer: Answer, predicted: float | None) -> dict[str, Any]:

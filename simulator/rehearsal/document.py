@@ -25,7 +25,8 @@ def rendered(figures: dict[str, Figures]) -> str:
     """The whole document, from the figures of each step by name."""
     steps = all_steps()
     contents = "\n".join(
-        f"{number}. [{step.title}](#{number}-{_anchor(step.title)})" for number, step in enumerate(steps, start=1)
+        f"{number}. [{step.title}](#{number}-{_anchor(step.title)})"
+        for number, step in enumerate(steps, start=1)
     )
     parts = [
         _text("opening.md").format(contents=contents),
@@ -33,7 +34,8 @@ def rendered(figures: dict[str, Figures]) -> str:
         _text("closing.md"),
     ]
     rounded = {
-        name: {key: float(f"{value:.{FIGURE_DIGITS}g}") for key, value in each.items()} for name, each in figures.items()
+        name: {key: float(f"{value:.{FIGURE_DIGITS}g}") for key, value in each.items()}
+        for name, each in figures.items()
     }
     data = msgspec.json.encode(rounded).decode()
     return "\n".join(parts) + f"\n{FIGURES_BEGIN}{data}{FIGURES_END}"
@@ -52,7 +54,9 @@ def figures_in(document: str) -> dict[str, Figures]:
         raise RequestError("the document carries no figures", hint="write it without --reuse") from error
     missing = [step.name for step in all_steps() if step.name not in figures]
     if missing:
-        raise RequestError(f"the document carries no figures of {missing[0]}", hint="write it without --reuse")
+        raise RequestError(
+            f"the document carries no figures of {missing[0]}", hint="write it without --reuse"
+        )
     return figures
 
 
@@ -62,7 +66,9 @@ def diagram() -> str:
     rows = [row for row in TRANSITIONS if row.trigger not in INTERRUPTIONS or row.source is State.IDLE]
     rows.sort(key=lambda row: (row.source.value, row.target.value))
     for (source, target), group in groupby(rows, key=lambda row: (row.source, row.target)):
-        lines.append(f"    {source.value} --> {target.value}: {', '.join(row.trigger.value for row in group)}")
+        lines.append(
+            f"    {source.value} --> {target.value}: {', '.join(row.trigger.value for row in group)}"
+        )
     return "\n".join([*lines, "```"])
 
 
@@ -77,11 +83,16 @@ def _chapter(number: int, answer: Answer) -> str:
         f"### What to say\n\n{answer.say.strip()}",
     ]
     if step.has_diagram:
-        parts.append(f"{diagram()}\n\nLeft out: a new request or a withdrawal, which end an update from nearly every state.")
+        parts.append(
+            f"{diagram()}\n\nLeft out: a new request or a withdrawal, which end an update from nearly every state."
+        )
     asked = "\n\n".join(
-        f"<details><summary>{each.ask.strip()}</summary>\n\n{each.answer.strip()}\n\n</details>" for each in answer.followups
+        f"<details><summary>{each.ask.strip()}</summary>\n\n{each.answer.strip()}\n\n</details>"
+        for each in answer.followups
     )
-    scale = _table([["devices", "what changes"], *([name, text.strip()] for name, text in answer.scale.items())])
+    scale = _table(
+        [["devices", "what changes"], *([name, text.strip()] for name, text in answer.scale.items())]
+    )
     parts += [f"### Follow-up questions\n\n{asked}", f"### At 10, 10,000 and 10,000,000 devices\n\n{scale}"]
     return "\n\n".join(parts) + "\n"
 

@@ -36,7 +36,11 @@ FAULT_SEEDS: Final = 5
 
 def worst_links() -> Figures:
     """One release on a fleet whose links differ a hundredfold."""
-    result = run(Scenario(devices=100, population=mixed_population(), model=MODEL, releases=(_release(100),), bin_s=1.0))
+    result = run(
+        Scenario(
+            devices=100, population=mixed_population(), model=MODEL, releases=(_release(100),), bin_s=1.0
+        )
+    )
     times = result.completion_s
     p50_s, p95_s = times[len(times) // 2], times[len(times) * 95 // 100]
     figures = {"p50_s": p50_s, "p95_s": p95_s, "last_s": times[-1], "ratio": p95_s / p50_s}
@@ -111,7 +115,10 @@ def attack() -> Figures:
     """Somebody with the broker's credentials replays what was signed before and spoils chunks."""
     plans = (_release(60), ReleasePlan(version="v3", canary_count=60, failures_max=60, changed_share=0.3))
     scenario = Scenario(devices=60, model=MODEL, releases=plans, keep_alive_s=120)
-    quiet, result = run(scenario), run(replace(scenario, faults=Faults(end_s=900.0, replay_s=1.0, poison=0.1)))
+    quiet, result = (
+        run(scenario),
+        run(replace(scenario, faults=Faults(end_s=900.0, replay_s=1.0, poison=0.1))),
+    )
     return {
         "devices": 60,
         "replays": result.faults.get("attack.replay", 0),
@@ -129,7 +136,9 @@ def canaries() -> Figures:
     caught, harmed = 0, []
     for seed in range(1, ROLLOUT_SEEDS + 1):
         plan = ReleasePlan(canary_count=CANARY, kind="wrong", bad_tiers=("old",))
-        scenario = Scenario(devices=100, seed=seed, population=population, model=Model(bytes=64 << 10), releases=(plan,))
+        scenario = Scenario(
+            devices=100, seed=seed, population=population, model=Model(bytes=64 << 10), releases=(plan,)
+        )
         outcome = run(scenario).rollouts[0]
         is_stopped = outcome.state == "stopped"
         caught += is_stopped and "canary" in outcome.reason
@@ -166,7 +175,9 @@ def everything_fails() -> Figures:
     }
     for seed in range(1, FAULT_SEEDS + 1):
         plan = ReleasePlan(canary_count=40, failures_max=40, wave_timeout_s=600.0)
-        scenario = Scenario(devices=40, seed=seed, releases=(plan,), faults=draw_faults(seed, 900.0), keep_alive_s=120)
+        scenario = Scenario(
+            devices=40, seed=seed, releases=(plan,), faults=draw_faults(seed, 900.0), keep_alive_s=120
+        )
         result = run_fleet(scenario)
         figures["faults"] += sum(result.faults.values())
         figures["checks"] += result.checks
@@ -192,11 +203,20 @@ EXPERIMENTS: Final[Mapping[str, Callable[[], Figures]]] = {
 def scale_figures() -> Figures:
     """What the calculator says of three fleets that are online for two hours a day; every step may quote it."""
     plans = {
-        key: estimate.FleetPlan(devices=devices, online_hours=SCALES_ONLINE_HOURS) for key, devices in SCALES.items()
+        key: estimate.FleetPlan(devices=devices, online_hours=SCALES_ONLINE_HOURS)
+        for key, devices in SCALES.items()
     }
-    return {
+    figures = {
         f"{key}_{line.name}": line.value for key, plan in plans.items() for line in estimate.estimate(plan)
     }
+    for key, plan in plans.items():
+        figures[f"{key}_file_percent_bytes"] = figures[f"{key}_full_update_bytes"] * plan.devices / 100
+    megabytes = {
+        f"{name.removesuffix('bytes')}mb": value / 1e6
+        for name, value in figures.items()
+        if name.endswith("_bytes")
+    }
+    return {**figures, **megabytes}
 
 
 def _release(devices: int) -> ReleasePlan:

@@ -68,7 +68,8 @@ class Answer(Struct, frozen=True, kw_only=True):
 def all_steps() -> tuple[Step, ...]:
     """All steps in order."""
     return tuple(
-        msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Step) for path in sorted(FOLDER.glob("*.toml"))
+        msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Step)
+        for path in sorted(FOLDER.glob("*.toml"))
     )
 
 
