@@ -281,7 +281,7 @@ def _hour_lines(plan: FleetPlan) -> list[Line]:
     p50, p95 = (elapsed_hours(plan, delta_s, share) for share in (0.5, 0.95))
     full_p95 = elapsed_hours(plan, full_s, 0.95)
     chunk_s = (CHUNK_BYTES + CHUNK_ENVELOPE_BYTES) / (plan.link_kb_per_s * 1_000)
-    online = f"{plan.online_hours:g} h online a day in {plan.sessions_per_day:g} stretches"
+    online = f"{plan.online_hours:g} h online a day in {plan.sessions_per_day:g} stretch{'es' if plan.sessions_per_day != 1 else ''}"
     slow = f"a chunk takes {chunk_s:,.0f} s, longer than the {PATIENCE_FIRST_MS // 1_000} s after which a device asks again: bytes come several times, hours are too few"
     return [
         *([Line(group="hours", name="chunk_s", value=chunk_s, working=slow)] if chunk_s * 1_000 > PATIENCE_FIRST_MS else []),

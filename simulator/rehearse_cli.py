@@ -4,19 +4,22 @@ Nothing is stored, except the document that `--write` asks for.
 """
 
 import argparse
+import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 import msgspec
 
 from protocol.errors import RequestError, StorageError
-from simulator.rehearsal.document import diagram, figures_in, rendered
+from simulator.rehearsal.document import drawn_transitions, figures_in, rendered
 from simulator.rehearsal.experiments import Figures
 from simulator.rehearsal.steps import Answer, Step, all_steps, answered, run_step, step_named
 
 SKIP: Final = "skip"
 TRIES: Final = 3
+COLUMNS: Final = 110
 
 
 def add_rehearse_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -127,17 +130,18 @@ def _print_answer(answer: Answer, predicted: float | None, output: TextIO) -> No
     print(f"\nMeasured: {answer.measured:,.4g} {unit}", file=output)
     if predicted is not None:
         print(f"You said: {predicted:,.4g} {unit}{_compared(predicted, answer.measured)}", file=output)
-    print(f"\n{answer.answer.strip()}\n", file=output)
+    print(f"\n{_flowed(answer.answer)}\n", file=output)
     _print_table(answer.table, output)
-    print(f"\nWhat to say\n-----------\n{answer.say.strip()}", file=output)
+    print(f"\nWhat to say\n-----------\n{_flowed(answer.say)}", file=output)
     if step.has_diagram:
-        print(f"\n{diagram()}", file=output)
+        print(file=output)
+        _print_table([["state", "trigger", "next state"], *drawn_transitions()], output)
     print("\nFollow-up questions\n-------------------", file=output)
     for each in answer.followups:
-        print(f"Q: {each.ask.strip()}\nA: {each.answer.strip()}\n", file=output)
+        print(f"{_flowed(f'Q: {each.ask}')}\n{_flowed(f'A: {each.answer}')}\n", file=output)
     print("At 10, 10,000 and 10,000,000 devices\n------------------------------------", file=output)
     for name, text in answer.scale.items():
-        print(f"{name}: {text.strip()}", file=output)
+        print(_flowed(f"{name}: {text}"), file=output)
 
 
 def _compared(predicted: float, measured: float) -> str:
@@ -147,6 +151,25 @@ def _compared(predicted: float, measured: float) -> str:
         return ""
     factor = max(predicted / measured, measured / predicted)
     return f": within {factor - 1:.0%}" if factor < 2 else f": off by a factor of {factor:,.1f}"
+
+
+def _flowed(text: str) -> str:
+    """Paragraphs and list items in lines that fit; tables and code as they are."""
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        if block.startswith(("|", "```")):
+            blocks.append(block)
+            continue
+        items = re.split(r"\n(?=- |\d+\. )", block)
+        blocks.append(
+            "\n".join(
+                textwrap.fill(
+                    " ".join(item.split()), COLUMNS, subsequent_indent="   " if len(items) > 1 else ""
+                )
+                for item in items
+            )
+        )
+    return "\n\n".join(blocks)
 
 
 def _print_table(rows: list[list[str]], output: TextIO) -> None:

@@ -60,15 +60,19 @@ def figures_in(document: str) -> dict[str, Figures]:
     return figures
 
 
-def diagram() -> str:
-    """The states of an update on a device, without what interrupts it from outside."""
-    lines = ["```mermaid", "stateDiagram-v2", "    direction LR", f"    [*] --> {State.IDLE.value}"]
+def drawn_transitions() -> list[list[str]]:
+    """State, triggers and next state of an update on a device, without what interrupts it from outside."""
     rows = [row for row in TRANSITIONS if row.trigger not in INTERRUPTIONS or row.source is State.IDLE]
     rows.sort(key=lambda row: (row.source.value, row.target.value))
-    for (source, target), group in groupby(rows, key=lambda row: (row.source, row.target)):
-        lines.append(
-            f"    {source.value} --> {target.value}: {', '.join(row.trigger.value for row in group)}"
-        )
+    return [
+        [source.value, ", ".join(row.trigger.value for row in group), target.value]
+        for (source, target), group in groupby(rows, key=lambda row: (row.source, row.target))
+    ]
+
+
+def _diagram() -> str:
+    lines = ["```mermaid", "stateDiagram-v2", "    direction LR", f"    [*] --> {State.IDLE.value}"]
+    lines += [f"    {source} --> {target}: {triggers}" for source, triggers, target in drawn_transitions()]
     return "\n".join([*lines, "```"])
 
 
@@ -84,7 +88,7 @@ def _chapter(number: int, answer: Answer) -> str:
     ]
     if step.has_diagram:
         parts.append(
-            f"{diagram()}\n\nLeft out: a new request or a withdrawal, which end an update from nearly every state."
+            f"{_diagram()}\n\nLeft out: a new request or a withdrawal, which end an update from nearly every state."
         )
     asked = "\n\n".join(
         f"<details><summary>{each.ask.strip()}</summary>\n\n{each.answer.strip()}\n\n</details>"

@@ -1,6 +1,7 @@
 """What each step runs: the simulator, or real files. Each gives figures by name; how they are told stands in the step."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Final
 
 from msgspec.structs import replace
@@ -200,6 +201,7 @@ EXPERIMENTS: Final[Mapping[str, Callable[[], Figures]]] = {
 """By the name that a step gives."""
 
 
+@lru_cache(maxsize=1)
 def scale_figures() -> Figures:
     """What the calculator says of three fleets that are online for two hours a day; every step may quote it."""
     plans = {
