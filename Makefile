@@ -63,6 +63,18 @@ format: setup ## format the code
 kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200)
 	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED)
 
+.PHONY: sim-determinism
+sim-determinism: setup ## run COUNT seeds of the simulator twice, with other hashes, and compare their traces (default 200)
+	$(BIN)/python -m tests.determinism --count $(COUNT)
+
+.PHONY: sim-soak
+sim-soak: setup ## run COUNT seeds of the simulator with every fault (default 200)
+	$(BIN)/whimbrel-sim soak --count $(COUNT)
+
+.PHONY: sim-defects
+sim-defects: setup ## plant defects in the device's code, and count the seeds until the simulator finds each
+	$(BIN)/python -m tests.defects
+
 .PHONY: fuzz
 fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 1); fails on a finding
 	$(call environment,fuzz)

@@ -454,10 +454,11 @@ class Update:
 
     def restored(self) -> None:
         """The version before answers: the update is over."""
-        self._desk.emit(EmptySlot(self._ledger.slot))
-        self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.BAD))
+        slot = self._ledger.slot
+        self._ledger.set_slot(slot, SlotRecord(health=SlotHealth.BAD))
         self._desk.move(Trigger.RESTORED)
-        self._finish("rolled_back")
+        # Once the record no longer names it: until then that slot may be the active one.
+        self._finish("rolled_back", EmptySlot(slot))
 
     # --- ends ----------------------------------------------------------------------------------------------
 
@@ -496,10 +497,10 @@ class Update:
         self._desk.report()
         self._begin_sync()
 
-    def _finish(self, outcome: str) -> None:
+    def _finish(self, outcome: str, *cleaning: Effect) -> None:
         self._ledger.note(outcome=outcome, finished_ms=self._desk.now_ms, retry=False)
         self._desk.persist()
-        self._desk.emit(RemoveBlobs(frozenset()))
+        self._desk.emit(*cleaning, RemoveBlobs(frozenset()))
         self._desk.report()
         if (pending := self._pending) is not None:
             self._pending = None
@@ -546,6 +547,7 @@ class Update:
         self._desk.move(Trigger.SWAP_FAILED, event.code)
         if self._serving.slot is None:
             # At a boot: that slot has not been measured yet, and the answer about the other one must not be taken for its.
+            self._ledger.files = {}
             self._serving.take_inventory()
         else:
             self._ledger.files = dict(self._ledger.record.active_slot.files)

@@ -1,6 +1,6 @@
 """Somebody who may publish anything: says again what was signed or asked for before, and spoils the cache."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from protocol.chunks import encode_chunk
 from protocol.messages import Desired, encode_message
@@ -10,6 +10,9 @@ from simulator.streams import Stream
 
 if TYPE_CHECKING:
     from simulator.world import World
+
+RECENT: Final = 3
+RECENT_SHARE: Final = 0.7
 
 
 class Attacker:
@@ -42,7 +45,10 @@ class Attacker:
             self._is_accepted = False
 
     def _replay_metadata(self, stream: Stream) -> None:
-        documents = stream.choice(self._world.server.history).documents
+        """Something old, most often something that is nearly new: it names what devices are asked for."""
+        history = self._world.server.history
+        recent = history[-RECENT:] if stream.chance(RECENT_SHARE) else history
+        documents = stream.choice(recent).documents
         topics = self._world.topics
         self._publish(topics.metadata("targets"), documents.targets)
         self._publish(topics.metadata("snapshot"), documents.snapshot)

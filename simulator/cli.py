@@ -28,6 +28,7 @@ from simulator.rehearse_cli import add_rehearse_parser
 from simulator.report.page import render_page
 from simulator.report.record import Run
 from simulator.report.summary import print_summary
+from simulator.sweep_cli import add_sweep_commands
 
 _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands)
     add_estimate_parser(commands)
     add_rehearse_parser(commands)
+    add_sweep_commands(commands)
     return parser
 
 

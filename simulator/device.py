@@ -72,7 +72,6 @@ class SimulatedDevice:
         "_answers",
         "_armed_us",
         "_factory",
-        "_generation",
         "_has_failed",
         "_is_handling",
         "_is_working",
@@ -84,6 +83,7 @@ class SimulatedDevice:
         "disk",
         "engine",
         "executor",
+        "generation",
         "is_powered",
         "kind",
         "link_topic",
@@ -98,9 +98,7 @@ class SimulatedDevice:
         "world",
     )
 
-    def __init__(
-        self, world: "World", number: int, kind: DeviceKind, path: Path, clock: DeviceClock
-    ) -> None:
+    def __init__(self, world: "World", number: int, kind: DeviceKind, path: Path, clock: DeviceClock) -> None:
         seed, name = world.scenario.seed, DeviceId(f"d{number:06}")
         self.world = world
         self.number = number
@@ -134,7 +132,7 @@ class SimulatedDevice:
         self._is_handling = False
         self._is_working = False
         self._has_failed = False
-        self._generation = 0  # of the power: what was begun before a cut is void
+        self.generation = 0  # of the power: what was begun before a cut is void
         self._armed_us: int | None = None
 
     def install_factory(self, release: Release, content: bytes, root: bytes) -> None:
@@ -163,7 +161,7 @@ class SimulatedDevice:
         """The power is there: boot."""
         if not self.is_powered:
             self.is_powered = True
-            self._boot(self._generation)
+            self._boot(self.generation)
 
     def cut_power(self) -> None:
         """The power goes: memory is lost, and what was not synced of the disk perhaps."""
@@ -181,11 +179,11 @@ class SimulatedDevice:
         """The process ends and is started again; the power stays."""
         if self.is_powered:
             self._end()
-            self._boot(self._generation)
+            self._boot(self.generation)
 
     def _end(self) -> None:
         """The process is gone."""
-        self._generation += 1
+        self.generation += 1
         self.transport.vanish()
         self.agent = self.executor = None
         self._queue.clear()
@@ -195,7 +193,7 @@ class SimulatedDevice:
         self._armed_us = None
 
     def _boot(self, generation: int) -> None:
-        if generation != self._generation:
+        if generation != self.generation:
             return
         world = self.world
         self.clock.restart()
@@ -211,13 +209,13 @@ class SimulatedDevice:
         except WhimbrelError as error:
             world.trace.note(world.loop.now_us, self.number, f"does not start: {error.code}")
             self._end()
-            world.loop.after(RESTART_US, self._boot, self._generation)
+            world.loop.after(RESTART_US, self._boot, self.generation)
             return
         world.trace.note(world.loop.now_us, self.number, "boot")
         world.checks.booted(self, booted)
         self._enter(self.agent.state.value)
         self.handle(booted)
-        if self._generation == generation:
+        if self.generation == generation:
             self.transport.start()
 
     # Events
@@ -266,11 +264,14 @@ class SimulatedDevice:
             world.checks.carried_out(self, effect)
             if type(effect) is effects.Trace:
                 source, trigger, target = effect.row
-                trace.note(now_us, self.number, f"{source.value} {trigger.value} {target.value} {effect.code}")
-                self._enter(target.value)
+                trace.note(
+                    now_us, self.number, f"{source.value} {trigger.value} {target.value} {effect.code}"
+                )
                 world.moved(self, effect)
             elif trace.follows(self.number):
                 trace.tell(now_us, self.number, f"  {_described(effect)}")
+        if agent.state.value != self.state:  # not by its traces: one behind an effect that failed is dropped
+            self._enter(agent.state.value)
         world.checks.decided(self)
 
     def _post(self, event: events.Event) -> None:
@@ -297,10 +298,10 @@ class SimulatedDevice:
         instant_us = loop.now_us + self.clock.until_us(deadline_ms)
         if self._armed_us is None or instant_us < self._armed_us:
             self._armed_us = instant_us
-            loop.at(instant_us, self._wake, self._generation, instant_us)
+            loop.at(instant_us, self._wake, self.generation, instant_us)
 
     def _wake(self, generation: int, instant_us: int) -> None:
-        if generation != self._generation or instant_us != self._armed_us or self.agent is None:
+        if generation != self.generation or instant_us != self._armed_us or self.agent is None:
             return
         self._armed_us = None
         deadline_ms = self.agent.deadline()
@@ -316,15 +317,16 @@ class SimulatedDevice:
         self._jobs.append(work)
         if not self._is_working:
             self._is_working = True
-            self.world.loop.after(0, self._work, self._generation)
+            self.world.loop.after(0, self._work, self.generation)
 
     def _work(self, generation: int) -> None:
         """Do a job now, and let its answer come when a device would have done it."""
-        if generation != self._generation:
+        if generation != self.generation:
             return
         disk, engine = self.disk, self.engine
         read, written, syncs, spent_us = disk.read_bytes, disk.written_bytes, disk.syncs, engine.spent_us
-        self._answers = answers = []
+        answers: list[events.Event] = []
+        self._answers = answers
         try:
             self._jobs.popleft()()
         except PowerCutError:
@@ -342,7 +344,7 @@ class SimulatedDevice:
         self.world.loop.after(cost_us, self._worked, generation, answers)
 
     def _worked(self, generation: int, answers: list[events.Event]) -> None:
-        if generation != self._generation:
+        if generation != self.generation:
             return
         if self._jobs:
             self.world.loop.after(0, self._work, generation)
@@ -384,4 +386,3 @@ def _described(effect: effects.Effect) -> str:
         case effects.Subscribe(filters) | effects.Unsubscribe(filters):
             return f"{type(effect).__name__} {len(filters)} filters"
     return type(effect).__name__
-

@@ -123,9 +123,7 @@ class SimulatedEngine:
         nothing = TrialEvidence(prompts_passed=0, prompts_total=total)
         behaviour = self._device.world.behaviours.get(digest)
         if behaviour is None:
-            return TrialEvidence(
-                prompts_passed=0, prompts_total=total, detail="the runtime refuses the file"
-            )
+            return TrialEvidence(prompts_passed=0, prompts_total=total, detail="the runtime refuses the file")
         self._device.world.checks.loading(self._device, digest)
         kind = behaviour.on(self._device.kind.tier)
         if kind == "kills":

@@ -52,7 +52,7 @@ def draw_faults(seed: int, end_s: float = 1_800.0) -> Faults:
         broker_s=mean_s(300.0),
         forget_s=mean_s(180.0),
         server_s=mean_s(300.0),
-        replay_s=mean_s(60.0),
+        replay_s=mean_s(10.0),
         disk_full=rate(0.2),
     )
 
@@ -252,4 +252,3 @@ def _poisoned(packet: Publish) -> Publish:
     payload = bytearray(packet.payload)
     payload[POISON_AT] ^= 0x55
     return msgspec.structs.replace(packet, payload=bytes(payload))
-

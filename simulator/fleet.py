@@ -98,6 +98,7 @@ def _result(world: World, failure: Failure | None, command: str) -> FleetResult:
         excused=world.excused,
         faults=dict(sorted(world.faults.counts.items())),
         completion_s=sorted(world.completion_s),
+        reached_s=_reached_s(world),
         samples=world.samples,
         rollouts=[_outcome(world, rollout, plan.kind) for rollout, plan in world.rollouts],
         down_bytes=sum(down),
@@ -136,6 +137,25 @@ def _outcome(world: World, rollout: str, kind: str) -> RolloutOutcome:
         finished_s=seconds(record.finished_ms),
         counts={} if campaign is None else dict(sorted(campaign.counts().items())),
     )
+
+
+def _reached_s(world: World) -> list[float]:
+    """When the server knew of each device that runs the last good release; a device may be in several rollouts of it."""
+    version = next((plan.version for plan in reversed(world.scenario.releases) if plan.kind == "good"), "")
+    campaigns = [
+        campaign
+        for campaign in map(world.server.coordinator.campaigns.get, (name for name, _ in world.rollouts))
+        if campaign is not None and campaign.record.version == version
+    ]
+    first_ms: dict[str, int] = {}
+    for campaign in campaigns:
+        for device, member in campaign.members.items():
+            if member.status == "committed" and member.decided_ms is not None:
+                first_ms[device] = min(member.decided_ms, first_ms.get(device, member.decided_ms))
+    begun_ms = min(
+        (each.record.begun_ms for each in campaigns if each.record.begun_ms is not None), default=0
+    )
+    return sorted((instant_ms - begun_ms) / 1_000 for instant_ms in first_ms.values())
 
 
 def _kinds(world: World) -> dict[str, KindTotals]:

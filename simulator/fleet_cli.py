@@ -13,8 +13,10 @@ from simulator.fleet import run_fleet
 from simulator.population import mixed_population
 from simulator.results import Failure, FleetResult
 from simulator.scenario import ReleasePlan, Scenario, encode_scenario
+from simulator.scenario_files import DEFAULT, add_scenario_options, load_scenario
 from simulator.soak import explain, run_seeds, soak_scenario, total_faults
 
+DEVICES: Final = 1_000
 FAULTS_END_S: Final = 1_800.0
 STORY_LINES: Final = 40
 """Last lines of a story that are printed; `replay` prints all."""
@@ -27,40 +29,79 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     fleet = commands.add_parser(
         "fleet", help="a release on a large fleet in virtual time, replayed from a seed"
     )
-    fleet.add_argument("--devices", type=int, default=1_000, metavar="N", help="default: %(default)s")
-    fleet.add_argument("--seed", type=int, default=1, metavar="S", help="decides everything (default: %(default)s)")
     fleet.add_argument(
-        "--faults", choices=("none", "mixed"), default="none", help="mixed: of every kind, at rates drawn from the seed"
+        "--devices", type=int, metavar="N", help=f"default: {DEVICES}, or as many as the scenario has"
     )
-    fleet.add_argument("--population", choices=("uniform", "mixed"), default="uniform", help="default: %(default)s")
-    fleet.add_argument("--device", type=int, default=-1, metavar="NUMBER", help="tell the story of one device")
+    fleet.add_argument(
+        "--seed", type=int, metavar="S", help="decides everything (default: 1, or the scenario's)"
+    )
+    add_scenario_options(fleet)
+    fleet.add_argument(
+        "--faults",
+        choices=("none", "mixed"),
+        default="none",
+        help="mixed: of every kind, at rates drawn from the seed",
+    )
+    fleet.add_argument(
+        "--population", choices=("uniform", "mixed"), default="uniform", help="default: %(default)s"
+    )
+    fleet.add_argument(
+        "--device", type=int, default=-1, metavar="NUMBER", help="tell the story of one device"
+    )
     fleet.add_argument("--json", action="store_true", help="print the result as JSON")
     fleet.set_defaults(action=_fleet)
-    soak = commands.add_parser("soak", help="many seeds with every fault; the first failure is shrunk and told")
-    soak.add_argument("--devices", type=int, default=40, metavar="N", help="of each seed (default: %(default)s)")
+    soak = commands.add_parser(
+        "soak", help="many seeds with every fault; the first failure is shrunk and told"
+    )
+    soak.add_argument(
+        "--devices", type=int, default=40, metavar="N", help="of each seed (default: %(default)s)"
+    )
     soak.add_argument("--first", type=int, default=1, metavar="S", help="first seed (default: %(default)s)")
     soak.add_argument("--count", type=int, default=100, metavar="N", help="seeds (default: %(default)s)")
     soak.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     soak.add_argument("--json", action="store_true", help="print one line of JSON per seed")
     soak.set_defaults(action=_soak)
     replay = commands.add_parser("replay", help="run a scenario from a file, and tell the story of a device")
-    replay.add_argument("file", type=Path, metavar="FILE", help="JSON: a scenario, or the fields that are not as usual")
+    replay.add_argument(
+        "file", type=Path, metavar="FILE", help="JSON: a scenario, or the fields that are not as usual"
+    )
     replay.add_argument("--device", type=int, default=-1, metavar="NUMBER", help="tell its story")
     replay.add_argument("--json", action="store_true", help="print the result as JSON")
     replay.set_defaults(action=_replay)
 
 
 def _fleet(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:
-    devices, seed = arguments.devices, arguments.seed
+    if arguments.scenario is None and not arguments.changes:
+        return _finish(_plain(arguments), arguments, command, output, errors)
+    if arguments.faults != "none" or arguments.population != "uniform":
+        raise RequestError(
+            "--faults and --population are not for a scenario", hint="use --set, as faults.drop=0.1"
+        )
+    changes = [
+        f"{name}={getattr(arguments, name)}"
+        for name in ("devices", "seed")
+        if getattr(arguments, name) is not None
+    ]
+    scenario = load_scenario(arguments.scenario or DEFAULT, [*arguments.changes, *changes]).scenario
+    return _finish(scenario, arguments, command, output, errors)
+
+
+def _plain(arguments: argparse.Namespace) -> Scenario:
+    """A fleet that no file describes."""
+    devices = DEVICES if arguments.devices is None else arguments.devices
+    seed = 1 if arguments.seed is None else arguments.seed
+    canary_count = max(1, devices // 500)
     scenario = checked(
-        Scenario(devices=devices, seed=seed, releases=(ReleasePlan(canary_count=max(1, devices // 500)),))
+        Scenario(devices=devices, seed=seed, releases=(ReleasePlan(canary_count=canary_count),))
     )
     if arguments.population == "mixed":
         scenario = replace(scenario, population=mixed_population())
     if arguments.faults == "mixed":
-        plan = ReleasePlan(canary_count=max(1, devices // 500), failures_max=devices, wave_timeout_s=600.0)
-        scenario = replace(scenario, releases=(plan,), faults=draw_faults(seed, FAULTS_END_S), keep_alive_s=120)
-    return _finish(scenario, arguments, command, output, errors)
+        plan = ReleasePlan(canary_count=canary_count, failures_max=devices, wave_timeout_s=600.0)
+        scenario = replace(
+            scenario, releases=(plan,), faults=draw_faults(seed, FAULTS_END_S), keep_alive_s=120
+        )
+    return scenario
 
 
 def _replay(arguments: argparse.Namespace, command: str, output: TextIO, errors: TextIO) -> int:
@@ -146,11 +187,16 @@ def print_result(result: FleetResult, output: TextIO) -> None:
         counts = ", ".join(f"{count:,} {status}" for status, count in rollout.counts.items())
         reason = f" ({rollout.reason})" if rollout.reason else ""
         print(f"  {rollout.version} ({rollout.kind}): {rollout.state}{reason}: {counts}", file=output)
-    print("  versions at the end: " + ", ".join(f"{k} {v:,}" for k, v in result.versions.items()), file=output)
+    print(
+        "  versions at the end: " + ", ".join(f"{k} {v:,}" for k, v in result.versions.items()), file=output
+    )
     completion = result.completion_s
     if completion:
         middle, late = completion[len(completion) // 2], completion[len(completion) * 99 // 100]
-        print(f"  an update takes {middle:.1f} s in the median, {late:.1f} s at the 99th percentile", file=output)
+        print(
+            f"  an update takes {middle:.1f} s in the median, {late:.1f} s at the 99th percentile",
+            file=output,
+        )
     print(
         f"  {result.down_bytes / 1e6:,.1f} MB to devices, {result.up_bytes / 1e6:,.1f} MB from them;"
         f" broker {result.broker.messages_out:,} messages out, server busy {result.server.busy_s:,.1f} s",
@@ -164,7 +210,10 @@ def print_result(result: FleetResult, output: TextIO) -> None:
 def print_failure(scenario: Scenario, failure: Failure, command: str, errors: TextIO) -> None:
     """The seed, how to replay it, a smaller scenario, and the story of the device involved."""
     where = f" on device {failure.device}" if failure.device >= 0 else ""
-    print(f"seed {scenario.seed} failed at {failure.at_s:.3f} s{where}: promise {failure.promise}: {failure.detail}", file=errors)
+    print(
+        f"seed {scenario.seed} failed at {failure.at_s:.3f} s{where}: promise {failure.promise}: {failure.detail}",
+        file=errors,
+    )
     print(f"replay it: {command}", file=errors)
     told = explain(scenario, failure, command)
     assert told.shrunk is not None
@@ -179,4 +228,3 @@ def print_failure(scenario: Scenario, failure: Failure, command: str, errors: Te
 
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
-

@@ -29,6 +29,8 @@ FILE_NAME: Final = "model.onnx"
 BLOCK_BYTES: Final = 4_096
 """A fine-tune changes whole blocks of a synthetic model."""
 
+_RANDOM_BYTES: Final = 1 << 24
+
 LATENCY_P99_MS_MAX: Final = 200.0
 MEMORY_PEAK_BYTES_MAX: Final = 512 << 20
 
@@ -91,12 +93,10 @@ def contents_of(scenario: Scenario) -> dict[str, bytes]:
     """
     versions = [FACTORY, *(release.version for release in scenario.releases)]
     if len(set(versions)) != len(versions):
-        raise RequestError(
-            f"two releases have one version, or the factory's ({FACTORY})", hint="rename one"
-        )
+        raise RequestError(f"two releases have one version, or the factory's ({FACTORY})", hint="rename one")
     if scenario.model.files:
         return dict(zip(versions, _real(scenario.model, len(versions)), strict=True))
-    contents = {FACTORY: generator(scenario.seed, "model").randbytes(scenario.model.bytes)}
+    contents = {FACTORY: _random_bytes(scenario.seed, scenario.model.bytes)}
     before = contents[FACTORY]
     for release in scenario.releases:
         before = contents[release.version] = _fine_tuned(
@@ -129,6 +129,13 @@ def delta_between(base: bytes, result: bytes, profile: Profile) -> tuple[bytes, 
     sink = io.BytesIO()
     statistics = make_delta(BytesSource(base), BytesSource(result), sink, profile=profile)
     return sink.getvalue(), statistics.header.decoder_memory_bytes
+
+
+def _random_bytes(seed: int, length: int) -> bytes:
+    """As `randbytes`, which gives at most 256 MiB at once."""
+    chance = generator(seed, "model")
+    pieces = range(0, length, _RANDOM_BYTES)
+    return b"".join(chance.randbytes(min(_RANDOM_BYTES, length - at)) for at in pieces)
 
 
 def _fine_tuned(before: bytes, share: float, seed: int, version: str) -> bytes:

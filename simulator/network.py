@@ -81,9 +81,12 @@ class Path:
         self._down_last_us = self._up_last_us = 0
 
     def planned_bytes_per_s(self) -> int:
-        """What the device is configured to plan with: a metered link is described by a low rate."""
-        rate = self._link.trace[0][1] if self._link.trace else self._link.down_bytes_per_s
-        return max(1, int(rate * self._rate) // (_METERED_SHARE if self._link.metered else 1))
+        """What the device is configured to plan with: a low rate for a metered link, its share of a line of a site."""
+        link = self._link
+        rate = int((link.trace[0][1] if link.trace else link.down_bytes_per_s) * self._rate)
+        if link.site_devices:
+            rate = min(rate, link.site_bytes_per_s // link.site_devices)
+        return max(1, rate // (_METERED_SHARE if link.metered else 1))
 
     def down(self, now_us: int, byte_count: int) -> int:
         """A packet from the broker leaves at `now_us`; when it arrives."""

@@ -20,7 +20,8 @@ _HOUR_US = 3_600 * US_PER_S
 def make_devices(world: "World") -> list[SimulatedDevice]:
     """All devices of a scenario, without power."""
     sites: dict[str, tuple[Line, int]] = {}
-    return [_make_device(world, number, sites) for number in range(world.scenario.devices)]
+    first = world.scenario.first_device
+    return [_make_device(world, number, sites) for number in range(first, first + world.scenario.devices)]
 
 
 def _make_device(world: "World", number: int, sites: dict[str, tuple[Line, int]]) -> SimulatedDevice:
@@ -66,7 +67,9 @@ def mixed_population() -> tuple[DeviceKind, ...]:
             name="wireless",
             weight=4.0,
             tier="pi",
-            link=LinkKind(down_bytes_per_s=400_000, up_bytes_per_s=200_000, loss=0.02, jitter_ms=60.0, spread=3.0),
+            link=LinkKind(
+                down_bytes_per_s=400_000, up_bytes_per_s=200_000, loss=0.02, jitter_ms=60.0, spread=3.0
+            ),
         ),
         DeviceKind(
             name="site",

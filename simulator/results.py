@@ -89,6 +89,9 @@ class FleetResult(Struct, frozen=True, kw_only=True):
     excused: int  # devices that cannot run the last good release: it failed its trial there, or does not fit
     faults: dict[str, int]
     completion_s: list[float]  # from being asked to the commit, by the device's report; sorted
+    reached_s: list[
+        float
+    ]  # of the last good version: from its first rollout's begin until the server knew; sorted
     samples: list[Sample]
     rollouts: list[RolloutOutcome]
     down_bytes: int

@@ -13,6 +13,7 @@ Count = Annotated[int, Meta(ge=0, le=10_000_000)]
 Positive = Annotated[int, Meta(ge=1, le=1 << 50)]
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Milliseconds = Annotated[float, Meta(ge=0, le=3_600_000)]
+Hour = Annotated[float, Meta(ge=0, lt=24)]
 
 ReleaseKind = Literal["good", "wrong", "slow", "hungry", "crashes", "hangs", "unloadable", "kills"]
 """What a release is like on a device: `wrong` answers badly, `slow` and `hungry` pass their limits, `crashes` and `hangs`
@@ -31,10 +32,21 @@ class Link(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_d
     metered: bool = False  # bytes are counted apart; planned for at a tenth of the rate
     on_s: Seconds = 0.0  # duty cycle: time with a link, on average; 0 for always
     off_s: Seconds = 0.0  # and without
+    online_hours: tuple[Hour, Hour] | None = (
+        None  # the link is there from one hour of the day to the other, only
+    )
+    online_spread_h: Annotated[float, Meta(ge=0, le=12)] = 0.0  # of both, either way, anew every day
     night_rate: Annotated[float, Meta(gt=0, le=100)] = 1.0  # factor of the rate between 22 and 6 o'clock
     site_devices: Count = 0  # devices behind one shared line; 0 for a line each
     site_bytes_per_s: Positive = 10_000_000
-    trace: tuple[tuple[Seconds, Positive], ...] = ()  # instant and down rate, repeated for ever; replaces the rate
+    trace: tuple[
+        tuple[Seconds, Positive], ...
+    ] = ()  # instant and down rate, repeated for ever; replaces the rate
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether it is down at times, without anything being wrong."""
+        return bool(self.on_s and self.off_s) or self.online_hours is not None
 
 
 class DeviceKind(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -126,7 +138,9 @@ class Faults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit
     forget_s: Seconds = 0.0  # mean time between losses of the broker's retained messages
     server_s: Seconds = 0.0  # mean time between crashes of the server
     server_down_s: Seconds = 5.0
-    replay_s: Seconds = 0.0  # mean time between attacks: older metadata, requests and chunks are published again
+    replay_s: Seconds = (
+        0.0  # mean time between attacks: older metadata, requests and chunks are published again
+    )
     disk_full: Share = 0.0  # of devices: room for less than an update, until faults end
 
 
@@ -136,6 +150,9 @@ class Scenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     name: Annotated[str, Meta(max_length=64)] = "release"
     seed: Annotated[int, Meta(ge=0, lt=1 << 62)] = 1
     devices: Annotated[int, Meta(ge=1, le=1_000_000)] = 1_000
+    first_device: Count = (
+        0  # its number: a part of a larger fleet has the links, clocks and luck that it has there
+    )
     population: Annotated[tuple[DeviceKind, ...], Meta(min_length=1, max_length=64)] = (DeviceKind(),)
     model: Model = Model()
     releases: Annotated[tuple[ReleasePlan, ...], Meta(min_length=1, max_length=64)] = (ReleasePlan(),)
@@ -144,7 +161,7 @@ class Scenario(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, om
     faults: Faults = Faults()
     boot_spread_s: Seconds = 60.0  # devices are switched on at random within this time
     keep_alive_s: Annotated[int, Meta(ge=5, le=65_535)] = 1_200
-    start_hour: Annotated[float, Meta(ge=0, lt=24)] = 12.0
+    start_hour: Hour = 12.0
     duration_s: Annotated[float, Meta(ge=1, le=31_536_000)] = 86_400.0  # virtual; longer is a failure
     liveness_s: Annotated[float, Meta(ge=1, le=31_536_000)] = 14_400.0  # to converge after the faults
     bin_s: Annotated[float, Meta(ge=0.1, le=86_400)] = 10.0  # resolution of the curves in the result

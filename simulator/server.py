@@ -214,7 +214,9 @@ class SimulatedServer:
         if self.is_up:
             self._post(MetadataChanged(self._catalog()))
 
-    def roll_out(self, family: str, version: str, **options: int) -> str:
+    def roll_out(
+        self, family: str, version: str, *, canary_count: int, wave_timeout_ms: int, failures_max: int
+    ) -> str:
         """Ask for a rollout; the server takes it up."""
         self._rollouts += 1
         record = RolloutRecord(
@@ -222,7 +224,9 @@ class SimulatedServer:
             family=Family(family),
             version=Version(version),
             created_ms=self.clock.now_ms(),
-            **options,
+            canary_count=canary_count,
+            wave_timeout_ms=wave_timeout_ms,
+            failures_max=failures_max,
         )
         self.store.save([record])
         if self.is_up:
@@ -477,4 +481,3 @@ class SimulatedServer:
 
     def _add(self, counter: str, amount: int = 1) -> None:
         self.counters[counter] = self.counters.get(counter, 0) + amount
-

@@ -68,4 +68,4 @@ class Stream:
 
     def spread(self, middle: float, factor: float) -> float:
         """Log-uniform between `middle / factor` and `middle * factor`."""
-        return middle * factor ** self.uniform(-1.0, 1.0)
+        return middle * math.exp(math.log(factor) * self.uniform(-1.0, 1.0))

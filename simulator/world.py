@@ -1,23 +1,19 @@
 """Everything wired together: one loop, one broker, one server, a fleet; what an operator does; and the end of a run."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
 from device import effects
-from device.states import RESTING, State, Trigger
-from protocol.ids import digest_of
-from protocol.messages import Report
+from device.states import RESTING, Trigger
+from protocol.ids import FleetId, digest_of
 from protocol.release import Release, encode_release, parse_delta_target
+from protocol.topics import Topics
 from server.broker.limits import BrokerLimits, BrokerStatistics
-from server.fleet.registry import DeviceRecord
 from server.ports import Record
 from server.rollouts.campaign import RolloutRecord
 from server.rollouts.states import FINAL as ROLLOUT_ENDS
-from protocol.topics import Topics
-from protocol.ids import FleetId
 from simulator.attacker import Attacker
 from simulator.broker import VirtualBroker
 from simulator.checks.liveness import Liveness
@@ -27,9 +23,9 @@ from simulator.device import SimulatedDevice
 from simulator.disk import Interned
 from simulator.engine import Behaviour, Fingerprints
 from simulator.faults import FaultInjector
-from simulator.loop import US_PER_MS, US_PER_S, Loop
+from simulator.hours import DailyHours
+from simulator.loop import US_PER_S, Loop
 from simulator.models import FACTORY, FAMILY, FLEET, contents_of, release_of
-from simulator.network import Line
 from simulator.population import make_devices
 from simulator.results import Sample
 from simulator.scenario import ReleasePlan, Scenario
@@ -112,12 +108,14 @@ class World:
 
     def begin(self) -> None:
         """Switch everything on."""
-        boots = Stream(self.scenario.seed, "boots")
+        boots = Stream(self.scenario.seed, "boots", self.scenario.first_device)
         spread_us = self.scenario.boot_spread_s * US_PER_S
         for device in self.devices:
             self.loop.at(int(boots.random() * spread_us), device.switch_on)
             if device.kind.link.on_s and device.kind.link.off_s:
                 self.loop.at(int(boots.random() * spread_us), self._duty_cycle, device, True)
+            if device.kind.link.online_hours is not None:
+                DailyHours(self, device).begin()
         self.message_faults = self._any("drop", "cut", "duplicate", "delay", "poison")
         self.disk_faults = self._any("storage", "crash_disk")
         self.effect_faults = self._any("crash_effect")
@@ -299,7 +297,7 @@ class World:
             device.clock.offset_ms = 0
             if device.clock.is_wrong:
                 self.loop.after(self._mending_us(), device.restart)
-            if not device.kind.link.on_s:
+            if not device.kind.link.comes_and_goes:
                 device.transport.link_changed(is_up=True)
             self.loop.after(self._mending_us(), device.switch_on)
 
@@ -373,7 +371,9 @@ class World:
         for path, target in sorted(self.server.coordinator.catalog.targets.items()):
             name = parse_delta_target(path)
             if name is not None:
-                label = f"{names.get(name.base, '?')}-{names.get(name.result, '?')} {name.profile.name.lower()}"
+                label = (
+                    f"{names.get(name.base, '?')}-{names.get(name.result, '?')} {name.profile.name.lower()}"
+                )
                 lengths[label] = target.length
         return lengths
 
@@ -393,4 +393,3 @@ def _limits(scenario: Scenario) -> BrokerLimits:
 def _at_once(plan: ReleasePlan) -> ReleasePlan:
     """A plan whose time of waiting has begun."""
     return msgspec.structs.replace(plan, at_s=0.0)
-

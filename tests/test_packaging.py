@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None
     top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top_level == {"protocol", "device", "server", "simulator"}
     assert not [name for name in names if "test" in name.lower()]
-    assert "protocol/py.typed" in names
+    assert {"protocol/py.typed", "simulator/scenarios/release.toml"} <= set(names)
 
 
 def test_protocol_is_ours() -> None:

@@ -22,10 +22,15 @@ class Liveness:
         self._world = world
         self._release = release
         self._digest = release_digest(release)
+        self._are_disks_as_made = not world.scenario.faults.disk_full  # else they were full for a time only
 
     def missing(self) -> list["SimulatedDevice"]:
         """Devices that are neither there nor excused."""
-        return [device for device in self._world.devices if not self.is_there(device) and not self.is_excused(device)]
+        return [
+            device
+            for device in self._world.devices
+            if not self.is_there(device) and not self.is_excused(device)
+        ]
 
     def excused(self) -> int:
         """How many devices cannot run it."""
@@ -49,5 +54,5 @@ class Liveness:
             and update is not None
             and update.desired.version == self._release.version
             and update.code.startswith("admission.")
-            and update.code != "admission.disk"
+            and (update.code != "admission.disk" or self._are_disks_as_made)
         )

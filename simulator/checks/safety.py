@@ -23,11 +23,13 @@ from protocol.ids import DeviceId
 from protocol.messages import Desired, Report, decode_message
 from protocol.trust import Floors
 from server.rollouts.states import FINAL
-from simulator.loop import US_PER_MS
+from simulator.loop import US_PER_MS, US_PER_S
 
 if TYPE_CHECKING:
     from simulator.device import SimulatedDevice
     from simulator.world import World
+
+SERVING_S_MAX: Final = 60
 
 HERD_WINDOW_US: Final = 5 * US_PER_MS
 HERD_SHARE_MAX: Final = 0.25
@@ -83,9 +85,7 @@ class SafetyChecks:
 
     def installed(self, record: Record) -> Seen:
         """What a device leaves the factory with."""
-        return Seen(
-            record.floors, record.desired_sequence, record.boots, record.active, _files(record), ()
-        )
+        return Seen(record.floors, record.desired_sequence, record.boots, record.active, _files(record), ())
 
     def booted(self, device: "SimulatedDevice", event: events.Booted) -> None:
         """The record that a boot found is not older than what was durable before."""
@@ -94,6 +94,13 @@ class SafetyChecks:
             raise PromiseBrokenError(2, device.number, "the durable record is gone")
         self._not_older(device, event.record)
         self._startable(device, event.record)
+        self._world.loop.after(SERVING_S_MAX * US_PER_S, self._answers, device, device.generation)
+
+    def _answers(self, device: "SimulatedDevice", generation: int) -> None:
+        """A slot that would start was found at the boot: by now it answers."""
+        self.done += 1
+        if device.generation == generation and (device.executor is None or device.executor.model is None):
+            raise PromiseBrokenError(6, device.number, f"no model answers {SERVING_S_MAX} s after the boot")
 
     def crashed(self, device: "SimulatedDevice") -> None:
         """The power is gone; what counts is found at the next boot."""
@@ -143,6 +150,7 @@ class SafetyChecks:
         self.done += 1
         if digest not in self._world.signed:
             raise PromiseBrokenError(1, device.number, f"it runs {digest[:12]}, which nobody signed")
+        self.decided(device)  # also while a model is loaded, another one answers
 
     def reconnecting(self, device: "SimulatedDevice") -> None:
         """A device tries to connect again."""
@@ -186,16 +194,16 @@ class SafetyChecks:
                 raise PromiseBrokenError(2, device.number, "it committed to a version before its trial")
             before = seen.files
             self._startable(device, record)
-        device.seen = Seen(
-            record.floors, record.desired_sequence, record.boots, record.active, files, before
-        )
+        device.seen = Seen(record.floors, record.desired_sequence, record.boots, record.active, files, before)
 
     def _not_older(self, device: "SimulatedDevice", record: Record) -> None:
         seen = device.seen
         for name in ("root", "timestamp", "snapshot", "targets"):
             now, before = getattr(record.floors, name), getattr(seen.floors, name)
             if now < before:
-                raise PromiseBrokenError(1, device.number, f"floor of {name} went back from {before} to {now}")
+                raise PromiseBrokenError(
+                    1, device.number, f"floor of {name} went back from {before} to {now}"
+                )
         if record.desired_sequence < seen.desired_sequence:
             raise PromiseBrokenError(
                 1,
@@ -223,17 +231,16 @@ class SafetyChecks:
 
     def _reported(self, device: "SimulatedDevice", report: Report) -> None:
         self.done += 1
-        if report.files and report.version:
-            agent = device.agent
-            assert agent is not None
-            active = agent.record.active
-            assert active is not None
-            for name, sha256 in report.files.items():
-                path = slot_file(active, name)
-                if device.disk.length(path) is None:
-                    raise PromiseBrokenError(7, device.number, f"it reports {name}, which is not there")
-                if self._world.fingerprints.on(device.disk, path) != sha256:
-                    raise PromiseBrokenError(7, device.number, f"it reports another {name} than it has")
+        if not report.files or any(self._holds(device, slot, report.files) for slot in SlotName):
+            return
+        raise PromiseBrokenError(7, device.number, "it reports files that it does not have")
+
+    def _holds(self, device: "SimulatedDevice", slot: SlotName, files: dict[str, str]) -> bool:
+        for name, sha256 in files.items():
+            path = slot_file(slot, name)
+            if device.disk.length(path) is None or self._world.fingerprints.on(device.disk, path) != sha256:
+                return False
+        return True
 
 
 def _files(record: Record) -> tuple[tuple[str, str], ...]:
@@ -242,4 +249,3 @@ def _files(record: Record) -> tuple[tuple[str, str], ...]:
 
 def _number(device: DeviceId) -> int:
     return int(device.removeprefix("d"))
-

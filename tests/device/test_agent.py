@@ -7,6 +7,7 @@ from device import effects
 from device.slots import SlotHealth, SlotName, measure_slot
 from device.states import State
 from protocol.chunks import encode_chunk
+from protocol.errors import StorageError
 from protocol.ids import DeviceId, digest_of
 from protocol.messages import (
     ChunkRequest,
@@ -388,6 +389,28 @@ def test_a_disk_that_cannot_be_written_does_not_stop_inference(cache: Cache) -> 
     }
 
 
+@pytest.mark.parametrize("name", ["record.0", "record.1", "slots/a/model.onnx"])
+def test_a_file_that_cannot_be_read_at_first_is_read_again_at_a_boot(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    device = online(cache)
+    before = device.record
+    read, failures = device.disk.read, [name] * 3
+
+    def failing(path: str, offset: int, length: int) -> bytes:
+        if path in failures:
+            failures.pop()
+            raise StorageError(f"{path}: input/output error")
+        return read(path, offset, length)
+
+    monkeypatch.setattr(device.disk, "read", failing)
+    device.boot()
+    device.settle()
+    assert failures == []
+    assert device.record.boots == before.boots + 1
+    assert device.answer() == digest_of(V1)
+
+
 def test_a_disk_that_fails_once_at_the_boot_after_a_commit_costs_the_update_and_not_the_model(
     cache: Cache,
 ) -> None:
@@ -508,7 +531,7 @@ def test_a_release_that_takes_the_device_down_is_given_up_after_three_trials(cac
     ask(device, "v2")
     for _ in range(10):
         device.settle(
-            until=lambda: any(isinstance(effect, effects.StartTrial) for effect in device.effects[-1:])
+            until=lambda: any(isinstance(effect, effects.StartTrial) for effect in device.effects[-2:])
         )
         if device.state is not State.TRIAL:
             break

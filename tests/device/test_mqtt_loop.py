@@ -122,7 +122,7 @@ def test_a_broker_that_accepts_and_closes_at_once_is_visited_less_and_less() -> 
     client = Client(loop, doorman.port, "client")
     client.transport.start()
     assert loop.run_until(lambda: client.losses >= 4, 30)
-    assert client.transport._attempts >= 4
+    assert client.transport._backoff._attempts >= 4
     client.transport.close()
     doorman.close()
     loop.close()
