@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("whimbrel-sim: interrupted; everything it started has been stopped", file=errors)
             return 130
+        except BrokenPipeError:  # whoever read our output has had enough
+            return 1
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -65,7 +67,8 @@ def _copy(stream: TextIO) -> Iterator[TextIO]:
     except (OSError, ValueError):  # no real file, as under a test's capture
         yield stream
         return
-    with os.fdopen(descriptor, "w", encoding=stream.encoding, buffering=1) as copy:
+    copy = os.fdopen(descriptor, "w", encoding=stream.encoding, buffering=1)
+    with contextlib.suppress(BrokenPipeError), copy:
         yield copy
 
 

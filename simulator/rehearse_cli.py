@@ -4,16 +4,16 @@ Nothing is stored, except the document that `--write` asks for.
 """
 
 import argparse
-import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 import msgspec
+from rich.console import Console
+from rich.markdown import Markdown
 
 from protocol.errors import RequestError, StorageError
-from simulator.rehearsal.document import drawn_transitions, figures_in, rendered
+from simulator.rehearsal.document import drawn_transitions, figures_in, markdown_table, rendered
 from simulator.rehearsal.experiments import Figures
 from simulator.rehearsal.steps import Answer, Step, all_steps, answered, run_step, step_named
 
@@ -120,28 +120,39 @@ def _number(text: str) -> float:
 
 
 def _print_question(step: Step, output: TextIO) -> None:
-    print(f"\n{step.title}\n{'=' * len(step.title)}\n\n{step.question.strip()}\n", file=output)
-    print(f"Predict first: {step.predict.ask.strip()} ({step.predict.unit})", file=output)
+    ask = f"{step.predict.ask.strip()} ({step.predict.unit})"
+    _print(f"# {step.title}\n\n{step.question}\n\n**Predict first:** {ask}", output)
 
 
 def _print_answer(answer: Answer, predicted: float | None, output: TextIO) -> None:
-    step = answer.step
-    unit = step.predict.unit
-    print(f"\nMeasured: {answer.measured:,.4g} {unit}", file=output)
+    step, unit = answer.step, answer.step.predict.unit
+    measured = f"Measured: {answer.measured:,.4g} {unit}"
     if predicted is not None:
-        print(f"You said: {predicted:,.4g} {unit}{_compared(predicted, answer.measured)}", file=output)
-    print(f"\n{_flowed(answer.answer)}\n", file=output)
-    _print_table(answer.table, output)
-    print(f"\nWhat to say\n-----------\n{_flowed(answer.say)}", file=output)
+        measured += f"\n\nYou said: {predicted:,.4g} {unit}{_compared(predicted, answer.measured)}"
+    said = answer.say
     if step.has_diagram:
-        print(file=output)
-        _print_table([["state", "trigger", "next state"], *drawn_transitions()], output)
-    print("\nFollow-up questions\n-------------------", file=output)
-    for each in answer.followups:
-        print(f"{_flowed(f'Q: {each.ask}')}\n{_flowed(f'A: {each.answer}')}\n", file=output)
-    print("At 10, 10,000 and 10,000,000 devices\n------------------------------------", file=output)
-    for name, text in answer.scale.items():
-        print(_flowed(f"{name}: {text}"), file=output)
+        said += "\n\n" + markdown_table([["state", "trigger", "next state"], *drawn_transitions()])
+    asked = "\n\n".join(f"**{each.ask.strip()}**\n\n{each.answer.strip()}" for each in answer.followups)
+    scale = "\n".join(f"- **{name}:** {text.strip()}" for name, text in answer.scale.items())
+    parts = [
+        measured,
+        answer.answer,
+        markdown_table(answer.table),
+        "## What to say",
+        said,
+        "## Follow-up questions",
+        asked,
+        "## At 10, 10,000 and 10,000,000 devices",
+        scale,
+    ]
+    _print("\n\n".join(parts), output)
+
+
+def _print(text: str, output: TextIO) -> None:
+    console = Console(file=output, highlight=False)
+    with console.capture() as shown:
+        console.print(Markdown(text, hyperlinks=False), width=min(console.width, COLUMNS))
+    print(f"\n{shown.get()}", file=output)
 
 
 def _compared(predicted: float, measured: float) -> str:
@@ -151,34 +162,6 @@ def _compared(predicted: float, measured: float) -> str:
         return ""
     factor = max(predicted / measured, measured / predicted)
     return f": within {factor - 1:.0%}" if factor < 2 else f": off by a factor of {factor:,.1f}"
-
-
-def _flowed(text: str) -> str:
-    """Paragraphs and list items in lines that fit; tables and code as they are."""
-    blocks = []
-    for block in text.strip().split("\n\n"):
-        if block.startswith(("|", "```")):
-            blocks.append(block)
-            continue
-        items = re.split(r"\n(?=- |\d+\. )", block)
-        blocks.append(
-            "\n".join(
-                textwrap.fill(
-                    " ".join(item.split()), COLUMNS, subsequent_indent="   " if len(items) > 1 else ""
-                )
-                for item in items
-            )
-        )
-    return "\n\n".join(blocks)
-
-
-def _print_table(rows: list[list[str]], output: TextIO) -> None:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print(
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(),
-            file=output,
-        )
 
 
 def _document(answer: Answer, predicted: float | None) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _chapter(number: int, answer: Answer) -> str:
         f"**Experiment.** {step.runs.strip()}",
         f"**Predict first.** {step.predict.ask.strip()} ({step.predict.unit})",
         f"```\n{COMMAND} {step.name}\n```",
-        f"<details><summary>The answer, with figures from that command</summary>\n\n{answer.answer.strip()}\n\n{_table(answer.table)}\n\n</details>",
+        f"<details><summary>The answer, with figures from that command</summary>\n\n{answer.answer.strip()}\n\n{markdown_table(answer.table)}\n\n</details>",
         f"### What to say\n\n{answer.say.strip()}",
     ]
     if step.has_diagram:
@@ -94,14 +94,15 @@ def _chapter(number: int, answer: Answer) -> str:
         f"<details><summary>{each.ask.strip()}</summary>\n\n{each.answer.strip()}\n\n</details>"
         for each in answer.followups
     )
-    scale = _table(
+    scale = markdown_table(
         [["devices", "what changes"], *([name, text.strip()] for name, text in answer.scale.items())]
     )
     parts += [f"### Follow-up questions\n\n{asked}", f"### At 10, 10,000 and 10,000,000 devices\n\n{scale}"]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows as a table; the first is the head."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in lines)
