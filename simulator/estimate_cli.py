@@ -27,16 +27,13 @@ def add_estimate_parser(commands: "argparse._SubParsersAction[argparse.ArgumentP
         help="reckon bytes, hours, dollars and broker load on the back of an envelope",
         description="Reckons what an update of a fleet takes, and shows every step. Nothing is simulated, except with --check.",
     )
-    for field in msgspec.json.schema(FleetPlan)["$defs"]["FleetPlan"]["properties"].items():
-        name, schema = field
+    for name, schema in msgspec.json.schema(FleetPlan)["$defs"]["FleetPlan"]["properties"].items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=int if schema["type"] == "integer" else float,
             default=schema["default"],
             metavar="N",
-            help=f"{schema['description']} (default: %(default)s)".replace(
-                "%(default)s", f"{schema['default']:g}"
-            ),
+            help=f"{schema['description']} (default: {schema['default']:g})",
         )
     parser.add_argument("--check", action="store_true", help="run the simulator and compare (a minute)")
     parser.add_argument("--json", action="store_true", help="print JSON")

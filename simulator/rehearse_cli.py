@@ -177,6 +177,8 @@ def _write(path: Path, errors: TextIO, *, is_reused: bool) -> None:
         path.write_text(rendered(figures), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}", hint="choose another --write") from error
+    except KeyError as error:
+        raise RequestError(f"{path} carries no figure {error}", hint="write it without --reuse") from error
 
 
 def _measured(errors: TextIO) -> dict[str, Figures]:

@@ -18,11 +18,15 @@ FIGURES_END: Final = " -->\n"
 INTERRUPTIONS: Final = frozenset({Trigger.REQUESTED, Trigger.WITHDRAWN})
 """Lead from nearly everywhere to the same state; without them the diagram fits on a whiteboard."""
 
-FIGURE_DIGITS: Final = 6
+FIGURE_DIGITS: Final = 9
 
 
 def rendered(figures: dict[str, Figures]) -> str:
     """The whole document, from the figures of each step by name."""
+    rounded = {
+        name: {key: float(f"{value:.{FIGURE_DIGITS}g}") for key, value in each.items()}
+        for name, each in figures.items()
+    }
     steps = all_steps()
     contents = "\n".join(
         f"{number}. [{step.title}](#{number}-{_anchor(step.title)})"
@@ -30,13 +34,9 @@ def rendered(figures: dict[str, Figures]) -> str:
     )
     parts = [
         _text("opening.md").format(contents=contents),
-        *(_chapter(number, answered(step, figures[step.name])) for number, step in enumerate(steps, start=1)),
+        *(_chapter(number, answered(step, rounded[step.name])) for number, step in enumerate(steps, start=1)),
         _text("closing.md"),
     ]
-    rounded = {
-        name: {key: float(f"{value:.{FIGURE_DIGITS}g}") for key, value in each.items()}
-        for name, each in figures.items()
-    }
     data = msgspec.json.encode(rounded).decode()
     return "\n".join(parts) + f"\n{FIGURES_BEGIN}{data}{FIGURES_END}"
 
@@ -80,8 +80,8 @@ def _chapter(number: int, answer: Answer) -> str:
     step = answer.step
     parts = [
         f"## {number}. {step.title}\n\n*{step.question.strip()}*",
-        f"**Experiment.** {step.runs.strip()}",
-        f"**Predict first.** {step.predict.ask.strip()} ({step.predict.unit})",
+        f"**Experiment**: {step.runs.strip()}.",
+        f"**Predict first**: {step.predict.ask.strip()} ({step.predict.unit})",
         f"```\n{COMMAND} {step.name}\n```",
         f"<details><summary>The answer, with figures from that command</summary>\n\n{answer.answer.strip()}\n\n{markdown_table(answer.table)}\n\n</details>",
         f"### What to say\n\n{answer.say.strip()}",

@@ -73,7 +73,7 @@ def power_cuts() -> Figures:
     """Power cuts before any effect and in any disk operation, against the same fleet without."""
     scenario = Scenario(devices=60, model=MODEL, releases=(_release(60),))
     faults = Faults(end_s=900.0, crash_effect=0.02, crash_disk=0.001, power_s=300.0)
-    quiet, result = run(scenario), run(replace(scenario, faults=faults))
+    quiet, result = run(scenario), run_fleet(replace(scenario, faults=faults))
     cuts = sum(count for name, count in result.faults.items() if name.startswith("power."))
     return {
         "devices": 60,
@@ -116,10 +116,8 @@ def attack() -> Figures:
     """Somebody with the broker's credentials replays what was signed before and spoils chunks."""
     plans = (_release(60), ReleasePlan(version="v3", canary_count=60, failures_max=60, changed_share=0.3))
     scenario = Scenario(devices=60, model=MODEL, releases=plans, keep_alive_s=120)
-    quiet, result = (
-        run(scenario),
-        run(replace(scenario, faults=Faults(end_s=900.0, replay_s=1.0, poison=0.1))),
-    )
+    faults = Faults(end_s=900.0, replay_s=1.0, poison=0.1)
+    quiet, result = run(scenario), run_fleet(replace(scenario, faults=faults))
     return {
         "devices": 60,
         "replays": result.faults.get("attack.replay", 0),
@@ -141,8 +139,7 @@ def canaries() -> Figures:
             devices=100, seed=seed, population=population, model=Model(bytes=64 << 10), releases=(plan,)
         )
         outcome = run(scenario).rollouts[0]
-        is_stopped = outcome.state == "stopped"
-        caught += is_stopped and "canary" in outcome.reason
+        caught += outcome.state == "stopped" and sum(outcome.counts.values()) <= CANARY
         harmed.append(outcome.counts.get("rolled_back", 0))
     return {
         "seeds": ROLLOUT_SEEDS,
@@ -213,12 +210,14 @@ def scale_figures() -> Figures:
     }
     for key, plan in plans.items():
         figures[f"{key}_file_percent_bytes"] = figures[f"{key}_full_update_bytes"] * plan.devices / 100
-    megabytes = {
-        f"{name.removesuffix('bytes')}mb": value / 1e6
+    units = {"mb": 1e6, "gb": 1e9, "tb": 1e12}
+    scaled = {
+        f"{name.removesuffix('bytes')}{unit}": value / factor
         for name, value in figures.items()
         if name.endswith("_bytes")
+        for unit, factor in units.items()
     }
-    return {**figures, **megabytes}
+    return {**figures, **scaled}
 
 
 def _release(devices: int) -> ReleasePlan:

@@ -73,9 +73,15 @@ def model_files() -> dict[str, bytes]:
         raise RequestError("the examples are not installed", hint="run from a checkout")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "examples.digits.drift", "--out", folder]
-        done = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, check=False, timeout=BUILD_TIMEOUT_S
-        )
+        try:
+            done = subprocess.run(
+                command, cwd=root, capture_output=True, text=True, check=False, timeout=BUILD_TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RequestError(
+                f"training the models took more than {BUILD_TIMEOUT_S} s",
+                hint="try again when the machine is idle",
+            ) from error
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RequestError(f"the models cannot be trained: {last}", hint="set up with `make demo`")

@@ -48,7 +48,7 @@ def test_every_command_in_the_document_is_one_that_exists() -> None:
     assert len(simulator) > len(all_steps())
     for line in simulator:
         if "--help" not in line:
-            _parser().parse_args(shlex.split(line)[1:])
+            _parser().parse_args(shlex.split(line.replace(" N ", " 10 "))[1:])
     makefile = (ROOT / "Makefile").read_text()
     targets = [line.split()[1] for line in lines if line.startswith("make ")]
     assert "demo" in targets
