@@ -52,6 +52,12 @@ TRIAL_S: Final = 1.0
 
 STORM_STEP_S: Final = 0.05
 STORM_ATTEMPTS_MAX: Final = 400
+STORM_OUTAGE_S_MAX: Final = 600.0
+"""By then every window is at its cap, and longer outages change nothing."""
+
+INTERRUPTIONS_MAX: Final = 200.0
+"""With more the sum of waits is within a tenth of its mean."""
+
 QUANTILE_STEPS: Final = 60
 
 Positive = Annotated[float, Meta(gt=0, le=1e12)]
@@ -152,7 +158,7 @@ def elapsed_hours(plan: FleetPlan, busy_s: float, share: float) -> float:
 
     Stretches with and without a link are exponential with the means that the plan gives, which makes their number a Poisson variable: a device
     is offline when asked with the probability `1 - online share`, and is interrupted `busy / useful stretch` times on average. Each
-    interruption costs an exponential wait, so the sum of `k` of them is an Erlang variable. A stretch begins with half the cap of
+    interruption costs an exponential wait, so the sum of `k` of them is an Erlang variable; beyond 200 interruptions the mean is taken. A stretch begins with half the cap of
     the reconnection jitter, during which nothing comes. Real links follow the day; then the tail is shorter.
     """
     if plan.online_hours >= HOURS_PER_DAY:
@@ -162,6 +168,9 @@ def elapsed_hours(plan: FleetPlan, busy_s: float, share: float) -> float:
     useful_s = on_s * (1 - math.exp(-RECONNECT_CAP_S / on_s)) * on_s / RECONNECT_CAP_S
     interruptions = busy_s / useful_s
     off_at_first = 1 - plan.online_share
+    if interruptions > INTERRUPTIONS_MAX:
+        waits_s = (interruptions + off_at_first) * (off_s + RECONNECT_CAP_S / 2)
+        return (busy_s + waits_s) / SECONDS_PER_HOUR
 
     def reached(hours: float) -> float:
         left_s = hours * SECONDS_PER_HOUR - busy_s
@@ -210,6 +219,7 @@ def reconnects_per_s(devices: int, outage_s: float) -> float:
     Attempt `k` comes `U(0, min(cap, base x 2^k))` after the one before. The densities are convolved on a grid; what falls behind the end of
     the outage is the storm. Rule of thumb: devices / outage for outages up to 30 s, and devices / 30 for longer ones.
     """
+    outage_s = min(outage_s, STORM_OUTAGE_S_MAX)
     step_s = max(STORM_STEP_S, outage_s / 2_000)
     down = math.ceil(outage_s / step_s)
     length = down + math.ceil(RECONNECT_CAP_S / step_s) + 1

@@ -89,6 +89,13 @@ def test_a_storm_is_what_the_devices_own_jitter_makes(outage_s: float) -> None:
 def test_longer_outages_make_flatter_storms() -> None:
     peaks = [estimate.reconnects_per_s(1_000, outage_s) for outage_s in (2.0, 8.0, 32.0, 128.0)]
     assert all(before >= after for before, after in pairwise(peaks))
+    assert estimate.reconnects_per_s(1_000, 86_400.0) == pytest.approx(1_000 / 30, rel=0.15)
+
+
+def test_many_interruptions_join_the_exact_sum_without_a_jump() -> None:
+    useful_s = SOMETIMES.online_hours / SOMETIMES.sessions_per_day * 3_600 - 30
+    below, above = (estimate.elapsed_hours(SOMETIMES, count * useful_s, 0.5) for count in (198, 203))
+    assert below < above < 1.05 * below
 
 
 def test_canaries_that_are_needed_do_detect() -> None:
