@@ -35,7 +35,7 @@ def add_rehearse_parser(commands: "argparse._SubParsersAction[argparse.ArgumentP
         "--predict", metavar="VALUE", help="your prediction, or skip; asked for on a terminal"
     )
     parser.add_argument(
-        "--all", action="store_true", help="all steps, one after the other (about three minutes)"
+        "--all", action="store_true", help="all steps, one after the other (one to three minutes)"
     )
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="run all experiments and write the document"
