@@ -20,9 +20,11 @@ import msgspec
 from rich.console import Console
 
 from protocol.errors import WhimbrelError
+from simulator.estimate_cli import add_estimate_parser
 from simulator.fleet_cli import add_commands
 from simulator.live.options import Options
 from simulator.live.run import run_live
+from simulator.rehearse_cli import add_rehearse_parser
 from simulator.report.files import check_writable, write_page
 from simulator.report.page import render_page
 from simulator.report.record import Run
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("whimbrel-sim: interrupted; everything it started has been stopped", file=errors)
             return 130
+        except BrokenPipeError:  # whoever read our output has had enough
+            return 1
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -64,7 +68,8 @@ def _copy(stream: TextIO) -> Iterator[TextIO]:
     except (OSError, ValueError):  # no real file, as under a test's capture
         yield stream
         return
-    with os.fdopen(descriptor, "w", encoding=stream.encoding, buffering=1) as copy:
+    copy = os.fdopen(descriptor, "w", encoding=stream.encoding, buffering=1)
+    with contextlib.suppress(BrokenPipeError), copy:
         yield copy
 
 
@@ -115,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(action=_run)
     add_commands(commands)
+    add_estimate_parser(commands)
+    add_rehearse_parser(commands)
     add_sweep_commands(commands)
     return parser
 

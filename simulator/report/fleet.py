@@ -24,9 +24,9 @@ from simulator.report.fleet_charts import (
     time_to_update,
 )
 from simulator.report.fleet_words import Reach, figures, headline, main_reach, reaches, story, verdict
-from simulator.report.peers import Transfer, file_lengths, measure_transfers
 from simulator.report.templates import render
 from simulator.report.timescale import TimeScale, time_scale
+from simulator.report.transfers import Transfer, file_lengths, measure_transfers
 from simulator.report.units import devices, duration, share, size
 from simulator.results import FleetResult
 from simulator.scenario import Scenario, encode_scenario

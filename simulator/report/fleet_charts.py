@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from simulator.report.fleet_bands import Counts, at_instant, classes_of, position
-from simulator.report.peers import Transfer
 from simulator.report.svg import Frame, LogFrame, area, axes, circle, line, picture, polyline, rect, text
 from simulator.report.timescale import TimeFrame, TimeScale, time_frame
+from simulator.report.transfers import Transfer
 from simulator.report.units import devices, duration, share, size
 from simulator.results import FleetResult
 from simulator.scenario import Scenario

@@ -18,8 +18,8 @@ from simulator.recording import Recorder
 from simulator.report.comparison import compared, render_comparison, settings, write_comparison
 from simulator.report.fleet import render_fleet, write_fleet_report
 from simulator.report.fleet_words import PROMISES, headline, reaches
-from simulator.report.peers import measure_transfers
 from simulator.report.timescale import time_frame, time_scale
+from simulator.report.transfers import measure_transfers
 from simulator.report.units import duration, share, size
 from simulator.results import FleetResult
 from simulator.scenario import Model, ReleasePlan, Scenario

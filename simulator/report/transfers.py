@@ -1,21 +1,16 @@
-"""What other ways of sending a version would take, computed from the very files of a run; nothing is estimated.
-
-The only importer of bsdiff4 in the simulator. Whimbrel's own use of it frames and compresses its streams in another way;
-this is the peer as its users have it.
-"""
+"""What other ways of sending a version would take, computed from the very files of a run; nothing is estimated."""
 
 from typing import Final
 
-import bsdiff4
 from msgspec import Struct
 
-from protocol.delta.compression import compress
 from protocol.errors import RequestError
 from simulator.models import FACTORY, contents_of
+from simulator.peers import bsdiff_bytes, compressed_bytes
 from simulator.results import FleetResult
 
-BSDIFF_BYTES_MAX: Final = 4 << 20
-"""Of a file: bsdiff takes about a second and 17 MiB of memory for a mebibyte."""
+PEER_BYTES_MAX: Final = 4 << 20
+"""Of a file that peers are tried on: bsdiff takes about a second and 17 MiB of memory for a mebibyte."""
 
 
 class Transfer(Struct, frozen=True, kw_only=True):
@@ -62,7 +57,7 @@ def file_lengths(result: FleetResult) -> dict[str, int]:
 
 
 def _peers(base: bytes, data: bytes) -> dict[str, int]:
-    peers = {"whole file": len(data), "whole file, zstd": len(compress(data, "fast"))}
-    if max(len(base), len(data)) <= BSDIFF_BYTES_MAX:
-        peers["bsdiff4"] = len(bsdiff4.diff(base, data))
+    peers = {"whole file": len(data)}
+    if max(len(base), len(data)) <= PEER_BYTES_MAX:
+        peers |= {"whole file, zstd": compressed_bytes(data), "bsdiff4": bsdiff_bytes(base, data)}
     return peers

@@ -1,0 +1,1 @@
+"""The interview question, worked through: steps as data, and an experiment for each."""
