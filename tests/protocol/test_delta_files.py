@@ -81,6 +81,18 @@ def test_random_bytes_cost_hardly_more_than_themselves() -> None:
     assert len(patch) <= 1.011 * len(other)
 
 
+def test_changed_pieces_cost_only_themselves_wherever_they_lie() -> None:
+    # What comes first in the changed middle is new, and what stands still lies elsewhere in the window than in the segment.
+    rng = np.random.default_rng(3)
+    base = rng.bytes(1 << 20)
+    new = bytearray(base)
+    for block in (30, 31, 62, 63):
+        new[block << 14 : (block + 1) << 14] = rng.bytes(1 << 14)
+    patch, _ = delta(base, bytes(new), 1 << 20)
+    assert apply(base, patch) == bytes(new)
+    assert len(patch) < 1.02 * (4 << 14)
+
+
 def test_an_insertion_costs_only_itself() -> None:
     assert _check(_NOISE, _NOISE[:9000] + b"inserted" + _NOISE[9000:], 1 << 20) < 700
 
