@@ -69,7 +69,9 @@ def is_reached(results: Results) -> bool:
 
 
 # The device has no entry point for it that a benchmark could call.
-_IN_PLACE = Line("apply in place with inverse delta, times the time", 1.6, 1.3, None, "measured by benchmarks.inplace")
+_IN_PLACE = Line(
+    "apply in place with inverse delta, times the time", 1.6, 1.3, None, "measured by benchmarks.inplace"
+)
 
 
 def _sizes(results: Results) -> Iterable[Line]:

@@ -382,13 +382,15 @@ def test_a_delta_that_is_not_what_was_signed_leaves_the_version_before(cache: Ca
 def test_an_inverse_that_grows_beyond_its_room_fails_the_update_for_good_and_puts_the_file_back(
     cache: Cache,
 ) -> None:
-    needs = needs_of(cache, V1, V2)
-    short = InPlaceNeeds(
-        base_bytes=needs.base_bytes, reach_bytes=needs.reach_bytes, inverse_bytes=needs.inverse_bytes // 3
-    )
-    cache.publish_delta(V1, V2, in_place=True, needs=short)
+    other = V1[:200_000] + random.Random(4).randbytes(600_000) + V1[800_000:]
+    cache.publish("v4", other)
+    cache.publish_delta(V1, other, in_place=True)
+    needs = needs_of(cache, V1, other)
+    assert needs.inverse_bytes > 2 * needs.reach_bytes  # which there is room for, too
+    short = InPlaceNeeds(base_bytes=needs.base_bytes, reach_bytes=needs.reach_bytes, inverse_bytes=1000)
+    cache.publish_delta(V1, other, in_place=True, needs=short)
     device = online(cache)
-    ask(device, "v2")
+    ask(device, "v4")
     device.settle()
     assert outcome(device) == ("failed", "storage.inverse_full")
     assert device.answer() == digest_of(V1)
