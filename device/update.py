@@ -425,6 +425,7 @@ class Update:
             self._conclude(verdict, event.evidence)
 
     def _conclude(self, verdict: Verdict, evidence: TrialEvidence | None) -> None:
+        self._desk.drop_question()  # a trial that is still under way has nothing to say any more
         slot = self._ledger.slot
         self._ledger.note(evidence=evidence, code=verdict.code, detail=verdict.detail)
         if verdict.passed:
