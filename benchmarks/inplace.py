@@ -21,7 +21,7 @@ from device.adapters.disk import RealDisk
 from device.blobs import blob_file
 from device.install import install_step
 from device.journal import InstallItem
-from device.ports import Disk
+from device.rewriting import DiskFile
 from device.slots import SlotName, slot_file
 from protocol.delta.format import Profile
 from protocol.delta.inplace import Files, InPlace, read_header
@@ -34,30 +34,6 @@ from server.adapters.blobs import FileSource
 MODEL = slot_file(SlotName.A, "model")
 MEMORY_BYTES = 128 << 20
 KEYS = ("wall_s", "cpu_s", "peak_bytes")
-
-
-class DiskFile:
-    """A file of the disk port."""
-
-    def __init__(self, disk: Disk, name: str) -> None:
-        self._disk = disk
-        self._name = name
-
-    @property
-    def length(self) -> int:
-        return self._disk.length(self._name) or 0
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self._disk.read(self._name, offset, length)
-
-    def write_at(self, offset: int, data: bytes) -> None:
-        self._disk.write(self._name, offset, data)
-
-    def sync(self) -> None:
-        self._disk.sync(self._name)
-
-    def resize(self, length: int) -> None:
-        self._disk.resize(self._name, length)
 
 
 def main() -> int:

@@ -73,8 +73,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
 _decoder = msgspec.msgpack.Decoder(Manifest)
 
 
-class _File:
-    """A file of the disk, as `InPlace` sees it."""
+class DiskFile:
+    """A file of the disk, as `InPlace` and readers of deltas see it."""
 
     def __init__(self, disk: Disk, name: str) -> None:
         self._disk = disk
@@ -82,18 +82,23 @@ class _File:
 
     @property
     def length(self) -> int:
+        """In bytes; 0 where there is no file."""
         return self._disk.length(self._name) or 0
 
     def read_at(self, offset: int, length: int) -> bytes:
+        """As `Disk.read`."""
         return self._disk.read(self._name, offset, length)
 
     def write_at(self, offset: int, data: bytes) -> None:
+        """As `Disk.write`."""
         self._disk.write(self._name, offset, data)
 
     def sync(self) -> None:
+        """As `Disk.sync`."""
         self._disk.sync(self._name)
 
     def resize(self, length: int) -> None:
+        """As `Disk.resize`."""
         self._disk.resize(self._name, length)
 
 
@@ -149,7 +154,7 @@ def rewrite_step(
     """
     manifest, needs = _load(disk), item.in_place
     assert needs is not None
-    patch = _File(disk, blob_file(Digest(item.blob)))
+    patch = DiskFile(disk, blob_file(Digest(item.blob)))
     header = _checked_header(patch, item, needs)
     rewriting = Rewriting(base_name=item.base_name, name=item.name, header=header.pack())
     if rewriting not in manifest.files:
@@ -161,7 +166,9 @@ def rewrite_step(
         disk.remove(new)  # a second name of the same file would make the rename do nothing
         disk.replace(old, new)
     work = InPlace(
-        Files(_File(disk, new), patch, _File(disk, rewriting.journal), _File(disk, rewriting.inverse)),
+        Files(
+            DiskFile(disk, new), patch, DiskFile(disk, rewriting.journal), DiskFile(disk, rewriting.inverse)
+        ),
         memory_limit_bytes=memory_bytes_max,
         inverse_bytes_max=inverse_bytes_max(needs),
     )
@@ -213,7 +220,7 @@ def remains_bytes(disk: Disk, slot: SlotName) -> int:
     return sum(disk.length(name) or 0 for name in names)
 
 
-def _checked_header(patch: _File, item: InstallItem, needs: InPlaceNeeds) -> Header:
+def _checked_header(patch: DiskFile, item: InstallItem, needs: InPlaceNeeds) -> Header:
     """The header of the delta, which must be what its signed target says."""
     header = read_header(patch)
     assert header.reach is not None
@@ -243,10 +250,10 @@ def _put_back(disk: Disk, manifest: Manifest) -> None:
 
 def _undo(disk: Disk, rewriting: Rewriting, name: str) -> None:
     files = Files(
-        _File(disk, name),
+        DiskFile(disk, name),
         BytesSource(rewriting.header),
-        _File(disk, rewriting.journal),
-        _File(disk, rewriting.inverse),
+        DiskFile(disk, rewriting.journal),
+        DiskFile(disk, rewriting.inverse),
     )
     work = InPlace(
         files,

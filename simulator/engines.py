@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from multiprocessing import active_children, get_context
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from protocol.errors import RequestError
-
-EngineName = Literal["local", "dask"]
 
 WORKERS_MAX: Final = 256
 """Of one machine; a mistyped number must not start thousands of interpreters."""

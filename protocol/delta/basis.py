@@ -35,7 +35,6 @@ _ROWS_MAX = 16_384  # rows that are looked at; evenly spread pieces of the tenso
 _PIECE_ROWS = 1024
 _RIDGE = 1e-5
 _COEFFICIENT_UNIT = 4096
-_STEP_UNITS = 256
 _WEIGHT_MAX = 10.0  # of a row with tiny steps, relative to the mean
 
 Matrix = npt.NDArray[np.float32]

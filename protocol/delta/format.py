@@ -42,7 +42,6 @@ SEGMENT_DIGEST_BYTES = 16
 """SHA-256 cut to 128 bits: no second preimage can be found, and the whole result is verified with all 256."""
 
 _HEADER = struct.Struct("<8sHHBBHQQ32s32sQI")
-_HEADER_LENGTH_AT = 10
 HEADER_PREFIX_BYTES = 12
 HEADER_BYTES = _HEADER.size + 4
 HEADER_BYTES_MAX = 4096

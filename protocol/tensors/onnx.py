@@ -49,11 +49,6 @@ class OnnxFile:
     regions: tuple[Region, ...]
     external: Mapping[str, tuple[Region, ...]]
 
-    @property
-    def external_locations(self) -> tuple[str, ...]:
-        """Paths of those files, relative to the ONNX file; none leads out of its folder."""
-        return tuple(self.external)
-
 
 @dataclass(slots=True)
 class _Walk:

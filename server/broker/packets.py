@@ -24,9 +24,6 @@ PROTOCOL_NAMES: Final = ("MQTT", "MQIsdp")
 PACKET_BYTES_LIMIT: Final = 268_435_460
 """Largest packet that the four length bytes can describe, fixed header included (section 2.2.3)."""
 
-STRING_BYTES_LIMIT: Final = 65_535
-"""Two length bytes (section 1.5.3)."""
-
 SUBACK_FAILURE: Final = 0x80
 """Section 3.9.3."""
 

@@ -18,7 +18,6 @@ REFRESH_PER_S: Final = 4
 LINE_EVERY_S: Final = 2.0
 NEWS_SHOWN: Final = 7
 _BAR_WIDTH: Final = 36
-_RULE: Final = "\N{HEAVY VERTICAL BAR}"
 
 BANDS: Final = (
     # what the fleet is doing, in the order in which an update passes through it, with a terminal colour

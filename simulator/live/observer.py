@@ -173,11 +173,6 @@ class Observer:
                 list(self.phases),
             )
 
-    def on_version(self, version: str) -> int:
-        """Devices that answer with a version."""
-        with self._lock:
-            return sum(sight.version == version for sight in self.sights.values())
-
     def totals(self) -> dict[str, int]:
         """Sums for the display."""
         with self._lock:

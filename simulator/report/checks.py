@@ -7,7 +7,6 @@ from protocol.chunks import chunk_count
 from simulator.report.record import Check, DeviceResult, ModelVersion, Rollout, Totals, Traffic
 
 DELTA_CHUNKS_MIN: Final = 20
-CUT_SHARE_MIN: Final = 1 / 3
 KILLED_MIN: Final = 5
 """In a fleet of `FLEET_FULL` and more; a smaller one must have its share of them."""
 

@@ -58,6 +58,7 @@ from protocol.trust import Target
 from server.ports import Repository
 from server.releases.publisher import Publisher
 from simulator.disk import SimulatedDisk
+from simulator.power import PowerCutError
 
 FLEET = FleetId("test-fleet")
 FAMILY = Family("digits")
@@ -65,10 +66,6 @@ DEVICE = DeviceId("device-1")
 START_MS = 1_700_000_000_000
 SEGMENT_BYTES = 256 << 10  # several segments in a small model, so that there are checkpoints
 TOPICS = Topics(FLEET)
-
-
-class PowerCutError(Exception):
-    """The power went, at the effect that was chosen."""
 
 
 def chunks_of(data: bytes) -> list[bytes]:

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from device import effects
+from device import effects, events
 from device.slots import SlotHealth, SlotName, measure_slot
 from device.states import State
 from protocol.chunks import encode_chunk
@@ -21,12 +21,12 @@ from protocol.messages import (
 )
 from protocol.release import Resources
 from protocol.topics import ChunkTopic
+from simulator.power import PowerCutError
 from tests.device.harness import (
     DEVICE,
     TOPICS,
     Cache,
     Device,
-    PowerCutError,
     good_evidence,
     model_bytes,
 )
@@ -203,6 +203,19 @@ def test_a_wish_for_what_runs_withdraws_an_update_under_way(cache: Cache) -> Non
     assert device.state is State.IDLE
     assert device.reports[-1].version == "v1"
     assert device.disk.names("blobs") == []
+
+
+def test_a_trial_that_was_given_up_because_the_disk_failed_cannot_pass_afterwards(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.TRIAL and bool(device.jobs))
+    device.queue.append(events.EffectFailed(0, "storage.failed", "the disk failed once", True))
+    device.settle()
+    assert "trial trial_failed rolling_back" in device.rows
+    assert device.state in {State.ROLLED_BACK, State.IDLE}
+    assert "trial trial_passed committing" not in device.rows
+    assert device.answer() == digest_of(V1)
 
 
 def test_a_wish_during_the_trial_waits_for_its_end(cache: Cache) -> None:

@@ -14,6 +14,7 @@ from protocol.chunks import build_tree
 from protocol.delta.format import Profile
 from protocol.ids import Digest, digest_of
 from protocol.release import delta_target, file_target
+from simulator.power import PowerCutError
 from tests.device.harness import (
     DEVICE,
     FAMILY,
@@ -21,7 +22,6 @@ from tests.device.harness import (
     TOPICS,
     Cache,
     Device,
-    PowerCutError,
     fine_tuned,
     model_bytes,
 )

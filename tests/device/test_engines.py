@@ -24,7 +24,7 @@ from device.slots import SlotName, slot_file
 from protocol.errors import EngineError
 from protocol.ids import DeviceId, Family, FleetId
 from protocol.release import ClassPrompt, Prompt, TextPrompt
-from tests.models import FEATURES, prompts, write_classifier
+from tests.models import FEATURES, language_model, prompts, write_classifier
 from tests.server.brokers import wait_until
 
 TEXT = TextPrompt(name="text", prompt="The capital of France is", completion=" Paris", logprob_mean_min=-9.0)
@@ -287,11 +287,7 @@ def test_each_runtime_gives_its_own_kind_of_model(classifier: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llama() -> Iterator[LlamaModel]:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    found = sorted((Path(__file__).parents[2] / ".cache" / "models").glob("*.gguf"))
-    if not found:
-        pytest.skip("no model in .cache/models (python -m examples.smollm2.fetch)")
-    model = load_llama(str(found[0]))
+    model = load_llama(str(language_model()))
     yield model
     model.close()
 
@@ -327,11 +323,7 @@ def test_prompts_without_tokens_too_long_and_of_another_kind_are_refused(llama: 
 
 @pytest.mark.llama
 def test_a_closed_text_model_answers_no_more() -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    found = sorted((Path(__file__).parents[2] / ".cache" / "models").glob("*.gguf"))
-    if not found:
-        pytest.skip("no model in .cache/models (python -m examples.smollm2.fetch)")
-    model = load_llama(str(found[0]))
+    model = load_llama(str(language_model()))
     model.close()
     model.close()
     with pytest.raises(EngineError, match="closed"):

@@ -30,6 +30,7 @@ from protocol.release import (
 )
 from protocol.topics import ChunkTopic
 from protocol.trust import Target
+from simulator.power import PowerCutError
 from tests.device.harness import (
     DEVICE,
     FAMILY,
@@ -37,7 +38,6 @@ from tests.device.harness import (
     TOPICS,
     Cache,
     Device,
-    PowerCutError,
     fine_tuned,
     good_evidence,
     health,

@@ -21,13 +21,12 @@ from device.trial import judge
 from protocol.errors import EngineError
 from protocol.messages import TrialEvidence
 from protocol.release import HealthPlan, TextPrompt
-from tests.models import FEATURES, health_plan, prompts, write_classifier
+from tests.models import FEATURES, health_plan, language_model, prompts, write_classifier
 from tests.server.brokers import wait_until
 
 TIER_BYTES = 1 << 30
 LONG_SOAK_MS = 600_000
 WAIT_S = 60.0
-MODELS = Path(__file__).parents[2] / ".cache" / "models"
 
 PARENT = """
 import sys
@@ -340,10 +339,7 @@ def test_a_prompt_that_is_asked_again_for_more_samples_counts_once(model: Path) 
 
 @pytest.mark.llama
 def test_a_text_model_is_judged_by_what_it_finds_likely() -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    found = sorted(MODELS.glob("*.gguf"))
-    if not found:
-        pytest.skip("no model in .cache/models (python -m examples.smollm2.fetch)")
+    model = ModelSource("llama", str(language_model()))
     paris = TextPrompt(
         name="paris", prompt="The capital of France is", completion=" Paris", logprob_mean_min=-6.0
     )
@@ -351,7 +347,7 @@ def test_a_text_model_is_judged_by_what_it_finds_likely() -> None:
         name="silly", prompt="The capital of France is", completion=" wheelbarrow", logprob_mean_min=-6.0
     )
     plan = health_plan(prompts=[paris, silly])
-    evidence = LocalEngine().trial(TrialOrder(ModelSource("llama", str(found[0])), plan, 2 << 30))
+    evidence = LocalEngine().trial(TrialOrder(model, plan, 2 << 30))
     assert evidence.detail == ""
     assert (evidence.prompts_passed, evidence.prompts_total) == (1, 2)
     assert code_of(evidence, plan, 2 << 30) == "trial.answers"

@@ -9,12 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from examples.smollm2.fetch import CACHE, MODEL_NAME, is_model
 from examples.smollm2.model_file import damage_scales, tensor_name
 from examples.smollm2.questions import read_questions
 from protocol.release import HealthPlan, TextPrompt
+from tests.models import language_model
 
-_MODEL = Path(__file__).parents[2] / CACHE / MODEL_NAME
 _STEPS = 24
 
 
@@ -61,13 +60,11 @@ def test_damage_hits_the_scales_of_the_named_layers_and_nothing_else(tmp_path: P
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("llama_cpp")
-    if not is_model(_MODEL):
-        pytest.skip("the model is not there: python -m examples.smollm2.fetch")
+    model = language_model()
     from examples.smollm2 import build  # noqa: PLC0415  # needs llama-cpp-python
 
     out = tmp_path_factory.mktemp("smollm2")
-    assert build.main(["--out", str(out), "--model", str(_MODEL), "--steps", str(_STEPS)]) == 0
+    assert build.main(["--out", str(out), "--model", str(model), "--steps", str(_STEPS)]) == 0
     return out
 
 

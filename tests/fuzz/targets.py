@@ -86,7 +86,7 @@ def run_onnx(data: bytes) -> None:
             _check_map(map_external(tensors, len(beside)), len(beside))
         except ModelFileError:
             continue
-    files = {"m": source, **dict.fromkeys(parsed.external_locations, BytesSource(beside))}
+    files = {"m": source, **dict.fromkeys(parsed.external, BytesSource(beside))}
     for name, regions in map_files(files).items():
         _check_map(regions, files[name].length)
 

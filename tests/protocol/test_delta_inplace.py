@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 
+from device.rewriting import DiskFile
 from protocol.delta import writer
 from protocol.delta.format import HEADER_BYTES, REACH_BYTES_MAX, Codec, Header, Reach
 from protocol.delta.inplace import Files, InPlace, read_header
@@ -25,16 +26,13 @@ from protocol.errors import (
 )
 from protocol.tensors import BytesSource
 from simulator.disk import SimulatedDisk
+from simulator.power import PowerCutError
 from tests.protocol.delta_files import apply
 from tests.protocol.model_files import gguf_file, safetensors_file, weights
 
 SEGMENT_BYTES = 4096
 STEP_BYTES = 10_000
 ROOM = 1 << 20
-
-
-class PowerCutError(Exception):
-    """The power went before an operation."""
 
 
 class CutDisk(SimulatedDisk):
@@ -55,30 +53,6 @@ class CutDisk(SimulatedDisk):
             raise PowerCutError
         self.operations += 1
         super()._check_writable(name)
-
-
-class File:
-    """A file of a disk."""
-
-    def __init__(self, disk: CutDisk, name: str) -> None:
-        self._disk = disk
-        self._name = name
-
-    @property
-    def length(self) -> int:
-        return self._disk.length(self._name) or 0
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self._disk.read(self._name, offset, length)
-
-    def write_at(self, offset: int, data: bytes) -> None:
-        self._disk.write(self._name, offset, data)
-
-    def sync(self) -> None:
-        self._disk.sync(self._name)
-
-    def resize(self, length: int) -> None:
-        self._disk.resize(self._name, length)
 
 
 def model(folder: Path, name: str, *, update: float = 0.0, rows: int = 40, order: int = 1) -> bytes:
@@ -147,7 +121,9 @@ def prepared(old: bytes, patch: bytes) -> CutDisk:
 
 
 def opened(disk: CutDisk, patch: bytes, *, inverse_bytes_max: int = ROOM) -> InPlace:
-    files = Files(File(disk, "model"), BytesSource(patch), File(disk, "journal"), File(disk, "inverse"))
+    files = Files(
+        DiskFile(disk, "model"), BytesSource(patch), DiskFile(disk, "journal"), DiskFile(disk, "inverse")
+    )
     return InPlace(files, inverse_bytes_max=inverse_bytes_max)
 
 
@@ -394,7 +370,9 @@ def test_too_little_memory_is_refused_before_a_byte_is_overwritten(
     old, new = pairs["update"]
     patch = delta(old, new)
     disk = prepared(old, patch)
-    files = Files(File(disk, "model"), BytesSource(patch), File(disk, "journal"), File(disk, "inverse"))
+    files = Files(
+        DiskFile(disk, "model"), BytesSource(patch), DiskFile(disk, "journal"), DiskFile(disk, "inverse")
+    )
     work = InPlace(files, memory_limit_bytes=1 << 20, inverse_bytes_max=ROOM)
     with pytest.raises(PatchLimitError):
         work.begin(digest(old))

@@ -63,7 +63,7 @@ def test_the_map_of_an_external_file_comes_from_the_model_beside_it() -> None:
 
 def test_offset_and_length_of_an_external_tensor_may_be_left_out() -> None:
     parsed = parse_onnx(source(_model(w={"location": "./model.onnx.data"})))
-    assert parsed.external_locations == ("model.onnx.data",)
+    assert tuple(parsed.external) == ("model.onnx.data",)
     assert [(r.offset, r.length) for r in parsed.external["model.onnx.data"]] == [(0, 8192)]
 
 
