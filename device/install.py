@@ -47,18 +47,6 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
 _decoder = msgspec.msgpack.Decoder(Checkpoint)
 
 
-class _Base:
-    """What a delta applies to, as its reader sees it."""
-
-    def __init__(self, disk: Disk, name: str) -> None:
-        self._disk = disk
-        self.name = name
-        self.length = disk.length(name) or 0
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        return self._disk.read(self.name, offset, length)
-
-
 def install_step(
     disk: Disk, active: SlotName | None, slot: SlotName, items: tuple[InstallItem, ...], memory_bytes_max: int
 ) -> bool:
@@ -143,11 +131,12 @@ def _delta_step(
     link = links[number]
     is_last = number + 1 == len(links)
     target = slot_file(slot, item.name) if is_last else _intermediate(link)
-    base = _Base(disk, _base_file(active, item, number))
+    base_name = _base_file(active, item, number)
+    base = rewriting.DiskFile(disk, base_name)
     if checkpoint.reader:
         reader = DeltaReader.restore(base, checkpoint.reader, memory_limit_bytes=memory_bytes_max)
     else:
-        _remove_intermediates(disk, keep=base.name)
+        _remove_intermediates(disk, keep=base_name)
         disk.create(target, link.length)
         reader = DeltaReader(base, memory_limit_bytes=memory_bytes_max)
     _advance(disk, reader, link, target)

@@ -130,7 +130,7 @@ def _by_request() -> Iterator[Comparison]:
 
 
 def _intermittent() -> Iterator[Comparison]:
-    result = run(intermittent_scenario(100, 12_000))
+    result = run(intermittent_scenario(1_000, 12_000))
     scenario = result.scenario
     plan = plan_of(scenario, result)
     busy_s = estimate.busy_seconds(plan, plan.delta_bytes)

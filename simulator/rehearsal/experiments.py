@@ -58,7 +58,7 @@ def envelope() -> Figures:
     figures: Figures = {}
     for each in compare_quickly():
         _note(figures, each.name.replace(" ", "_"), each)
-    result = run(intermittent_scenario(100, 12_000))
+    result = run(intermittent_scenario(1_000, 12_000))
     plan = plan_of(result.scenario, result)
     busy_s = estimate.busy_seconds(plan, plan.delta_bytes)
     figures["busy_s"] = busy_s
