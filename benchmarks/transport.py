@@ -32,6 +32,7 @@ from device.download import BlobDownload, Tally
 from device.effects import Effect, Publish, Subscribe, Unsubscribe
 from protocol.chunks import Bitmap, BlobPlan, decode_chunk
 from protocol.constants import CHUNK_BYTES
+from protocol.delta_graph import LINK_BYTES_PER_S
 from protocol.errors import ChunkError
 from protocol.ids import DeviceId, FleetId, digest_of
 from protocol.messages import ChunkRequest, decode_window
@@ -170,6 +171,7 @@ class Device:
             rng=rng,
             tally=self.tally,
             groups_outstanding=2,
+            link_bytes_per_s=LINK_BYTES_PER_S,
             use_cache=fleet.use_cache,
         )
         self.transport = MqttTransport(

@@ -11,7 +11,7 @@ from typing import Final
 
 from device.effects import Effect, Publish, Subscribe, SyncBlob, Unsubscribe, WriteChunk
 from protocol.chunks import Bitmap, BlobPlan, Chunk
-from protocol.constants import GROUP_CHUNKS
+from protocol.constants import CHUNK_BYTES, GROUP_CHUNKS
 from protocol.errors import TransportError
 from protocol.ids import DeviceId
 from protocol.messages import ChunkRequest, encode_message, encode_window
@@ -22,6 +22,10 @@ PATIENCE_FIRST_MS: Final = 10_000
 
 PATIENCE_MIN_MS: Final = 2_000
 PATIENCE_MAX_MS: Final = 60_000
+PATIENCE_CHUNKS: Final = 3
+"""First and longest patience are at least the time in which the link carries so many chunks: one that asks for what is on its way
+gets it twice."""
+
 PATIENCE_GAPS: Final = 6
 """Patience, in multiples of the longest recent gap between chunks. A fixed time made a third of the bytes come twice."""
 
@@ -73,6 +77,7 @@ class BlobDownload:
         rng: Source of jitter.
         tally: Counts what arrives.
         groups_outstanding: How many groups are under way at a time.
+        link_bytes_per_s: What the link carries, by the device's configuration.
         use_cache: Look into the broker's cache first; without it a server is asked at once.
     """
 
@@ -86,6 +91,7 @@ class BlobDownload:
         rng: random.Random,
         tally: Tally,
         groups_outstanding: int,
+        link_bytes_per_s: int,
         use_cache: bool = True,
     ) -> None:
         self.plan = plan
@@ -98,6 +104,9 @@ class BlobDownload:
         self._groups_outstanding = groups_outstanding
         self._groups: dict[int, _Group] = {}
         self._next_group = 0
+        slow_ms = PATIENCE_CHUNKS * CHUNK_BYTES * 1000 // link_bytes_per_s
+        self._patience_first_ms = max(PATIENCE_FIRST_MS, slow_ms)
+        self._patience_max_ms = max(PATIENCE_MAX_MS, slow_ms)
         self._use_cache = use_cache
         self._direct = not use_cache  # the cache has nothing: ask at once
         self._stalls = 0
@@ -218,8 +227,8 @@ class BlobDownload:
         if self.is_complete:
             self.deadline_ms = None
             return
-        patience_ms = PATIENCE_FIRST_MS
+        patience_ms = self._patience_first_ms
         if self._gap_ms:
-            patience_ms = min(max(PATIENCE_GAPS * self._gap_ms, PATIENCE_MIN_MS), PATIENCE_MAX_MS)
-        longest_ms = min(patience_ms << self._stalls, PATIENCE_MAX_MS)
+            patience_ms = min(max(PATIENCE_GAPS * self._gap_ms, PATIENCE_MIN_MS), self._patience_max_ms)
+        longest_ms = min(patience_ms << self._stalls, self._patience_max_ms)
         self.deadline_ms = now_ms + self._rng.randint(patience_ms, max(patience_ms, longest_ms))

@@ -37,6 +37,7 @@ class Requester(NamedTuple):
     device: DeviceId
     rng: random.Random
     groups_outstanding: int
+    link_bytes_per_s: int
 
 
 class Transfer:
@@ -98,7 +99,7 @@ class Transfer:
         """Storage for the current blob is ready."""
         assert self._plan is not None
         self._is_waiting = False
-        topics, device, rng, groups_outstanding = self._requester
+        topics, device, rng, groups_outstanding, link_bytes_per_s = self._requester
         self._download = BlobDownload(
             self._plan,
             present,
@@ -107,6 +108,7 @@ class Transfer:
             rng=rng,
             tally=self._tally,
             groups_outstanding=groups_outstanding,
+            link_bytes_per_s=link_bytes_per_s,
         )
         if self._download.is_complete:
             yield from self._blob_complete()

@@ -64,7 +64,9 @@ class Update:
         self._ledger = desk.ledger
         self._serving = serving
         self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust)
-        self._requester = Requester(desk.topics, config.device, desk.rng, config.groups_outstanding)
+        self._requester = Requester(
+            desk.topics, config.device, desk.rng, config.groups_outstanding, config.link_bytes_per_s
+        )
         self._targets: dict[str, Target] = {}
         self._transfer: Transfer | None = None
         self._retry_ms: int | None = None

@@ -3,8 +3,6 @@
 from collections import Counter
 from typing import Final
 
-import msgspec
-
 from device import effects
 from device.states import RESTING, Trigger
 from protocol.ids import FleetId, digest_of
@@ -102,9 +100,9 @@ class World:
         self._factory()
         self._sample_us = int(scenario.bin_s * US_PER_S)
         self._plans = list(scenario.releases)
-        self._next_us = int(self._plans[0].at_s * US_PER_S)
+        self._next_us: int | None = int(self._plans[0].at_s * US_PER_S)  # None: a rollout goes on
         self._goal: Liveness | None = None
-        self._deadline_us = 0
+        self._deadline_us = self._retry_us = 0
         self._running = Counter({FACTORY: scenario.devices})
 
     # Life
@@ -167,18 +165,23 @@ class World:
         now_us = self.loop.now_us
         if self._goal is not None:
             self._converge(self._goal)
-        elif self._plans and now_us >= self._next_us and self._is_idle():
-            plan = self._plans.pop(0)
-            self._publish(plan.version, plan.kind, plan.bad_tiers)
-            self._roll_out(plan, plan.failures_max, plan.canary_count)
         elif self._is_idle():
             if self._plans:
-                self._next_us = max(self._next_us, now_us + int(self._plans[0].at_s * US_PER_S))
-                self._plans[0] = _at_once(self._plans[0])
+                self._follow_plans(now_us)
             elif not self.faults.is_active and self._are_resting():
                 self._aim()
         if not self.is_over:
             self.loop.after(TICK_US, self._tick)
+
+    def _follow_plans(self, now_us: int) -> None:
+        """No rollout goes on: publish the next release, once its time has come."""
+        if self._next_us is None:
+            self._next_us = now_us + int(self._plans[0].at_s * US_PER_S)
+        elif now_us >= self._next_us:
+            self._next_us = None
+            plan = self._plans.pop(0)
+            self._publish(plan.version, plan.kind, plan.bad_tiers)
+            self._roll_out(plan, plan.failures_max, plan.canary_count)
 
     def _roll_out(self, plan: ReleasePlan, failures_max: int, canary_count: int) -> None:
         rollout = self.server.roll_out(
@@ -205,8 +208,8 @@ class World:
             self.is_over = True
             return
         self._goal = Liveness(self, self.releases[good[-1].version])
+        self._retry_us = self.loop.now_us
         self._deadline_us = self.loop.now_us + int(self.scenario.liveness_s * US_PER_S)
-        self._next_us = self.loop.now_us
         self._plans = [good[-1]]
         if not self.scenario.faults.end_s:
             self._deadline_us = self.loop.now_us  # without faults nothing is tried again
@@ -223,8 +226,8 @@ class World:
             self.is_over = True
         elif self.loop.now_us >= self._deadline_us:
             self._give_up(goal)
-        elif self.loop.now_us >= self._next_us:
-            self._next_us = self.loop.now_us + int(RETRY_S * US_PER_S)
+        elif self.loop.now_us >= self._retry_us:
+            self._retry_us = self.loop.now_us + int(RETRY_S * US_PER_S)
             count = len(self.devices)
             self._roll_out(self._plans[0], count, count)
 
@@ -395,8 +398,3 @@ def _limits(scenario: Scenario) -> BrokerLimits:
         queue_messages_max=broker.queue_messages_max,
         inflight_max=broker.inflight_max,
     )
-
-
-def _at_once(plan: ReleasePlan) -> ReleasePlan:
-    """A plan whose time of waiting has begun."""
-    return msgspec.structs.replace(plan, at_s=0.0)
