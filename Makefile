@@ -9,6 +9,7 @@ BIN := .venv/bin
 DEVICES ?= 36
 SEED ?= 1
 COUNT ?= 200
+SOAK_SEEDS ?= 120
 MINUTES ?= 1
 PAIRS ?= *
 BENCH_OPTIONS ?=
@@ -68,8 +69,12 @@ sim-determinism: setup ## run COUNT seeds of the simulator twice, with other has
 	$(BIN)/python -m tests.determinism --count $(COUNT)
 
 .PHONY: sim-soak
-sim-soak: setup ## run COUNT seeds of the simulator with every fault (default 200)
-	$(BIN)/whimbrel-sim soak --count $(COUNT)
+sim-soak: setup ## 100,000 updates and a million faults in the simulator: 120 seeds of 500 devices (half an hour; SOAK_SEEDS=N)
+	$(BIN)/whimbrel-sim soak --devices 500 --count $(SOAK_SEEDS) --workers 2
+
+.PHONY: sim-soak-today
+sim-soak-today: setup ## the same with 8 seeds that no other day has (two minutes)
+	$(BIN)/whimbrel-sim soak --devices 500 --first $$(date -u +%Y%m%d)000 --count 8 --workers 2
 
 .PHONY: sim-defects
 sim-defects: setup ## plant defects in the device's code, and count the seeds until the simulator finds each

@@ -31,6 +31,10 @@ from simulator.report.record import Run
 from simulator.report.summary import print_summary
 from simulator.sweep_cli import add_sweep_commands
 
+PHASE_S: Final = 300
+PHASE_S_PER_DEVICE: Final = 3
+"""Trials of one process run one after the other, and each takes a second of a busy processor."""
+
 _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -114,9 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--timeout",
         type=_seconds,
-        default=300,
         metavar="SECONDS",
-        help="for one rollout (default: %(default)s)",
+        help=f"for one rollout (default: {PHASE_S}, or {PHASE_S_PER_DEVICE} for each device if that is more)",
     )
     run.set_defaults(action=_run)
     add_commands(commands)
@@ -142,7 +145,7 @@ def _run(arguments: argparse.Namespace, command: str, output: TextIO, errors: Te
         models=arguments.models,
         folder=arguments.dir,
         keep=arguments.keep,
-        phase_s_max=arguments.timeout,
+        phase_s_max=arguments.timeout or max(PHASE_S, PHASE_S_PER_DEVICE * arguments.devices),
         command=command,
     )
     run = run_live(options, console)

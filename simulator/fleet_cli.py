@@ -1,6 +1,7 @@
 """`whimbrel-sim fleet`, `soak` and `replay`: fleets in virtual time, and what people read of them."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -171,6 +172,7 @@ def _soak(arguments: argparse.Namespace, command: str, output: TextIO, errors: T
         raise RequestError("a soak needs at least one seed and one worker")
     checked(soak_scenario(max(0, arguments.first), arguments.devices))
     results = []
+    begun = time.monotonic()  # noqa: TID251 - how long the soak took
     seeds = range(arguments.first, arguments.first + arguments.count)
     for result in run_seeds(seeds, arguments.devices, arguments.workers):
         results.append(result)
@@ -181,9 +183,11 @@ def _soak(arguments: argparse.Namespace, command: str, output: TextIO, errors: T
             print_failure(soak_scenario(result.seed, arguments.devices), result.failure, again, errors)
             return 1
     updates, faults = sum(result.updates for result in results), total_faults(results)
+    elapsed_s = time.monotonic() - begun  # noqa: TID251 - likewise
     line = (
         f"{len(results)} seeds, {arguments.devices * len(results):,} devices, {updates:,} updates,"
-        f" {faults.total():,} faults, {sum(result.checks for result in results):,} checks: no promise broken"
+        f" {faults.total():,} faults, {sum(result.checks for result in results):,} checks in {elapsed_s:,.0f} s:"
+        " no promise broken"
     )
     print(line, file=errors if arguments.json else output)
     if not arguments.json:

@@ -24,6 +24,9 @@ WORKER_THREADS_MAX: Final = 64
 ASK_INTERVAL_S: Final = {"onnx": 0.5, "llama": 4.0}
 """Between two questions of one application; a language model takes a second of a processor for an answer."""
 
+ASKED_PER_S_MAX: Final = 100
+"""Questions of all applications together: they share a thread with nothing, but a processor with everything."""
+
 _DESCRIPTORS_PER_DEVICE: Final = 24
 
 
@@ -92,8 +95,8 @@ class Fleet:
 
     def start_applications(self) -> None:
         """Begin to ask every model again and again."""
-        interval_s = ASK_INTERVAL_S[self._models.runtime]
         devices = list(self.devices.values())
+        interval_s = max(ASK_INTERVAL_S[self._models.runtime], len(devices) / ASKED_PER_S_MAX)
         self._applications = Applications(devices, self._models.prompts, interval_s, self._observer)
         self._applications.start()
 

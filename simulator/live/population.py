@@ -10,11 +10,14 @@ from typing import Final, Literal
 
 from protocol.errors import RequestError
 
-DEVICES_MAX: Final = 400
-"""Each device holds some twenty descriptors, a model in memory and three connections through its link."""
+DEVICES_MAX: Final = 1_000
+"""More is for `whimbrel-sim fleet`: here each device holds a model in memory, two on the disk, and waits its turn for a trial."""
 
 CUT_SHARE: Final = 0.45
 KILLED_SHARE: Final = 0.2
+KILLED_MAX: Final = 48
+"""A device that can be killed is a process of its own and takes some 100 MB."""
+
 SLEEPER_SHARE: Final = 0.15
 UNKNOWN_BASE_SHARE: Final = 0.06
 
@@ -136,7 +139,7 @@ def make_population(count: int, seed: int) -> tuple[DevicePlan, ...]:
     rng = random.Random(f"population/{seed}/{count}")
     order = list(range(count))
     rng.shuffle(order)
-    killed = set(order[: _share(count, KILLED_SHARE)])
+    killed = set(order[: min(KILLED_MAX, _share(count, KILLED_SHARE))])
     # Taken from the other end, so that in a large fleet those that are cut off and those that are killed differ.
     cut = set(order[::-1][: _share(count, CUT_SHARE)])
     sleepers = set(rng.sample(range(count), int(count * SLEEPER_SHARE)))

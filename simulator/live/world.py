@@ -38,6 +38,9 @@ CANARY_SHARE: Final = 9
 """One device in so many is a canary, at least two where there are two."""
 
 START_S_MAX: Final = 120.0
+START_S_PER_DEVICE: Final = 0.5
+"""What a large fleet gets beside: its devices load their models one after the other."""
+
 SETTLE_S: Final = 1.0
 """At the end of a rollout the fleet is left alone for this long, so that the pictures show how it ended."""
 
@@ -60,6 +63,7 @@ class World:
         self._observer = observer
         self._folder = folder
         self._started = datetime.now(UTC)
+        self._start_s_max = START_S_MAX + options.devices * START_S_PER_DEVICE
         self._air: list[dict[str, int]] = []  # bytes that reached each device, at the borders of the rollouts
         self._answers: dict[tuple[str, str], list[str]] = {}
         self._rollouts: dict[str, str] = {}  # rollout by version
@@ -103,7 +107,7 @@ class World:
         count = len(self._fleet.devices)
         self._wait(
             lambda: sum(self._server.status()["versions"].values()) == count and self._all_answer(),
-            START_S_MAX,
+            self._start_s_max,
             "not every device has come up",
         )
         processes = sum(device.plan.kill is not None for device in self._fleet.devices.values())
@@ -117,8 +121,10 @@ class World:
         self._observer.begin_phase(f"Good release {GOOD}")
         self._fleet.start_cycles()
         self._roll_out(GOOD)
-        self._wait(lambda: not self.saboteur.is_at_work, START_S_MAX, "a killed device does not come back")
-        self._wait(self._is_at_rest, START_S_MAX, "a device does not come to rest")
+        self._wait(
+            lambda: not self.saboteur.is_at_work, self._start_s_max, "a killed device does not come back"
+        )
+        self._wait(self._is_at_rest, self._start_s_max, "a device does not come to rest")
         self._settle()
         self._ask_all()
         self._air.append(self._fleet.bytes_down)
@@ -127,8 +133,8 @@ class World:
         """Publish the bad version, and wait until the server stops it and the canaries are back."""
         self._observer.begin_phase(f"Bad release {BAD}")
         self._roll_out(BAD)
-        self._wait(self._is_at_rest, START_S_MAX, "a canary does not come to rest")
-        self._wait(self._is_decided, START_S_MAX, "a canary does not report")
+        self._wait(self._is_at_rest, self._start_s_max, "a canary does not come to rest")
+        self._wait(self._is_decided, self._start_s_max, "a canary does not report")
         self._settle()
         self._air.append(self._fleet.bytes_down)
 

@@ -1,10 +1,11 @@
-"""Runs every seed twice, in two processes with other hashes, and compares the digests of their traces."""
+"""Runs every seed twice, in two processes with other hashes side by side, and compares the digests of their traces."""
 
 import argparse
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,12 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1, help="first seed (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=24, help="of each seed (default: %(default)s)")
     given = parser.parse_args()
-    runs = [digests(given.first, given.count, given.devices, hash_seed) for hash_seed in ("1", "4711")]
+
+    def run(hash_seed: str) -> dict[int, str]:
+        return digests(given.first, given.count, given.devices, hash_seed)
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = list(threads.map(run, ("1", "4711")))
     differing = [seed for seed in runs[0] if runs[0][seed] != runs[1].get(seed)]
     sys.stdout.write(f"{len(runs[0])} seeds run twice, {len(differing)} with two digests {differing or ''}\n")
     return 1 if differing or len(runs[0]) != given.count else 0
