@@ -18,13 +18,15 @@ from protocol.messages import ChunkRequest, encode_message, encode_window
 from protocol.topics import Topics
 
 PATIENCE_FIRST_MS: Final = 10_000
-"""Wait for the first chunk: a broker that serves a whole fleet at once takes seconds (measured)."""
+"""Wait for the first chunk after a subscription or a request: a broker that serves a whole fleet at once takes seconds (measured)."""
 
-PATIENCE_MIN_MS: Final = 2_000
+PATIENCE_MIN_MS: Final = 5_000
+"""Wait for the next chunk: a mobile link stands still for seconds between two cells, and then goes on with what was under way."""
+
 PATIENCE_MAX_MS: Final = 60_000
 PATIENCE_CHUNKS: Final = 3
 """First and longest patience are at least the time in which the link carries so many chunks: one that asks for what is on its way
-gets it twice."""
+gets it twice. Every connection on which nothing comes halves the first: on a link that is never up for so long, nobody would ask."""
 
 PATIENCE_GAPS: Final = 6
 """Patience, in multiples of the longest recent gap between chunks. A fixed time made a third of the bytes come twice."""
@@ -104,14 +106,17 @@ class BlobDownload:
         self._groups_outstanding = groups_outstanding
         self._groups: dict[int, _Group] = {}
         self._next_group = 0
-        slow_ms = PATIENCE_CHUNKS * CHUNK_BYTES * 1000 // link_bytes_per_s
-        self._patience_first_ms = max(PATIENCE_FIRST_MS, slow_ms)
-        self._patience_max_ms = max(PATIENCE_MAX_MS, slow_ms)
+        chunk_ms = CHUNK_BYTES * 1000 // link_bytes_per_s
+        self._patience_first_ms = max(PATIENCE_FIRST_MS, PATIENCE_CHUNKS * chunk_ms)
+        self._patience_min_ms = max(PATIENCE_MIN_MS, chunk_ms)
+        self._patience_max_ms = max(PATIENCE_MAX_MS, PATIENCE_CHUNKS * chunk_ms)
+        self._barren = -1  # connections in a row on which nothing came
         self._use_cache = use_cache
         self._direct = not use_cache  # the cache has nothing: ask at once
         self._stalls = 0
         self._gap_ms = 0
-        self._progress_ms: int | None = None
+        self._progress_ms: int | None = None  # last chunk on this connection
+        self._is_flowing = False  # a chunk came since we last asked
         self._unsynced = 0
 
     @property
@@ -125,7 +130,9 @@ class BlobDownload:
         self._next_group = 0
         self._direct = not self._use_cache
         self._stalls = 0
+        self._barren = self._barren + 1 if self._progress_ms is None else 0
         self._progress_ms = None
+        self._is_flowing = False
         yield from self._fill()
         self._wait(now_ms)
 
@@ -167,6 +174,7 @@ class BlobDownload:
             StalledError: Asked often enough.
         """
         self._stalls += 1
+        self._is_flowing = False
         if self._stalls > STALLS_MAX:
             raise StalledError(f"no chunk came after {STALLS_MAX} requests", hint="is a server running?")
         self._direct = True
@@ -220,6 +228,7 @@ class BlobDownload:
         if self._progress_ms is not None:
             self._gap_ms = max(now_ms - self._progress_ms, self._gap_ms * 15 // 16)
         self._progress_ms = now_ms
+        self._is_flowing = True
         self._stalls = 0
         self._wait(now_ms)
 
@@ -227,8 +236,9 @@ class BlobDownload:
         if self.is_complete:
             self.deadline_ms = None
             return
-        patience_ms = self._patience_first_ms
-        if self._gap_ms:
-            patience_ms = min(max(PATIENCE_GAPS * self._gap_ms, PATIENCE_MIN_MS), self._patience_max_ms)
+        patience_ms = max(PATIENCE_GAPS * self._gap_ms, self._patience_min_ms)
+        if not self._is_flowing or not self._gap_ms:
+            patience_ms = max(patience_ms, self._patience_first_ms >> self._barren)
+        patience_ms = min(patience_ms, self._patience_max_ms)
         longest_ms = min(patience_ms << self._stalls, self._patience_max_ms)
         self.deadline_ms = now_ms + self._rng.randint(patience_ms, max(patience_ms, longest_ms))

@@ -101,6 +101,7 @@ class Client:
         self.is_connected = False
         self._connection_id = 0
         self._generation += 1
+        self._device.path.cut(self._device.world.loop.now_us)
 
     def link_changed(self, *, is_up: bool) -> None:
         """The network interface came or went; what is on its way is lost, and the broker is not told."""
@@ -114,6 +115,7 @@ class Client:
         """From now on the connection carries nothing, and neither side knows."""
         self._generation += 1
         self._connection_id = 0
+        self._device.path.cut(self._device.world.loop.now_us)
         delay_s = self._device.world.fault_stream.uniform(*NOTICE_S)
         self._device.world.loop.after(int(delay_s * US_PER_S), self._lost, self._generation)
 
@@ -220,6 +222,7 @@ class Client:
             return
         self._generation += 1
         self._connection_id = 0
+        self._device.path.cut(self._device.world.loop.now_us)
         was_connected, self.is_connected = self.is_connected, False
         if was_connected:
             self._backoff.ended((self._device.world.loop.now_us - self._connected_us) / US_PER_S)

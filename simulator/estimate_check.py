@@ -144,7 +144,7 @@ def _slow_link() -> Iterator[Comparison]:
     result = run(intermittent_scenario(25, 4_000))
     plan = plan_of(result.scenario, result)
     reckoned = estimate.update_bytes(plan.delta_bytes, plan.loss_percent / 100)
-    report = _reporter("4 KB/s", 0.25)
+    report = _reporter("4 KB/s", 0.10)
     yield report("update_bytes", reckoned, result.down_bytes / plan.devices)
 
 

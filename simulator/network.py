@@ -105,11 +105,19 @@ class Path:
         on_air, late_us = self._lost(byte_count)
         self.up_bytes += on_air
         begin_us = max(now_us, self._up_free_us)
-        rate = self._link.up_bytes_per_s * self._rate * self._night(begin_us)
-        self._up_free_us = begin_us + int(on_air * US_PER_S / rate)
+        self._up_free_us = begin_us + int(on_air * US_PER_S / self._up_rate(begin_us))
         arrival_us = self._up_free_us + late_us + self._latency_us()
         self._up_last_us = max(arrival_us, self._up_last_us)
         return self._up_last_us
+
+    def cut(self, now_us: int) -> None:
+        """The connection is lost: what still waits for the air on either side never goes on it."""
+        waiting_us = max(0, self._down_free_us - now_us)
+        self.down_bytes -= int(waiting_us * self._down_rate(now_us) / US_PER_S)
+        waiting_us = max(0, self._up_free_us - now_us)
+        self.up_bytes -= int(waiting_us * self._up_rate(now_us) / US_PER_S)
+        self._down_free_us = self._down_last_us = min(self._down_free_us, now_us)
+        self._up_free_us = self._up_last_us = min(self._up_free_us, now_us)
 
     def hold(self, delay_us: int) -> int:
         """Something holds up the last packet from the broker, and those behind it; when it arrives now."""
@@ -146,6 +154,9 @@ class Path:
         else:
             rate = link.down_bytes_per_s
         return rate * self._rate * self._night(instant_us)
+
+    def _up_rate(self, instant_us: int) -> float:
+        return self._link.up_bytes_per_s * self._rate * self._night(instant_us)
 
     def _night(self, instant_us: int) -> float:
         if self._link.night_rate == 1.0:
