@@ -22,13 +22,15 @@ class Sight:
         state: By its trace.
         version: That answers now.
         is_down: Its process was killed.
-        states_entered: Whether the device was ever offered a version, by version.
+        offered: Versions that it was asked to take.
+        tried: Versions of which a trial began.
     """
 
     state: str
     version: str
     is_down: bool = False
     offered: set[str] = field(default_factory=set)
+    tried: set[str] = field(default_factory=set)
     chunks: Counter[tuple[str, int]] = field(default_factory=Counter)
     asked: int = 0
     answered: int = 0
@@ -98,6 +100,8 @@ class Observer:
             at_ms = self.now_ms if at_epoch_ms is None else at_epoch_ms - self.started_ms
             sight.state = target
             sight.offered.add(version)
+            if target == "trial":
+                sight.tried.add(version)
             if source == "committing" and target == "idle":
                 sight.version = version
             transition = Transition(

@@ -165,6 +165,7 @@ class World:
         totals = sum_up(devices, traffic, GOOD)
         rollouts = [rollout_of(status, observer.started_ms) for status in (good, bad)]
         offered = {device: sight.offered for device, sight in observer.sights.items()}
+        tried = {device: sight.tried for device, sight in observer.sights.items()}
         transitions, faults, phases = observer.copy()
         return Run(
             model=models.title,
@@ -179,7 +180,7 @@ class World:
             phases=phases,
             models=models.figures,
             totals=totals,
-            checks=check_run(totals, devices, models.figures, rollouts[0], rollouts[1], offered),
+            checks=check_run(totals, devices, models.figures, rollouts[0], rollouts[1], offered, tried),
             rollouts=rollouts,
             traffic=traffic,
             devices=devices,

@@ -48,6 +48,7 @@ def check_run(
     good: Rollout,
     bad: Rollout | None,
     offered: dict[str, set[str]],
+    tried: dict[str, set[str]],
 ) -> list[Check]:
     """Judge a run.
 
@@ -57,11 +58,12 @@ def check_run(
         models: From the factory, the good one, the bad one.
         good: Rollout of the good version.
         bad: Rollout of the bad version; `None` where it did not come to that.
-        offered: Versions that each device ever began to fetch, by its own trace.
+        offered: Versions that each device was ever asked to take, by its own trace.
+        tried: Versions of which each device ever began a trial, likewise. Fewer: a rollout may be stopped in between.
     """
     return [
         _reached(totals, good),
-        *_taken_back(devices, bad, offered),
+        *_taken_back(devices, bad, offered, tried),
         *_disturbed(totals),
         *_transferred(totals),
         Check(
@@ -84,7 +86,10 @@ def _reached(totals: Totals, good: Rollout) -> Check:
 
 
 def _taken_back(
-    devices: Sequence[DeviceResult], bad: Rollout | None, offered: dict[str, set[str]]
+    devices: Sequence[DeviceResult],
+    bad: Rollout | None,
+    offered: dict[str, set[str]],
+    tried: dict[str, set[str]],
 ) -> list[Check]:
     names = ("the bad version is rolled back on each canary", "the bad version reaches nobody else")
     if bad is None:
@@ -92,18 +97,19 @@ def _taken_back(
             Check(name=name, wanted="a rollout", measured="none was started", is_passed=False)
             for name in names
         ]
-    tried = {device for device, versions in offered.items() if bad.version in versions}
+    reached = {device for device, versions in offered.items() if bad.version in versions}
+    triers = {device for device, versions in tried.items() if bad.version in versions}
     asked = {member.device for member in bad.members}
     canaries = {member.device for member in bad.members if member.wave == "canary"}
     back = {device.device for device in devices if device.bad_outcome == "rolled_back"}
     others = len(devices) - len(canaries)
-    strays = (asked | tried) - canaries
+    strays = (asked | reached | triers) - canaries
     return [
         Check(
             name=names[0],
             wanted="each one that tried it, rollout stopped",
-            measured=f"{len(back & tried)} of {len(tried)} rolled back, rollout {bad.state}",
-            is_passed=bool(tried) and back == tried and bad.state == "stopped",
+            measured=f"{len(back & triers)} of {len(triers)} rolled back, rollout {bad.state}",
+            is_passed=bool(triers) and back == triers and bad.state == "stopped",
         ),
         Check(
             name=names[1],

@@ -72,7 +72,10 @@ def headline(run: Run) -> str:
         return text
     bad = run.rollouts[1]
     back = sum(device.bad_outcome == "rolled_back" for device in run.devices)
-    tried = sum(device.bad_outcome not in {"", "withdrawn"} for device in run.devices)
+    tried = sum(
+        device.bad_outcome not in {"", "withdrawn"} and device.bad_code != "update.withdrawn"
+        for device in run.devices
+    )
     if tried and back == tried:
         return f"{text}; the bad {bad.version} was taken back on each of the {tried} that tried it"
     return f"{text}; the bad {bad.version} was taken back on {back} of {tried} that tried it"

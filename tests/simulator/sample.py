@@ -174,7 +174,7 @@ def sample_run(count: int = 36, seed: int = 1) -> Run:
         ],
         models=models,
         totals=totals,
-        checks=check_run(totals, results, models, rollouts[0], rollouts[1], offered),
+        checks=check_run(totals, results, models, rollouts[0], rollouts[1], offered, offered),
         rollouts=rollouts,
         traffic=traffic,
         devices=results,

@@ -11,6 +11,7 @@ from rich.console import Console
 from device.states import State
 from simulator.live.display import BANDS
 from simulator.live.population import DEVICES_MAX
+from simulator.report.checks import check_run
 from simulator.report.diagram import places
 from simulator.report.page import PAGE_BYTES_MAX, headline, render_page, verdict
 from simulator.report.record import Answer, Check, Run
@@ -136,3 +137,25 @@ def test_ticks_are_round_and_within_their_range() -> None:
     assert ticks(5.2, 71.1, 8) == [10, 20, 30, 40, 50, 60, 70]
     assert ticks(3, 3, 5) == [3]
     assert number(12.04) == "12"
+
+
+def test_a_canary_that_was_asked_and_released_again_has_tried_nothing() -> None:
+    run = sample_run(36)
+    good, bad = run.rollouts
+    late, *others = (member.device for member in bad.members)
+    devices = [
+        msgspec.structs.replace(each, bad_outcome="failed", bad_code="update.withdrawn")
+        if each.device == late
+        else each
+        for each in run.devices
+    ]
+
+    def is_passed(tried: list[str]) -> bool:
+        offered = {device: {"v3"} for device in (late, *others)}
+        checks = check_run(
+            run.totals, devices, run.models, good, bad, offered, {device: {"v3"} for device in tried}
+        )
+        return next(check.is_passed for check in checks if "rolled back on each canary" in check.name)
+
+    assert is_passed(others)
+    assert not is_passed([late, *others])
