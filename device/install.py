@@ -111,6 +111,8 @@ def _place(disk: Disk, active: SlotName | None, slot: SlotName, item: InstallIte
         assert active is not None
         disk.link(slot_file(active, item.base_name), target)
     elif disk.length(blob_file(Digest(item.blob))) is not None:
+        # That its chunks are there says nothing: they may be the work of a process that ended before its sync, or of a sync that failed.
+        disk.sync(blob_file(Digest(item.blob)))
         disk.replace(blob_file(Digest(item.blob)), target)
     elif disk.length(target) != item.length:
         raise StorageError(f"file {item.name} of the update is neither fetched nor installed")

@@ -1,9 +1,12 @@
 import random
 from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
 
 import pytest
 
 from device import effects, events
+from device.blobs import blob_file
 from device.slots import SlotHealth, SlotName, measure_slot
 from device.states import State
 from protocol.chunks import encode_chunk
@@ -30,6 +33,8 @@ from tests.device.harness import (
     good_evidence,
     model_bytes,
 )
+
+_Item = TypeVar("_Item")
 
 V1 = model_bytes(1)
 V2 = model_bytes(2)
@@ -536,6 +541,40 @@ def test_a_power_cut_at_any_effect_leads_to_the_new_version_or_keeps_the_old(cac
         update = device.reports[-1].update
         assert update is not None
         assert update.outcome == "committed", f"cut at {cut_at}"
+
+
+class LosesAll:
+    """The chance by which a power cut takes everything that was not synced."""
+
+    def choice(self, items: Sequence[_Item], /) -> _Item:
+        return items[0]
+
+    def randrange(self, _count: int, /) -> int:
+        return 0
+
+
+def test_chunks_whose_sync_failed_are_durable_before_they_are_a_version(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    sync, failures = device.disk.sync, ["the last chunk"]
+
+    def failing_once(name: str) -> None:
+        if name == blob_file(digest_of(V2)) and failures:
+            failures.pop()
+            raise StorageError("input/output error")
+        sync(name)
+
+    device.disk.sync = failing_once  # type: ignore[method-assign]  # a disk that fails once
+    ask(device, "v2")
+    device.settle()
+    assert not failures
+    assert "installing failed failed" in device.rows
+    assert device.answer() == digest_of(V2)
+    device.disk.crash(LosesAll())
+    device.boot()
+    device.settle()
+    assert device.answer() == digest_of(V2)
+    assert device.record.active is SlotName.B
 
 
 def test_a_release_that_takes_the_device_down_is_given_up_after_three_trials(cache: Cache) -> None:
