@@ -53,6 +53,11 @@ class Path:
         stream: Chance of this link.
         site: The line that it shares with others, if it does.
         day_us: Time of the day at the start.
+
+    Attributes:
+        down_bytes: On the air towards the device so far, with headers and repetitions.
+        up_bytes: Likewise from the device.
+        rate_factor: Its rates, in units of its kind's.
     """
 
     __slots__ = (
@@ -60,12 +65,12 @@ class Path:
         "_down_free_us",
         "_down_last_us",
         "_link",
-        "_rate",
         "_site",
         "_stream",
         "_up_free_us",
         "_up_last_us",
         "down_bytes",
+        "rate_factor",
         "up_bytes",
     )
 
@@ -76,14 +81,14 @@ class Path:
         self._stream = stream
         self._site = site
         self._day_us = day_us
-        self._rate = stream.spread(1.0, link.spread) if link.spread > 1 else 1.0
+        self.rate_factor = stream.spread(1.0, link.spread) if link.spread > 1 else 1.0
         self._down_free_us = self._up_free_us = 0
         self._down_last_us = self._up_last_us = 0
 
     def planned_bytes_per_s(self) -> int:
         """What the device is configured to plan with: a low rate for a metered link, its share of a line of a site."""
         link = self._link
-        rate = int((link.trace[0][1] if link.trace else link.down_bytes_per_s) * self._rate)
+        rate = int((link.trace[0][1] if link.trace else link.down_bytes_per_s) * self.rate_factor)
         if link.site_devices:
             rate = min(rate, link.site_bytes_per_s // link.site_devices)
         return max(1, rate // (_METERED_SHARE if link.metered else 1))
@@ -153,10 +158,10 @@ class Path:
             rate = next((rate for until_s, rate in link.trace if at_s < until_s), link.trace[-1][1])
         else:
             rate = link.down_bytes_per_s
-        return rate * self._rate * self._night(instant_us)
+        return rate * self.rate_factor * self._night(instant_us)
 
     def _up_rate(self, instant_us: int) -> float:
-        return self._link.up_bytes_per_s * self._rate * self._night(instant_us)
+        return self._link.up_bytes_per_s * self.rate_factor * self._night(instant_us)
 
     def _night(self, instant_us: int) -> float:
         if self._link.night_rate == 1.0:

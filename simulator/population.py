@@ -7,7 +7,7 @@ from simulator.clock import DeviceClock
 from simulator.device import SimulatedDevice
 from simulator.loop import US_PER_S
 from simulator.network import Line, Path
-from simulator.scenario import DeviceKind
+from simulator.scenario import DeviceKind, Scenario
 from simulator.scenario import Link as LinkKind
 from simulator.streams import Stream
 
@@ -28,18 +28,23 @@ def _make_device(world: "World", number: int, sites: dict[str, tuple[Line, int]]
     scenario = world.scenario
     stream = Stream(scenario.seed, "population", number)
     kind = _kind(scenario.population, stream.random())
-    link = Path(
-        kind.link,
-        Stream(scenario.seed, "link", number),
-        _site(kind, sites),
-        int(scenario.start_hour * _HOUR_US),
-    )
+    link = path_of(scenario, number, kind, _site(kind, sites))
     clock = DeviceClock(
         world.loop,
         int(stream.uniform(-kind.clock_off_s, kind.clock_off_s) * 1_000),
         round(stream.uniform(-kind.drift_ppm, kind.drift_ppm)),
     )
     return SimulatedDevice(world, number, kind, link, clock)
+
+
+def kind_of(scenario: Scenario, number: int) -> DeviceKind:
+    """What kind of device a number is."""
+    return _kind(scenario.population, Stream(scenario.seed, "population", number).random())
+
+
+def path_of(scenario: Scenario, number: int, kind: DeviceKind, site: Line | None = None) -> Path:
+    """The link of a device; `site` is the line that it shares."""
+    return Path(kind.link, Stream(scenario.seed, "link", number), site, int(scenario.start_hour * _HOUR_US))
 
 
 def _kind(kinds: tuple[DeviceKind, ...], chance: float) -> DeviceKind:

@@ -1,6 +1,7 @@
 """Everything wired together: one loop, one broker, one server, a fleet; what an operator does; and the end of a run."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Final
 
 from device import effects
@@ -28,6 +29,7 @@ from simulator.population import make_devices
 from simulator.recording import Recorder
 from simulator.results import Sample
 from simulator.scenario import ReleasePlan, Scenario
+from simulator.schedule import boot_instants_us, duty_cycle
 from simulator.server import SimulatedServer
 from simulator.streams import Stream
 from simulator.trace import Trace
@@ -109,12 +111,9 @@ class World:
 
     def begin(self) -> None:
         """Switch everything on."""
-        boots = Stream(self.scenario.seed, "boots", self.scenario.first_device)
-        spread_us = self.scenario.boot_spread_s * US_PER_S
-        for device in self.devices:
-            self.loop.at(int(boots.random() * spread_us), device.switch_on)
-            if device.kind.link.on_s and device.kind.link.off_s:
-                self.loop.at(int(boots.random() * spread_us), self._duty_cycle, device, True)
+        for device, boot_us in zip(self.devices, boot_instants_us(self.scenario), strict=True):
+            self.loop.at(boot_us, device.switch_on)
+            self._follow(device, duty_cycle(self.scenario, device.number, device.kind.link))
             if device.kind.link.online_hours is not None:
                 DailyHours(self, device).begin()
         self.message_faults = self._any("drop", "cut", "duplicate", "delay", "poison")
@@ -284,11 +283,21 @@ class World:
         self.trace.note(self.loop.now_us, device.number, "link up")
         device.transport.link_changed(is_up=True)
 
-    def _duty_cycle(self, device: SimulatedDevice, is_on: bool) -> None:  # noqa: FBT001 - an argument of a scheduled action
-        link = device.kind.link
-        device.transport.link_changed(is_up=is_on)
-        length_s = device.stream.exponential(link.on_s if is_on else link.off_s)
-        self.loop.after(int(length_s * US_PER_S), self._duty_cycle, device, not is_on)
+    def _follow(self, device: SimulatedDevice, changes: Iterator[tuple[int, bool]]) -> None:
+        """Let a link come and go, one change after the other."""
+        change = next(changes, None)
+        if change is not None:
+            instant_us, is_up = change
+            self.loop.at(instant_us, self._change_link, device, is_up, changes)
+
+    def _change_link(
+        self,
+        device: SimulatedDevice,
+        is_up: bool,  # noqa: FBT001 - an argument of a scheduled action
+        changes: Iterator[tuple[int, bool]],
+    ) -> None:
+        device.transport.link_changed(is_up=is_up)
+        self._follow(device, changes)
 
     def power_was_cut(self, device: SimulatedDevice) -> None:
         """A device lost its power: it comes back after a while."""
