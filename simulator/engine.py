@@ -4,13 +4,14 @@ Which release a file is, is decided by its bytes as they are on the disk now; a 
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from device.ports import Model, ModelSource, TrialOrder
 from protocol.errors import EngineError
 from protocol.messages import LatencySummary, TrialEvidence
-from protocol.release import ClassPrompt, Prompt
+from protocol.release import ClassPrompt, HealthPlan, Prompt
 from simulator.disk import Extent, SimulatedDisk
 from simulator.loop import US_PER_MS, US_PER_S
 from simulator.power import PowerCutError
@@ -87,6 +88,11 @@ class LoadedModel(Model):
         self.is_closed = True
 
 
+def _enough(health: HealthPlan) -> int:
+    """Of how many answers fewer good ones fail a trial."""
+    return max(1, math.ceil(len(health.prompts) * health.class_accuracy_min))
+
+
 class SimulatedEngine:
     """The port `device.ports.Engine`.
 
@@ -150,7 +156,7 @@ class SimulatedEngine:
         self.spent_us += max(int(p50_ms * count * US_PER_MS), health.soak_ms * US_PER_MS)
         memory = health.memory_peak_bytes_max
         return TrialEvidence(
-            prompts_passed=stream.randrange(total) if kind == "wrong" else total,
+            prompts_passed=stream.randrange(_enough(health)) if kind == "wrong" else total,
             prompts_total=total,
             load_ms=float(LOAD_MS),
             latency=LatencySummary(p50_ms=p50_ms, p95_ms=p50_ms * 1.2, p99_ms=p50_ms * 1.4),

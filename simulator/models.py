@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -16,7 +17,15 @@ from protocol.delta.needs import in_place_needs
 from protocol.delta.writer import make_delta
 from protocol.errors import RequestError, StorageError
 from protocol.ids import Digest, digest_of
-from protocol.release import ClassPrompt, HealthPlan, InPlaceNeeds, Release, ReleaseFile, Resources
+from protocol.release import (
+    ClassPrompt,
+    HealthPlan,
+    InPlaceNeeds,
+    Release,
+    ReleaseFile,
+    Resources,
+    decode_health_plan,
+)
 from protocol.tensors import BytesSource
 from server.ports import StoredBlob
 from server.releases.publisher import ROLES, Publisher
@@ -107,8 +116,12 @@ def contents_of(scenario: Scenario) -> dict[str, bytes]:
 
 
 def release_of(version: str, data: bytes, model: Model) -> Release:
-    """The description of a release."""
-    prompts = [ClassPrompt(name=f"p{label}", input=[0.0], label=label) for label in range(model.prompts)]
+    """The description of a release.
+
+    Raises:
+        RequestError: The health plan cannot be read.
+        ReleaseError: It is malformed.
+    """
     return Release(
         family=FAMILY,
         version=version,
@@ -116,11 +129,18 @@ def release_of(version: str, data: bytes, model: Model) -> Release:
         runtime_version_min="1.17",
         files=[ReleaseFile(name=FILE_NAME, length=len(data), sha256=digest_of(data))],
         resources=Resources(),
-        health=HealthPlan(
-            prompts=list(prompts),
-            latency_p99_ms_max=LATENCY_P99_MS_MAX,
-            memory_peak_bytes_max=MEMORY_PEAK_BYTES_MAX,
-        ),
+        health=_health_of(model),
+    )
+
+
+def _health_of(model: Model) -> HealthPlan:
+    if model.health:
+        (data,) = _read([model.health])
+        return decode_health_plan(data, model.health)
+    return HealthPlan(
+        prompts=[ClassPrompt(name=f"p{label}", input=[0.0], label=label) for label in range(model.prompts)],
+        latency_p99_ms_max=LATENCY_P99_MS_MAX,
+        memory_peak_bytes_max=MEMORY_PEAK_BYTES_MAX,
     )
 
 
@@ -165,8 +185,12 @@ def _real(model: Model, count: int) -> list[bytes]:
             f"model.files names {len(model.files)} files, needed are {count}",
             hint="one for the factory's version and one for each release",
         )
+    return _read(model.files)
+
+
+def _read(names: Iterable[str]) -> list[bytes]:
     try:
-        return [Path(name).read_bytes() for name in model.files]
+        return [Path(name).read_bytes() for name in names]
     except OSError as error:
         raise RequestError(
             f"{error.filename}: {error.strerror}", hint="give files that can be read"

@@ -87,7 +87,8 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_
 
     bytes: Annotated[int, Meta(ge=1_024, le=1 << 30)] = 256 << 10
     files: tuple[str, ...] = ()  # real files instead: of the factory's version, then of each release
-    prompts: Annotated[int, Meta(ge=1, le=256)] = 4
+    health: Annotated[str, Meta(max_length=4_096)] = ""  # of real files: their health plan
+    prompts: Annotated[int, Meta(ge=1, le=256)] = 4  # of a made-up health plan
 
 
 class Broker(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
