@@ -134,11 +134,13 @@ class Client:
         world.loop.at(arrival_us, self.arrive, self._generation, packet, byte_count)
 
     def closed(self, connection_id: int) -> None:
-        """As `Endpoint.closed`: the reset takes a while to arrive."""
+        """As `Endpoint.closed`: the reset takes a while to arrive; a broker that died has sent nothing more."""
         if connection_id != self._connection_id:
             return
         world = self._device.world
         self._connection_id = 0
+        if not world.broker.is_up:
+            self._device.path.cut(world.loop.now_us)
         world.loop.at(self._device.path.down(world.loop.now_us, 0), self._lost, self._generation)
 
     def arrive(self, generation: int, packet: Packet, byte_count: int) -> None:

@@ -15,7 +15,7 @@ from protocol.messages import Link, Report, decode_message, decode_request, enco
 from protocol.release import DeltaName, Release, encode_release, file_target, release_target
 from protocol.topics import LinkTopic, ReportTopic, RequestTopic, Topics
 from protocol.trust import Target
-from server.adapters.mqtt import ANSWERS_MAX
+from server.adapters.mqtt import ANSWERS_MAX, BACKOFF_MS, BACKOFF_MS_MAX
 from server.broker.packets import Connack, Connect, Packet, Puback, Publish, Suback, Subscribe
 from server.coordinator import Coordinator, CoordinatorLimits
 from server.effects import (
@@ -63,12 +63,10 @@ from simulator.clock import RightClock
 from simulator.loop import US_PER_MS, US_PER_S
 from simulator.models import FLEET, MemoryBlobs, SimulatedDelta, delta_between, publisher_of
 from simulator.network import Line
+from simulator.streams import Stream
 
 if TYPE_CHECKING:
     from simulator.world import World
-
-RECONNECT_US: Final = 500_000
-"""Wait between attempts of the server to reach its broker."""
 
 _SERVER_ID: Final = "whimbrel-server"
 
@@ -161,6 +159,8 @@ class SimulatedServer:
         self._armed_ms: int | None = None
         self._connection_id = 0
         self._is_connected = False
+        self._attempts = 0
+        self._chance = Stream(world.scenario.seed, "server", "reconnect")
         self._line = Line(world.scenario.server.bytes_per_s)
         self._answers: set[tuple[DeviceId, Digest, int]] = set()
         self._rollouts = 0
@@ -184,6 +184,7 @@ class SimulatedServer:
         self._events.clear()
         self._is_busy = False
         self._armed_ms = None
+        self._attempts = 0
         self._answers.clear()
         self._sign(SignMetadata())  # what expires soon
         self._post(self.store.started(self._catalog()))
@@ -382,7 +383,7 @@ class SimulatedServer:
         broker = self._world.broker
         self._connection_id = broker.accept(self)
         if not self._connection_id:
-            self._world.loop.after(RECONNECT_US, self._connect, generation)
+            self._reconnect_later()
             return
         broker.received(self._connection_id, Connect(_SERVER_ID))
 
@@ -393,7 +394,14 @@ class SimulatedServer:
         self._connection_id = 0
         self._is_connected = False
         self._answers.clear()
-        self._world.loop.after(RECONNECT_US, self._connect, self._generation)
+        self._reconnect_later()
+
+    def _reconnect_later(self) -> None:
+        """As the real transport waits."""
+        longest_ms = min(BACKOFF_MS_MAX, BACKOFF_MS << min(self._attempts, 10))
+        self._attempts += 1
+        delay_us = int(self._chance.uniform(0, longest_ms) * US_PER_MS)
+        self._world.loop.after(delay_us, self._connect, self._generation)
 
     def transmit(self, connection_id: int, packet: Packet, byte_count: int) -> None:
         """As `Endpoint.transmit`: server and broker are neighbours, and take no time for each other."""
@@ -409,6 +417,7 @@ class SimulatedServer:
                 broker.received(connection_id, Subscribe(1, filters))
             case Suback():
                 self._is_connected = True
+                self._attempts = 0
                 self._post(BrokerConnected())
 
     def _received(self, packet: Publish) -> None:
