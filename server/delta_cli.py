@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from protocol.delta.format import HEADER_BYTES, Codec, Profile
+from protocol.delta.format import HEADER_BYTES_MIN, Codec, Profile
 from protocol.delta.inspection import Inspection, inspect_delta
 from protocol.delta.reader import DeltaReader
 from protocol.delta.writer import DEFAULT_SEGMENT_BYTES, make_delta
@@ -358,7 +358,7 @@ def _feed_header(reader: DeltaReader, patch: _File, old: _File) -> int:
     offset = 0
     while reader.header is None and offset < patch.length:
         # Byte by byte towards its end, as it may be longer than usual: a segment must not be fed with it.
-        part = patch.read_at(offset, HEADER_BYTES if offset == 0 else 1)
+        part = patch.read_at(offset, HEADER_BYTES_MIN if offset == 0 else 1)
         for _ in reader.feed(part):
             raise AssertionError("there are no segments before the header")
         offset += len(part)

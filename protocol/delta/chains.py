@@ -10,16 +10,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from protocol.delta.bsdiff import encode_bsdiff
-from protocol.delta.codecs import decode_segment, read_tables, read_window, segment_digest
+from protocol.constants import BLOB_BYTES_MAX
+from protocol.delta.bsdiff import encode_bsdiff, read_instructions
+from protocol.delta.codecs import (
+    decode_segment,
+    read_tables,
+    read_window,
+    segment_checksum,
+    segment_digest,
+)
 from protocol.delta.compression import compress
 from protocol.delta.context import ContextModel
 from protocol.delta.format import (
     PARAMETER_BYTES_MAX,
     SEGMENT_DIGEST_BYTES,
+    WITH_DIGEST,
     Codec,
     Header,
     Profile,
+    Reach,
     SegmentHeader,
 )
 from protocol.delta.gain import with_gains
@@ -29,6 +38,7 @@ from protocol.delta.modelling import Choice, Modeller
 from protocol.delta.notes import Notes
 from protocol.delta.planner import SegmentPlan
 from protocol.delta.runs import write_context_runs
+from protocol.delta.splitting import split
 from protocol.delta.tensor import encode_tensor, write_runs
 from protocol.errors import ModelFileError
 from protocol.tensors.regions import BytesSource, ReadAt, Region
@@ -42,6 +52,10 @@ _SELF_EFFORTS = {Profile.FAST: "fast", Profile.SMALL: "smallest"}
 _POOR_RATIO = 0.8
 _SAMPLE_BYTES = 64 << 10
 _PROBES, _PROBE_BYTES = 64, 32
+_RECORD_BYTES = 14
+"""Of a segment without digest, about."""
+
+_ANYWHERE = Reach(BLOB_BYTES_MAX, BLOB_BYTES_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +133,19 @@ class _Encoded:
 
     codec: Codec
     body: bytes
+    length: int  # of the result
     parameter_length: int = 0
     window_offset: int = 0
     window_length: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes in the delta file, about."""
+        return len(self.body) + _RECORD_BYTES + (SEGMENT_DIGEST_BYTES if self.codec in WITH_DIGEST else 0)
+
+
+def _size(parts: Iterable[_Encoded]) -> int:
+    return sum(part.size for part in parts)
 
 
 class _Chain:
@@ -148,46 +172,86 @@ class _Chain:
         window = read_window(self._base, plan.window_offset, plan.window_length)
         continues = self._has_model
         before = self._model.snapshot()
-        best = min(self._candidates(plan, result, window), key=lambda encoded: len(encoded.body))
-        if best.codec is Codec.CONTEXT:
+        best = self._best(plan, result, window)
+        codecs = {part.codec for part in best}
+        if Codec.CONTEXT in codecs:
             self._has_model = True
         else:
             self._model.rewind(before)
-        segment = SegmentHeader(
-            best.codec,
-            best.parameter_length,
-            len(result),
-            best.window_offset,
-            best.window_length,
-            len(best.body) - best.parameter_length,
-            segment_digest(result),
-            zlib.crc32(best.body),
-            continues and best.codec is Codec.CONTEXT,
-        )
         # The check is against what was hashed, so a wrong encoder can never write a wrong file.
         source = _Window(self._base.length, plan.window_offset, window)
-        decode_segment(segment, best.body, source, self._job.header, self._check)
-        self._notes.add(plan, result, window, is_copy=best.codec is Codec.COPY)
-        self._records.append((segment, best.body))
+        position = 0
+        for part in best:
+            expected = result[position : position + part.length]
+            self._put(part, expected, source, continues=continues and part.codec is Codec.CONTEXT)
+            position += part.length
+        assert position == len(result)
+        self._notes.add(plan, result, window, is_copy=codecs == {Codec.COPY})
 
-    def _candidates(self, plan: SegmentPlan, result: bytes, window: bytes) -> list[_Encoded]:
+    def _put(self, part: _Encoded, result: bytes, source: ReadAt, *, continues: bool) -> None:
+        segment = SegmentHeader(
+            part.codec,
+            part.parameter_length,
+            part.length,
+            part.window_offset,
+            part.window_length,
+            len(part.body) - part.parameter_length,
+            segment_digest(part.codec, result),
+            segment_checksum(part.codec, result, part.body),
+            continues,
+        )
+        if part.codec is Codec.COPY:
+            decoded = source.read_at(part.window_offset, part.window_length)
+        else:
+            decoded = decode_segment(segment, part.body, source, self._job.header, self._check)
+        assert decoded == result, f"a {part.codec.name} segment does not give what was encoded"
+        self._records.append((segment, part.body))
+
+    def _best(self, plan: SegmentPlan, result: bytes, window: bytes) -> list[_Encoded]:
+        """Return the smallest that gives a segment's result, part by part."""
         at = _find_copy(plan, result, window)
         if at is not None:
-            return [_Encoded(Codec.COPY, b"", 0, plan.window_offset + at, len(result))]
-        found = [_Encoded(Codec.RAW, result)]
+            return [_Encoded(Codec.COPY, b"", len(result), 0, plan.window_offset + at, len(result))]
+        found = self._candidates(plan, result, window)
+        best = [min(found, key=lambda encoded: encoded.size)]
+        if plan.runs or found[-1].codec is not Codec.BSDIFF:
+            return best
+        parts = self._parts(plan, result, window, read_instructions(found[-1].body, len(result)))
+        return min(best, parts, key=_size) if parts else best
+
+    def _parts(
+        self, plan: SegmentPlan, result: bytes, window: bytes, instructions: list[tuple[int, int, int]]
+    ) -> list[_Encoded]:
+        """Return copies and the bytes between; nothing if that would be too many."""
+        reach = self._job.header.reach or _ANYWHERE
+        ahead = plan.window_offset - plan.result_offset
+        moved = (-reach.behind_bytes - ahead, reach.ahead_bytes - ahead)
+        parts: list[_Encoded] = []
+        for stretch in split(result, window, instructions, moved):
+            data = result[stretch.start : stretch.start + stretch.length]
+            if stretch.window_start is None:
+                packed = _Encoded(Codec.SELF, compress(data, self._self_effort), len(data))
+                parts.append(min(_Encoded(Codec.RAW, data, len(data)), packed, key=lambda part: part.size))
+            else:
+                at = plan.window_offset + stretch.window_start
+                parts.append(_Encoded(Codec.COPY, b"", len(data), 0, at, len(data)))
+        return parts
+
+    def _candidates(self, plan: SegmentPlan, result: bytes, window: bytes) -> list[_Encoded]:
+        found = [_Encoded(Codec.RAW, result, len(result))]
         if plan.runs:
             encode = self._tensor if self._job.is_portable else self._context
             found.append(encode(plan, result, window))
             is_poor = len(found[-1].body) > _POOR_RATIO * len(result)
             if is_poor:
-                found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
+                found.append(_Encoded(Codec.SELF, compress(result, self._self_effort), len(result)))
             if encode != self._tensor:
                 found += self._in_planes(plan, result, window, found, is_poor=is_poor)
         else:
-            found.append(_Encoded(Codec.SELF, compress(result, self._self_effort)))
+            found.append(_Encoded(Codec.SELF, compress(result, self._self_effort), len(result)))
             if window and _is_alike(result, window):
                 body = encode_bsdiff(result, window, self._effort)
-                found.append(_Encoded(Codec.BSDIFF, body, 0, plan.window_offset, len(window)))
+                found.append(_Encoded(Codec.BSDIFF, body, len(result), 0, plan.window_offset, len(window)))
         return found
 
     def _in_planes(
@@ -201,7 +265,7 @@ class _Chain:
         if not is_poor and (tensor is None or tensor in self._not_in_planes):
             return []
         planes = self._tensor(plan, result, window)
-        if tensor is not None and len(planes.body) > min(len(other.body) for other in others):
+        if tensor is not None and planes.size > min(other.size for other in others):
             self._not_in_planes.add(tensor)
         return [planes]
 
@@ -214,16 +278,14 @@ class _Chain:
         parameters = write_context_runs(runs)
         assert len(parameters) <= PARAMETER_BYTES_MAX
         body = parameters + self._model.encode(runs, window, result)
-        return _Encoded(Codec.CONTEXT, body, len(parameters), plan.window_offset, len(window))
+        return _Encoded(Codec.CONTEXT, body, len(result), len(parameters), plan.window_offset, len(window))
 
     def _write_tables(self, content: bytes) -> None:
         """Send a basis, unless it is the one that was sent last."""
         if self._check.basis is not None and self._check.basis.pack() == content:
             return
         body = compress(content, "smallest")
-        record = SegmentHeader(
-            Codec.TABLES, 0, 0, 0, 0, len(body), bytes(SEGMENT_DIGEST_BYTES), zlib.crc32(body)
-        )
+        record = SegmentHeader(Codec.TABLES, 0, 0, 0, 0, len(body), b"", zlib.crc32(body))
         self._check.basis = self._model.basis = read_tables(record, body)
         self._records.append((record, body))
 
@@ -232,7 +294,7 @@ class _Chain:
         parameters = write_runs(runs)
         assert len(parameters) <= PARAMETER_BYTES_MAX
         body = parameters + encode_tensor(result, window, runs, self._effort)
-        return _Encoded(Codec.TENSOR, body, len(parameters), plan.window_offset, len(window))
+        return _Encoded(Codec.TENSOR, body, len(result), len(parameters), plan.window_offset, len(window))
 
 
 class _Window(BytesSource):

@@ -9,6 +9,7 @@ from protocol.delta.context import ContextModel
 from protocol.delta.format import (
     SEGMENT_DIGEST_BYTES,
     TABLES_BYTES_MAX,
+    WITH_DIGEST,
     Codec,
     Header,
     SegmentHeader,
@@ -32,9 +33,22 @@ def read_window(base: ReadAt, offset: int, length: int) -> bytes:
     return window
 
 
-def segment_digest(result: bytes) -> bytes:
-    """Return the digest that a segment header carries."""
-    return hashlib.sha256(result).digest()[:SEGMENT_DIGEST_BYTES]
+def segment_digest(codec: Codec, result: bytes) -> bytes:
+    """Return the digest that a segment header carries, if it carries one."""
+    return hashlib.sha256(result).digest()[:SEGMENT_DIGEST_BYTES] if codec in WITH_DIGEST else b""
+
+
+def segment_checksum(codec: Codec, result: bytes, body: bytes) -> int:
+    """Return the checksum that a segment header carries."""
+    return zlib.crc32(result if codec is Codec.COPY else body)
+
+
+def wrong_base(offset: int) -> WrongBaseError:
+    """Return the error of a base that does not give what was announced, though the delta is whole."""
+    return WrongBaseError(
+        f"the base at byte {offset} does not give the announced result",
+        hint="the delta was made for another file, or the base is damaged",
+    )
 
 
 def read_tables(segment: SegmentHeader, body: bytes) -> Basis:
@@ -48,7 +62,7 @@ def read_tables(segment: SegmentHeader, body: bytes) -> Basis:
 
 
 def _check_body(segment: SegmentHeader, body: bytes) -> None:
-    if zlib.crc32(body) != segment.body_crc:
+    if zlib.crc32(body) != segment.checksum:
         raise PatchError(f"the payload of a {segment.codec.name.lower()} record is damaged")
 
 
@@ -58,7 +72,7 @@ def decode_segment(
     """Return the result of a segment that `check_segment` accepted, verified by its digest.
 
     Args:
-        segment: Its header.
+        segment: Its header; not of a copy, which may be too long to be made at once.
         body: Parameters and payload.
         base: The base.
         header: Of the file.
@@ -72,20 +86,15 @@ def decode_segment(
     _check_body(segment, body)
     window = read_window(base, segment.window_offset, segment.window_length)
     result = _decode(segment, body, window, header, model)
-    if len(result) != segment.result_length or segment_digest(result) != segment.digest:
+    if len(result) != segment.result_length or segment_digest(segment.codec, result) != segment.digest:
         if segment.window_length:
-            raise WrongBaseError(
-                f"the base at byte {segment.window_offset} does not give the announced result",
-                hint="the delta was made for another file, or the base is damaged",
-            )
+            raise wrong_base(segment.window_offset)
         raise PatchError("a segment does not give the announced result")
     return result
 
 
 def _decode(segment: SegmentHeader, body: bytes, window: bytes, header: Header, model: ContextModel) -> bytes:
     codec = segment.codec
-    if codec is Codec.COPY:
-        return window
     if codec is Codec.RAW:
         return body
     if codec is Codec.SELF:

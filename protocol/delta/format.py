@@ -1,17 +1,17 @@
 """The delta file's byte layout: header, segment headers, end record. SPEC section 6.
 
 Only packing, unpacking and the checks that need nothing but the bytes themselves. All integers are little-endian. CRC-32
-finds every damage of up to 32 bits in a row at once, before a decoder runs; it protects against nobody. What protects
-is the signature over the whole file, the SHA-256 of the result, and the digest of each segment.
+finds damage before a decoder runs; it protects against nobody. What protects is the signature over the whole file, the
+SHA-256 of the result, and the digest of each segment that is computed from the base.
 """
 
 import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
 
 from protocol.constants import BLOB_BYTES_MAX
+from protocol.delta.symbols import write_signed, write_varint
 from protocol.errors import PatchError, PatchLimitError
 
 # --- Specification constants ------------------------------------------------------------------------------------
@@ -19,12 +19,12 @@ from protocol.errors import PatchError, PatchLimitError
 MAGIC = b"\x89WBD\r\n\x1a\n"
 """As PNG does it: a file that went through a text conversion is recognised."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CODEC_REVISION = 2
 """Raised when a codec of the ladder changes its meaning; a reader refuses a later one before the first segment."""
 
 SEGMENT_BYTES_MAX = 4 << 20
-"""Result of one segment: what a device redoes at most after a power cut."""
+"""Result of one segment, or of one piece of a copy: what a device redoes at most after a power cut."""
 
 WINDOW_BYTES_MAX = 8 << 20
 """Base window of one segment."""
@@ -41,17 +41,20 @@ NOTES_MAX = 16
 SEGMENT_DIGEST_BYTES = 16
 """SHA-256 cut to 128 bits: no second preimage can be found, and the whole result is verified with all 256."""
 
-_HEADER = struct.Struct("<8sHHBBHQQ32s32sQI")
-HEADER_PREFIX_BYTES = 12
-HEADER_BYTES = _HEADER.size + 4
-HEADER_BYTES_MAX = 4096
+_PREFIX = struct.Struct("<8sHH")
+HEADER_PREFIX_BYTES = _PREFIX.size
+HEADER_BYTES_MIN = HEADER_PREFIX_BYTES + 3 + 4 + 64 + 4
+"""With lengths of one byte each, and without an extension."""
 
-_SEGMENT = struct.Struct("<BBHIIIQ16sI")
-_END = struct.Struct("<BBHIQQ16sI")
-RECORD_BYTES = _SEGMENT.size + 4
-_REACH = struct.Struct("<II")  # extension of the header with FLAG_IN_PLACE
+HEADER_BYTES_MAX = 4096
+_KIND = struct.Struct("<BBB")  # profile, flags, codec revision
+_DIGESTS = struct.Struct("<32s32s")
+
+VARINT_BYTES_MAX = 6
+"""Offsets and lengths are at most 2**40, differences of them twice that."""
+
 _CRC = struct.Struct("<I")
-_OFFSET = struct.Struct("<Q")
+_SEED = struct.Struct("<QQ")
 
 
 class Codec(IntEnum):
@@ -75,8 +78,8 @@ class Profile(IntEnum):
     SMALL = 2
 
 
-FLAG_CONTINUES = 1
-"""Segment flag: a context segment goes on with the model that the one before left behind."""
+FLAG_CONTINUES = 0x80
+"""In a record's first byte: a context segment goes on with the model that the one before left behind."""
 
 FLAG_IN_PLACE = 2
 """Header flag: made for application in place. Flag 1 is reserved for descending order; this version neither sets nor accepts it."""
@@ -86,6 +89,23 @@ REACH_BYTES_MAX = 8 << 20
 it has overwritten. Enough for a header or a vocabulary that grew."""
 
 WITHOUT_RESULT = frozenset({Codec.TABLES, Codec.NOTES})
+
+_LENGTHS: dict[Codec, tuple[str, ...]] = {
+    Codec.COPY: ("result_length", "window_offset"),
+    Codec.RAW: ("result_length",),
+    Codec.SELF: ("result_length", "payload_length"),
+    Codec.BSDIFF: ("result_length", "payload_length", "window_offset", "window_length"),
+    Codec.TENSOR: ("result_length", "payload_length", "window_offset", "window_length", "parameter_length"),
+    Codec.CONTEXT: ("result_length", "payload_length", "window_offset", "window_length", "parameter_length"),
+    Codec.TABLES: ("payload_length",),
+    Codec.NOTES: ("payload_length",),
+}
+"""Which offsets and lengths the record of a codec holds, in order; what is missing is 0, or follows from the result's length."""
+
+WITH_DIGEST = frozenset({Codec.BSDIFF, Codec.TENSOR, Codec.CONTEXT})
+"""Codecs that compute with the base. The checksum of all others is one of their result, or of what alone decides it."""
+
+RECORD_BYTES_MAX = 1 + 5 * VARINT_BYTES_MAX + SEGMENT_DIGEST_BYTES + 4 + 4
 
 TABLES_BYTES_MAX = 65_536
 """Content of one tables record, unpacked and packed."""
@@ -131,23 +151,20 @@ class Header:
 
     def pack(self) -> bytes:
         """Return the header with its checksum."""
-        extension = _REACH.pack(self.reach.behind_bytes, self.reach.ahead_bytes) if self.reach else b""
-        body = _HEADER.pack(
-            MAGIC,
-            FORMAT_VERSION,
-            HEADER_BYTES + len(extension),
-            self.profile,
-            FLAG_IN_PLACE if self.reach else 0,
-            CODEC_REVISION,
+        body = bytearray(_KIND.pack(self.profile, FLAG_IN_PLACE if self.reach else 0, CODEC_REVISION))
+        for length in (
             self.base_length,
             self.result_length,
-            self.base_sha256,
-            self.result_sha256,
             self.decoder_memory_bytes,
             self.segment_bytes_max,
-        )
-        body += extension
-        return body + _CRC.pack(zlib.crc32(body))
+        ):
+            write_varint(length, body)
+        body += _DIGESTS.pack(self.base_sha256, self.result_sha256)
+        if self.reach:
+            write_varint(self.reach.behind_bytes, body)
+            write_varint(self.reach.ahead_bytes, body)
+        packed = _PREFIX.pack(MAGIC, FORMAT_VERSION, HEADER_PREFIX_BYTES + len(body) + _CRC.size) + body
+        return packed + _CRC.pack(zlib.crc32(packed))
 
     @classmethod
     def unpack(cls, data: bytes) -> "Header":
@@ -159,37 +176,72 @@ class Header:
         """
         if zlib.crc32(data[:-4]) != _CRC.unpack(data[-4:])[0]:
             raise PatchError("the delta file's header is damaged")
-        fields = _HEADER.unpack_from(data)
-        _, _, _, profile, flags, revision, base_length, result_length, base, result, memory, segment_bytes = (
-            fields
-        )
-        if revision > CODEC_REVISION:
-            raise PatchError(
-                f"the delta file needs codec revision {revision}", hint="install a newer Whimbrel"
-            )
-        if flags & ~FLAG_IN_PLACE:
-            raise PatchError(f"the delta file has unknown flags {flags:#x}", hint="install a newer Whimbrel")
-        if profile not in set(Profile):
-            raise PatchError(f"the delta file has the unknown profile {profile}")
+        fields = _Fields(data[:-4], HEADER_PREFIX_BYTES)
+        try:
+            profile, flags, revision = _KIND.unpack(fields.take(_KIND.size))
+            if revision > CODEC_REVISION:
+                raise PatchError(
+                    f"the delta file needs codec revision {revision}", hint="install a newer Whimbrel"
+                )
+            if flags & ~FLAG_IN_PLACE:
+                raise PatchError(
+                    f"the delta file has unknown flags {flags:#x}", hint="install a newer Whimbrel"
+                )
+            if profile not in set(Profile):
+                raise PatchError(f"the delta file has the unknown profile {profile}")
+            base_length, result_length, memory, segment_bytes = (fields.varint() for _ in range(4))
+            base, result = _DIGESTS.unpack(fields.take(_DIGESTS.size))
+            reach = Reach(fields.varint(), fields.varint()) if flags & FLAG_IN_PLACE else None
+        except _CutError:
+            raise PatchError("the delta file's header ends inside a field") from None
         if max(base_length, result_length) > BLOB_BYTES_MAX:
             raise PatchLimitError(f"the delta file is for files of more than {BLOB_BYTES_MAX} bytes")
         if not 1 <= segment_bytes <= SEGMENT_BYTES_MAX:
             raise PatchLimitError(
                 f"the delta file has segments of {segment_bytes} bytes, limit {SEGMENT_BYTES_MAX}"
             )
-        reach = _read_reach(data[_HEADER.size : -4]) if flags & FLAG_IN_PLACE else None
+        if reach and max(reach.behind_bytes, reach.ahead_bytes) > REACH_BYTES_MAX:
+            raise PatchLimitError(
+                f"the delta file reaches {reach.behind_bytes} bytes behind its result, limit {REACH_BYTES_MAX}"
+            )
         return cls(Profile(profile), base_length, base, result_length, result, memory, segment_bytes, reach)
 
 
-def _read_reach(extension: bytes) -> Reach:
-    if len(extension) < _REACH.size:
-        raise PatchError("the delta file is for application in place and does not say how far it reaches")
-    reach = Reach(*_REACH.unpack_from(extension))
-    if max(reach.behind_bytes, reach.ahead_bytes) > REACH_BYTES_MAX:
-        raise PatchLimitError(
-            f"the delta file reaches {reach.behind_bytes} bytes behind its result, limit {REACH_BYTES_MAX}"
-        )
-    return reach
+class _CutError(Exception):
+    """A field goes on after the bytes that are there."""
+
+
+class _Fields:
+    """Reads the fields of a header or a record forward; a signed varint and a varint are those of SPEC section 6.
+
+    Raises:
+        _CutError: From every method: there are too few bytes.
+    """
+
+    def __init__(self, data: bytes, position: int) -> None:
+        self._data = data
+        self.position = position
+
+    def take(self, length: int) -> bytes:
+        end = self.position + length
+        if end > len(self._data):
+            raise _CutError
+        taken = self._data[self.position : end]
+        self.position = end
+        return taken
+
+    def varint(self) -> int:
+        value = 0
+        for shift in range(0, 7 * VARINT_BYTES_MAX, 7):
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise PatchError(f"a number in the delta file has more than {VARINT_BYTES_MAX} bytes")
+
+    def signed(self) -> int:
+        value = self.varint()
+        return -(value + 1 >> 1) if value & 1 else value >> 1
 
 
 def header_length(prefix: bytes) -> int:
@@ -202,10 +254,12 @@ def header_length(prefix: bytes) -> int:
         raise PatchError(
             "not a delta file", hint="the first bytes are not those that `whimbrel delta make` writes"
         )
-    version, length = struct.unpack_from("<HH", prefix, 8)
-    if version != FORMAT_VERSION:
+    _, version, length = _PREFIX.unpack_from(prefix)
+    if version > FORMAT_VERSION:
         raise PatchError(f"the delta file has format version {version}", hint="install a newer Whimbrel")
-    if not HEADER_BYTES <= length <= HEADER_BYTES_MAX:
+    if version < FORMAT_VERSION:
+        raise PatchError(f"the delta file has format version {version}", hint="make the delta again")
+    if not HEADER_BYTES_MIN <= length <= HEADER_BYTES_MAX:
         raise PatchError(f"the delta file's header has a wrong length of {length}")
     return int(length)
 
@@ -221,12 +275,10 @@ class SegmentHeader:
         window_offset: Where the base window starts.
         window_length: Bytes of base that the codec may look at.
         payload_length: Bytes after the parameters.
-        digest: First half of the SHA-256 of the segment's result.
-        body_crc: CRC-32 of parameters and payload.
+        digest: First half of the SHA-256 of the segment's result; empty for codecs that are not in `WITH_DIGEST`.
+        checksum: CRC-32 of parameters and payload; of the result for a copy.
         continues: The segment needs the model that the context segment before it left behind.
     """
-
-    SIZE: ClassVar[int] = RECORD_BYTES
 
     codec: Codec
     parameter_length: int
@@ -235,7 +287,7 @@ class SegmentHeader:
     window_length: int
     payload_length: int
     digest: bytes
-    body_crc: int
+    checksum: int
     continues: bool = False
 
     @property
@@ -245,35 +297,31 @@ class SegmentHeader:
 
     def pack(self, position: "Position") -> bytes:
         """Return the record, bound to its place in this file."""
-        body = _SEGMENT.pack(
-            self.codec,
-            FLAG_CONTINUES if self.continues else 0,
-            self.parameter_length,
-            self.result_length,
-            self.window_length,
-            self.payload_length,
-            self.window_offset,
-            self.digest,
-            self.body_crc,
-        )
-        return body + _CRC.pack(zlib.crc32(body, position.seed()))
+        body = bytearray((self.codec | (FLAG_CONTINUES if self.continues else 0),))
+        for name in _LENGTHS[self.codec]:
+            if name == "window_offset":
+                write_signed(self.window_offset - position.result_offset, body)
+            elif name == "window_length":
+                write_signed(self.window_length - self.result_length, body)
+            else:
+                write_varint(getattr(self, name), body)
+        if self.codec in WITH_DIGEST:
+            body += self.digest
+        body += _CRC.pack(self.checksum)
+        return bytes(body) + _CRC.pack(zlib.crc32(body, position.seed()))
 
 
 @dataclass(frozen=True, slots=True)
 class EndRecord:
-    """The last record: what must have been seen by then."""
-
-    segments: int
-    result_length: int
-    patch_length: int
-    digest: bytes
+    """The last record. That it stands where it stands says how long the file is, and its result."""
 
     def pack(self, position: "Position") -> bytes:
         """Return the record, bound to its place in this file."""
-        body = _END.pack(
-            Codec.END, 0, 0, self.segments, self.result_length, self.patch_length, self.digest, 0
-        )
+        body = bytes((Codec.END,))
         return body + _CRC.pack(zlib.crc32(body, position.seed()))
+
+
+END_BYTES = 1 + _CRC.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,40 +340,72 @@ class Position:
 
     def seed(self) -> int:
         """Return the value that the record's CRC-32 starts from."""
-        return zlib.crc32(_OFFSET.pack(self.patch_offset) + _OFFSET.pack(self.result_offset), self.header_crc)
+        return zlib.crc32(_SEED.pack(self.patch_offset, self.result_offset), self.header_crc)
 
 
-def unpack_record(data: bytes, position: Position) -> SegmentHeader | EndRecord:
+def unpack_record(data: bytes, position: Position) -> tuple[SegmentHeader | EndRecord, int] | None:
     """Read the record at `position`.
+
+    Args:
+        data: Bytes from there on; `RECORD_BYTES_MAX` are always enough.
+        position: Where it stands.
+
+    Returns:
+        The record and its length in bytes; None if it goes on after `data`.
 
     Raises:
         PatchError: It is damaged, or of a kind that this version does not know.
     """
-    if zlib.crc32(data[:-4], position.seed()) != _CRC.unpack(data[-4:])[0]:
+    fields = _Fields(data, 0)
+    try:
+        record = _read_record(fields, position)
+        end = fields.position
+        (crc,) = _CRC.unpack(fields.take(_CRC.size))
+    except _CutError:
+        return None
+    if zlib.crc32(data[:end], position.seed()) != crc:
         raise PatchError(f"the record at byte {position.patch_offset} of the delta file is damaged")
-    if data[1] & ~(FLAG_CONTINUES if data[0] == Codec.CONTEXT else 0):
-        raise PatchError(f"a segment has unknown flags {data[1]:#x}", hint="install a newer Whimbrel")
-    if data[0] == Codec.END:
-        _, _, zero, segments, result_length, patch_length, digest, zeros = _END.unpack_from(data)
-        if zero or zeros:
-            raise PatchError("the end record has unknown fields")
-        return EndRecord(segments, result_length, patch_length, digest)
-    codec, flags, parameters, result_length, window_length, payload, window_offset, digest, crc = (
-        _SEGMENT.unpack_from(data)
-    )
-    if codec not in set(Codec):
-        raise PatchError(f"a segment has the unknown codec {codec}", hint="install a newer Whimbrel")
+    return record, fields.position
+
+
+def _read_record(fields: _Fields, position: Position) -> SegmentHeader | EndRecord:
+    """Read a record up to its own checksum; whatever it says is not to be believed before that was compared."""
+    tag = fields.take(1)[0]
+    if tag == Codec.END:
+        return EndRecord()
+    number, continues = tag & ~FLAG_CONTINUES, bool(tag & FLAG_CONTINUES)
+    if number not in _LENGTHS or (continues and number != Codec.CONTEXT):
+        raise PatchError(
+            f"the record at byte {position.patch_offset} of the delta file has the unknown kind {tag}",
+            hint="it is damaged, or made for a newer Whimbrel",
+        )
+    codec = Codec(number)
+    names = _LENGTHS[codec]
+    found = {name: fields.signed() if name.startswith("window") else fields.varint() for name in names}
+    result_length = found.get("result_length", 0)
+    window_offset = found["window_offset"] + position.result_offset if "window_offset" in found else 0
+    window_length = found["window_length"] + result_length if "window_length" in found else 0
+    digest = fields.take(SEGMENT_DIGEST_BYTES) if codec in WITH_DIGEST else b""
     return SegmentHeader(
-        Codec(codec),
-        parameters,
+        codec,
+        found.get("parameter_length", 0),
         result_length,
         window_offset,
-        window_length,
-        payload,
+        result_length if codec is Codec.COPY else window_length,
+        result_length if codec is Codec.RAW else found.get("payload_length", 0),
         digest,
-        crc,
-        bool(flags & FLAG_CONTINUES),
+        _CRC.unpack(fields.take(_CRC.size))[0],
+        continues,
     )
+
+
+def joined_checksum(first: int, second: int, second_length: int) -> int:
+    """Return the CRC-32 of two stretches, one after the other, from theirs.
+
+    CRC-32 is linear: what the first one left runs on over as many zeros, beside the second.
+    """
+    zeros = bytes(second_length)
+    return zlib.crc32(zeros, first) ^ zlib.crc32(zeros) ^ second
 
 
 def check_segment(segment: SegmentHeader, header: Header, result_offset: int) -> None:
@@ -338,42 +418,39 @@ def check_segment(segment: SegmentHeader, header: Header, result_offset: int) ->
     if segment.codec in WITHOUT_RESULT:
         _check_without_result(segment)
         return
-    if not 1 <= segment.result_length <= header.segment_bytes_max:
-        raise PatchLimitError(
-            f"a segment has {segment.result_length} bytes, limit {header.segment_bytes_max}"
-        )
+    is_copy = segment.codec is Codec.COPY
+    longest = header.result_length if is_copy else header.segment_bytes_max
+    if not 1 <= segment.result_length <= longest:
+        raise PatchLimitError(f"a segment has {segment.result_length} bytes, limit {longest}")
     if result_offset + segment.result_length > header.result_length:
         raise PatchError("a segment reaches past the end of the result")
     if segment.payload_length > segment.result_length + PAYLOAD_SLACK_BYTES:
         raise PatchLimitError(
             f"a segment has a payload of {segment.payload_length} bytes, more than its result"
         )
-    if segment.window_length > WINDOW_BYTES_MAX:
+    if not is_copy and not 0 <= segment.window_length <= WINDOW_BYTES_MAX:
         raise PatchLimitError(
             f"a segment has a base window of {segment.window_length} bytes, limit {WINDOW_BYTES_MAX}"
         )
-    if segment.window_offset + segment.window_length > header.base_length:
-        raise PatchError("a segment's base window reaches past the end of the base")
+    if segment.window_offset < 0 or segment.window_offset + segment.window_length > header.base_length:
+        raise PatchError("a segment's base window leaves the base")
     behind = result_offset - segment.window_offset if segment.window_length else 0
     if header.reach is not None and behind > header.reach.behind_bytes:
         raise PatchError(
             f"a segment reaches {behind} bytes behind its result, {header.reach.behind_bytes} were declared"
         )
-    _check_codec_lengths(segment)
-    needed = segment_memory_bytes(
-        segment.codec, segment.result_length, segment.window_length, segment.body_length
-    )
-    if needed > header.decoder_memory_bytes:
+    if (segment.parameter_length > 0) != (segment.codec in {Codec.TENSOR, Codec.CONTEXT}):
+        raise PatchError(f"a {segment.codec.name.lower()} segment has no parameters")
+    if segment.parameter_length > PARAMETER_BYTES_MAX:
         raise PatchLimitError(
-            f"a segment needs {needed} bytes of memory, {header.decoder_memory_bytes} were declared"
+            f"a segment has {segment.parameter_length} bytes of parameters, limit {PARAMETER_BYTES_MAX}"
         )
+    check_memory(segment, header)
 
 
 def _check_without_result(segment: SegmentHeader) -> None:
     name = segment.codec.name.lower()
     limit = NOTES_BYTES_MAX if segment.codec is Codec.NOTES else TABLES_BYTES_MAX
-    if segment.result_length or segment.window_length or segment.parameter_length:
-        raise PatchError(f"a {name} record has a result")
     if segment.payload_length > limit:
         raise PatchLimitError(f"a {name} record has {segment.payload_length} bytes, limit {limit}")
 
@@ -384,26 +461,14 @@ def check_memory(segment: SegmentHeader, header: Header, working_bytes: int = 0)
     Raises:
         PatchLimitError: It takes more.
     """
-    needed = segment_memory_bytes(
-        segment.codec, segment.result_length, segment.window_length, segment.body_length, working_bytes
-    )
+    # A copy is made piece by piece, each as long as a segment may be.
+    piece = min(segment.result_length, header.segment_bytes_max)
+    window = piece if segment.codec is Codec.COPY else segment.window_length
+    needed = segment_memory_bytes(segment.codec, piece, window, segment.body_length, working_bytes)
     if needed > header.decoder_memory_bytes:
         raise PatchLimitError(
             f"a segment needs {needed} bytes of memory, {header.decoder_memory_bytes} were declared"
         )
-
-
-def _check_codec_lengths(segment: SegmentHeader) -> None:
-    codec = segment.codec
-    has_parameters = segment.parameter_length > 0
-    if has_parameters != (codec in {Codec.TENSOR, Codec.CONTEXT}):
-        raise PatchError(f"a {codec.name.lower()} segment has a wrong number of parameters")
-    if codec is Codec.COPY and (segment.payload_length or segment.window_length != segment.result_length):
-        raise PatchError("a copy segment has a payload or a window of another length")
-    if codec in {Codec.RAW, Codec.SELF} and segment.window_length:
-        raise PatchError(f"a {codec.name.lower()} segment has a base window")
-    if codec is Codec.RAW and segment.payload_length != segment.result_length:
-        raise PatchError("a raw segment has a payload of another length")
 
 
 MEMORY_FIXED_BYTES = 4 << 20

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from protocol.delta.codecs import read_tables
 from protocol.delta.format import (
     HEADER_PREFIX_BYTES,
-    RECORD_BYTES,
-    WITHOUT_RESULT,
+    RECORD_BYTES_MAX,
     Codec,
     EndRecord,
     Header,
@@ -60,12 +59,12 @@ def inspect_delta(patch: ReadAt) -> Inspection:
     header, segments = read_segments(patch)
     inspection = Inspection(header, patch.length)
     basis: Basis | None = None
-    for segment, body in segments:
+    for segment, body, length in segments:
         codec = segment.codec
         parameters = body[: segment.parameter_length]
         runs: Sequence[Run | ContextRun] = ()
         inspection.segments[codec] += 1
-        inspection.patch_bytes[codec] += RECORD_BYTES + len(body)
+        inspection.patch_bytes[codec] += length
         inspection.result_bytes[codec] += segment.result_length
         if codec is Codec.TENSOR:
             runs = read_runs(parameters, segment.result_length, segment.window_length)
@@ -81,8 +80,8 @@ def inspect_delta(patch: ReadAt) -> Inspection:
     return inspection
 
 
-def read_segments(patch: ReadAt) -> tuple[Header, Iterator[tuple[SegmentHeader, bytes]]]:
-    """Return the header of a delta file, and all of its records but the last with their bodies.
+def read_segments(patch: ReadAt) -> tuple[Header, Iterator[tuple[SegmentHeader, bytes, int]]]:
+    """Return the header of a delta file, and all of its records but the last with their bodies and the length of both.
 
     Raises:
         TruncatedPatchError: It ends too early; also while records are read.
@@ -96,34 +95,33 @@ def read_segments(patch: ReadAt) -> tuple[Header, Iterator[tuple[SegmentHeader, 
 
 def _segments(
     patch: ReadAt, header: Header, header_crc: int, start: int
-) -> Iterator[tuple[SegmentHeader, bytes]]:
-    position, result_offset, count = start, 0, 0
+) -> Iterator[tuple[SegmentHeader, bytes, int]]:
+    position, result_offset = start, 0
     while True:
-        record = unpack_record(
-            _read(patch, position, RECORD_BYTES), Position(header_crc, position, result_offset)
-        )
-        position += RECORD_BYTES
+        data = patch.read_at(position, RECORD_BYTES_MAX)
+        read = unpack_record(data, Position(header_crc, position, result_offset))
+        if read is None:
+            raise _truncated(position + len(data))
+        record, length = read
         if isinstance(record, EndRecord):
-            is_complete = (record.segments, record.result_length) == (count, result_offset)
-            if (
-                not is_complete
-                or result_offset != header.result_length
-                or record.patch_length != patch.length
-            ):
+            if result_offset != header.result_length or position + length != patch.length:
                 raise PatchError("the delta file's end record does not agree with its segments")
             return
         check_segment(record, header, result_offset)
-        body = _read(patch, position, record.body_length)
-        if zlib.crc32(body) != record.body_crc:
+        body = _read(patch, position + length, record.body_length)
+        if record.codec is not Codec.COPY and zlib.crc32(body) != record.checksum:
             raise PatchError("a segment's payload is damaged")
-        yield record, body
-        position += len(body)
+        yield record, body, length + len(body)
+        position += length + len(body)
         result_offset += record.result_length
-        count += record.codec not in WITHOUT_RESULT
 
 
 def _read(patch: ReadAt, offset: int, length: int) -> bytes:
     data = patch.read_at(offset, length)
     if len(data) != length:
-        raise TruncatedPatchError(f"the delta file ends at byte {offset + len(data)}", hint="fetch it again")
+        raise _truncated(offset + len(data))
     return data
+
+
+def _truncated(length: int) -> TruncatedPatchError:
+    return TruncatedPatchError(f"the delta file ends at byte {length}", hint="fetch it again")

@@ -6,7 +6,6 @@ decoding again, for half the size of a file that never leaves the device (docs/a
 """
 
 import struct
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -14,11 +13,11 @@ from typing import Final, Protocol
 import numpy as np
 
 from protocol.delta.bsdiff import encode_instructions
-from protocol.delta.codecs import segment_digest
+from protocol.delta.codecs import segment_checksum, segment_digest
 from protocol.delta.compression import compress
 from protocol.delta.format import (
-    RECORD_BYTES,
-    SEGMENT_DIGEST_BYTES,
+    END_BYTES,
+    RECORD_BYTES_MAX,
     Codec,
     EndRecord,
     Header,
@@ -42,7 +41,7 @@ MOVES_MAX: Final = 4096
 """Moves that are remembered at a time; those that come when there are so many are forgotten, which costs bytes only."""
 
 _POOR_RATIO = 0.8
-_STATE = struct.Struct("<QQII")  # length, cursor, segments, moves
+_STATE = struct.Struct("<QQI")  # length, cursor, moves
 _MOVE = struct.Struct("<QQQ")
 
 
@@ -61,18 +60,16 @@ class InverseState:
     Attributes:
         length: Of the inverse, in bytes.
         cursor: How many bytes of the old file it gives.
-        segments: Its segments.
         moves: What is known of the old bytes behind the cursor.
     """
 
     length: int = 0
     cursor: int = 0
-    segments: int = 0
     moves: tuple[Move, ...] = ()
 
     def pack(self) -> bytes:
         """Return the state as bytes."""
-        head = _STATE.pack(self.length, self.cursor, self.segments, len(self.moves))
+        head = _STATE.pack(self.length, self.cursor, len(self.moves))
         return head + b"".join(
             _MOVE.pack(move.base_offset, move.result_offset, move.length) for move in self.moves
         )
@@ -85,11 +82,11 @@ class InverseState:
             PatchError: It is not that.
         """
         try:
-            length, cursor, segments, count = _STATE.unpack_from(data)
+            length, cursor, count = _STATE.unpack_from(data)
             moves = tuple(Move(*_MOVE.unpack_from(data, _STATE.size + i * _MOVE.size)) for i in range(count))
         except struct.error as error:
             raise PatchError("the stored state of an inverse is damaged") from error
-        return cls(length, cursor, segments, moves)
+        return cls(length, cursor, moves)
 
 
 def inverse_header(header: Header) -> Header:
@@ -128,18 +125,18 @@ class InverseWriter:
         self._segment_bytes = self._header.segment_bytes_max
         packed = self._header.pack()
         self._header_crc = int.from_bytes(packed[-4:], "little")
-        self._length = self._cursor = self._segments = 0
+        self._length = self._cursor = 0
         self._moves: list[Move] = []
         if state is None:
             self._write(packed)
         else:
-            self._length, self._cursor, self._segments = state.length, state.cursor, state.segments
+            self._length, self._cursor = state.length, state.cursor
             self._moves = list(state.moves)
 
     @property
     def state(self) -> InverseState:
         """How far it has come."""
-        return InverseState(self._length, self._cursor, self._segments, tuple(self._moves))
+        return InverseState(self._length, self._cursor, tuple(self._moves))
 
     @property
     def length(self) -> int:
@@ -175,8 +172,8 @@ class InverseWriter:
         Raises:
             InverseFullError: There is not.
         """
-        records = -(-more_bytes // self._segment_bytes) + 2
-        needed = self._length + more_bytes + records * RECORD_BYTES
+        records = -(-more_bytes // self._segment_bytes) + 1
+        needed = self._length + more_bytes + records * RECORD_BYTES_MAX + END_BYTES
         if needed > self._bytes_max:
             raise InverseFullError(
                 f"the inverse delta needs {needed} bytes, there is room for {self._bytes_max}",
@@ -186,13 +183,7 @@ class InverseWriter:
     def finish(self) -> None:
         """Write the end record."""
         assert self._cursor == self._header.result_length
-        end = EndRecord(
-            self._segments,
-            self._cursor,
-            self._length + RECORD_BYTES,
-            self._header.result_sha256[:SEGMENT_DIGEST_BYTES],
-        )
-        self._write(end.pack(self._position()))
+        self._write(EndRecord().pack(self._position()))
 
     def _put(self, end: int, old: ReadAt, new: ReadAt) -> None:
         result = old.read_at(self._cursor, end - self._cursor)
@@ -211,11 +202,10 @@ class InverseWriter:
             low if has_window else 0,
             len(window) if has_window else 0,
             len(body),
-            segment_digest(result),
-            zlib.crc32(body),
+            segment_digest(codec, result),
+            segment_checksum(codec, result, body),
         )
         self._write(segment.pack(self._position()) + body)
-        self._segments += 1
         self._cursor = end
         self._moves = [move for move in self._moves if move.base_end > end]
 

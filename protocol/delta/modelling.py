@@ -14,7 +14,7 @@ from protocol.delta.compression import compress
 from protocol.delta.context import ContextModel
 from protocol.delta.format import Profile
 from protocol.delta.gain import fit_gain
-from protocol.delta.layouts import LAYOUT_BY_NUMBER, LAYOUTS, NAME_BY_NUMBER, Array, Formula
+from protocol.delta.layouts import LAYOUT_BY_NUMBER, LAYOUTS, NAME_BY_NUMBER, Array, BlockLayout, Formula
 from protocol.delta.matching import Match
 from protocol.delta.planner import SegmentPlan, TensorPlace
 from protocol.delta.runs import DIVISORS, SLOTS, Basis, ContextRun, Flag
@@ -221,7 +221,7 @@ def observed_flags(name: Layout, old: bytes, new: bytes, profile: Profile) -> Fl
     flags = Flag.NONE
     before = np.frombuffer(old, np.uint8).reshape(-1, layout.block_bytes)
     after = np.frombuffer(new, np.uint8).reshape(-1, layout.block_bytes)
-    share = _sparse_share(layout.codes.split(before), layout.codes.split(after))
+    share = _sparse_share(layout, before, after)
     # Codes below each other share a scale: where it stays, a word stays as it was, whatever the words beside it do.
     if share > _SPARSE_SHARES[profile] or layout.is_column:
         flags |= Flag.SPARSE
@@ -233,13 +233,20 @@ def observed_flags(name: Layout, old: bytes, new: bytes, profile: Profile) -> Fl
     return flags
 
 
-def _sparse_share(old: Array, new: Array) -> float:
+def _sparse_share(layout: BlockLayout, old: Array, new: Array) -> float:
     """Share of half groups of codes that are equal."""
-    codes = len(old.reshape(-1)) // _HALF_GROUP * _HALF_GROUP
-    if not codes:
+    halves = len(old) * layout.codes.count // _HALF_GROUP
+    if not halves:
         return 0.0
-    equal = old.reshape(-1)[:codes] == new.reshape(-1)[:codes]
-    return float(equal.reshape(-1, _HALF_GROUP).all(axis=1).mean())
+    if layout.codes.count % _HALF_GROUP == 0:
+        # Half groups lie within blocks: what is not in a block that differs need not be taken apart.
+        differing = np.zeros(len(old), np.bool_)
+        differing[np.flatnonzero(old.reshape(-1) != new.reshape(-1)) // layout.block_bytes] = True
+        old, new = old[differing], new[differing]
+    ours, theirs = (layout.codes.split(blocks).reshape(-1) for blocks in (old, new))
+    codes = len(ours) // _HALF_GROUP * _HALF_GROUP
+    changed = (ours[:codes] != theirs[:codes]).reshape(-1, _HALF_GROUP).any(axis=1)
+    return (halves - int(np.count_nonzero(changed))) / halves
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from protocol.delta.format import Codec, SegmentHeader
 from protocol.delta.runs import Basis, read_context_runs
 from protocol.delta.tensor import read_runs
 
-_MOVE_BYTES_MIN = 64
+MOVE_BYTES_MIN = 64
 """Shorter ones cost more to describe than to send."""
 
 
@@ -53,7 +53,7 @@ def moves_of(
             moves[-1] = Move(last.base_offset, last.result_offset, last.length + length)
         else:
             moves.append(move)
-    return tuple(move for move in moves if move.length >= _MOVE_BYTES_MIN)
+    return tuple(move for move in moves if move.length >= MOVE_BYTES_MIN)
 
 
 def _stretches(segment: SegmentHeader, body: bytes, basis: Basis | None) -> list[tuple[int, int, int]]:

@@ -39,7 +39,7 @@ def in_place_needs(base: ReadAt, result: ReadAt, patch: ReadAt) -> InPlaceNeeds 
     inverse = InverseWriter(header, _Nowhere(), None, _NO_LIMIT_BYTES)
     basis: Basis | None = None
     offset = 0
-    for segment, body in segments:
+    for segment, body, _ in segments:
         if segment.codec is Codec.TABLES:
             basis = read_tables(segment, body)
         if segment.codec in WITHOUT_RESULT:

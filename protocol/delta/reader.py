@@ -1,6 +1,6 @@
-"""The push reader: bytes of a delta file in, verified pieces of the result out, in order.
+"""The push reader: bytes of a delta file in, pieces of the result out, in order.
 
-Pure: the base is read through `ReadAt`, the result is handed to the caller, who writes it. Between two segments the
+Pure: the base is read through `ReadAt`, the result is handed to the caller, who writes it. Between two pieces the
 whole state is a few hundred bytes (`dump`, `restore`); inside a segment a restored reader starts that segment again.
 """
 
@@ -9,15 +9,14 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeGuard
 
-from protocol.delta.codecs import decode_segment, read_tables
+from protocol.delta.codecs import decode_segment, read_tables, read_window, wrong_base
 from protocol.delta.context import ContextModel
 from protocol.delta.format import (
     HEADER_PREFIX_BYTES,
     NOTES_MAX,
-    RECORD_BYTES,
-    SEGMENT_DIGEST_BYTES,
+    RECORD_BYTES_MAX,
     Codec,
     EndRecord,
     Header,
@@ -27,7 +26,7 @@ from protocol.delta.format import (
     header_length,
     unpack_record,
 )
-from protocol.delta.moves import Move, moves_of
+from protocol.delta.moves import MOVE_BYTES_MIN, Move, moves_of
 from protocol.errors import PatchError, PatchLimitError, TruncatedPatchError, WrongBaseError
 from protocol.tensors.regions import ReadAt
 
@@ -37,29 +36,28 @@ DEFAULT_MEMORY_LIMIT_BYTES = 64 << 20
 STATE_BYTES_MAX = 256 << 10
 """A dumped state is never larger."""
 
-_STATE_MAGIC = b"WBS2"
-# Magic, header length, flags, patch offset, result offset, segments, notes; header and model follow.
-_STATE = struct.Struct("<4sHHQQII")
+_STATE_MAGIC = b"WBS3"
+# Magic, header length, flags, patch offset, result offset, notes, length and checksum of what was given of a copy; header and
+# model follow.
+_STATE = struct.Struct("<4sHHQQIQI")
 _IS_FINISHED = 1
 _CRC = struct.Struct("<I")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A verified part of the result.
+    """A part of the result: a segment, or what fits into one of a longer copy.
 
     Attributes:
         offset: Where it goes in the result.
         data: Its bytes.
         codec: How it was sent.
-        patch_length: Bytes of the delta file that it took.
         moves: Which of its bytes came from where in the base, for a reader that was asked to tell.
     """
 
     offset: int
     data: bytes
     codec: Codec
-    patch_length: int
     moves: tuple[Move, ...] = ()
 
 
@@ -74,7 +72,7 @@ class DeltaReader:
 
     Attributes:
         header: None until enough bytes have been fed.
-        patch_offset: From which byte of the delta file a reader restored now goes on.
+        patch_offset: From which byte of the delta file a reader restored now goes on; that of its record in the middle of a copy.
         result_offset: How much of the result has been given out.
     """
 
@@ -90,8 +88,9 @@ class DeltaReader:
         self._memory_limit_bytes = memory_limit_bytes
         self._buffer = bytearray()
         self._segment: SegmentHeader | None = None
+        self._record_length = 0
+        self._copied, self._copied_crc = 0, 0  # of the copy at `patch_offset`
         self._header_bytes = b""
-        self._segments = 0
         self._notes = 0
         self._is_finished = False
         self._model = ContextModel()
@@ -118,7 +117,8 @@ class DeltaReader:
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Piece]:
         """Accept the next bytes of the delta file and return the pieces of the result that they complete.
 
-        The pieces are made while the iterator is advanced, so memory holds one segment whatever `data` contains. An
+        The pieces are made while the iterator is advanced, so memory holds one segment whatever `data` contains. What was computed
+        is verified by its digest before it is given out; a copy longer than a segment by a checksum, with its last piece. An
         iterator that is dropped early loses nothing: the next call goes on there. After each piece, `dump` describes
         the state behind it.
 
@@ -151,8 +151,9 @@ class DeltaReader:
             flags,
             self.patch_offset,
             self.result_offset,
-            self._segments,
             self._notes,
+            self._copied,
+            self._copied_crc,
         )
         state += self._header_bytes
         if not self._is_finished:
@@ -178,10 +179,11 @@ class DeltaReader:
             raise PatchError("the stored state of a delta is not one", hint="start the delta again")
         if zlib.crc32(state[:-4]) != _CRC.unpack(state[-4:])[0]:
             raise PatchError("the stored state of a delta is damaged", hint="start the delta again")
-        _, length, flags, patch_offset, result_offset, segments, notes = _STATE.unpack_from(state)
+        _, length, flags, patch_offset, result_offset, notes, copied, crc = _STATE.unpack_from(state)
         header_bytes = state[_STATE.size : _STATE.size + length]
         reader = cls(base, memory_limit_bytes=memory_limit_bytes, tells_moves=tells_moves)
-        if length != len(header_bytes) or (not length and (patch_offset or result_offset)):
+        is_torn = length != len(header_bytes) or copied > result_offset
+        if is_torn or (not length and (patch_offset or result_offset)):
             raise PatchError("the stored state of a delta contradicts itself", hint="start the delta again")
         if length:
             if header_length(header_bytes[:HEADER_PREFIX_BYTES]) != length:
@@ -195,7 +197,7 @@ class DeltaReader:
                     "the stored state of a delta contradicts itself", hint="start the delta again"
                 )
         reader.patch_offset, reader.result_offset = patch_offset, result_offset
-        reader._segments, reader._notes = segments, notes
+        reader._notes, reader._copied, reader._copied_crc = notes, copied, crc
         reader._is_finished = bool(flags & _IS_FINISHED)
         reader._model = ContextModel.load(state[_STATE.size + length : -4])
         return reader
@@ -210,11 +212,12 @@ class DeltaReader:
                 if not self._read_header():
                     return
             elif self._segment is None:
-                if len(self._buffer) < RECORD_BYTES:
+                if not self._read_record(self.header):
                     return
-                self._read_record(self.header)
+            elif self._segment.codec is Codec.COPY:
+                yield self._copy(self._segment, self.header)
             else:
-                if len(self._buffer) < RECORD_BYTES + self._segment.body_length:
+                if len(self._buffer) < self._record_length + self._segment.body_length:
                     return
                 piece = self._read_body(self._segment, self.header)
                 if piece is not None:
@@ -249,19 +252,45 @@ class DeltaReader:
         return self.header.result_length if self.header else 0
 
     def _position(self) -> Position:
-        return Position(_CRC.unpack(self._header_bytes[-4:])[0], self.patch_offset, self.result_offset)
+        header_crc = _CRC.unpack(self._header_bytes[-4:])[0]
+        return Position(header_crc, self.patch_offset, self.result_offset - self._copied)
 
-    def _read_record(self, header: Header) -> None:
-        record = unpack_record(bytes(self._buffer[:RECORD_BYTES]), self._position())
+    def _read_record(self, header: Header) -> bool:
+        position = self._position()
+        read = unpack_record(bytes(self._buffer[:RECORD_BYTES_MAX]), position)
+        if read is None:
+            return False
+        record, self._record_length = read
+        copied_max = record.result_length - 1 if _is_copy(record) else 0
+        if self._copied > copied_max:
+            raise PatchError("the stored state of a delta belongs to another delta", hint="start it again")
         if isinstance(record, EndRecord):
-            self._finish(record, header)
-            return
-        check_segment(record, header, self.result_offset)
-        self._segment = record
+            self._finish(header)
+        else:
+            check_segment(record, header, position.result_offset)
+            self._segment = record
+        return True
+
+    def _copy(self, segment: SegmentHeader, header: Header) -> Piece:
+        """Return the next piece of a copy."""
+        offset, done = self.result_offset, self._copied
+        length = min(segment.result_length - done, header.segment_bytes_max)
+        at = segment.window_offset + done
+        data = read_window(self._base, at, length)
+        crc = zlib.crc32(data, self._copied_crc)
+        is_last = done + length == segment.result_length
+        if is_last and crc != segment.checksum:
+            raise wrong_base(segment.window_offset)
+        moves = (Move(at, offset, length),) if self._tells_moves and length >= MOVE_BYTES_MIN else ()
+        self._give(data)
+        self._copied, self._copied_crc = (0, 0) if is_last else (done + length, crc)
+        if is_last:
+            self._pass(self._record_length)
+        return Piece(offset, data, segment.codec, moves)
 
     def _read_body(self, segment: SegmentHeader, header: Header) -> Piece | None:
-        length = RECORD_BYTES + segment.body_length
-        body = bytes(memoryview(self._buffer)[RECORD_BYTES:length])
+        length = self._record_length + segment.body_length
+        body = bytes(memoryview(self._buffer)[self._record_length : length])
         piece: Piece | None = None
         if segment.codec is Codec.NOTES:
             self._read_note(segment, body)
@@ -272,34 +301,37 @@ class DeltaReader:
             moves = (
                 moves_of(segment, body, self.result_offset, self._model.basis) if self._tells_moves else ()
             )
-            piece = Piece(self.result_offset, data, segment.codec, length, moves)
-            if self._hash is not None:
-                self._hash.update(data)
-            self.result_offset += len(data)
-            self._segments += 1
+            piece = Piece(self.result_offset, data, segment.codec, moves)
+            self._give(data)
+        self._pass(length)
+        return piece
+
+    def _give(self, data: bytes) -> None:
+        if self._hash is not None:
+            self._hash.update(data)
+        self.result_offset += len(data)
+
+    def _pass(self, length: int) -> None:
+        """Leave a record behind, with its body."""
         del self._buffer[:length]
         self.patch_offset += length
         self._segment = None
-        return piece
 
     def _read_note(self, segment: SegmentHeader, body: bytes) -> None:
-        if zlib.crc32(body) != segment.body_crc:
+        if zlib.crc32(body) != segment.checksum:
             raise PatchError("a note record is damaged")
         self._notes += 1
         if self._notes > NOTES_MAX:
             raise PatchLimitError(f"the delta file has more than {NOTES_MAX} note records")
 
-    def _finish(self, record: EndRecord, header: Header) -> None:
-        found = EndRecord(
-            self._segments,
-            self.result_offset,
-            self.patch_offset + RECORD_BYTES,
-            header.result_sha256[:SEGMENT_DIGEST_BYTES],
-        )
-        if record != found or self.result_offset != header.result_length:
+    def _finish(self, header: Header) -> None:
+        if self.result_offset != header.result_length:
             raise PatchError("the delta file's end record does not agree with its segments")
         if self._hash is not None and self._hash.digest() != header.result_sha256:
             raise PatchError("the result does not have the announced SHA-256", hint="the delta file is wrong")
-        del self._buffer[:RECORD_BYTES]
-        self.patch_offset += RECORD_BYTES
+        self._pass(self._record_length)
         self._is_finished = True
+
+
+def _is_copy(record: SegmentHeader | EndRecord) -> TypeGuard[SegmentHeader]:
+    return isinstance(record, SegmentHeader) and record.codec is Codec.COPY

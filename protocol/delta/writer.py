@@ -4,7 +4,7 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from protocol.constants import BLOB_BYTES_MAX
@@ -18,10 +18,9 @@ from protocol.delta.chains import (
 )
 from protocol.delta.context import is_fast
 from protocol.delta.format import (
+    END_BYTES,
     REACH_BYTES_MAX,
-    RECORD_BYTES,
     SEGMENT_BYTES_MAX,
-    SEGMENT_DIGEST_BYTES,
     WITHOUT_RESULT,
     Codec,
     EndRecord,
@@ -30,6 +29,7 @@ from protocol.delta.format import (
     Profile,
     Reach,
     SegmentHeader,
+    joined_checksum,
     segment_memory_bytes,
 )
 from protocol.delta.matching import match_regions
@@ -202,40 +202,57 @@ class _File:
     def __init__(self, sink: Sink, header: Header, notes: Notes) -> None:
         self._sink = sink
         self.notes = notes
-        self.result_offset = 0
+        self._offset = 0  # of the result, up to the last record that was written
+        self._copy: SegmentHeader | None = None
         self.stats = DeltaStats(header)
         packed = header.pack()
         self._header_crc = int.from_bytes(packed[-4:], "little")
         self._write(packed)
         self.stats.patch_bytes[Codec.END] += len(packed)
 
+    @property
+    def result_offset(self) -> int:
+        """Bytes of the result that were taken."""
+        return self._offset + (self._copy.result_length if self._copy else 0)
+
     def put(self, segment: SegmentHeader, body: bytes) -> None:
-        """Write a record at its place."""
-        self._write(segment.pack(self._position()) + body)
-        self.result_offset += segment.result_length
+        """Take the next record. A copy is written once it is known that the next one does not go on with it."""
+        if self._copy is not None and _goes_on(segment, self._copy):
+            self._copy = replace(
+                self._copy,
+                result_length=self._copy.result_length + segment.result_length,
+                window_length=self._copy.window_length + segment.window_length,
+                checksum=joined_checksum(self._copy.checksum, segment.checksum, segment.result_length),
+            )
+            return
+        self._flush()
+        if segment.codec is Codec.COPY:
+            self._copy = segment
+        else:
+            self._put(segment, body)
+
+    def _flush(self) -> None:
+        if self._copy is not None:
+            self._put(self._copy, b"")
+            self._copy = None
+
+    def _put(self, segment: SegmentHeader, body: bytes) -> None:
+        record = segment.pack(self._position()) + body
+        self._write(record)
+        self._offset += segment.result_length
         if segment.codec not in WITHOUT_RESULT:
             self.stats.segments[segment.codec] += 1
-        self.stats.patch_bytes[segment.codec] += RECORD_BYTES + len(body)
+        self.stats.patch_bytes[segment.codec] += len(record)
         self.stats.result_bytes[segment.codec] += segment.result_length
 
     def finish(self) -> DeltaStats:
         """Write what comes after the last segment."""
+        self._flush()
         note = self.notes.pack()
         if note:
-            self.put(
-                SegmentHeader(
-                    Codec.NOTES, 0, 0, 0, 0, len(note), bytes(SEGMENT_DIGEST_BYTES), zlib.crc32(note)
-                ),
-                note,
-            )
-        end = EndRecord(
-            self.stats.segments.total(),
-            self.result_offset,
-            self.stats.patch_length + RECORD_BYTES,
-            self.stats.header.result_sha256[:SEGMENT_DIGEST_BYTES],
-        )
-        self._write(end.pack(self._position()))
-        self.stats.patch_bytes[Codec.END] += RECORD_BYTES
+            self._put(SegmentHeader(Codec.NOTES, 0, 0, 0, 0, len(note), b"", zlib.crc32(note)), note)
+        self._write(EndRecord().pack(self._position()))
+        self.stats.patch_bytes[Codec.END] += END_BYTES
         return self.stats
 
     def _write(self, data: bytes) -> None:
@@ -243,4 +260,9 @@ class _File:
         self.stats.patch_length += len(data)
 
     def _position(self) -> Position:
-        return Position(self._header_crc, self.stats.patch_length, self.result_offset)
+        return Position(self._header_crc, self.stats.patch_length, self._offset)
+
+
+def _goes_on(segment: SegmentHeader, copy: SegmentHeader) -> bool:
+    end = copy.window_offset + copy.window_length
+    return segment.codec is Codec.COPY and segment.window_offset == end

@@ -19,7 +19,7 @@ from protocol.tensors import BytesSource, parse_gguf
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     for seed in (1, 2):
-        write_random(seed, tmp_path / f"random-{seed}.bin", length=5_000)
+        write_random(seed, tmp_path / f"random-{seed}.bin", length=2_000)
     return tmp_path
 
 
@@ -31,7 +31,7 @@ def test_the_command_prints_a_table_requirements_and_json_lines(
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert [row["method"] for row in rows] == ["small", "fast", "xz", "bsdiff4"]
-    assert all(row["conditional_bytes"] == 5_000 for row in rows)
+    assert all(row["conditional_bytes"] == 2_000 for row in rows)
     assert re.search(r"^random  small ", out, re.MULTILINE)
     assert "small, of best peer: vendor, metadata, growth, random" in out
 
@@ -47,7 +47,7 @@ def test_peers_come_from_an_earlier_run_on_the_same_files(
     delta.main([*arguments, "--peers-from", str(earlier)])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [row["build"]["wall_s"] >= 1000 for row in rows] == [False, False, True]
-    write_random(3, cache / "random-2.bin", length=5_000)
+    write_random(3, cache / "random-2.bin", length=2_000)
     delta.main([*arguments, "--peers-from", str(earlier)])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert rows[-1]["build"]["wall_s"] < 1000

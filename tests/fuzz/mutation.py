@@ -17,10 +17,11 @@ from typing import Any
 from protocol.delta import codecs
 from protocol.delta.context import ContextModel
 from protocol.delta.format import (
-    HEADER_BYTES,
-    RECORD_BYTES,
+    HEADER_PREFIX_BYTES,
+    RECORD_BYTES_MAX,
     SEGMENT_BYTES_MAX,
     SEGMENT_DIGEST_BYTES,
+    WITH_DIGEST,
     WITHOUT_RESULT,
     Codec,
     EndRecord,
@@ -28,6 +29,7 @@ from protocol.delta.format import (
     Position,
     SegmentHeader,
     check_segment,
+    header_length,
     unpack_record,
 )
 from protocol.errors import PatchError
@@ -296,26 +298,30 @@ def _change_record(patch: Patch, index: int, rng: random.Random) -> None:
     elif name == "continues":
         changes = {name: not segment.continues}
     segment = replace(segment, **changes)
+    if segment.codec in WITH_DIGEST and not segment.digest:
+        segment = replace(segment, digest=bytes(SEGMENT_DIGEST_BYTES))
     patch.segments[index] = (segment, body)
 
 
 def parse_patch(data: bytes) -> Patch | None:
     """Take a delta file apart as far as it goes; None if not even its header is one."""
     try:
-        header = Header.unpack(data[:HEADER_BYTES])
+        at = header_length(data[:HEADER_PREFIX_BYTES])
+        header = Header.unpack(data[:at])
     except (PatchError, struct.error):
         return None
-    crc = int.from_bytes(data[HEADER_BYTES - 4 : HEADER_BYTES], "little")
+    crc = int.from_bytes(data[at - 4 : at], "little")
     segments: list[tuple[SegmentHeader, bytes]] = []
-    at, result_offset = HEADER_BYTES, 0
-    while len(data) - at >= RECORD_BYTES:
+    result_offset = 0
+    while True:
         try:
-            record = unpack_record(data[at : at + RECORD_BYTES], Position(crc, at, result_offset))
+            read = unpack_record(data[at : at + RECORD_BYTES_MAX], Position(crc, at, result_offset))
         except PatchError:
             break
-        if isinstance(record, EndRecord):
+        if read is None or isinstance(read[0], EndRecord):
             break
-        at += RECORD_BYTES
+        record, length = read[0], read[1]
+        at += length
         segments.append((record, data[at : at + record.body_length]))
         at += record.body_length
         result_offset += record.result_length
@@ -335,46 +341,55 @@ def seal_patch(patch: Patch, base: bytes, *, repairs: bool) -> bytes:
         header, segments = _repaired(header, segments, base)
     out = bytearray(header.pack())
     crc = int.from_bytes(out[-4:], "little")
-    result_offset = count = 0
+    result_offset = 0
     for segment, body in segments:
-        sealed = replace(segment, body_crc=zlib.crc32(body[: segment.body_length]))
-        out += sealed.pack(Position(crc, len(out), result_offset)) + body
+        sealed, content = segment, body
+        if segment.codec is Codec.COPY:
+            content = b""
+        else:
+            sealed = replace(segment, checksum=zlib.crc32(body[: segment.body_length]))
+        out += sealed.pack(Position(crc, len(out), result_offset)) + content
         result_offset += segment.result_length
-        count += segment.codec not in WITHOUT_RESULT
-    end = EndRecord(count, result_offset, len(out) + RECORD_BYTES, header.result_sha256[:16])
-    return bytes(out + end.pack(Position(crc, len(out), result_offset)))
+    return bytes(out + EndRecord().pack(Position(crc, len(out), result_offset)))
 
 
 def _repaired(
     header: Header, segments: list[tuple[SegmentHeader, bytes]], base: bytes
 ) -> tuple[Header, list[tuple[SegmentHeader, bytes]]]:
     lengths = [segment.result_length for segment, _ in segments]
+    longest = max(
+        (segment.result_length for segment, _ in segments if segment.codec is not Codec.COPY), default=1
+    )
     header = replace(
         header,
         result_length=min(sum(lengths), 2**40),
         decoder_memory_bytes=READER_MEMORY_BYTES,
-        segment_bytes_max=max(1, min(SEGMENT_BYTES_MAX, max(lengths, default=1))),
+        segment_bytes_max=max(1, min(SEGMENT_BYTES_MAX, longest)),
     )
     repaired: list[tuple[SegmentHeader, bytes]] = []
     whole = bytearray()
     model = ContextModel()
     for segment, body in segments:
         result = _decoded(segment, body, base, header, model)
-        if result:
-            segment = replace(segment, digest=hashlib.sha256(result).digest()[:SEGMENT_DIGEST_BYTES])  # noqa: PLW2901 - the record that was read becomes the one that is written
-            whole += result
+        if segment.codec is Codec.COPY:
+            segment = replace(segment, checksum=zlib.crc32(result))  # noqa: PLW2901 - the record that was read becomes the one that is written
+        elif result:
+            segment = replace(segment, digest=codecs.segment_digest(segment.codec, result))  # noqa: PLW2901 - likewise
+        whole += result
         repaired.append((segment, body))
     return replace(header, result_sha256=hashlib.sha256(whole).digest()), repaired
 
 
 def _decoded(segment: SegmentHeader, body: bytes, base: bytes, header: Header, model: ContextModel) -> bytes:
     """Return what a segment gives, whatever it was announced to give; nothing where it gives none."""
-    window = base[segment.window_offset : segment.window_offset + segment.window_length]
+    window = base[max(0, segment.window_offset) :][: max(0, segment.window_length)]
     # Whatever goes wrong here goes wrong in the target as well, where it counts.
     with contextlib.suppress(Exception):
         check_segment(segment, header, 0)
+        if segment.codec is Codec.COPY:
+            return window
         if segment.codec is Codec.TABLES:
-            model.basis = codecs.read_tables(replace(segment, body_crc=zlib.crc32(body)), body)
+            model.basis = codecs.read_tables(replace(segment, checksum=zlib.crc32(body)), body)
         elif segment.codec not in WITHOUT_RESULT:
             return codecs._decode(segment, body, window, header, model)
     return b""

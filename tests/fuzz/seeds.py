@@ -155,6 +155,7 @@ def reader_seeds() -> Iterator[tuple[str, bytes]]:
         _reader_seed(b"", np.random.default_rng(2).integers(0, 256, 200, dtype=np.uint8).tobytes(), 1024),
     )
     yield "copy", _reader_seed(text, text, 1024)
+    yield "edits", _reader_seed(text * 2, text[:50] + b"a name" + text[60:] + b"another" + text, 1024)
     yield "empty", _reader_seed(b"", b"", 1024)
 
 

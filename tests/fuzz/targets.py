@@ -174,17 +174,20 @@ def _read(
     reader._model._coder = coder or reader._model._coder
     result = bytearray()
     try:
-        position = resumed_at = 0
+        position, resumed_at = 0, (0, 0)
         while position < len(patch):
             for piece in reader.feed(patch[position : position + part_bytes]):
                 if piece.offset != len(result):
                     raise BrokenPromiseError(f"a piece for {piece.offset} came at {len(result)}")
                 result += piece.data
+                if resumes:
+                    break  # in the middle of a copy, too
             position += part_bytes
-            if resumes and reader.patch_offset > resumed_at:
+            reached = reader.patch_offset, reader.result_offset
+            if resumes and reached > resumed_at:
                 reader = DeltaReader.restore(source, reader.dump(), memory_limit_bytes=READER_MEMORY_BYTES)
                 reader._model._coder = coder or reader._model._coder
-                position = resumed_at = reader.patch_offset
+                position, resumed_at = reader.patch_offset, reached
         reader.finish()
     except PatchError as error:
         return _Outcome(bytes(result), error.code, is_verified=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.delta.format import HEADER_BYTES
+from protocol.delta.format import HEADER_BYTES_MIN
 from protocol.delta.reader import DeltaReader
 from protocol.errors import WhimbrelError
 from protocol.tensors import BytesSource, map_regions, parse_gguf, parse_onnx, parse_safetensors
@@ -126,7 +126,7 @@ def test_taking_a_delta_apart_and_sealing_it_changes_nothing() -> None:
 
 def test_what_is_no_delta_is_changed_blindly() -> None:
     assert mutate_reader(b"", 100, 1, lambda data, _: data + b"x") == b"x"
-    cut = join_input(b"", bytes(HEADER_BYTES - 1))
+    cut = join_input(b"", bytes(HEADER_BYTES_MIN - 1))
     assert mutate_reader(cut, 1000, 1, lambda data, _: data + b"x") == cut + b"x"
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from protocol.delta.format import HEADER_BYTES, RECORD_BYTES, Codec
+from protocol.delta.format import Codec
 from protocol.delta.inspection import inspect_delta
 from protocol.errors import PatchError
 from protocol.tensors import BytesSource, Layout
-from tests.protocol.delta_files import apply, delta, records, sealed
+from tests.protocol.delta_files import apply, delta, header_end, records, sealed, with_segment
 from tests.protocol.model_files import GgufBuilder, GgufTensor, blocks, moved_blocks, onnx_file
 
 _RNG = np.random.default_rng(21)
@@ -77,7 +77,7 @@ def test_bytes_changed_together_with_their_checksums_never_change_the_result(
     base: bytes, new: bytes, patch: bytes
 ) -> None:
     layout = records(patch)
-    for offset in range(HEADER_BYTES, len(patch)):
+    for offset in range(header_end(patch), len(patch)):
         damaged = bytearray(patch)
         damaged[offset] ^= _MASKS[offset % len(_MASKS)]
         try:
@@ -88,13 +88,13 @@ def test_bytes_changed_together_with_their_checksums_never_change_the_result(
 
 
 def test_lengths_that_grow_with_their_checksums_are_refused() -> None:
-    layout = records(_PATCH)
-    for offset, body_length, _ in layout[:-1]:
-        out = bytearray(_PATCH)
-        at = offset + 12
-        out[at : at + 4] = (body_length + 1).to_bytes(4, "little")
-        with pytest.raises(PatchError):
-            apply(_BASE, sealed(bytes(out), layout))
+    for index, record in enumerate(records(_PATCH)[:-1]):
+        assert record.segment is not None
+        for name in ("payload_length", "parameter_length", "result_length"):
+            changed = with_segment(_PATCH, index, **{name: getattr(record.segment, name) + 1})
+            if changed != _PATCH:  # not every record holds every length
+                with pytest.raises(PatchError):
+                    apply(_BASE, changed)
 
 
 def test_self_compressed_segments_resist_damage() -> None:
@@ -102,7 +102,7 @@ def test_self_compressed_segments_resist_damage() -> None:
     patch, stats = delta(b"", new, 4096)
     assert stats.segments[Codec.SELF]
     layout = records(patch)
-    for offset in range(HEADER_BYTES + RECORD_BYTES, len(patch)):
+    for offset in range(layout[0].offset + layout[0].length, len(patch)):
         damaged = bytearray(patch)
         damaged[offset] ^= 0x11
         with pytest.raises(PatchError):

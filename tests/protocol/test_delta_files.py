@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from protocol.delta.format import SEGMENT_BYTES_MAX, Codec
+from protocol.delta.format import RECORD_BYTES_MAX, SEGMENT_BYTES_MAX, Codec
 from protocol.delta.inspection import inspect_delta
 from protocol.delta.layouts import LAYOUTS
 from protocol.delta.writer import make_delta
@@ -29,6 +29,7 @@ from tests.protocol.model_files import (
     weights,
 )
 
+_LARGE = np.random.default_rng(13).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
 _NOISE = np.random.default_rng(11).integers(0, 256, 20_000, dtype=np.uint8).tobytes()
 
 
@@ -37,7 +38,7 @@ def _check(base: bytes, new: bytes, segment_bytes: int = 4096) -> int:
     assert apply(base, patch) == new
     assert stats.patch_length == len(patch) == sum(stats.patch_bytes.values())
     # Whatever the files are: the new file itself, a header for each segment, and the two frame records.
-    assert len(patch) <= len(new) + 48 * (stats.segments.total() + 1) + 160
+    assert len(patch) <= len(new) + RECORD_BYTES_MAX * stats.segments.total() + 120
     return len(patch)
 
 
@@ -68,10 +69,20 @@ def test_any_two_byte_strings_round_trip(base: bytes, new: bytes) -> None:
     _check(base, new, 1024)
 
 
-def test_identical_files_cost_a_header_for_each_segment() -> None:
+def test_identical_files_cost_one_record() -> None:
     patch, stats = delta(_NOISE, _NOISE)
-    assert set(stats.segments) == {Codec.COPY}
-    assert len(patch) < 500
+    assert stats.segments == {Codec.COPY: 1}
+    assert len(patch) < 120
+
+
+def test_edits_in_a_long_header_cost_only_themselves() -> None:
+    first, second, third = _LARGE[:1000], _LARGE[1000:300_000], _LARGE[300_000:400_000]
+    base = first + b"a name" + second + b"a template" + third
+    new = first + b"another" + second + b"a longer template" + third
+    patch, stats = delta(base, new, 128 << 10)
+    assert apply(base, patch) == new
+    assert stats.segments == {Codec.COPY: 3, Codec.RAW: 2}
+    assert len(patch) < 200
 
 
 def test_random_bytes_cost_hardly_more_than_themselves() -> None:
@@ -95,9 +106,6 @@ def test_changed_pieces_cost_only_themselves_wherever_they_lie() -> None:
 
 def test_an_insertion_costs_only_itself() -> None:
     assert _check(_NOISE, _NOISE[:9000] + b"inserted" + _NOISE[9000:], 1 << 20) < 700
-
-
-_LARGE = np.random.default_rng(13).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
 
 
 @pytest.mark.parametrize(

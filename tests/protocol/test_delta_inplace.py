@@ -1,7 +1,7 @@
 import hashlib
 import io
 import random
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import gguf
@@ -9,9 +9,16 @@ import pytest
 
 from device.rewriting import DiskFile
 from protocol.delta import writer
-from protocol.delta.format import HEADER_BYTES, REACH_BYTES_MAX, Codec, Header, Reach
+from protocol.delta.format import (
+    HEADER_BYTES_MIN,
+    REACH_BYTES_MAX,
+    Codec,
+    Header,
+    Reach,
+)
 from protocol.delta.inplace import Files, InPlace, read_header
 from protocol.delta.inspection import inspect_delta
+from protocol.delta.inverse import inverse_header
 from protocol.delta.needs import in_place_needs
 from protocol.delta.undo_journal import Phase, journal_bytes, journal_bytes_max
 from protocol.delta.writer import make_delta
@@ -27,7 +34,7 @@ from protocol.errors import (
 from protocol.tensors import BytesSource
 from simulator.disk import SimulatedDisk
 from simulator.power import PowerCutError
-from tests.protocol.delta_files import apply
+from tests.protocol.delta_files import apply, header_end
 from tests.protocol.model_files import gguf_file, safetensors_file, weights
 
 SEGMENT_BYTES = 4096
@@ -205,8 +212,10 @@ def test_a_delta_can_be_marked_where_that_costs_nothing(
     plain, asked = io.BytesIO(), io.BytesIO()
     make_delta(BytesSource(old), BytesSource(new), plain, segment_bytes=SEGMENT_BYTES)
     make_delta(BytesSource(old), BytesSource(new), asked, segment_bytes=SEGMENT_BYTES, in_place=None)
-    assert (inspect_delta(BytesSource(asked.getvalue())).header.reach is not None) is is_marked
-    assert (len(asked.getvalue()) - len(plain.getvalue())) == (8 if is_marked else 0)
+    reach = inspect_delta(BytesSource(asked.getvalue())).header.reach
+    assert (reach is not None) is is_marked
+    varints = 0 if reach is None else sum(max(1, -(-each.bit_length() // 7)) for each in astuple(reach))
+    assert len(asked.getvalue()) - len(plain.getvalue()) == varints
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -343,7 +352,7 @@ def test_a_delta_that_was_not_made_for_it_is_refused(pairs: dict[str, tuple[byte
     assert caught.value.code == "patch.not_in_place"
 
 
-@pytest.mark.parametrize("length", [0, 5, HEADER_BYTES])
+@pytest.mark.parametrize("length", [0, 5, HEADER_BYTES_MIN])
 def test_a_delta_that_ends_in_its_header_is_refused(
     pairs: dict[str, tuple[bytes, bytes]], length: int
 ) -> None:
@@ -432,7 +441,9 @@ def test_where_the_inverse_does_not_fit_the_old_file_comes_back(
         if work.phase is not Phase.NEW:
             finish(work)
         assert content(disk) == old
-        assert (disk.length("inverse") or 0) <= max(room, HEADER_BYTES + 8)
+        assert (disk.length("inverse") or 0) <= max(
+            room, len(inverse_header(read_header(BytesSource(patch))).pack())
+        )
     assert refused >= 1
 
 
@@ -444,7 +455,7 @@ def test_a_damaged_delta_is_found_and_the_old_file_comes_back(
     patch = delta(old, new)
     rng = random.Random(5)
     for _ in range(30):
-        at = rng.randrange(HEADER_BYTES + 8, len(patch))
+        at = rng.randrange(header_end(patch), len(patch))
         broken = patch[:at] + bytes([patch[at] ^ 1 << rng.randrange(8)]) + patch[at + 1 :]
         disk = prepared(old, patch)
         with pytest.raises(PatchError):

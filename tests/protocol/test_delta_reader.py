@@ -7,13 +7,24 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from protocol.delta.format import HEADER_BYTES, HEADER_BYTES_MAX
+from protocol.delta.format import HEADER_BYTES_MAX, HEADER_BYTES_MIN, REACH_BYTES_MAX, Codec, Reach
 from protocol.delta.layouts import LAYOUTS
 from protocol.delta.reader import STATE_BYTES_MAX, DeltaReader
 from protocol.delta.tensor import Run, decode_tensor, encode_tensor, working_bytes
 from protocol.errors import PatchError, PatchLimitError, TruncatedPatchError, WrongBaseError
 from protocol.tensors import BytesSource, Layout
-from tests.protocol.delta_files import apply, apply_parts, delta, header_of, records, sealed
+from tests.protocol.delta_files import (
+    apply,
+    apply_parts,
+    delta,
+    header_end,
+    header_of,
+    records,
+    sealed,
+    with_header,
+    with_segment,
+    without_segments,
+)
 from tests.protocol.model_files import block_file, blocks, moved_blocks
 
 _BLOCKS = blocks(Layout.Q4_0, 450, 1)
@@ -128,7 +139,7 @@ def test_a_damaged_state_is_refused(flip: int) -> None:
 def test_a_base_of_another_length_is_refused_before_the_first_segment() -> None:
     reader = DeltaReader(BytesSource(_BASE[:-1]))
     with pytest.raises(WrongBaseError):
-        next(reader.feed(_PATCH[:HEADER_BYTES]), None)
+        next(reader.feed(_PATCH[: header_end(_PATCH)]), None)
 
 
 def test_a_base_with_other_content_is_found_at_its_segment() -> None:
@@ -158,17 +169,13 @@ def test_a_delta_that_declares_more_memory_than_accepted_is_refused_at_once() ->
     assert apply(_BASE, _PATCH, memory_limit_bytes=declared) == _NEW
     reader = DeltaReader(BytesSource(_BASE), memory_limit_bytes=declared - 1)
     with pytest.raises(PatchLimitError):
-        next(reader.feed(_PATCH[:HEADER_BYTES]), None)
+        next(reader.feed(_PATCH[: header_end(_PATCH)]), None)
 
 
 def test_a_segment_that_needs_more_than_was_declared_is_refused() -> None:
-    out = bytearray(_PATCH)
     declared = header_of(_PATCH).decoder_memory_bytes
-    at = HEADER_BYTES - 16
-    assert int.from_bytes(out[at : at + 8], "little") == declared
-    out[at : at + 8] = (declared - 30_000).to_bytes(8, "little")
     with pytest.raises(PatchLimitError, match="were declared"):
-        apply(_BASE, sealed(bytes(out), records(_PATCH)))
+        apply(_BASE, with_header(_PATCH, decoder_memory_bytes=declared - 30_000))
 
 
 @pytest.mark.parametrize("layout", [Layout.Q4_0, Layout.Q2_K, Layout.Q8_0, Layout.F32, Layout.PACKED4])
@@ -203,35 +210,30 @@ def test_a_small_file_cannot_ask_for_many_copies_at_once() -> None:
     assert peak < 6 << 20
 
 
+_FIRST = header_end(_PATCH)
+
+
 def _doctored(offset: int, value: bytes) -> bytes:
     out = bytearray(_PATCH)
     out[offset : offset + len(value)] = value
     return sealed(bytes(out), records(_PATCH))
 
 
-_FIRST = HEADER_BYTES
-
-
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
     [
         (0, b"\x00", "not a delta file"),
-        (8, b"\x02\x00", "format version 2"),
-        (10, b"\x08\x00", "wrong length"),
+        (8, b"\x03\x00", "format version 3"),
+        (8, b"\x01\x00", "format version 1"),
+        (10, (HEADER_BYTES_MIN - 1).to_bytes(2, "little"), "wrong length"),
         (10, (HEADER_BYTES_MAX + 1).to_bytes(2, "little"), "wrong length"),
         (12, b"\x09", "profile"),
         (13, b"\x01", "flags"),
-        (14, b"\x03\x00", "codec revision"),
-        (24, b"\xff" * 8, "more than"),
-        (HEADER_BYTES - 8, bytes(4), "segments of 0"),
-        (HEADER_BYTES - 8, b"\xff" * 4, "segments of"),
-        (_FIRST, b"\x63", "unknown codec 99"),
-        (_FIRST + 1, b"\x02", "unknown flags"),
-        (_FIRST + 4, b"\xff" * 4, "bytes, limit"),
-        (_FIRST + 4, bytes(4), "bytes, limit"),
-        (_FIRST + 8, b"\xff" * 4, "base window of"),
-        (_FIRST + 12, b"\xff" * 4, "payload of"),
-        (_FIRST + 16, b"\xff" * 8, "past the end of the base"),
+        (14, b"\x03", "codec revision"),
+        (15, b"\xff" * 8, "a number"),
+        (_FIRST, b"\x63", "unknown kind 99"),
+        (_FIRST, bytes((0x80 | Codec.COPY,)), "unknown kind 128"),
+        (_FIRST + 1, b"\xff" * 7, "a number"),
     ],
 )
 def test_a_hostile_field_is_refused_before_anything_is_read_for_it(
@@ -242,21 +244,124 @@ def test_a_hostile_field_is_refused_before_anything_is_read_for_it(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_length": 1 << 41}, "more than"),
+        ({"result_length": 1 << 41}, "more than"),
+        ({"segment_bytes_max": 0}, "segments of 0"),
+        ({"segment_bytes_max": 1 << 40}, "segments of"),
+        ({"reach": Reach(REACH_BYTES_MAX + 1, 0)}, "behind its result"),
+    ],
+)
+def test_a_header_that_says_too_much_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(PatchError, match=message):
+        apply(_BASE, with_header(_PATCH, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"result_length": 1 << 32}, "bytes, limit"),
+        ({"result_length": 0}, "bytes, limit"),
+        ({"window_length": 1 << 32}, "base window of"),
+        ({"payload_length": 1 << 32}, "payload of"),
+        ({"window_offset": 1 << 40}, "leaves the base"),
+        ({"window_offset": -1}, "leaves the base"),
+        ({"parameter_length": 0}, "no parameters"),
+        ({"parameter_length": 65_536}, "of parameters"),
+    ],
+)
+def test_a_record_that_says_too_much_is_refused_before_anything_is_read_for_it(
+    change: dict[str, int], message: str
+) -> None:
+    index = next(
+        i for i, each in enumerate(records(_PATCH)) if each.segment and each.segment.parameter_length
+    )
+    with pytest.raises(PatchError, match=message):
+        apply(_BASE, with_segment(_PATCH, index, **change))
+
+
+# --- long copies -----------------------------------------------------------------------------------------------
+
+_COPIED = np.random.default_rng(4).bytes(50_000)
+_AROUND = _COPIED[:20_000] + b"inserted" + _COPIED[20_000:]
+_COPIES, _COPIES_STATS = delta(_COPIED, _AROUND, 2048)
+
+
+def test_one_record_copies_whatever_stands_together() -> None:
+    assert _COPIES_STATS.segments == {Codec.COPY: 2, Codec.RAW: 1}
+    assert len(_COPIES) < 170
+
+
+def test_a_reader_goes_on_in_the_middle_of_a_copy() -> None:
+    out = bytearray()
+    state = DeltaReader(BytesSource(_COPIED)).dump()
+    while True:
+        reader = DeltaReader.restore(BytesSource(_COPIED), state)
+        piece = next(reader.feed(_COPIES[reader.patch_offset :]), None)
+        state = reader.dump()
+        if piece is None:
+            break
+        assert piece.offset == len(out)
+        assert len(piece.data) <= 2048
+        out += piece.data
+    reader.finish()
+    assert bytes(out) == _AROUND
+
+
+def test_a_copy_from_a_damaged_base_is_refused_at_its_end_also_after_a_restart() -> None:
+    damaged = bytearray(_COPIED)
+    damaged[5000] ^= 1
+    with pytest.raises(WrongBaseError, match="does not give"):
+        apply(bytes(damaged), _COPIES)
+    reader = DeltaReader(BytesSource(damaged))
+    pieces = reader.feed(_COPIES)
+    for _ in range(4):
+        next(pieces)
+    reader = DeltaReader.restore(BytesSource(_COPIED), reader.dump())
+    with pytest.raises(WrongBaseError, match="does not give"):
+        for _ in reader.feed(_COPIES[reader.patch_offset :]):
+            pass
+
+
+def test_a_state_in_the_middle_of_a_copy_is_not_taken_for_another_delta() -> None:
+    reader = DeltaReader(BytesSource(_COPIED))
+    next(reader.feed(_COPIES))
+    restored = DeltaReader.restore(BytesSource(_COPIED), reader.dump())
+    cut = with_segment(_COPIES, 0, result_length=2000)
+    with pytest.raises(PatchError):
+        for _ in restored.feed(cut[restored.patch_offset :]):
+            pass
+
+
+def test_a_copy_takes_memory_for_a_piece_only() -> None:
+    base = np.random.default_rng(1).bytes(32 << 20)
+    patch, stats = delta(base, base, 1 << 20)
+    assert stats.segments == {Codec.COPY: 1}
+    reader = DeltaReader(BytesSource(base), memory_limit_bytes=header_of(patch).decoder_memory_bytes)
+    tracemalloc.start()
+    try:
+        total = sum(len(piece.data) for piece in reader.feed(patch))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert total == 32 << 20
+    assert peak < 4 << 20
+
+
 def test_segments_of_another_place_are_not_taken() -> None:
-    layout = records(_PATCH)
-    (first, length, _), (second, other, _) = layout[1], layout[2]
+    first, second = records(_PATCH)[1:3]
     swapped = (
-        _PATCH[:first]
-        + _PATCH[second : second + 48 + other]
-        + _PATCH[first : first + 48 + length]
-        + _PATCH[second + 48 + other :]
+        _PATCH[: first.offset]
+        + _PATCH[second.offset : second.end]
+        + _PATCH[first.offset : first.end]
+        + _PATCH[second.end :]
     )
     with pytest.raises(PatchError, match="damaged"):
         apply(_BASE, swapped)
 
 
 def test_an_end_record_that_comes_too_early_is_refused() -> None:
-    end = records(_PATCH)[-1][0]
-    cut = _PATCH[:HEADER_BYTES] + _PATCH[end:]
     with pytest.raises(PatchError, match="does not agree"):
-        apply(_BASE, sealed(cut, [(HEADER_BYTES, 0, 0)]))
+        apply(_BASE, without_segments(_PATCH))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from onnx import TensorProto, helper
 
+from protocol.delta.format import Codec
 from protocol.delta.inspection import inspect_delta
 from protocol.delta.layouts import LAYOUTS
 from protocol.delta.native import context as native
@@ -30,6 +31,7 @@ from tests.protocol.model_files import (
 
 VECTORS = Path(__file__).parent.parent / "vectors" / "delta"
 CONTEXT_VECTORS = VECTORS / "context"
+EDITS = VECTORS / "edits.json"
 _DTYPES = {Layout.I8: "I8", Layout.U8: "U8", Layout.F8: "F8_E4M3", Layout.F64: "F64"}
 _DTYPES |= {Layout.I16: "I16", Layout.I32: "I32", Layout.I64: "I64", Layout.PACKED4: "F4"}
 # The first vector of this name was made from files that no container described: raw segments. It stays.
@@ -72,18 +74,29 @@ def _path(layout: Layout) -> Path:
     return VECTORS / f"{_NAMES.get(layout, layout.value)}.json"
 
 
+def _edited() -> tuple[bytes, bytes]:
+    """Copies of several pieces, text, and bytes as they are."""
+    same = blocks(Layout.RAW, 6000, 5)
+    text = b"".join(b"token %d of the vocabulary, " % number for number in range(20))
+    return same, same[:50] + b"a name" + same[60:3500] + text + same[3500:]
+
+
 def _write_missing() -> None:
     VECTORS.mkdir(parents=True, exist_ok=True)
     for layout in LAYOUTS:
-        path = _path(layout)
-        if not path.exists():
-            base, new = _base_and_new(layout)
-            vector = {
-                "base": base.hex(),
-                "delta": delta(base, new)[0].hex(),
-                "result_sha256": hashlib.sha256(new).hexdigest(),
-            }
-            path.write_text(json.dumps(vector, indent=1) + "\n")
+        _write_vector(_path(layout), *_base_and_new(layout), 4096)
+    _write_vector(EDITS, *_edited(), 1024)
+
+
+def _write_vector(path: Path, base: bytes, new: bytes, segment_bytes: int) -> None:
+    if path.exists():
+        return
+    vector = {
+        "base": base.hex(),
+        "delta": delta(base, new, segment_bytes)[0].hex(),
+        "result_sha256": hashlib.sha256(new).hexdigest(),
+    }
+    path.write_text(json.dumps(vector, indent=1) + "\n")
 
 
 def _context_cases() -> dict[str, tuple[Layout, Flag]]:
@@ -131,6 +144,13 @@ def test_the_vector_of_a_layout_goes_through_that_layout(layout: Layout) -> None
     vector = json.loads(_path(layout).read_text())
     found = inspect_delta(BytesSource(bytes.fromhex(vector["delta"])))
     assert layout is Layout.RAW or found.layout_bytes[layout] > 500
+
+
+def test_the_vector_of_edits_has_copies_in_pieces_and_what_stands_between() -> None:
+    vector = json.loads(EDITS.read_text())
+    found = inspect_delta(BytesSource(bytes.fromhex(vector["delta"])))
+    assert found.segments == {Codec.COPY: 3, Codec.RAW: 1, Codec.SELF: 1}
+    assert found.result_bytes[Codec.COPY] > 3 * found.header.segment_bytes_max
 
 
 @pytest.mark.parametrize("path", sorted(VECTORS.glob("*.json")), ids=lambda path: path.stem)

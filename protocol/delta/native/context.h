@@ -39,7 +39,7 @@ static inline int32_t code_change(Context *x, Coder *c, const int encode, const 
     const int32_t code = g->expected[j];
     int up = code < g->high;
     if (code < g->high && code > g->low) {
-        Counter *near = g->grid[j] ? &m->grid_near[g->grid_lean[j] * (GRID_MAX + 1) + g->grid[j]] : &m->near[g->place[j]];
+        Counter *near = g->grid[j] ? &m->grid_near[lean_of(g, j) * (GRID_MAX + 1) + g->grid[j]] : &m->near[g->place[j]];
         up = code_with(c, encode, near, g->side[j] == (value > 0)) == g->side[j];
     }
     Counter *more = m->more + ((g->side[j] == up ? 0 : SPREADS) + g->spread[j]) * 16;
@@ -90,7 +90,7 @@ static void learn_quiet(Context *x, Group *g, Lesson *lesson) {
             lesson->information += INFORMATION[g->place[j]];
         }
     else if (x->run->flags & RUN_DRIFT && t->unit != UNKNOWN)
-        for (int j = 0; j < g->count; j++) learn_drift(t, g, j);
+        learn_drift(t, g);
 }
 
 static int32_t code_busy(Context *x, const int encode, Group *g, Lesson *lesson) {
@@ -114,10 +114,9 @@ static int32_t code_busy(Context *x, const int encode, Group *g, Lesson *lesson)
             const int32_t force = PULL[outcome * OFFSETS * SPREADS + place];
             lesson->pull[j] = (outcome > 2 ? value > 0 : g->side[j]) ? force : -force;
             lesson->information += INFORMATION[place];
-        } else if (is_drifting) {
-            learn_drift(t, g, j);
         }
     }
+    if (is_drifting) learn_drift(t, g);
     t->last_change = last;
     t->before_change = before;
     x->coder = c;
@@ -208,11 +207,13 @@ static void join_block(const Context *x, const Parts *parts, uint8_t *block) {
 
 static inline int16_t centred(const Layout *l, uint8_t code) { return (int16_t)((l->is_signed ? (int8_t)code : code) - l->zero); }
 
-static Group group_for(const Layout *l) {
-    Group g = {.old_step = STEP, .new_step = STEP};
-    g.low = l->is_signed ? -128 : -l->zero;
-    g.high = l->is_signed ? 127 : (1 << l->codes.width) - 1 - l->zero;
-    return g;
+/* What is left out is written before it is read, group by group. */
+static inline void start_groups(const Layout *l, Group *g) {
+    g->old_step = g->new_step = STEP;
+    g->old_offset = g->new_offset = 0;
+    g->low = l->is_signed ? -128 : -l->zero;
+    g->high = l->is_signed ? 127 : (1 << l->codes.width) - 1 - l->zero;
+    memset(g->grid, 0, sizeof g->grid);
 }
 
 static inline int32_t sub_value(const Layout *l, uint8_t raw) { return l->sub.width == 8 ? (int8_t)raw : raw - l->sub_zero; }
@@ -274,7 +275,8 @@ static void code_block(Context *x, const int encode, const uint8_t *old_block, u
     const int count = l->codes.count;
     Parts old, now;
     int16_t old_codes[BLOCK_CODES_MAX], new_codes[BLOCK_CODES_MAX];
-    Group g = group_for(l);
+    Group g;
+    start_groups(l, &g);
     now.d = now.m = 0; /* not every layout has them */
     split_block(x, old_block, &old);
     for (int j = 0; j < count; j++) old_codes[j] = centred(l, old.codes[j]);
@@ -308,7 +310,8 @@ static void code_plain(Context *x, const int encode, const uint8_t *old, uint8_t
     const int count = l->codes.count;
     int16_t old_codes[GROUP_MAX] = {0}, new_codes[GROUP_MAX] = {0};
     uint8_t raw[GROUP_MAX];
-    Group g = group_for(l);
+    Group g;
+    start_groups(l, &g);
     for (int b = 0; b < blocks; b++) {
         split_field(&l->codes, x->slices, old + b * l->block_bytes, raw);
         for (int j = 0; j < count; j++) old_codes[b * count + j] = centred(l, raw[j]);

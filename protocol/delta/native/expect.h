@@ -28,7 +28,8 @@ typedef struct {
     int32_t place[GROUP_MAX];    /* offset class and spread class */
     int32_t spread[GROUP_MAX];   /* spread class */
     int32_t log_spread[GROUP_MAX]; /* log2 of b in steps */
-    uint8_t grid[GROUP_MAX], grid_chance[GROUP_MAX], grid_lean[GROUP_MAX]; /* candidates (0: unknown), and classes */
+    int32_t up[GROUP_MAX], down[GROUP_MAX]; /* where there are candidates: how likely a move to either side is */
+    uint8_t grid[GROUP_MAX], grid_chance[GROUP_MAX]; /* candidates (0: unknown), and class */
 } Group;
 
 static void expect_ratio(const Context *x, Group *g) {
@@ -125,10 +126,11 @@ __attribute__((constructor)) static void make_tails(void) {
 
 static inline int64_t ceil_shift(int64_t value, int shift) { return -(-value >> shift); }
 
+/* A sum of `count` probabilities is below 2^24: RECIPROCAL divides it as a division would. */
 static inline int32_t mean_tail(int b, int64_t from, int64_t count) {
     const int32_t *tail = tails[b] - TAIL_LOW;
-    int32_t sum = tail[clamp64(from, TAIL_LOW, TAIL_HIGH)] - tail[clamp64(from + count * 8, TAIL_LOW, TAIL_HIGH)];
-    return clamp(sum / (int32_t)count, 1, 1 << 20);
+    const int32_t sum = tail[clamp64(from, TAIL_LOW, TAIL_HIGH)] - tail[clamp64(from + count * 8, TAIL_LOW, TAIL_HIGH)];
+    return clamp((int32_t)((uint64_t)sum * RECIPROCAL[count] >> 32), 1, 1 << 20);
 }
 
 static void expect_grid(const Context *x, Group *g) {
@@ -155,12 +157,19 @@ static void expect_grid(const Context *x, Group *g) {
         const int64_t mean = (g->mean[j] * sign * to_step) >> (13 + point);
         const int b = clamp(((g->log_spread[j] + (log_step - point * 256) * LOG_UNITS) * 6 >> SPREAD_UNITS) + 29, 0, GRID_SPREADS - 1);
         const int32_t up = mean_tail(b, (above - last) * 8 - mean, count), down = mean_tail(b, (first - below + 1) * 8 + mean, count);
-        const int32_t sum = clamp(up + down, 2, (1 << 20) - 2), lean = log2_of(up) - log2_of(down);
+        const int32_t sum = clamp(up + down, 2, (1 << 20) - 2);
         g->grid[j] = (uint8_t)count;
         g->grid_chance[j] = (uint8_t)clamp(((log2_of(sum) - log2_of((1 << 20) - sum)) >> 7) + 38, 0, GRID_CHANCES - 1);
-        g->grid_lean[j] = (uint8_t)clamp((lean < 0 ? -lean : lean) >> 7, 0, LEANS - 1);
+        g->up[j] = up;
+        g->down[j] = down;
         g->side[j] = (up >= down) == (sign > 0);
     }
+}
+
+/* How much more likely one side is, a class. Few codes move, so it is worked out for those that do. */
+static inline int32_t lean_of(const Group *g, int j) {
+    const int32_t lean = log2_of(g->up[j]) - log2_of(g->down[j]);
+    return clamp((lean < 0 ? -lean : lean) >> 7, 0, LEANS - 1);
 }
 
 /* ---- what outcomes teach ---- */
@@ -192,13 +201,22 @@ static inline int32_t divide(int32_t value, int32_t divisor) {
     return value < 0 ? -quotient : quotient;
 }
 
-static inline void learn_drift(Tensor *t, const Group *g, int j) {
-    const int32_t still = clamp((g->old[j] * g->ratio + g->shift + HALF_STEP) >> 16, g->low, g->high);
-    const int32_t change = clamp((g->now[j] - still) * g->step_units >> 4, -(1 << 15), 1 << 15), column = g->column + j;
-    const int32_t mean = t->drift_mean[column] >> 4, rows = t->row + 2 < 200 ? t->row + 2 : 200;
-    t->drift_xy += (int64_t)change * mean;
-    t->drift_xx += (int64_t)mean * mean;
-    t->drift_mean[column] += divide(change * 16 - t->drift_mean[column], rows);
+/* A loop of its own, that can be vectorized: nothing that is coded in a group depends on what it teaches here. */
+static inline void learn_drift(Tensor *t, const Group *g) {
+    const int32_t rows = t->row + 2 < 200 ? t->row + 2 : 200;
+    const int32_t count = g->count, ratio = g->ratio, shift = g->shift, low = g->low, high = g->high, units = g->step_units;
+    const int16_t *old = g->old, *now = g->now;
+    int32_t *drift_mean = t->drift_mean + g->column;
+    int64_t xy = 0, xx = 0;
+    for (int j = 0; j < count; j++) {
+        const int32_t still = clamp((old[j] * ratio + shift + HALF_STEP) >> 16, low, high);
+        const int32_t change = clamp((now[j] - still) * units >> 4, -(1 << 15), 1 << 15), mean = drift_mean[j] >> 4;
+        xy += (int64_t)change * mean;
+        xx += (int64_t)mean * mean;
+        drift_mean[j] += divide(change * 16 - drift_mean[j], rows);
+    }
+    t->drift_xy += xy;
+    t->drift_xx += xx;
 }
 
 #define DRIFT_LIMIT ((int64_t)1 << 60) /* of the sums: a row may have any length */

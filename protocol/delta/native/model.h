@@ -121,9 +121,8 @@ static inline int64_t magnitude(int64_t value) { return value < 0 ? -value : val
 static inline int32_t log2_of(int64_t value) {
     uint64_t v = (uint64_t)magnitude(value);
     if (v == 0) return 0;
-    int32_t exponent = 63 - __builtin_clzll(v);
-    uint32_t fraction = (uint32_t)(exponent >= 8 ? v >> (exponent - 8) : v << (8 - exponent)) & 255;
-    return exponent * 256 + LOG2[fraction];
+    const int zeros = __builtin_clzll(v);
+    return (63 - zeros) * 256 + LOG2[v << zeros >> 55 & 255];
 }
 
 #define STEP (1 << 16)
