@@ -292,7 +292,7 @@ def _hour_lines(plan: FleetPlan) -> list[Line]:
     full_p95 = elapsed_hours(plan, full_s, 0.95)
     chunk_s = (CHUNK_BYTES + CHUNK_ENVELOPE_BYTES) / (plan.link_kb_per_s * 1_000)
     online = f"{plan.online_hours:g} h online a day in {plan.sessions_per_day:g} stretch{'es' if plan.sessions_per_day != 1 else ''}"
-    slow = f"a chunk takes {chunk_s:,.0f} s, longer than the {PATIENCE_FIRST_MS // 1_000} s after which a device asks again: bytes come several times, hours are too few"
+    slow = f"a chunk takes {chunk_s:,.0f} s, longer than the {PATIENCE_FIRST_MS // 1_000} s after which a device asks again: configure link_kb_per_s there, which makes it wait for three chunks, or bytes come several times"
     return [
         *([Line(group="hours", name="chunk_s", value=chunk_s, working=slow)] if chunk_s * 1_000 > PATIENCE_FIRST_MS else []),
         Line(group="hours", name="online_s", value=delta_s, working=f"{size(update)} / {plan.link_kb_per_s:g} KB/s + {ROUND_TRIPS} round trips + apply and trial = {duration(delta_s)} online; the whole file {duration(full_s)}"),
