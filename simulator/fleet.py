@@ -51,6 +51,7 @@ def run_fleet(
     world = World(scenario, Trace(follow), recorder)
     failure = None
     thresholds = gc.get_threshold()
+    gc.collect()  # the run before, whose devices and world hold each other
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     try:
