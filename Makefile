@@ -76,6 +76,12 @@ sim-soak: setup ## 100,000 updates and a million faults in the simulator: 120 se
 sim-soak-today: setup ## the same with 8 seeds that no other day has (two minutes)
 	$(BIN)/whimbrel-sim soak --devices 500 --first $$(date -u +%Y%m%d)000 --count 8 --workers 2
 
+.PHONY: sim-agreement
+sim-agreement: setup ## run three scenarios in virtual time and live, 100 devices each; fails beyond 15 % (half an hour; needs mosquitto)
+	@status=0; for scenario in slow-links on-and-off broker-outage; do \
+		$(BIN)/whimbrel-sim agree --scenario $$scenario --report whimbrel-agree-$$scenario.html || status=1; \
+	done; exit $$status
+
 .PHONY: sim-defects
 sim-defects: setup ## plant defects in the device's code, and count the seeds until the simulator finds each
 	$(BIN)/python -m tests.defects
@@ -125,4 +131,4 @@ lock: setup ## pin all dependencies anew (needs uv)
 
 .PHONY: clean
 clean: ## remove the environment and everything generated
-	rm -rf .venv .cache dist whimbrel-report.html whimbrel-llm-report.html
+	rm -rf .venv .cache dist whimbrel-report.html whimbrel-llm-report.html whimbrel-agree-*.html

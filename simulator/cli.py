@@ -20,6 +20,7 @@ import msgspec
 from rich.console import Console
 
 from protocol.errors import WhimbrelError
+from simulator.agree_cli import add_agree_parser
 from simulator.estimate_cli import add_estimate_parser
 from simulator.fleet_cli import add_commands
 from simulator.live.options import Options
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(action=_run)
     add_commands(commands)
+    add_agree_parser(commands)
     add_estimate_parser(commands)
     add_rehearse_parser(commands)
     add_sweep_commands(commands)

@@ -7,11 +7,13 @@ import shutil
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from protocol.errors import RequestError, TransportError
+from server.broker.tcp import EmbeddedBroker
 from server.config import EMBEDDED, parse_broker
 
 MOSQUITTO: Final = "mosquitto"
@@ -67,39 +69,143 @@ def check_loopback(host: str) -> None:
 
 @contextlib.contextmanager
 def _mosquitto(folder: Path) -> Iterator[int]:
-    program = shutil.which("mosquitto") or shutil.which("mosquitto", path=_SEARCH_PATH)
-    if program is None:
-        raise RequestError(
-            "mosquitto is not installed", hint="apt-get install mosquitto, or leave --broker out"
-        )
-    process, port = _start(program, folder)
+    broker = Mosquitto(folder)
+    broker.start()
     try:
-        yield port
+        yield broker.port
     finally:
-        stop(process)
+        broker.stop()
 
 
-def _start(program: str, folder: Path) -> "tuple[subprocess.Popen[bytes], int]":
-    """Start mosquitto on a free port; another program may take that port first, so a few are tried."""
-    log = folder / "mosquitto.log"
-    for _ in range(_PORTS_TRIED_MAX):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        lines = [f"listener {port} 127.0.0.1", "allow_anonymous true", "persistence false"]
+class OwnBroker(ABC):
+    """A broker of this run's own, which can die and come back empty on its port.
+
+    Attributes:
+        port: Where it listens, on loopback.
+    """
+
+    port: int
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start it for the first time.
+
+        Raises:
+            RequestError: It is not installed.
+            TransportError: It does not start.
+        """
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End it without a word."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Start it again on the same port, with nothing of what it had.
+
+        Raises:
+            TransportError: It does not start.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End it; harmless when it does not run."""
+
+
+class Mosquitto(OwnBroker):
+    """A mosquitto that keeps nothing on disk.
+
+    Args:
+        folder: Takes its configuration and its log.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.port = 0
+        self._folder = folder
+        self._program = ""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """As `OwnBroker.start`; another program may take the free port first, so a few are tried."""
+        program = shutil.which("mosquitto") or shutil.which("mosquitto", path=_SEARCH_PATH)
+        if program is None:
+            raise RequestError(
+                "mosquitto is not installed", hint="apt-get install mosquitto, or choose --broker embedded"
+            )
+        self._program = program
+        for _ in range(_PORTS_TRIED_MAX):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
+            if self._run():
+                return
+        raise self._failure()
+
+    def kill(self) -> None:
+        """As `OwnBroker.kill`."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def restart(self) -> None:
+        """As `OwnBroker.restart`."""
+        if not self._run():
+            raise self._failure()
+
+    def stop(self) -> None:
+        """As `OwnBroker.stop`."""
+        if self._process is not None:
+            stop(self._process)
+
+    def _run(self) -> bool:
+        lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "persistence false"]
         if os.geteuid() == 0:
             lines.append("user root")  # else it drops to a user that may not read a private folder
-        configuration = folder / "mosquitto.conf"
+        configuration = self._folder / "mosquitto.conf"
         configuration.write_text("\n".join(lines) + "\n")
-        with log.open("wb") as output:
-            process = subprocess.Popen([program, "-c", str(configuration)], stdout=output, stderr=output)
+        with self._log.open("ab") as output:
+            process = subprocess.Popen(
+                [self._program, "-c", str(configuration)], stdout=output, stderr=output
+            )
+        self._process = process
         end = time.monotonic() + START_S_MAX
         while process.poll() is None and time.monotonic() < end:
-            if _answers("127.0.0.1", port):
-                return process, port
+            if _answers("127.0.0.1", self.port):
+                return True
             time.sleep(_POLL_S)
         stop(process)
-    raise TransportError("mosquitto does not start", hint=f"see {log}, with --keep")
+        return False
+
+    @property
+    def _log(self) -> Path:
+        return self._folder / "mosquitto.log"
+
+    def _failure(self) -> TransportError:
+        return TransportError("mosquitto does not start", hint=f"see {self._log}, with --keep")
+
+
+class Embedded(OwnBroker):
+    """The embedded broker on a thread of its own, apart from the server's."""
+
+    def __init__(self) -> None:
+        self._broker = EmbeddedBroker()
+
+    def start(self) -> None:
+        """As `OwnBroker.start`."""
+        self.port = self._broker.start_in_thread()
+
+    def kill(self) -> None:
+        """As `OwnBroker.kill`."""
+        self._broker.close()
+
+    def restart(self) -> None:
+        """As `OwnBroker.restart`."""
+        self._broker = EmbeddedBroker(port=self.port)
+        self._broker.start_in_thread()
+
+    def stop(self) -> None:
+        """As `OwnBroker.stop`."""
+        self._broker.close()
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:

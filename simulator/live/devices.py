@@ -59,13 +59,14 @@ class Device(ABC):
         """Write its configuration and put the factory's version on it."""
         self.folder.mkdir(parents=True)
         self.trace.touch()
-        lines = {
+        lines: dict[str, str | int] = {
             "device": self.device,
             "fleet": fleet,
             "family": release.family,
             "tier": self.plan.tier,
             "state_folder": "state",
             "broker": f"127.0.0.1:{self.link.port}",
+            **dict(self.plan.settings),
         }
         # TOML's basic strings are JSON's, for the characters that occur here.
         text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items())

@@ -27,7 +27,7 @@ ASK_INTERVAL_S: Final = {"onnx": 0.5, "llama": 4.0}
 ASKED_PER_S_MAX: Final = 100
 """Questions of all applications together: they share a thread with nothing, but a processor with everything."""
 
-_DESCRIPTORS_PER_DEVICE: Final = 24
+DESCRIPTORS_PER_DEVICE: Final = 24
 
 
 class Fleet:
@@ -51,7 +51,7 @@ class Fleet:
         observer: Observer,
         on_lost: Callable[[Link, Cause], None],
     ) -> None:
-        _allow_descriptors(len(plans) * _DESCRIPTORS_PER_DEVICE)
+        allow_descriptors(len(plans) * DESCRIPTORS_PER_DEVICE)
         self._folder = folder
         self._models = models
         self._observer = observer
@@ -151,7 +151,7 @@ def _unknown(release: Release, file: Path) -> tuple[Release, Path]:
     return msgspec.structs.replace(release, version="v0", files=[described]), file
 
 
-def _allow_descriptors(count: int) -> None:
+def allow_descriptors(count: int) -> None:
     """Raise the limit on open files as far as this user may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(max(soft, count + 256), hard)

@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any, Final, Literal
 
@@ -53,16 +53,23 @@ class Link:
         self._emulator.soon(lambda: self._go_down("cut", offline_ms))
 
     def _go_down(self, cause: Cause, offline_ms: int) -> None:
-        if not self.is_up:
-            return
+        if self.is_up:
+            self._lose(cause)
+            asyncio.get_running_loop().call_later(offline_ms / 1000, self._come_up)
+
+    def _lose(self, cause: Cause) -> None:
         self.is_up = False
+        had_connection = self.reset_connection()
+        if had_connection:
+            self._emulator.on_lost(self, cause)
+
+    def reset_connection(self) -> bool:
+        """Reset the connection, on the emulator's thread; what was under way is lost. Returns whether there was one."""
         had_connection = bool(self._transports)
         for transport in list(self._transports):
             reset(transport)
         self._transports.clear()
-        if had_connection:
-            self._emulator.on_lost(self, cause)
-        asyncio.get_running_loop().call_later(offline_ms / 1000, self._come_up)
+        return had_connection
 
     def _come_up(self) -> None:
         self.is_up = True
@@ -84,8 +91,10 @@ class Link:
             _narrow(broker)
             _narrow(to_device)
             self._transports |= {to_device.transport, broker.transport}
-            down = asyncio.create_task(self._carry(from_broker, to_device, self.delivered))
-            up = asyncio.create_task(self._carry(device, broker, self._sent))
+            profile = self.profile
+            down_rate, up_rate = profile.bandwidth_bytes_s, profile.up_bytes_s or profile.bandwidth_bytes_s
+            down = asyncio.create_task(self._carry(from_broker, to_device, self.delivered, down_rate))
+            up = asyncio.create_task(self._carry(device, broker, self._sent, up_rate))
             _, pending = await asyncio.wait({down, up}, return_when=asyncio.FIRST_COMPLETED)
             for task in pending:
                 task.cancel()
@@ -102,19 +111,23 @@ class Link:
         self.bytes_up += count
 
     async def _carry(
-        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, count: Callable[[int], None]
+        self,
+        source: asyncio.StreamReader,
+        target: asyncio.StreamWriter,
+        count: Callable[[int], None],
+        bytes_s: int,
     ) -> None:
-        """Move bytes at the link's bandwidth, each piece `latency_ms` after it went in."""
+        """Move bytes at a rate, each piece `latency_ms` after it went in."""
         profile = self.profile
-        piece = min(max(profile.bandwidth_bytes_s * PIECE_MS // 1000, PIECE_BYTES_MIN), PIECE_BYTES_MAX)
-        travelling = 2 + profile.bandwidth_bytes_s * profile.latency_ms // 1000 // piece
+        piece = min(max(bytes_s * PIECE_MS // 1000, PIECE_BYTES_MIN), PIECE_BYTES_MAX)
+        travelling = 2 + bytes_s * profile.latency_ms // 1000 // piece
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(travelling)
         arriving = asyncio.create_task(_arrive(queue, target, count))
         try:
             free_at = 0.0
             while data := await source.read(piece):
                 now = time.monotonic()
-                free_at = max(now, free_at) + len(data) / profile.bandwidth_bytes_s
+                free_at = max(now, free_at) + len(data) * (1 + profile.overhead) / bytes_s
                 await queue.put((free_at + profile.latency_ms / 1000, data))
                 if free_at > now + PIECE_MS / 4000:
                     await asyncio.sleep(free_at - now)
@@ -126,6 +139,23 @@ class Link:
             pass
         finally:
             arriving.cancel()
+
+    def follow(self, begun_s: float, changes: Iterator[tuple[float, bool]]) -> None:
+        """Come and go at set instants.
+
+        Args:
+            begun_s: By the monotonic clock.
+            changes: Seconds since then, ascending, and whether the link is there from then on.
+        """
+        self._emulator.soon(lambda: self._emulator.keep(self._follow(begun_s, changes)))
+
+    async def _follow(self, begun_s: float, changes: Iterator[tuple[float, bool]]) -> None:
+        for at_s, is_up in changes:
+            await asyncio.sleep(begun_s + at_s - time.monotonic())
+            if is_up:
+                self._come_up()
+            else:
+                self._lose("sleep")
 
     async def sleep_in_cycles(self) -> None:
         """Follow the duty cycle."""
@@ -193,6 +223,19 @@ class LinkEmulator:
             self._cycles += [asyncio.create_task(link.sleep_in_cycles()) for link in self.links.values()]
 
         self._wait(start())
+
+    def lose_all(self) -> None:
+        """Reset every connection and wait until it is done: the machine that they lead to is gone, links stay up."""
+
+        async def lose() -> None:
+            for link in self.links.values():
+                link.reset_connection()
+
+        self._wait(lose())
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something go on until the end, on the emulator's thread."""
+        self._cycles.append(asyncio.create_task(work))
 
     def soon(self, action: Callable[[], None]) -> None:
         """Run `action` on the emulator's thread."""

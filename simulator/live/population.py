@@ -40,11 +40,13 @@ class LinkProfile:
 
     Attributes:
         name: What people call such a link.
-        bandwidth_bytes_s: In each direction.
+        bandwidth_bytes_s: Towards the device, and from it where `up_bytes_s` says nothing else.
         latency_ms: In each direction.
         awake_ms: Time on the air in each duty cycle; 0 for a link that never sleeps.
         asleep_ms: Time off the air in each duty cycle.
         phase_ms: Where in its cycle the link starts.
+        up_bytes_s: From the device; 0 for the same as towards it.
+        overhead: Bytes on the air beside each byte of a connection, as headers.
     """
 
     name: str
@@ -53,6 +55,8 @@ class LinkProfile:
     awake_ms: int = 0
     asleep_ms: int = 0
     phase_ms: int = 0
+    up_bytes_s: int = 0
+    overhead: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class DevicePlan:
         cut: When it loses its connection.
         kill: When its process is killed; such a device runs in a process of its own.
         seed: For its own jitter.
+        settings: Further lines of its configuration.
     """
 
     device: str
@@ -104,6 +109,7 @@ class DevicePlan:
     cut: CutPlan | None
     kill: KillPlan | None
     seed: int
+    settings: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     ("options", "words"),
     [
         (["--devices", "0"], "choose 1 to"),
-        (["--devices", "401"], "choose 1 to"),
+        (["--devices", "1001"], "choose 1 to"),
         (["--seed", "-1"], "--seed"),
         (["--broker", "nonsense"], "mosquitto"),
         (["--broker", "127.0.0.1:99999"], "not allowed"),

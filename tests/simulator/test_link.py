@@ -123,3 +123,52 @@ def test_an_armed_link_acts_once_so_many_bytes_have_come_through(peer: Peer) -> 
         assert wait_until(lambda: counts)
         assert len(counts) == 1
         assert counts[0] >= 10_000
+
+
+def test_each_direction_has_its_rate_and_pays_for_headers(peer: Peer) -> None:
+    profile = LinkProfile("test", 10_000_000, 0, up_bytes_s=200_000, overhead=0.5)
+    with emulated(peer, profile) as link, connected(link) as device:
+        data = bytes(60_000)
+        begin = time.monotonic()
+        threading.Thread(target=device.sendall, args=(data,), daemon=True).start()
+        assert received(peer.last(), len(data)) == data
+        assert time.monotonic() - begin >= 0.9 * 1.5 * len(data) / 200_000
+        begin = time.monotonic()
+        threading.Thread(target=peer.last().sendall, args=(data,), daemon=True).start()
+        assert received(device, len(data)) == data
+        assert time.monotonic() - begin < 0.4
+
+
+def test_a_link_comes_and_goes_at_set_instants(peer: Peer) -> None:
+    lost: list[Cause] = []
+    with emulated(peer, LinkProfile("test", 1_000_000, 1), lost) as link:
+        with connected(link) as device:
+            assert wait_until(lambda: peer.connections)
+            begun = time.monotonic()
+            link.follow(begun, iter([(0.0, True), (0.2, False), (0.6, True)]))
+            with pytest.raises(ConnectionResetError):
+                device.recv(1)
+            assert 0.2 <= time.monotonic() - begun < 0.6
+        assert lost == ["sleep"]
+        assert wait_until(lambda: link.is_up)
+        assert time.monotonic() - begun >= 0.6
+
+
+def test_a_peer_whose_machine_is_gone_resets_connections_and_leaves_links_up(peer: Peer) -> None:
+    emulator = LinkEmulator(peer.address, lambda _link, _cause: None)
+    emulator.start()
+    try:
+        link = emulator.add("device-01", LinkProfile("test", 10_000, 1))
+        with connected(link) as device:
+            peer.last().sendall(bytes(100_000))  # ten seconds on this link
+            assert received(device, 1_000)
+            emulator.lose_all()
+            before = time.monotonic()
+            with pytest.raises(ConnectionResetError):
+                received(device, 100_000)
+            assert time.monotonic() - before < 5.0
+        assert link.is_up
+        with connected(link) as device:
+            assert wait_until(lambda: len(peer.connections) == 2)
+    finally:
+        emulator.stop()
