@@ -447,9 +447,13 @@ class Update:
             self.restored()  # the old version never stopped answering
 
     def swap_failed(self, code: str) -> None:
-        """The version that was just committed cannot be served: the one before takes its place again."""
+        """The version that was just committed cannot be served: the one before takes its place again.
+
+        The release is to blame if the runtime says so; a disk that fails or loses what was on it says nothing about it.
+        """
         self._desk.move(Trigger.SWAP_FAILED, code)
-        self._ledger.quarantine()
+        if code.startswith("engine."):
+            self._ledger.quarantine()
         self._ledger.note(code=code, detail="the new version could not be served")
 
     def committed(self) -> None:

@@ -523,6 +523,45 @@ def test_a_disk_that_fails_at_the_end_of_an_update_keeps_the_old_version_and_bla
     assert device.record.quarantine == ()
 
 
+def test_a_disk_that_fails_while_a_committed_version_is_loaded_blames_nobody(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.COMMITTING)
+
+    def fail(_source: object) -> None:
+        monkeypatch.undo()
+        raise StorageError("slots/b/model.onnx: input/output error")
+
+    monkeypatch.setattr(device.engine, "load", fail)
+    device.settle()
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rolled_back", "storage.failed")
+    assert device.record.quarantine == ()
+    assert device.answer() == digest_of(V1)
+    ask(device, "v2")
+    device.settle()
+    assert device.answer() == digest_of(V2)
+
+
+def test_a_committed_version_whose_load_never_ends_is_given_up(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.COMMITTING)
+    device.jobs.clear()  # the worker hangs
+    device.settle(until=lambda: device.state is State.ROLLING_BACK)
+    assert device.answer() == digest_of(V1)
+    device.settle()
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rolled_back", "effect.timeout")
+    assert device.answer() == digest_of(V1)
+
+
 def test_an_empty_wish_is_no_wish(cache: Cache) -> None:
     device = online(cache)
     device.deliver(TOPICS.desired(DEVICE), b"")
