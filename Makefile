@@ -10,6 +10,7 @@ DEVICES ?= 36
 SEED ?= 1
 COUNT ?= 200
 MINUTES ?= 1
+WORKERS ?= $(shell nproc)
 PAIRS ?= *
 BENCH_OPTIONS ?=
 
@@ -62,6 +63,10 @@ format: setup ## format the code
 .PHONY: kill-test
 kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200); IN_PLACE=1: of one that rewrites its only copy
 	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED) $(if $(IN_PLACE),--in-place)
+
+.PHONY: crash-points
+crash-points: setup ## cut the power after every system call of an update: COUNT crash images (default 1,000,000) and a fifth as many of a second cut, in WORKERS processes
+	$(BIN)/python -m tests.crash_points --count $(if $(filter file,$(origin COUNT)),1000000,$(COUNT)) --seed $(SEED) --workers $(WORKERS)
 
 .PHONY: sim-determinism
 sim-determinism: setup ## run COUNT seeds of the simulator twice, with other hashes, and compare their traces (default 200)
