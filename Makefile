@@ -115,6 +115,10 @@ bench-delta-large: ## measure the delta coder on files of 0.1, 1 and 4 GB: linea
 	$(call environment,bench)
 	$(BIN)/python -m benchmarks.large $(BENCH_OPTIONS)
 
+.PHONY: fault-matrix
+fault-matrix: setup ## put a device under every fault in every state, and write the table of what it does into docs/durability.md
+	$(BIN)/python -m tests.device.fault_matrix docs/durability.md
+
 .PHONY: diagram
 diagram: setup ## write the state diagram into README.md and protocol/SPEC.md
 	$(BIN)/python -m tools.diagram README.md protocol/SPEC.md
