@@ -11,6 +11,7 @@ SEED ?= 1
 COUNT ?= 200
 SOAK_SEEDS ?= 120
 MINUTES ?= 1
+WORKERS ?= $(shell nproc)
 PAIRS ?= *
 BENCH_OPTIONS ?=
 
@@ -63,6 +64,10 @@ format: setup ## format the code
 .PHONY: kill-test
 kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200); IN_PLACE=1: of one that rewrites its only copy
 	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED) $(if $(IN_PLACE),--in-place)
+
+.PHONY: crash-points
+crash-points: setup ## cut the power after every system call of an update: COUNT crash images (default 1,000,000) and a fifth as many of a second cut, in WORKERS processes
+	$(BIN)/python -m tests.crash_points --count $(if $(filter file,$(origin COUNT)),1000000,$(COUNT)) --seed $(SEED) --workers $(WORKERS)
 
 .PHONY: sim-determinism
 sim-determinism: setup ## run COUNT seeds of the simulator twice, with other hashes, and compare their traces (default 200)
@@ -120,6 +125,10 @@ bench-delta: ## measure the delta coder beside its peers on real pairs of models
 bench-delta-large: ## measure the delta coder on files of 0.1, 1 and 4 GB: linear time, bounded memory (needs 14 GB of disk)
 	$(call environment,bench)
 	$(BIN)/python -m benchmarks.large $(BENCH_OPTIONS)
+
+.PHONY: fault-matrix
+fault-matrix: setup ## put a device under every fault in every state, and write the table of what it does into docs/durability.md
+	$(BIN)/python -m tests.device.fault_matrix docs/durability.md
 
 .PHONY: diagram
 diagram: setup ## write the state diagram into README.md and protocol/SPEC.md

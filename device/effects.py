@@ -91,7 +91,10 @@ class ReadBlob:
 
 @dataclass(frozen=True, slots=True)
 class RemoveBlobs:
-    """Remove every blob but those named; garbage of any earlier life included."""
+    """Remove every blob but those named, and what led back to a version that was given up; garbage of any earlier life included.
+
+    Not ordered while files are rewritten in place.
+    """
 
     keep: frozenset[Digest]
 

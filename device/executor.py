@@ -67,7 +67,7 @@ class Executor:
             effects.Trace: lambda _effect: None,
         }
         self._jobs: Final[dict[type, Callable[[Any], events.Event | None]]] = {
-            effects.RemoveBlobs: lambda effect: blobs.remove_blobs(disk, effect.keep),
+            effects.RemoveBlobs: self._remove_blobs,
             effects.EmptySlot: lambda effect: discard_installation(disk, effect.slot),
             effects.OpenBlob: lambda effect: events.BlobOpened(
                 effect.serial, blobs.open_blob(disk, effect.plan)
@@ -140,6 +140,10 @@ class Executor:
         self._disk.write(_ROOT_TEMPORARY, 0, effect.root)
         self._disk.sync(_ROOT_TEMPORARY)
         self._disk.replace(_ROOT_TEMPORARY, ROOT_FILE)
+
+    def _remove_blobs(self, effect: effects.RemoveBlobs) -> None:
+        blobs.remove_blobs(self._disk, effect.keep)
+        rewriting.remove_leftovers(self._disk)
 
     def _read_blob(self, effect: effects.ReadBlob) -> events.BlobRead:
         return events.BlobRead(effect.serial, blobs.read_blob(self._disk, effect.blob, effect.length))

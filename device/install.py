@@ -99,7 +99,7 @@ def discard_installation(disk: Disk, slot: SlotName) -> None:
         StorageError: The disk failed; nothing is lost, and calling again goes on.
     """
     rewriting.settle(disk, slot)
-    if disk.length(_STATE_FILE) is not None:
+    if disk.length(_STATE_FILE) is not None and ((before := _read(disk)) is None or before.plan):
         _save(disk, Checkpoint(plan=""))  # durable, as a removal need not be
     empty_slot(disk, slot)
 
@@ -208,13 +208,18 @@ def _check_header(reader: DeltaReader, link: InstallLink) -> None:
 
 def _load(disk: Disk, plan: str) -> Checkpoint:
     """The checkpoint of this plan, or a fresh start: a damaged one costs time, nothing else."""
-    try:
-        checkpoint = _decoder.decode(disk.read(_STATE_FILE, 0, _STATE_BYTES_MAX))
-    except (msgspec.MsgspecError, WhimbrelError):
-        return Checkpoint(plan=plan)
-    if checkpoint.plan != plan or checkpoint.version != _STATE_VERSION:
+    checkpoint = _read(disk)
+    if checkpoint is None or checkpoint.plan != plan or checkpoint.version != _STATE_VERSION:
         return Checkpoint(plan=plan)
     return checkpoint
+
+
+def _read(disk: Disk) -> Checkpoint | None:
+    """The checkpoint, of whatever plan; `None` where there is none, or one that cannot be read."""
+    try:
+        return _decoder.decode(disk.read(_STATE_FILE, 0, _STATE_BYTES_MAX))
+    except (msgspec.MsgspecError, WhimbrelError):
+        return None
 
 
 def _save(disk: Disk, checkpoint: Checkpoint) -> None:

@@ -211,6 +211,14 @@ def settle(disk: Disk, slot: SlotName) -> None:
         _forget(disk, manifest)
 
 
+def remove_leftovers(disk: Disk) -> None:
+    """Remove journals and inverses that lead nowhere: a power cut came before the manifest named them, or brought them back."""
+    kept = {_MANIFEST, *(name for each in _load(disk).files for name in (each.journal, each.inverse))}
+    for name in disk.names(_FOLDER):
+        if name not in kept:
+            disk.remove(name)
+
+
 def remains_bytes(disk: Disk, slot: SlotName) -> int:
     """Space that is taken by what leads back to the version that was in a slot."""
     manifest = _load(disk)

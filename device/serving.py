@@ -6,7 +6,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from device import events
-from device.desk import Desk
+from device.desk import JOB_TIMEOUT_MS, Desk
 from device.effects import LetGo, PointCurrent, Probe, Serve
 from device.slots import SlotHealth, SlotName
 from device.states import State
@@ -76,11 +76,16 @@ class Serving:
         """Some deadline has passed; if it was this one, try again, and first write down what should be served.
 
         An inventory that may still be under way is ordered again under its own number, so that the first answer counts.
+        A load that never comes to its end has failed.
         """
-        if self.deadline_ms is not None and self._desk.now_ms >= self.deadline_ms:
-            self.deadline_ms = None
-            self._desk.persist()
-            self.take_inventory(self._inventory)
+        if self.deadline_ms is None or self._desk.now_ms < self.deadline_ms:
+            return
+        self.deadline_ms = None
+        if self._serve:
+            self._abandon("effect.timeout")
+            return
+        self._desk.persist()
+        self.take_inventory(self._inventory)
 
     def go_back(self, slot: SlotName) -> None:
         """The record names the version before again: let it answer; where it was rewritten, it has to be put back first."""
@@ -94,6 +99,7 @@ class Serving:
         record = self._desk.ledger.record.slots[slot]
         self._is_waiting = False
         self._serve = self._desk.serial()
+        self.deadline_ms = self._desk.now_ms + JOB_TIMEOUT_MS
         self._desk.emit(Serve(self._serve, slot, record.runtime, record.main_file))
 
     def probed(self, event: events.Probed) -> bool:
@@ -117,6 +123,7 @@ class Serving:
     def started(self, event: events.ServingStarted) -> None:
         """The engine answers."""
         if event.serial == self._serve:
+            self._serve = 0
             slot = self.slot = self._desk.ledger.record.active
             self.deadline_ms = None
             self._on_settled()
@@ -127,7 +134,7 @@ class Serving:
     def failed(self, event: events.EffectFailed) -> bool:
         """Whether it was about serving that something failed."""
         if event.serial and event.serial == self._serve:
-            self._abandon("engine.failed")
+            self._abandon(event.code)
             return True
         if not event.serial or event.serial != self._inventory:
             if (
@@ -149,6 +156,8 @@ class Serving:
         desk, ledger = self._desk, self._desk.ledger
         active = ledger.record.active
         assert active is not None
+        self._serve = 0
+        self.deadline_ms = None
         if ledger.record.slots[active.other].health is not SlotHealth.GOOD:
             self._on_settled()  # nothing better to offer; an update may still bring one
             return

@@ -139,7 +139,7 @@ class Update:
             case State.FAILED if self._ledger.update.retry:
                 self._schedule_retry()
             case state if state in RESTING:
-                self._desk.emit(RemoveBlobs(frozenset()))  # a power cut may bring back what was removed
+                self._tidy()  # a power cut may bring back what was removed
 
     # --- what should run -----------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class Update:
             self._ledger.note(finished_ms=self._desk.now_ms, retry=False)
             self._desk.move(Trigger.WITHDRAWN)
             self._desk.persist()
-            self._desk.emit(RemoveBlobs(frozenset()))
+            self._tidy()
         else:
             self._desk.persist()
         self._desk.report()
@@ -449,9 +449,13 @@ class Update:
             self.restored()  # the old version never stopped answering
 
     def swap_failed(self, code: str) -> None:
-        """The version that was just committed cannot be served: the one before takes its place again."""
+        """The version that was just committed cannot be served: the one before takes its place again.
+
+        The release is to blame if the runtime says so; a disk that fails or loses what was on it says nothing about it.
+        """
         self._desk.move(Trigger.SWAP_FAILED, code)
-        self._ledger.quarantine()
+        if code.startswith("engine."):
+            self._ledger.quarantine()
         self._ledger.note(code=code, detail="the new version could not be served")
 
     def committed(self) -> None:
@@ -464,8 +468,7 @@ class Update:
         slot = self._ledger.slot
         self._ledger.set_slot(slot, SlotRecord(health=SlotHealth.BAD))
         self._desk.move(Trigger.RESTORED)
-        # Once the record no longer names it: until then that slot may be the active one.
-        self._finish("rolled_back", EmptySlot(slot))
+        self._finish("rolled_back")
 
     # --- ends ----------------------------------------------------------------------------------------------
 
@@ -504,14 +507,22 @@ class Update:
         self._desk.report()
         self._begin_sync()
 
-    def _finish(self, outcome: str, *cleaning: Effect) -> None:
+    def _finish(self, outcome: str) -> None:
         self._ledger.note(outcome=outcome, finished_ms=self._desk.now_ms, retry=False)
         self._desk.persist()
-        self._desk.emit(*cleaning, RemoveBlobs(frozenset()))
+        self._tidy()
         self._desk.report()
         if (pending := self._pending) is not None:
             self._pending = None
             self.request(pending)
+
+    def _tidy(self) -> None:
+        """Remove what nothing leads to, once that is written down: until then the slot may be the active one."""
+        record = self._ledger.record
+        for slot, content in record.slots.items():
+            if slot is not record.active and content.health is not SlotHealth.GOOD:
+                self._desk.emit(EmptySlot(slot))
+        self._desk.emit(RemoveBlobs(frozenset()))
 
     def _drop_work(self) -> None:
         """Forget answers that are still to come, and the transfer; what is on disk stays."""

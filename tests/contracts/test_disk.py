@@ -1,13 +1,34 @@
+"""One suite for the real disk and the simulated ones.
+
+The simulated disks are `simulator.disk.SimulatedDisk`, whose operations happen as a whole or not at all, and `tests.crash_points.disk.CrashDisk`,
+which is taken apart into the system calls of the real one. They cannot agree in these:
+
+- nobody can cut the power of a real disk in a test, so what a crash leaves is tested of the simulated ones only. In its place
+  `test_the_model_of_the_real_disk_makes_its_system_calls` compares the calls: the model is that of the real disk as long as they are the same;
+- `forget_cached` syncs a real file, since only clean pages are dropped. The port does not promise that, and the simulated disks do not do it;
+- `free_bytes` of a real disk counts everything on its file system, and changes by itself;
+- locks, temporary files of an earlier process and symbolic links that an intruder made are there on a real disk only.
+"""
+
+import errno
+import os
 import random
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from device.adapters.disk import RealDisk
 from device.ports import Disk
-from protocol.errors import StorageError, StorageFullError
+from protocol.errors import StorageError, StorageFullError, StorageReadOnlyError
 from simulator.disk import SimulatedDisk
+from tests.crash_points.disk import Choices, CrashDisk
+
+SIMULATED = pytest.mark.parametrize("kind", [SimulatedDisk, CrashDisk])
 
 
 def real(folder: Path) -> Disk:
@@ -16,7 +37,9 @@ def real(folder: Path) -> Disk:
     return disk
 
 
-@pytest.fixture(params=[real, lambda _: SimulatedDisk()], ids=["real", "simulated"])
+@pytest.fixture(
+    params=[real, lambda _: SimulatedDisk(), lambda _: CrashDisk()], ids=["real", "simulated", "by calls"]
+)
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Disk:
     make: Callable[[Path], Disk] = request.param
     return make(tmp_path)
@@ -170,8 +193,9 @@ def test_a_link_to_the_current_slot_is_moved_in_one_step(tmp_path: Path) -> None
     assert (tmp_path / "current" / "model").read_bytes() == b"2"
 
 
-def test_what_was_written_before_a_resize_outlives_a_crash() -> None:
-    disk = SimulatedDisk()
+@SIMULATED
+def test_what_was_written_before_a_resize_outlives_a_crash(kind: type[SimulatedDisk]) -> None:
+    disk = kind()
     put(disk, "file", b"a" * 2048)
     disk.write("file", 0, b"b" * 2048)
     disk.resize("file", 1024)
@@ -179,17 +203,21 @@ def test_what_was_written_before_a_resize_outlives_a_crash() -> None:
     assert disk.read("file", 0, 4096) == b"b" * 1024
 
 
-def test_a_crash_of_the_simulated_disk_takes_back_only_what_was_not_synced() -> None:
+@SIMULATED
+def test_a_crash_takes_back_only_what_was_not_synced(kind: type[SimulatedDisk]) -> None:
     rng = random.Random(2)
     outcomes = set()
     for _ in range(60):
-        disk = SimulatedDisk()
+        disk = kind()
         put(disk, "file", b"a" * 2048)
         disk.write("file", 0, b"b" * 2048)
         disk.crash(rng)
         content = disk.read("file", 0, 2048)
         outcomes.add(content.count(b"b"))
-        assert content == b"b" * content.count(b"b") + b"a" * content.count(b"a")
+        sectors = [content[at : at + 512] for at in range(0, 2048, 512)]
+        assert set(sectors) <= {b"a" * 512, b"b" * 512}
+        if kind is SimulatedDisk:  # tears a write once, in order
+            assert sectors == sorted(sectors, reverse=True)
     assert {0, 2048} < outcomes
 
 
@@ -203,10 +231,13 @@ def test_a_rename_over_a_second_name_of_the_same_file_does_nothing(disk: Disk) -
     assert (disk.names("a"), disk.names("b")) == ([], ["b/model"])
 
 
-def test_a_name_that_was_removed_may_come_back_until_another_one_beside_it_is_durable() -> None:
+@SIMULATED
+def test_a_name_that_was_removed_may_come_back_until_another_one_beside_it_is_durable(
+    kind: type[SimulatedDisk],
+) -> None:
     seen = set()
     for seed in range(20):
-        disk = SimulatedDisk()
+        disk = kind()
         put(disk, "a/old", b"old")
         put(disk, "b/old", b"old")
         disk.remove("a/old")
@@ -216,3 +247,211 @@ def test_a_name_that_was_removed_may_come_back_until_another_one_beside_it_is_du
         assert disk.names("b") == ["b/new"]
         seen.add(disk.length("a/old"))
     assert seen == {None, 3}
+
+
+@pytest.mark.parametrize("operation", ["create", "write", "sync", "resize", "replace", "link", "point"])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, StorageFullError),
+        (errno.EDQUOT, StorageFullError),
+        (errno.EROFS, StorageReadOnlyError),
+        (errno.EIO, StorageError),
+    ],
+)
+def test_an_error_of_the_system_is_a_coded_error_and_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, number: int, kind: type[StorageError]
+) -> None:
+    """What the simulated disks raise under a fault is what the real one makes of the system's errors."""
+    disk = RealDisk(tmp_path)
+    put(disk, "a/file", b"content")
+    before = sorted(tmp_path.rglob("*"))
+    calls = {
+        "create": lambda: disk.create("a/new", 10),
+        "write": lambda: disk.write("a/file", 0, b"x"),
+        "sync": lambda: disk.sync("a/file"),
+        "resize": lambda: disk.resize("a/file", 100),
+        "replace": lambda: disk.replace("a/file", "a/other"),
+        "link": lambda: disk.link("a/file", "a/other"),
+        "point": lambda: disk.point("current", "a"),
+    }
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    broken = {
+        "write": "pwrite",
+        "sync": "fdatasync",
+        "replace": "replace",
+        "link": "link",
+        "point": "symlink",
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(os, broken.get(operation, "posix_fallocate"), fail)
+        with pytest.raises(StorageError) as caught:
+            calls[operation]()
+    assert type(caught.value) is kind
+    assert sorted(tmp_path.rglob("*")) == before
+    assert disk.read("a/file", 0, 100) == b"content"
+
+
+# --- the model of the real disk, call by call ---------------------------------------------------------------------
+
+
+@contextmanager
+def calls_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """System calls that succeed and change a file system, in their order, with names relative to a folder."""
+    calls: list[str] = []
+
+    def relative(path: object) -> str:
+        return str(Path(os.fsdecode(path)).relative_to(folder))  # type: ignore[arg-type]  # a path in one form or the other
+
+    def opened(descriptor: int) -> str:
+        return relative(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    def synced(descriptor: int, *_: Any) -> str:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        return f"sync folder {opened(descriptor)}" if is_folder else f"sync {opened(descriptor)}"
+
+    told: dict[str, Callable[..., str]] = {
+        "open": lambda path, flags, *_: f"create {relative(path)}" if flags & os.O_CREAT else "",
+        "posix_fallocate": lambda descriptor, *_: f"allocate {opened(descriptor)}",
+        "ftruncate": lambda descriptor, *_: f"truncate {opened(descriptor)}",
+        "pwrite": lambda descriptor, *_: f"write {opened(descriptor)}",
+        "fsync": synced,
+        "fdatasync": synced,
+        "replace": lambda _, target, *_more: f"rename {relative(target)}",
+        "link": lambda _, target, *_more: f"link {relative(target)}",
+        "symlink": lambda _, target, *_more: f"symlink {relative(target)}",
+        "unlink": lambda path, *_: f"unlink {relative(path)}",
+        "mkdir": lambda path, *_: f"mkdir {relative(path)}",
+    }
+
+    def recording(name: str) -> Callable[..., Any]:
+        call = getattr(os, name)
+
+        @wraps(call)
+        def record(*arguments: Any, **options: Any) -> Any:
+            result = call(*arguments, **options)
+            if said := told[name](*arguments):
+                calls.append(said)
+            return result
+
+        return record
+
+    with monkeypatch.context() as patched:
+        for name in told:
+            patched.setattr(os, name, recording(name))
+        yield calls
+
+
+def everything(disk: Disk) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each operation that changes something, in each of its ways."""
+    yield "create", lambda: disk.create("a/one", 1000)
+    yield "create empty", lambda: disk.create("a/empty", 0)
+    yield "create again", lambda: disk.create("a/one", 2000)
+    yield "write", lambda: disk.write("a/one", 0, b"x" * 700)
+    yield "write behind the end", lambda: disk.write("a/one", 2000, b"x")
+    yield "sync", lambda: disk.sync("a/one")
+    yield "resize to more", lambda: disk.resize("a/one", 5000)
+    yield "resize to less", lambda: disk.resize("a/one", 500)
+    yield "resize to the same", lambda: disk.resize("a/one", 500)
+    yield "replace beside", lambda: disk.replace("a/one", "a/two")
+    yield "replace elsewhere", lambda: disk.replace("a/two", "b/two")
+    yield "link", lambda: disk.link("b/two", "a/three")
+    yield "link again", lambda: disk.link("b/two", "a/three")
+    yield "point", lambda: disk.point("current", "a")
+    yield "point elsewhere", lambda: disk.point("current", "b")
+    yield "create at the top", lambda: disk.create("top", 10)
+    yield "remove", lambda: disk.remove("a/three")
+    yield "remove nothing", lambda: disk.remove("a/three")
+
+
+def test_the_model_of_the_real_disk_makes_its_system_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, model = RealDisk(tmp_path), CrashDisk()
+    expected: list[str] = []
+    model.on_call = expected.append
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    for (what, do), (_, do_likewise) in zip(everything(disk), everything(model), strict=True):
+        expected.clear()
+        do_likewise()
+        with calls_of(tmp_path, monkeypatch) as calls:
+            do()
+        assert calls == expected, what
+
+
+def test_a_folder_is_durable_before_anything_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model does without folders: what it leaves out changes nothing."""
+    disk = RealDisk(tmp_path)
+    with calls_of(tmp_path, monkeypatch) as calls:
+        disk.create("slots/a/model", 10)
+    assert calls[:4] == ["mkdir slots", "sync folder .", "mkdir slots/a", "sync folder slots"]
+
+
+def test_the_real_disk_syncs_what_it_is_to_forget_and_the_model_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, model = RealDisk(tmp_path), CrashDisk()
+    told: list[str] = []
+    for each in (disk, model):
+        put(each, "file", b"content")
+    model.on_call = told.append
+    model.forget_cached("file")
+    with calls_of(tmp_path, monkeypatch) as calls:
+        disk.forget_cached("file")
+    assert (calls, told) == (["sync file"], [])
+
+
+@SIMULATED
+def test_a_disk_that_was_remounted_read_only_refuses_every_change(kind: type[SimulatedDisk]) -> None:
+    disk = kind()
+    put(disk, "a/file", b"content")
+    disk.is_read_only = True
+    for what, do in everything(disk):
+        with pytest.raises(StorageReadOnlyError):
+            do()
+        assert disk.names("a") == ["a/file"], what
+
+
+def test_every_subset_of_pending_changes_can_be_what_a_crash_leaves() -> None:
+    disk = CrashDisk()
+    for name in ("a/one", "a/two", "b/three"):
+        put(disk, name, b"content")
+        disk.remove(name)
+    choices = Choices(disk.moment(), 1)
+    assert choices.is_exhaustive
+    left = {frozenset(choices.image(number)) for number in range(choices.count)}
+    assert len(left) == 4, "the removal of one was made durable with the name of two"
+    assert max(left, key=len) == {"a/two", "b/three"}
+
+
+def test_a_rename_to_another_folder_never_loses_both_names() -> None:
+    disk = CrashDisk()
+    put(disk, "a/file", b"content")
+    seen: set[frozenset[str]] = set()
+
+    def look(_call: str) -> None:
+        choices = Choices(disk.moment(), 1)
+        seen.update(frozenset(choices.image(number)) for number in range(choices.count))
+
+    disk.on_call = look
+    disk.replace("a/file", "b/file")
+    assert seen == {frozenset({"a/file"}), frozenset({"b/file"}), frozenset({"a/file", "b/file"})}
+
+
+def test_sectors_of_a_write_are_kept_or_lost_one_by_one() -> None:
+    disk = CrashDisk()
+    put(disk, "file", b"a" * 2048)
+    disk.write("file", 256, b"b" * 1024)  # a part of the first sector, the second, and a part of the third
+    choices = Choices(disk.moment(), 1)
+    seen = set()
+    for number in range(choices.count):
+        left = CrashDisk(choices.image(number)).read("file", 0, 2048)
+        seen.add((left[256:512], left[512:1024], left[1024:1280]))
+        assert left[:256] + left[1280:] == b"a" * 1024
+    assert len(seen) == choices.count == 8

@@ -10,18 +10,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
 from device import events
 from device.agent import Agent
 from device.config import AgentConfig
 from device.effects import Effect, Trace
 from device.executor import ROOT_FILE, Executor
 from device.journal import Journal, Record, SlotRecord
-from device.ports import Model, ModelSource, TrialOrder
+from device.ports import Model, ModelSource, TrialOrder, Trust
 from device.slots import SlotHealth, SlotName, slot_file
 from device.states import State
+from protocol import trust as trust_module
 from protocol.chunks import build_tree, encode_chunk, index_name
 from protocol.constants import CHUNK_BYTES
 from protocol.delta.format import Profile
@@ -56,8 +54,8 @@ from protocol.tensors import BytesSource
 from protocol.topics import Topics
 from protocol.trust import Target
 from server.ports import Repository
-from server.releases.publisher import Publisher
 from simulator.disk import SimulatedDisk
+from simulator.models import publisher_of
 from simulator.power import PowerCutError
 
 FLEET = FleetId("test-fleet")
@@ -82,18 +80,12 @@ def health(**changes: object) -> HealthPlan:
 
 
 class Cache:
-    """What a broker's retained cache and a server would give: topics to payloads."""
+    """What a broker's retained cache and a server would give: topics to payloads; with a seed, always the same."""
 
-    def __init__(self) -> None:
-        keys = {
-            role: Ed25519PrivateKey.generate().private_bytes(
-                Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-            )
-            for role in ("root", "targets", "snapshot", "timestamp")
-        }
+    def __init__(self, seed: int | None = None) -> None:
         self.retained: dict[str, bytes] = {}
         self.files: dict[str, bytes] = {}
-        self.publisher = Publisher(keys)  # type: ignore[arg-type]  # the literal role names above
+        self.publisher = publisher_of(random.SystemRandom().getrandbits(64) if seed is None else seed)
         self.repository: Repository = self.publisher.create(START_MS).repository
         self.root = self.repository.roots[0]
         self.sequence = 0
@@ -254,13 +246,21 @@ class Device:
     """A device that can lose its connection and its power at any effect."""
 
     def __init__(
-        self, cache: Cache, model: bytes, *, seed: int = 1, config: dict[str, object] | None = None
+        self,
+        cache: Cache,
+        model: bytes,
+        *,
+        seed: int = 1,
+        config: dict[str, object] | None = None,
+        disk: CuttingDisk | None = None,
+        trust: Trust = trust_module,
     ) -> None:
         fields: dict[str, object] = {"device": DEVICE, "fleet": FLEET, "family": FAMILY, "tier": "pi"}
         self.config = AgentConfig(**{**fields, **(config or {})})  # type: ignore[arg-type]  # a test's keyword arguments
         self.cache = cache
-        self.disk = CuttingDisk()
-        self.engine = ScriptedEngine(self.disk)
+        self.disk = disk or self._make_disk()
+        self.trust = trust
+        self.engine = self._make_engine()
         self.rng = random.Random(seed)
         self.now_ms = START_MS
         self.reports: list[Report] = []
@@ -269,8 +269,15 @@ class Device:
         self.fetched: list[tuple[str, int]] = []
         self.answer_requests: Callable[[str, bytes], None] | None = None
         self.cut_at: int | None = None
-        self._install_factory(model)
+        if disk is None:
+            self._install_factory(model)
         self.boot()
+
+    def _make_disk(self) -> CuttingDisk:
+        return CuttingDisk()
+
+    def _make_engine(self) -> ScriptedEngine:
+        return ScriptedEngine(self.disk)
 
     def _install_factory(self, model: bytes) -> None:
         name = slot_file(SlotName.A, "model.onnx")
@@ -293,7 +300,7 @@ class Device:
         self.jobs: deque[Callable[[], None]] = deque()
         self.subscriptions: set[str] = set()
         self.is_connected = False
-        self.agent = Agent(self.config, self.rng)
+        self.agent = Agent(self.config, self.rng, self.trust)
         self.executor = Executor(
             disk=self.disk, transport=self, engine=self.engine, workers=self, post=self.queue.append
         )

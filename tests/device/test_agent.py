@@ -223,6 +223,60 @@ def test_a_trial_that_was_given_up_because_the_disk_failed_cannot_pass_afterward
     assert device.answer() == digest_of(V1)
 
 
+@pytest.mark.parametrize("end", ["withdrawn", "failed"])
+def test_an_update_that_ends_half_way_leaves_nothing_in_the_slot_that_it_was_building(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.VERIFYING)
+    assert device.disk.names("slots/b") == ["slots/b/model.onnx"]
+    if end == "withdrawn":
+        ask(device, "v1")
+    else:
+        monkeypatch.setattr("device.executor.measure_slot", lambda *_: {"model.onnx": "0" * 64})
+    device.settle()
+    assert device.state is {"withdrawn": State.IDLE, "failed": State.FAILED}[end]
+    assert device.disk.names("slots/b") == []
+    assert device.answer() == digest_of(V1)
+
+
+def test_a_slot_that_a_power_cut_brought_back_after_a_rollback_is_emptied_at_the_next_start(
+    cache: Cache,
+) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    device.engine.evidence[digest_of(V2)] = good_evidence(prompts_passed=1)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.ROLLED_BACK and bool(device.jobs))
+    assert device.disk.names("slots/b") == ["slots/b/model.onnx"]
+    device.boot()  # the process was killed before it removed them, or the power came back without the removal
+    device.settle()
+    assert device.disk.names("slots/b") == []
+    assert device.answer() == digest_of(V1)
+
+
+def test_a_start_keeps_the_version_before_and_does_not_write_for_tidying_up(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle()
+    device.boot()
+    device.connect()
+    device.settle()
+    assert device.disk.names("slots") == ["slots/a/model.onnx", "slots/b/model.onnx"]
+    device.engine.evidence[digest_of(V1)] = good_evidence(prompts_passed=1)
+    ask(device, "v1")
+    device.settle()
+    assert device.state is State.ROLLED_BACK
+    assert device.disk.names("slots") == ["slots/b/model.onnx"]
+    device.boot()
+    syncs = device.disk.syncs
+    device.settle()
+    assert device.disk.syncs == syncs + 1, "the record, for the count of boots"
+
+
 def test_a_wish_during_the_trial_waits_for_its_end(cache: Cache) -> None:
     device = online(cache)
     v4 = model_bytes(4)
@@ -472,6 +526,45 @@ def test_a_disk_that_fails_at_the_end_of_an_update_keeps_the_old_version_and_bla
     device.settle()
     assert device.answer() == digest_of(V2)
     assert device.record.quarantine == ()
+
+
+def test_a_disk_that_fails_while_a_committed_version_is_loaded_blames_nobody(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.COMMITTING)
+
+    def fail(_source: object) -> None:
+        monkeypatch.undo()
+        raise StorageError("slots/b/model.onnx: input/output error")
+
+    monkeypatch.setattr(device.engine, "load", fail)
+    device.settle()
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rolled_back", "storage.failed")
+    assert device.record.quarantine == ()
+    assert device.answer() == digest_of(V1)
+    ask(device, "v2")
+    device.settle()
+    assert device.answer() == digest_of(V2)
+
+
+def test_a_committed_version_whose_load_never_ends_is_given_up(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    ask(device, "v2")
+    device.settle(until=lambda: device.state is State.COMMITTING)
+    device.jobs.clear()  # the worker hangs
+    device.settle(until=lambda: device.state is State.ROLLING_BACK)
+    assert device.answer() == digest_of(V1)
+    device.settle()
+    update = device.reports[-1].update
+    assert update is not None
+    assert (update.outcome, update.code) == ("rolled_back", "effect.timeout")
+    assert device.answer() == digest_of(V1)
 
 
 def test_an_empty_wish_is_no_wish(cache: Cache) -> None:

@@ -315,6 +315,20 @@ def watch_models(device: Device) -> dict[State, str]:
     return models
 
 
+def test_journals_and_inverses_that_lead_nowhere_are_removed_at_the_next_start(cache: Cache) -> None:
+    """A power cut came before a manifest named them, or took back that they had been removed."""
+    device = online(cache)
+    ask(device, "v2")
+    device.settle()
+    led_back = [name for name in device.disk.names("inplace") if name != "inplace/manifest"]
+    assert len(led_back) == 2
+    for name in ("inplace/other.journal", "inplace/other.inverse"):
+        device.disk.create(name, 1000)
+    device.boot()
+    device.settle()
+    assert device.disk.names("inplace") == sorted(["inplace/manifest", *led_back])
+
+
 # --- what is refused -------------------------------------------------------------------------------------------
 
 
