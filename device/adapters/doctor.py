@@ -32,7 +32,6 @@ from device.slots import slot_bytes
 from protocol.constants import METADATA_BYTES_MAX
 from protocol.delta.native import library
 from protocol.errors import StorageError, WhimbrelError
-from protocol.release import RuntimeName
 from protocol.trust import check_root
 
 SERVICE_USER: Final = "whimbrel"
@@ -54,7 +53,7 @@ IMPORT_S_MAX: Final = 120.0
 
 _SCRATCH: Final = "doctor.tmp~"
 _SCRATCH_BYTES: Final = 1 << 20
-_MODULES: Final[dict[RuntimeName, str]] = {"onnx": "onnxruntime", "llama": "llama_cpp"}
+_MODULES: Final[dict[str, str]] = {"onnx": "onnxruntime", "llama": "llama_cpp"}
 _TIME_ERROR: Final = 5  # adjtimex(2): the clock is not synchronized
 _TIMEX_BYTES: Final = 256  # more than `struct timex` has anywhere
 _MB: Final = 1 << 20
@@ -186,6 +185,7 @@ def look_at_folder(folder: Path) -> Finding:
     name = "state folder"
     try:
         status = folder.stat()
+        os.scandir(folder).close()  # which a walk passes over in silence where it may not look
         strangers = [path for path in folder.rglob("*") if path.lstat().st_uid != status.st_uid]
     except FileNotFoundError:
         return Finding(name, Level.FAILED, f"{folder} is not there", "whimbrel-device provision makes it")
@@ -387,8 +387,8 @@ def look_at_runtimes(record: Record | None) -> Finding:
     text = ", ".join(f"{runtime} {version}" for runtime, version in found.items())
     if wanted is not None and wanted not in found:
         return Finding(name, Level.FAILED, f"{text}; the active version needs {wanted}", advice)
-    for runtime, module in _MODULES.items():
-        if runtime in found and (trouble := _import_trouble(module)):
+    for runtime in [wanted] if wanted is not None else found:
+        if trouble := _import_trouble(_MODULES[runtime]):
             return Finding(
                 name, Level.FAILED, f"{runtime} cannot be loaded: {trouble}", f"install it anew: {advice}"
             )
