@@ -10,9 +10,6 @@ import numpy as np
 from protocol.errors import EngineError
 from protocol.release import ClassPrompt, Prompt
 
-DISTRIBUTION: Final = "onnxruntime"
-"""The name under which the package index knows the runtime."""
-
 _LOG_ERRORS: Final = 3
 """onnxruntime's severity "error": warnings about an odd processor would fill a device's log."""
 
