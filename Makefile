@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules
+# ONNX Runtime would tell its maker about every session (its Privacy.md).
+export ORT_DISABLE_TELEMETRY ?= 1
 
 PYTHON ?= python3
 BIN := .venv/bin

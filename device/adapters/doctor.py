@@ -405,6 +405,7 @@ def _import_trouble(module: str) -> str:
             errors="replace",
             check=False,
             timeout=IMPORT_S_MAX,
+            env={"ORT_DISABLE_TELEMETRY": "1", **os.environ},
         )
     except subprocess.TimeoutExpired:
         return f"no end after {IMPORT_S_MAX:.0f} s"
