@@ -50,7 +50,7 @@ main() {
     fetch "$package"
     verify "$package"
     say "installing $package"
-    DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends --allow-downgrades "$scratch/$package"
+    DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends --reinstall --allow-downgrades "$scratch/$package"
 
     if [ -n "$names" ]; then
         printf 'device = "%s"\nfleet = "%s"\nfamily = "%s"\nbroker = "%s"\n' "$device" "$fleet" "$family" "$broker" \
