@@ -105,6 +105,8 @@ class Manual:
             version = self._ledger.update.desired.version
             text = f"an update to {version} is under way ({state.value}): wait for its end, or withdraw it on the server"
             return text, "operator.busy"
+        if self._serving.slot is not record.active:
+            return "the device is still starting, nothing answers yet: ask again", "operator.busy"
         before = record.slots[record.active.other] if record.active is not None else SlotRecord()
         if before.health is not SlotHealth.GOOD:
             return (

@@ -249,6 +249,30 @@ def test_the_version_that_is_given_up_answers_until_the_one_before_does(cache: C
     assert answers == sorted(answers, key=lambda digest: digest == digest_of(V1))
 
 
+def test_a_paused_device_can_be_taken_back(cache: Cache) -> None:
+    device = updated(cache)
+    asked(device, Wish.PAUSE)
+    want(device, "v3")
+    device.settle()
+    assert asked(device, Wish.ROLLBACK).code == ""
+    assert device.answer() == digest_of(V1)
+    assert device.record.paused_ms is not None
+    asked(device, Wish.RESUME)
+    assert device.answer() == digest_of(V3)
+
+
+def test_a_device_that_starts_serves_before_it_goes_back(cache: Cache) -> None:
+    device = updated(cache)
+    device.boot()
+    device.step()
+    serial = wish(device, Wish.ROLLBACK)
+    device.settle()
+    assert answer_to(device, serial).code == "operator.busy"
+    assert device.answer() == digest_of(V2)
+    assert asked(device, Wish.ROLLBACK).code == ""
+    assert device.answer() == digest_of(V1)
+
+
 def test_there_is_no_way_back_from_the_first_version(cache: Cache) -> None:
     device = online(cache)
     answer = asked(device, Wish.ROLLBACK)
