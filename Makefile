@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules
+# ONNX Runtime would tell its maker about every session (its Privacy.md).
+export ORT_DISABLE_TELEMETRY ?= 1
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,6 +16,8 @@ MINUTES ?= 1
 WORKERS ?= $(shell nproc)
 PAIRS ?= *
 BENCH_OPTIONS ?=
+DEB_OPTIONS ?=
+AT_REST_OPTIONS ?=
 
 # The environment is known by the lock file that it was made from.
 define environment
@@ -104,6 +108,15 @@ bench-transport: setup ## measure chunk delivery: cached groups against per-devi
 wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetches a 100 MB compiler once)
 	$(call environment,wheels)
 	$(BIN)/python -m tools.wheels dist
+
+.PHONY: deb
+deb: ## build Debian packages of the agent for x86-64 and ARM into dist/ (DEB_OPTIONS='--arch arm64 --python 3.13')
+	$(call environment,wheels)
+	$(BIN)/python -m tools.deb dist $(DEB_OPTIONS)
+
+.PHONY: at-rest
+at-rest: setup ## measure an agent at rest: memory, processor and traffic over a minute
+	$(BIN)/python -m benchmarks.at_rest $(AT_REST_OPTIONS)
 
 .PHONY: arm64-vectors
 arm64-vectors: ## apply the golden vectors on an emulated 64-bit ARM processor (needs Debian and qemu-user-static)

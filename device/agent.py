@@ -4,8 +4,8 @@
     agent.deadline()                           # send `DeadlineReached` then, unless an event comes first
 
 Pure: no clock (`now_ms` is an argument), no entropy (`rng` is), no file, no socket. The table of states is `states.py`;
-`update.py` says what happens on entering each, `serving.py` which slot answers. Every state can be re-entered from the durable
-record, so a power cut at any instant leads to a state that the table knows.
+`update.py` says what happens on entering each, `manual.py` what an operator may ask for, `serving.py` which slot answers.
+Every state can be re-entered from the durable record, so a power cut at any instant leads to a state that the table knows.
 """
 
 import random
@@ -17,6 +17,7 @@ from device.config import AgentConfig
 from device.desk import Desk
 from device.effects import Effect, Persist, Subscribe
 from device.journal import Record
+from device.manual import Manual
 from device.ports import Trust
 from device.serving import Serving
 from device.states import State
@@ -42,6 +43,7 @@ class Agent:
         self._desk = Desk(config, rng, trust)
         self._serving = Serving(self._desk, self._on_settled, self._on_swap_failed)
         self._update: Update | None = None  # there is one from `Booted` on
+        self._manual: Manual | None = None  # likewise
         self._has_resumed = False  # the update that the boot found goes on
         self._handlers: dict[type, Callable[[Update, Any], None]] = {
             events.Connected: self._on_connected,
@@ -51,10 +53,11 @@ class Agent:
             events.BlobRead: Update.blob_read,
             events.Probed: self._on_probed,
             events.InstallProgressed: Update.install_progressed,
-            events.SlotMeasured: Update.slot_measured,
+            events.SlotMeasured: self._on_measured,
             events.TrialFinished: Update.trial_finished,
             events.ServingStarted: lambda _, event: self._serving.started(event),
             events.EffectFailed: self._on_effect_failed,
+            events.OperatorAsked: lambda _, event: self._operator.asked(event),
             events.DeadlineReached: self._on_deadline,
         }
 
@@ -64,9 +67,20 @@ class Agent:
         return self._desk.state
 
     @property
+    def _operator(self) -> Manual:
+        assert self._manual is not None, "the first event is Booted"
+        return self._manual
+
+    @property
     def record(self) -> Record:
         """What the agent holds to be true; durable once the `Persist` that carries it is."""
         return self._desk.ledger.record
+
+    @property
+    def serving(self) -> str:
+        """The version that answers; empty while none does."""
+        slot = self._serving.slot
+        return self.record.slots[slot].version if slot is not None else ""
 
     def handle(self, event: events.Event, now_ms: int) -> tuple[Effect, ...]:
         """Take note of a fact and say what has to be done, in order.
@@ -97,6 +111,7 @@ class Agent:
         desk.ledger.boot(event.record, event.runtimes, event.memory_bytes)
         desk.begin(desk.ledger.record.state)
         self._update = Update(desk, self._serving, event.root)
+        self._manual = Manual(desk, self._update, self._serving)
         if desk.is_rewriting:
             self._serving.wait()
             desk.emit(Persist(desk.ledger.record))
@@ -111,6 +126,8 @@ class Agent:
         assert self._update is not None
         if self.state is State.COMMITTING:
             self._update.committed()
+        elif self.state is State.ROLLING_BACK and self._desk.ledger.update.is_recall:
+            self._operator.settled()
         elif self.state is State.ROLLING_BACK:
             self._update.restored()
         if not self._has_resumed:
@@ -142,8 +159,12 @@ class Agent:
         if not self._serving.probed(event):
             update.probed(event)
 
+    def _on_measured(self, update: Update, event: events.SlotMeasured) -> None:
+        if not self._operator.measured(event):
+            update.slot_measured(event)
+
     def _on_effect_failed(self, update: Update, event: events.EffectFailed) -> None:
-        if not self._serving.failed(event):
+        if not self._serving.failed(event) and not self._operator.failed(event):
             update.failed(event)
 
     def _on_message(self, update: Update, event: events.MessageReceived) -> None:

@@ -1,4 +1,4 @@
-"""The `whimbrel-device` command: provision a device, run its agent, look at it, ask its model.
+"""The `whimbrel-device` command: provision a device, run its agent, look at it, steer it, ask its model.
 
 Exit codes: 0 done, 1 it could not be done (one line says why), 2 wrong usage, 130 interrupted.
 """
@@ -6,19 +6,24 @@ Exit codes: 0 done, 1 it could not be done (one line says why), 2 wrong usage, 1
 import argparse
 import json
 import logging
+import os
+import pwd
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
 from device.adapters.clock import SystemClock, system_rng
+from device.adapters.control import AgentNotRunningError, ControlServer, Status, ask_agent
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.mqtt import MqttLoop
+from device.adapters.systemd import Notifier, log_formatter
 from device.adapters.workers import WorkerPool
 from device.config import DeviceConfig, load_config
 from device.journal import Journal, Record
@@ -26,8 +31,14 @@ from device.ports import ModelSource
 from device.runtime import DeviceRuntime, install_factory
 from device.slots import slot_file
 from device.states import REWRITING
-from protocol.errors import RequestError, WhimbrelError
-from protocol.release import ClassPrompt, Prompt, TextPrompt, decode_release
+from device.status import history_lines, status_fields, status_lines
+from protocol.errors import RequestError, StorageError, WhimbrelError
+from protocol.release import ClassPrompt, Prompt, Release, TextPrompt, decode_release
+
+CONFIG: Final = Path("/etc/whimbrel/device.toml")
+_LOG: Final = logging.getLogger("device")
+_TELL_S: Final = 5.0
+"""How often the service manager hears how things stand, at least; and that the loop turns, where it waits for that."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,15 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="whimbrel-device", description="The agent of one device.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--config", type=Path, default=Path("/etc/whimbrel/device.toml"), help="default: %(default)s"
-    )
+    common.add_argument("--config", type=Path, default=CONFIG, help="default: %(default)s, with its drop-ins")
+    program = argparse.ArgumentParser(add_help=False)
+    program.add_argument("--json", action="store_true", help="for programs")
     provision = commands.add_parser("provision", parents=[common], help="put the first version on the device")
     provision.add_argument(
         "--from",
@@ -65,9 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[common], help="run the agent until it is stopped")
     run.add_argument("--trace", type=Path, help="append a line of JSON per transition and stored chunk")
     run.set_defaults(command=_run)
-    status = commands.add_parser("status", parents=[common], help="show slots and the last update")
-    status.add_argument("--json", action="store_true", help="for programs")
-    status.set_defaults(command=_status)
+    looks: tuple[tuple[str, Any, str], ...] = (
+        ("status", _status, "show slots, the running agent and the last update"),
+        ("history", _history, "show past updates, newest first"),
+        ("doctor", _doctor, "look for what keeps this device from working, and say what to do"),
+    )
+    for name, command, text in looks:
+        commands.add_parser(name, parents=[common, program], help=text).set_defaults(command=command)
+    orders = (
+        ("pause", "let no update begin or go on, restarts included, until `resume`"),
+        ("resume", "let updates go on"),
+        ("rollback", "go back to the version before, and never take the present one again"),
+    )
+    for name, text in orders:
+        commands.add_parser(name, parents=[common], help=text).set_defaults(command=_order, wish=name)
     infer = commands.add_parser("infer", parents=[common], help="ask the active model")
     question = infer.add_mutually_exclusive_group(required=True)
     question.add_argument("--prompt", help="a text")
@@ -85,62 +110,155 @@ def _provision(arguments: argparse.Namespace) -> int:
         arguments.refuse("give --from FOLDER, or --release, --file and --root")
     config = load_config(arguments.config)
     release = decode_release(_read(release_path))
+    root = _read(root_path)
+    with ExitStack() as stack:
+        files = _opened(arguments, release, stack)
+        _become_owner(config.folder)
+        with RealDisk(config.folder).locked():
+            install_factory(config, release, files, root)
+    print(f"{config.agent.device} is provisioned with {release.family} {release.version}")
+    return 0
+
+
+def _opened(arguments: argparse.Namespace, release: Release, stack: ExitStack) -> dict[str, BinaryIO]:
+    """The files of a release by their names, opened while this process may still read them."""
     named = {path.name: path for path in arguments.file}
     if len(release.files) == 1 and len(arguments.file) == 1:
         named = {release.files[0].name: arguments.file[0]}
     if arguments.folder is not None:
         named = {file.name: arguments.folder / file.name for file in release.files} | named
-    with RealDisk(config.folder).locked():
-        install_factory(config, release, named, _read(root_path))
-    print(f"{config.agent.device} is provisioned with {release.family} {release.version}")
-    return 0
+    try:
+        return {name: stack.enter_context(path.open("rb")) for name, path in named.items()}
+    except OSError as error:
+        raise RequestError(f"{error.filename}: {error.strerror}") from error
+
+
+def _become_owner(folder: Path) -> None:
+    """Work as the user who owns the state folder: what root leaves there, the agent's own user could not change.
+
+    Raises:
+        StorageError: The folder cannot be looked at.
+    """
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror}") from error
+    if os.geteuid() != 0 or status.st_uid == 0:
+        return
+    try:
+        os.initgroups(pwd.getpwuid(status.st_uid).pw_name, status.st_gid)
+    except KeyError:  # a user without a name
+        os.setgroups([])
+    os.setgid(status.st_gid)
+    os.setuid(status.st_uid)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
-    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s")
-    logging.getLogger("device").setLevel(logging.INFO)
-    disk = RealDisk(config.folder)
-    with disk.locked(), closing(MqttLoop()) as loop, closing(WorkerPool(threads=1)) as pool:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(log_formatter(sys.stdout))
+    logging.basicConfig(handlers=[handler])
+    _LOG.setLevel(logging.INFO)
+    _become_owner(config.folder)
+    disk, notifier = RealDisk(config.folder), Notifier()
+    with ExitStack() as stack:
+        stack.enter_context(disk.locked())
+        loop = stack.enter_context(closing(MqttLoop()))
+        pool = stack.enter_context(closing(WorkerPool(threads=1)))
         clock, rng = SystemClock(), system_rng()
         runtime = DeviceRuntime(config, loop, pool, clock=clock, rng=rng, trace_path=arguments.trace)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.stop())
+        stack.callback(runtime.stop)
+        stack.callback(notifier.stopping)
+        runtime.start()
         try:
-            runtime.start()
-            loop.run_forever()
-        finally:
-            runtime.stop()
+            stack.enter_context(closing(ControlServer(loop, config.control, runtime)))
+        except StorageError as error:
+            _LOG.warning("pause, resume and rollback cannot reach this agent: %s", error)
+        notifier.ready()
+        _tell(loop, notifier, runtime)
+        loop.run_forever()
     return 0
+
+
+def _tell(loop: MqttLoop, notifier: Notifier, runtime: DeviceRuntime) -> None:
+    """Tell the service manager that the loop turns, and how things stand; a loop that hangs tells nothing."""
+    status = runtime.status()
+    serving = (
+        f"{runtime.config.agent.family} {status.serving} answers" if status.serving else "no model answers"
+    )
+    connected = (
+        f"connected to {status.broker}" if status.is_connected else f"no connection to {status.broker}"
+    )
+    paused = ", updates are paused" if status.paused_ms is not None else ""
+    notifier.status(f"{serving}, {connected}, {status.state}{paused}")
+    notifier.alive()
+    loop.call_later(min(notifier.watchdog_s or _TELL_S, _TELL_S), partial(_tell, loop, notifier, runtime))
 
 
 def _status(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
-    record = _record(config)
+    record, agent = _record(config), _agent(config)
     if arguments.json:
-        fields = msgspec.to_builtins(record)
-        fields["device"] = config.agent.device
-        if fields["update"] is not None:
-            fields["update"].pop("release", None)  # long, and to be found in the signed description
-        print(json.dumps(fields, indent=2))
-        return 0
-    agent = config.agent
-    print(f"device   {agent.device}   fleet {agent.fleet}   family {agent.family}   tier {agent.tier or '-'}")
-    print(f"state    {record.state.value}")
-    for name, slot in record.slots.items():
-        mark = "x" if name is record.active else "o"
-        print(f"slot {name.value}   [{mark}] {slot.version or '-':<12} {slot.health.value}")
-        for file, sha256 in slot.files.items():
-            print(f"           {sha256[:16]} {file}")
-    if record.update is not None:
-        update = record.update
-        reason = f": {update.detail}" if update.detail else ""
-        print(
-            f"update   {update.desired.version} {update.outcome}{' ' + update.code if update.code else ''}{reason}"
-        )
-        print(f"         {update.counters.received_bytes} bytes received, {update.tries} trials")
-    print("         x is active, o is the other slot")
+        print(json.dumps(status_fields(config, record, agent), indent=2))
+    else:
+        print(*status_lines(config, record, agent), sep="\n")
     return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    history = _record(load_config(arguments.config)).history
+    if arguments.json:
+        print(json.dumps(msgspec.to_builtins(history), indent=2))
+    else:
+        print(*history_lines(history), sep="\n")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from device.adapters.doctor import Level, examine, finding_lines  # noqa: PLC0415 - an agent does without
+
+    findings = examine(arguments.config)
+    if arguments.json:
+        print(json.dumps(msgspec.to_builtins(findings), indent=2))
+    else:
+        print(*finding_lines(findings), sep="\n")
+    return 1 if any(finding.level is Level.FAILED for finding in findings) else 0
+
+
+def _order(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config)
+    try:
+        print(ask_agent(config.control, arguments.wish).text)
+    except AgentNotRunningError:
+        if arguments.wish == "rollback":
+            raise
+        _pause_at_rest(config, is_paused=arguments.wish == "pause")
+    return 0
+
+
+def _pause_at_rest(config: DeviceConfig, *, is_paused: bool) -> None:
+    """Write down what the agent will find when it starts."""
+    _become_owner(config.folder)
+    record = _record(config)
+    disk = RealDisk(config.folder)
+    with disk.locked():
+        journal = Journal(disk)
+        record = journal.load() or record
+        if is_paused != (record.paused_ms is not None):
+            paused_ms = SystemClock().now_ms() if is_paused else None
+            journal.save(msgspec.structs.replace(record, paused_ms=paused_ms))
+    print(f"the agent does not run; updates {'are paused' if is_paused else 'go on'} once it does")
+
+
+def _agent(config: DeviceConfig) -> Status | None:
+    try:
+        return ask_agent(config.control, "status").status
+    except AgentNotRunningError:
+        return None
 
 
 def _infer(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,14 @@
-"""Settings of a device: what the pure agent must know, and what the driver around it must know beside."""
+"""Settings of a device: what the pure agent must know, and what the driver around it must know beside.
+
+They come from a file and its drop-ins: beside `device.toml` the files `device.d/*.toml`, in the order of their names. A later one wins,
+field by field, so that a package brings the file and its owner adds others.
+"""
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -14,8 +19,18 @@ from protocol.ids import DeviceId, Family, FleetId, parse_device_id, parse_famil
 from protocol.messages import Capacity
 
 _Megabytes = Annotated[int, Meta(ge=1, le=1 << 20)]
+_Parsed = TypeVar("_Parsed")
 _MB = 1 << 20
 _KB = 1000
+
+CONFIG_BYTES_MAX: Final = 1 << 16
+DROP_INS_MAX: Final = 64
+"""A configuration is read as a whole: a file that is none must not fill the memory."""
+
+_PLACEHOLDERS: Final = dict.fromkeys(("device", "fleet", "family", "state_folder"), "placeholder")
+"""For what another file may still bring, while one is judged."""
+
+_HINT: Final = "see device/README.md for its fields"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +96,7 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk_reserve_mb: _Megabytes = 16
     link_kb_per_s: Annotated[int, Meta(ge=1, le=1_000_000_000)] = LINK_BYTES_PER_S // _KB
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    runtime_folder: str = ""
     slots: SlotSettings = SlotSettings()
 
 
@@ -93,45 +109,110 @@ class DeviceConfig:
         folder: Where the device keeps its state.
         broker_host: Name or address of the broker.
         broker_port: Its port.
+        runtime_folder: Where the running agent has its control socket; the state folder where there is none.
     """
 
     agent: AgentConfig
     folder: Path
     broker_host: str
     broker_port: int
+    runtime_folder: Path | None = None
+
+    @property
+    def control(self) -> Path:
+        """The socket on which the running agent takes orders."""
+        return (self.runtime_folder or self.folder) / f"{self.agent.device}.sock"
 
 
 def load_config(path: Path) -> DeviceConfig:
-    """Read a configuration file; a relative state folder is meant from the file's own folder.
+    """Read a configuration file and its drop-ins; relative folders are meant from the file's own folder.
 
     Raises:
-        RequestError: It cannot be read, or a field is missing, unknown or impossible; the field is named.
+        RequestError: One of the files cannot be read, or a field is missing, unknown or impossible: file and field are named.
     """
+    fields: dict[str, Any] = {}
+    origins: dict[str, Path] = {}
+    for each in (path, *drop_ins(path)):
+        read = _read(each)
+        origins |= dict.fromkeys(read, each)
+        fields = _merged(fields, read)
+        _settings(each, _PLACEHOLDERS | fields)  # what is wrong now came with this file
+    settings = _settings(path, fields)
+
+    def checked(name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
+        try:
+            return parse(getattr(settings, name))
+        except (TopicError, RequestError) as error:
+            raise RequestError(f"{origins.get(name, path)}: {error}") from error
+
+    agent = AgentConfig(
+        device=checked("device", parse_device_id),
+        fleet=checked("fleet", parse_fleet_id),
+        family=checked("family", parse_family),
+        tier=settings.tier,
+        memory_bytes_max=settings.memory_mb_max * _MB,
+        delta_memory_bytes_max=settings.delta_memory_mb_max * _MB,
+        disk_reserve_bytes=settings.disk_reserve_mb * _MB,
+        link_bytes_per_s=settings.link_kb_per_s * _KB,
+        processor_percent=settings.processor_percent,
+        is_in_place=settings.slots.in_place,
+    )
+    host, port = checked("broker", parse_address)
+    home = path.absolute().parent
+    return DeviceConfig(
+        agent=agent,
+        folder=home / settings.state_folder,
+        broker_host=host,
+        broker_port=port,
+        runtime_folder=home / settings.runtime_folder if settings.runtime_folder else None,
+    )
+
+
+def drop_ins(path: Path) -> list[Path]:
+    """The drop-ins of a configuration file, in the order in which they count; hidden files are none.
+
+    Raises:
+        RequestError: The folder cannot be read, or holds too many.
+    """
+    folder = path.with_suffix(".d")
     try:
-        fields: dict[str, Any] = tomllib.loads(path.read_text())
-        settings = msgspec.convert(fields, DeviceSettings)
+        found = sorted(each for each in folder.iterdir() if each.suffix == ".toml" and each.name[0] != ".")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}", hint="see device/README.md for its fields") from error
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: {error}", hint="see device/README.md for its fields") from error
+        raise RequestError(f"{folder}: {error.strerror}") from error
+    if len(found) > DROP_INS_MAX:
+        raise RequestError(f"{folder} has {len(found)} files, allowed are {DROP_INS_MAX}", hint="join some")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        agent = AgentConfig(
-            device=parse_device_id(settings.device),
-            fleet=parse_fleet_id(settings.fleet),
-            family=parse_family(settings.family),
-            tier=settings.tier,
-            memory_bytes_max=settings.memory_mb_max * _MB,
-            delta_memory_bytes_max=settings.delta_memory_mb_max * _MB,
-            disk_reserve_bytes=settings.disk_reserve_mb * _MB,
-            link_bytes_per_s=settings.link_kb_per_s * _KB,
-            processor_percent=settings.processor_percent,
-            is_in_place=settings.slots.in_place,
-        )
-        host, port = parse_address(settings.broker)
-    except (TopicError, RequestError) as error:
-        raise RequestError(f"{path}: {error}") from error
-    folder = path.absolute().parent / settings.state_folder
-    return DeviceConfig(agent=agent, folder=folder, broker_host=host, broker_port=port)
+        with path.open("rb") as file:
+            data = file.read(CONFIG_BYTES_MAX + 1)
+        if len(data) > CONFIG_BYTES_MAX:
+            raise RequestError(f"{path} is longer than {CONFIG_BYTES_MAX} bytes", hint=_HINT)
+        return tomllib.loads(data.decode())
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}", hint=_HINT) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: {error}", hint=_HINT) from error
+
+
+def _merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `after` in place of those of `before`; tables field by field."""
+    merged = dict(before)
+    for name, value in after.items():
+        old = merged.get(name)
+        merged[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _settings(path: Path, fields: dict[str, Any]) -> DeviceSettings:
+    try:
+        return msgspec.convert(fields, DeviceSettings)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{path}: {error}", hint=_HINT) from error
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -82,6 +82,21 @@ class Desk:
         update = self.ledger.record.update
         return self.state in REWRITING and update is not None and update.is_in_place
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the update waits for a worker."""
+        return self.job_deadline_ms is not None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the operator wants nothing new to begin. An update in place is completed: nothing answers meanwhile."""
+        return self.ledger.record.paused_ms is not None and not self.is_rewriting
+
+    @property
+    def may_fetch(self) -> bool:
+        """Whether an update may use the network."""
+        return self.is_connected and not self.is_held
+
     def drop_question(self) -> None:
         """No longer wait for an answer."""
         self._job = 0

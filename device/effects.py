@@ -170,6 +170,21 @@ class PointCurrent:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerOperator:
+    """Tell whoever asked what became of it; what was promised is durable by then.
+
+    Attributes:
+        serial: Of the `OperatorAsked`.
+        code: Stable code of a refusal, empty where it is done.
+        text: One line.
+    """
+
+    serial: int
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """A transition was taken; for logs and displays."""
 
@@ -197,5 +212,6 @@ Effect = (
     | Serve
     | LetGo
     | PointCurrent
+    | AnswerOperator
     | Trace
 )

@@ -1,6 +1,7 @@
 """What can happen to an agent: the vocabulary of its inputs. Events are facts; none of them is an order."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from device.journal import Record
 from protocol.chunks import Bitmap
@@ -122,6 +123,22 @@ class EffectFailed:
     is_retryable: bool
 
 
+class Wish(Enum):
+    """What an operator at the device may ask for. The values are what `whimbrel-device` sends."""
+
+    PAUSE = "pause"
+    RESUME = "resume"
+    ROLLBACK = "rollback"
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorAsked:
+    """Somebody at the device asked for something; `AnswerOperator` with this serial says what became of it."""
+
+    serial: int
+    wish: Wish
+
+
 @dataclass(frozen=True, slots=True)
 class DeadlineReached:
     """The instant that `deadline()` named has come."""
@@ -140,5 +157,6 @@ Event = (
     | TrialFinished
     | ServingStarted
     | EffectFailed
+    | OperatorAsked
     | DeadlineReached
 )

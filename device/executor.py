@@ -64,6 +64,7 @@ class Executor:
             ),
             effects.SyncBlob: lambda effect: disk.sync(blobs.blob_file(effect.blob)),
             effects.PointCurrent: lambda effect: disk.point(CURRENT_LINK, slot_folder(effect.slot)),
+            effects.AnswerOperator: lambda _effect: None,  # the driver passes it on
             effects.Trace: lambda _effect: None,
         }
         self._jobs: Final[dict[type, Callable[[Any], events.Event | None]]] = {

@@ -3,10 +3,10 @@
 A step writes a bounded part of the result, makes it durable, and then writes down how far it came; a power cut costs
 one step. Where several deltas lead to a file one after the other, each gives a whole file beside the fetched blobs,
 which is read back and compared with its signed digest before the next is applied to it. Works on the `Disk` port
-only, so the simulator runs this very code.
+only, so the simulator runs this very code. What decodes deltas is imported where it is used: an agent at rest does without.
 """
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec import Struct
@@ -16,7 +16,6 @@ from device.blobs import FOLDER, blob_file
 from device.journal import InstallItem, InstallLink
 from device.ports import Disk
 from device.slots import SlotName, empty_slot, measure_file, slot_file
-from protocol.delta.reader import DeltaReader
 from protocol.errors import PatchError, StorageError, WhimbrelError, WrongBaseError
 from protocol.ids import Digest, digest_of
 
@@ -43,6 +42,9 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     link: int = 0  # of the item's chain
     reader: bytes = b""  # state of the delta reader; empty before its first step
 
+
+if TYPE_CHECKING:
+    from protocol.delta.reader import DeltaReader
 
 _decoder = msgspec.msgpack.Decoder(Checkpoint)
 
@@ -126,6 +128,8 @@ def _delta_step(
     checkpoint: Checkpoint,
     memory_bytes_max: int,
 ) -> None:
+    from protocol.delta.reader import DeltaReader  # noqa: PLC0415 - see the top
+
     links = item.links
     number = checkpoint.link
     if not links[number].base_sha256:
@@ -179,7 +183,7 @@ def _remove_intermediates(disk: Disk, keep: str) -> None:
             disk.remove(name)
 
 
-def _advance(disk: Disk, reader: DeltaReader, link: InstallLink, target: str) -> None:
+def _advance(disk: Disk, reader: "DeltaReader", link: InstallLink, target: str) -> None:
     """Feed the delta until a step's worth of the result is written, or all of it."""
     blob = blob_file(Digest(link.blob))
     position, stop = reader.patch_offset, reader.result_offset + STEP_BYTES
@@ -196,7 +200,7 @@ def _advance(disk: Disk, reader: DeltaReader, link: InstallLink, target: str) ->
                 return
 
 
-def _check_header(reader: DeltaReader, link: InstallLink) -> None:
+def _check_header(reader: "DeltaReader", link: InstallLink) -> None:
     """The signed path of a delta names its base and its result; so must the file itself."""
     header = reader.header
     assert header is not None

@@ -26,6 +26,9 @@ RECORD_VERSION: Final = 1
 RECORD_BYTES_MAX: Final = 4 << 20
 """A record holds one release description (1 MiB at most) and little else."""
 
+HISTORY_MAX: Final = 32
+"""Updates that are over and are remembered, 300 bytes each; the oldest is forgotten first."""
+
 QUARANTINE_MAX: Final = 64
 """Releases that failed their trial here and are remembered; the oldest is forgotten first."""
 
@@ -45,6 +48,7 @@ class SlotRecord(Struct, frozen=True, kw_only=True):
     runtime: RuntimeName = "onnx"
     main_file: str = ""
     files: dict[str, str] = {}  # name to SHA-256, as signed
+    release_sha256: str = ""  # of its description; empty in records of older agents
 
 
 class InstallLink(Struct, frozen=True, kw_only=True):
@@ -109,7 +113,8 @@ class UpdateRecord(Struct, frozen=True, kw_only=True):
     finished_ms: int | None = None
     release: Release | None = None  # known once the signed description was read
     release_sha256: str = ""
-    slot: SlotName | None = None
+    slot: SlotName | None = None  # where it is built; of a recall, what is given up
+    is_recall: bool = False  # no update: the operator goes back to the version before
     items: tuple[InstallItem, ...] = ()
     full_only: bool = False  # a delta proved unusable; whole files from now on
     tries: int = 0  # trials begun; counted before each start
@@ -129,6 +134,21 @@ class UpdateRecord(Struct, frozen=True, kw_only=True):
         return any(item.in_place is not None for item in self.items)
 
 
+class PastUpdate(Struct, frozen=True, kw_only=True):
+    """An update that is over, as `whimbrel-device history` shows it."""
+
+    version: str
+    rollout: str
+    outcome: str
+    code: str
+    detail: str
+    started_ms: int
+    finished_ms: int
+    received_bytes: int
+    tries: int
+    active: str  # the version that runs since
+
+
 class Record(Struct, frozen=True, kw_only=True):
     """Everything durable about this device but files and metadata documents."""
 
@@ -142,6 +162,8 @@ class Record(Struct, frozen=True, kw_only=True):
     boots: int = 0  # upper half of the report sequence
     quarantine: tuple[str, ...] = ()  # digests of releases
     update: UpdateRecord | None = None
+    history: tuple[PastUpdate, ...] = ()  # oldest first
+    paused_ms: int | None = None  # since when the operator wants no updates
 
     @property
     def active_slot(self) -> SlotRecord:

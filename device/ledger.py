@@ -1,18 +1,21 @@
 """What a device knows about itself: the durable record, what it has measured, and what the update has cost. Pure."""
 
-from typing import Any
+from typing import Any, Final
 
 from msgspec.structs import replace
 
 from device.config import AgentConfig
 from device.download import Tally
 from device.effects import Persist
-from device.journal import QUARANTINE_MAX, Record, SlotRecord, UpdateRecord
+from device.journal import HISTORY_MAX, QUARANTINE_MAX, PastUpdate, Record, SlotRecord, UpdateRecord
 from device.reporting import build_report, counters_of, tally_of
 from device.slots import SlotName
 from device.states import State
 from protocol.messages import Report
 from protocol.release import Release
+
+DETAIL_CHARS_MAX: Final = 200
+"""What the history keeps of a reason; the last update's record has all of it."""
 
 
 class Ledger:
@@ -74,7 +77,25 @@ class Ledger:
 
     def quarantine(self) -> None:
         """Never try this release again."""
-        self.change(quarantine=(*self.record.quarantine, self.update.release_sha256)[-QUARANTINE_MAX:])
+        others = tuple(known for known in self.record.quarantine if known != self.update.release_sha256)
+        self.change(quarantine=(*others, self.update.release_sha256)[-QUARANTINE_MAX:])
+
+    def remember(self, now_ms: int) -> None:
+        """Add the update, which is over, to the history; durable together with its end."""
+        update = self.update
+        past = PastUpdate(
+            version=update.desired.version,
+            rollout=update.desired.rollout,
+            outcome=update.outcome,
+            code=update.code,
+            detail=update.detail[:DETAIL_CHARS_MAX],
+            started_ms=update.started_ms,
+            finished_ms=now_ms,
+            received_bytes=self.tally.received_bytes,
+            tries=update.tries,
+            active=self.record.active_slot.version,
+        )
+        self.change(history=(*self.record.history, past)[-HISTORY_MAX:])
 
     def spend(self, state: State, spent_ms: int) -> None:
         """Account for the time that the update was in a state."""

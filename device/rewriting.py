@@ -4,7 +4,8 @@ A file moves to the other slot by a rename and is rewritten there by `protocol/d
 as they do with two copies. Before anything moves, a manifest says durably what moves where. It stays until the version before is given
 up for good; until then everything can be put back. Where a file is, the disk itself says: it has moved once its old name is gone.
 
-Works on the `Disk` port only, so the simulator runs this very code.
+Works on the `Disk` port only, so the simulator runs this very code. What decodes deltas is imported where it is used: an agent at rest does
+without numpy and the tables of the coder.
 """
 
 import logging
@@ -18,13 +19,9 @@ from device.journal import InstallItem
 from device.ports import Disk
 from device.slots import SlotName, measure_file, slot_file
 from protocol.delta.format import Header
-from protocol.delta.inplace import Files, InPlace, read_header
-from protocol.delta.reader import DEFAULT_MEMORY_LIMIT_BYTES
-from protocol.delta.undo_journal import Phase, journal_bytes, journal_bytes_max
 from protocol.errors import DamagedJournalError, PatchError, WrongBaseError
 from protocol.ids import Digest
 from protocol.release import InPlaceNeeds
-from protocol.tensors import BytesSource
 
 STEPS: Final = 4
 """Steps of an application between two answers to the agent: 16 MiB of the result, about."""
@@ -110,6 +107,8 @@ def inverse_bytes_max(needs: InPlaceNeeds) -> int:
 
 def room_bytes(needs: InPlaceNeeds, result_bytes: int) -> int:
     """Space that rewriting a file takes beside the file and the delta, at most."""
+    from protocol.delta.undo_journal import journal_bytes_max  # noqa: PLC0415 - see the top
+
     journal = journal_bytes_max(needs.reach_bytes, max(needs.base_bytes, result_bytes))
     return journal + inverse_bytes_max(needs) + max(0, result_bytes - needs.base_bytes)
 
@@ -152,6 +151,9 @@ def rewrite_step(
         InverseFullError: There is less room for the inverse than it takes.
         StorageError: The disk failed; calling again goes on.
     """
+    from protocol.delta.inplace import Files, InPlace  # noqa: PLC0415 - see the top
+    from protocol.delta.undo_journal import Phase, journal_bytes  # noqa: PLC0415 - likewise
+
     manifest, needs = _load(disk), item.in_place
     assert needs is not None
     patch = DiskFile(disk, blob_file(Digest(item.blob)))
@@ -230,6 +232,8 @@ def remains_bytes(disk: Disk, slot: SlotName) -> int:
 
 def _checked_header(patch: DiskFile, item: InstallItem, needs: InPlaceNeeds) -> Header:
     """The header of the delta, which must be what its signed target says."""
+    from protocol.delta.inplace import read_header  # noqa: PLC0415 - see the top
+
     header = read_header(patch)
     assert header.reach is not None
     if header.base_sha256.hex() != item.base_sha256:
@@ -257,6 +261,11 @@ def _put_back(disk: Disk, manifest: Manifest) -> None:
 
 
 def _undo(disk: Disk, rewriting: Rewriting, name: str) -> None:
+    from protocol.delta.inplace import Files, InPlace  # noqa: PLC0415 - see the top
+    from protocol.delta.reader import DEFAULT_MEMORY_LIMIT_BYTES  # noqa: PLC0415 - likewise
+    from protocol.delta.undo_journal import Phase  # noqa: PLC0415 - likewise
+    from protocol.tensors import BytesSource  # noqa: PLC0415 - likewise
+
     files = Files(
         DiskFile(disk, name),
         BytesSource(rewriting.header),

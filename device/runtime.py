@@ -8,12 +8,14 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
 from device import effects, events
+from device.adapters.control import Status
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport, Will
@@ -25,7 +27,7 @@ from device.journal import Journal, Record, SlotRecord
 from device.slots import READ_BYTES, SlotHealth, SlotName, empty_slot, measure_file, slot_file, slot_folder
 from protocol.errors import EngineError, RequestError, WhimbrelError
 from protocol.messages import Link, encode_message
-from protocol.release import Prompt, Release, ReleaseFile
+from protocol.release import Prompt, Release, ReleaseFile, release_digest
 from protocol.topics import Topics
 from protocol.trust import check_root
 
@@ -82,6 +84,8 @@ class DeviceRuntime:
         self._armed_ms: int | None = None
         self._thread = 0  # in which events are handled
         self._has_failed = False
+        self._wishes = 0  # of operators, so far
+        self._answers: dict[int, Callable[[str, str], None]] = {}
         topics = Topics(config.agent.fleet)
         self._link_topic = topics.link(config.agent.device)
         self.transport = MqttTransport(
@@ -144,6 +148,29 @@ class DeviceRuntime:
             self._observe(effect, now_ms)
         self._arm()
 
+    def ask(self, wish: events.Wish, answer: Callable[[str, str], None]) -> None:
+        """Pass on what an operator asks for.
+
+        Args:
+            wish: What.
+            answer: Told once, with a code that is empty where it is done, and a line.
+        """
+        self._wishes += 1
+        self._answers[self._wishes] = answer
+        self.handle(events.OperatorAsked(self._wishes, wish))
+
+    def status(self) -> Status:
+        """How the agent stands."""
+        return Status(
+            pid=os.getpid(),
+            state=self.agent.state.value,
+            serving=self.agent.serving,
+            is_connected=self.transport.is_connected,
+            broker=f"{self.config.broker_host}:{self.config.broker_port}",
+            trouble=self.transport.error,
+            paused_ms=self.agent.record.paused_ms,
+        )
+
     def infer(self, prompt: Prompt) -> str:
         """Answer with the model that serves now; a swap in between is not noticed.
 
@@ -199,6 +226,10 @@ class DeviceRuntime:
             )
             fields = {"from": source.value, "trigger": trigger.value, "to": target.value}
             self._note("transition", {**fields, "version": effect.version, "code": effect.code})
+        elif isinstance(effect, effects.AnswerOperator):
+            answer = self._answers.pop(effect.serial, None)
+            if answer is not None:
+                answer(effect.code, effect.text)
         elif isinstance(effect, effects.WriteChunk):
             self._note("chunk", {"blob": effect.blob, "index": effect.index})
 
@@ -226,13 +257,15 @@ class _TraceFile:
         os.close(self._descriptor)
 
 
-def install_factory(config: DeviceConfig, release: Release, files: dict[str, Path], root: bytes) -> None:
+def install_factory(
+    config: DeviceConfig, release: Release, files: Mapping[str, Path | BinaryIO], root: bytes
+) -> None:
     """What an installer does before the device is shipped: a first version, and the start of trust.
 
     Args:
         config: The device.
         release: Description of the version.
-        files: Where each file of the release is now.
+        files: Where each file of the release is now, or the file, opened.
         root: The server's root document.
 
     Raises:
@@ -261,23 +294,25 @@ def install_factory(config: DeviceConfig, release: Release, files: dict[str, Pat
         runtime=release.runtime,
         main_file=release.files[0].name,
         files={file.name: file.sha256 for file in release.files},
+        release_sha256=release_digest(release),
     )
     journal.save(Record(active=SlotName.A, slots={SlotName.A: slot, SlotName.B: SlotRecord()}))
 
 
-def _install_file(disk: RealDisk, file: ReleaseFile, source: Path | None) -> None:
+def _install_file(disk: RealDisk, file: ReleaseFile, source: Path | BinaryIO | None) -> None:
     if source is None:
         raise RequestError(f"file {file.name} of the release is not given", hint="give it with --file")
     name = slot_file(SlotName.A, file.name)
     _copy(disk, source, name)
     if measure_file(disk, name) != file.sha256:
-        raise RequestError(f"{source} is not the file {file.name} that the release names")
+        path = source if isinstance(source, Path) else source.name
+        raise RequestError(f"{path} is not the file {file.name} that the release names")
 
 
-def _copy(disk: RealDisk, source: Path, name: str) -> None:
+def _copy(disk: RealDisk, source: Path | BinaryIO, name: str) -> None:
     try:
-        with source.open("rb") as file:
-            disk.create(name, source.stat().st_size)
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+            disk.create(name, os.fstat(file.fileno()).st_size)
             offset = 0
             while piece := file.read(READ_BYTES):
                 disk.write(name, offset, piece)

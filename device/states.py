@@ -25,7 +25,7 @@ class State(Enum):
     SUSPENDED = "suspended"  # offline; goes on where it was
     REJECTED = "rejected"  # refused before its first byte; never retried as it is
     ROLLING_BACK = "rolling_back"
-    ROLLED_BACK = "rolled_back"  # tried and found wanting; its digest is quarantined
+    ROLLED_BACK = "rolled_back"  # found wanting by its trial or by the operator; its digest is quarantined
     FAILED = "failed"  # given up cleanly; the old version is untouched
 
 
@@ -45,6 +45,7 @@ class Trigger(Enum):
     COMMITTED = "committed"
     SWAP_FAILED = "swap_failed"
     RESTORED = "restored"
+    RECALLED = "recalled"  # the operator goes back to the version before
     SUSPENDED = "suspended"
     SYNC_RESUMED = "sync_resumed"
     DOWNLOAD_RESUMED = "download_resumed"
@@ -95,6 +96,8 @@ TRANSITIONS: Final[tuple[Row, ...]] = (
     Row(State.COMMITTING, Trigger.COMMITTED, State.IDLE),
     Row(State.COMMITTING, Trigger.SWAP_FAILED, State.ROLLING_BACK),
     Row(State.ROLLING_BACK, Trigger.RESTORED, State.ROLLED_BACK),
+    *(Row(state, Trigger.RECALLED, State.ROLLING_BACK) for state in RESTING),
+    Row(State.ROLLING_BACK, Trigger.FAILED, State.FAILED),  # the version before cannot be served after all
     *(Row(state, Trigger.SUSPENDED, State.SUSPENDED) for state in _NETWORKED),
     Row(State.SUSPENDED, Trigger.SYNC_RESUMED, State.SYNCING),
     Row(State.SUSPENDED, Trigger.DOWNLOAD_RESUMED, State.DOWNLOADING),

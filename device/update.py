@@ -105,7 +105,7 @@ class Update:
 
     def connected(self) -> None:
         """Go on with what needs the network."""
-        if self._desk.state is not State.SUSPENDED:
+        if self._desk.state is not State.SUSPENDED or not self._desk.may_fetch:
             return
         self._ledger.tally.resumes += 1
         if self._ledger.record.state is State.DOWNLOADING:
@@ -127,6 +127,26 @@ class Update:
         if self._desk.state in {State.SYNCING, State.DOWNLOADING}:
             self._desk.move(Trigger.SUSPENDED)
 
+    def hold(self) -> None:
+        """The operator wants no updates for now: nothing new begins. What a worker does at this moment comes to its end."""
+        if not self._desk.is_held:
+            return
+        self._retry_ms = None
+        if self._desk.state is State.SYNCING:
+            self._desk.extend(self._sync.end())
+        if self._transfer is not None:
+            self._desk.extend(self._transfer.stop())
+        self.suspend()
+
+    def go_on(self) -> None:
+        """The operator wants updates again."""
+        if (pending := self._pending) is not None and self._desk.state in RESTING + REVOCABLE:
+            self._pending = None
+            self.request(pending)
+        self.connected()
+        if not self._desk.is_waiting:
+            self.resume_after_boot()
+
     def resume_after_boot(self) -> None:
         """Go on from the durable state, once the old version answers again (or cannot)."""
         match self._desk.state:
@@ -147,7 +167,7 @@ class Update:
         """A wish arrived; older and repeated ones change nothing."""
         if desired.sequence <= self._ledger.record.desired_sequence:
             return
-        if self._desk.state not in RESTING + REVOCABLE:
+        if self._desk.state not in RESTING + REVOCABLE or self._desk.is_held:
             self._pending = desired
             return
         self._ledger.change(desired_sequence=desired.sequence)
@@ -156,6 +176,11 @@ class Update:
             self._withdraw()
             return
         self._drop_work()
+        if self._ledger.record.update is not None and self._ledger.update.finished_ms is None:
+            self._ledger.note(
+                outcome="failed", code="update.replaced", detail="another version was asked for"
+            )
+            self._ledger.remember(self._desk.now_ms)
         self._ledger.tally = Tally()
         self._ledger.change(update=UpdateRecord(desired=desired, started_ms=self._desk.now_ms))
         self._desk.move(Trigger.REQUESTED)
@@ -174,6 +199,7 @@ class Update:
                 outcome="failed", code="update.withdrawn", detail="another version was asked for"
             )
             self._ledger.note(finished_ms=self._desk.now_ms, retry=False)
+            self._ledger.remember(self._desk.now_ms)
             self._desk.move(Trigger.WITHDRAWN)
             self._desk.persist()
             self._tidy()
@@ -194,7 +220,7 @@ class Update:
     # --- syncing -------------------------------------------------------------------------------------------
 
     def _begin_sync(self) -> None:
-        if not self._desk.is_connected:
+        if not self._desk.may_fetch:
             self._desk.move(Trigger.SUSPENDED)
             return
         self._desk.drop_question()
@@ -301,7 +327,7 @@ class Update:
             RemoveBlobs(frozenset().union(*(each.blobs for each in _artifacts_of(items)))),
         )
         self._desk.report()
-        if self._desk.is_connected:
+        if self._desk.may_fetch:
             self._begin_download()
         else:
             self._desk.move(Trigger.SUSPENDED)
@@ -319,7 +345,7 @@ class Update:
         """Storage for a blob is ready."""
         if self._desk.answers(event.serial) and self._transfer is not None:
             self._progress(
-                self._transfer.opened(event.present, self._desk.now_ms, connected=self._desk.is_connected)
+                self._transfer.opened(event.present, self._desk.now_ms, connected=self._desk.may_fetch)
             )
 
     def blob_read(self, event: events.BlobRead) -> None:
@@ -344,6 +370,8 @@ class Update:
     # --- installing and verifying --------------------------------------------------------------------------
 
     def _ask_install_step(self) -> None:
+        if self._desk.is_held:
+            return
         update = self._ledger.update
         limit = self._desk.config.delta_memory_bytes_max
         self._desk.emit(
@@ -362,6 +390,8 @@ class Update:
         self._ask_measurement()
 
     def _ask_measurement(self) -> None:
+        if self._desk.is_held:
+            return
         self._desk.emit(MeasureSlot(self._desk.ask(), self._ledger.slot))
 
     def slot_measured(self, event: events.SlotMeasured) -> None:
@@ -381,6 +411,7 @@ class Update:
                 runtime=release.runtime,
                 main_file=release.files[0].name,
                 files=wanted,
+                release_sha256=self._ledger.update.release_sha256,
             ),
         )
         self._desk.move(Trigger.VERIFIED)
@@ -405,6 +436,9 @@ class Update:
 
     def _begin_trial(self) -> None:
         """Count the try durably, then start: a model that takes the device down is counted too."""
+        if self._desk.is_held:
+            self._desk.persist()
+            return
         update, slot = self._ledger.update, self._ledger.slot
         if update.tries >= TRIES_MAX:
             self._conclude(Verdict("trial.crashed", f"{TRIES_MAX} trials did not come to an end"), None)
@@ -461,14 +495,14 @@ class Update:
     def committed(self) -> None:
         """The engine answers with the new version."""
         self._desk.move(Trigger.COMMITTED)
-        self._finish("committed")
+        self.finish("committed")
 
     def restored(self) -> None:
         """The version before answers: the update is over."""
         slot = self._ledger.slot
         self._ledger.set_slot(slot, SlotRecord(health=SlotHealth.BAD))
         self._desk.move(Trigger.RESTORED)
-        self._finish("rolled_back")
+        self.finish("rolled_back")
 
     # --- ends ----------------------------------------------------------------------------------------------
 
@@ -476,7 +510,7 @@ class Update:
         self._drop_work()
         self._ledger.note(code=code, detail=detail)
         self._desk.move(Trigger.REFUSED, code)
-        self._finish("rejected")
+        self.finish("rejected")
 
     def _fail(self, code: str, detail: str, *, retryable: bool) -> None:
         """Give up cleanly; try again later where that can help."""
@@ -493,9 +527,11 @@ class Update:
             self._desk.report()
             self._schedule_retry()
         else:
-            self._finish("failed")
+            self.finish("failed")
 
     def _schedule_retry(self) -> None:
+        if self._desk.is_held:
+            return
         longest_ms = min(RETRY_BASE_MS << self._ledger.update.attempts, RETRY_CAP_MS)
         self._retry_ms = self._desk.now_ms + self._desk.rng.randint(RETRY_BASE_MS // 5, longest_ms)
 
@@ -507,8 +543,10 @@ class Update:
         self._desk.report()
         self._begin_sync()
 
-    def _finish(self, outcome: str) -> None:
+    def finish(self, outcome: str) -> None:
+        """The update is over, in a state of rest: `committed`, `rolled_back`, `rejected` or `failed`."""
         self._ledger.note(outcome=outcome, finished_ms=self._desk.now_ms, retry=False)
+        self._ledger.remember(self._desk.now_ms)
         self._desk.persist()
         self._tidy()
         self._desk.report()

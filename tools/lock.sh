@@ -11,6 +11,7 @@ pin_part() { pin --constraint locks/dev.lock "$@"; }
 pin_part pyproject.toml --extra simulator --extra examples --extra editable --output-file locks/demo.lock
 pin_part pyproject.toml --extra simulator --extra examples --extra editable --extra llama --output-file locks/llm.lock
 pin_part pyproject.toml --extra wheels --output-file locks/wheels.lock
+pin_part pyproject.toml --extra device --extra onnx --output-file locks/device.lock
 pin_part pyproject.toml --extra vectors --output-file locks/vectors.lock
 pin_part benchmarks/native/requirements.in --output-file locks/bench-native.lock
 pin_part pyproject.toml --extra fuzz --extra editable --output-file locks/fuzz.lock

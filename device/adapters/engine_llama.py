@@ -16,9 +16,6 @@ import numpy as np
 from protocol.errors import EngineError
 from protocol.release import Prompt, TextPrompt
 
-DISTRIBUTION: Final = "llama-cpp-python"
-"""The name under which the package index knows the runtime."""
-
 CONTEXT_TOKENS: Final = 512
 """Prompt and answer together. Each token keeps its keys, values and a row of logits in memory."""
 

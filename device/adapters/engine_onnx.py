@@ -1,6 +1,7 @@
 """Classifiers under onnxruntime. The only module of the device that imports it, and only when a model is loaded."""
 
 import math
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any, Final
@@ -10,8 +11,9 @@ import numpy as np
 from protocol.errors import EngineError
 from protocol.release import ClassPrompt, Prompt
 
-DISTRIBUTION: Final = "onnxruntime"
-"""The name under which the package index knows the runtime."""
+TELEMETRY: Final = ("ORT_DISABLE_TELEMETRY", "1")
+"""Official builds from 1.32 on tell Microsoft about every session, unless this is in the environment before the import
+(onnxruntime's Privacy.md). Nobody asked the owner of the device; whoever wants it sets the variable to 0."""
 
 _LOG_ERRORS: Final = 3
 """onnxruntime's severity "error": warnings about an odd processor would fill a device's log."""
@@ -74,6 +76,7 @@ def load_onnx(path: str) -> OnnxModel:
     Raises:
         EngineError: The runtime is missing, or refuses the file.
     """
+    os.environ.setdefault(*TELEMETRY)
     try:
         import onnxruntime  # noqa: PLC0415 - a device without it runs other models
     except ImportError as error:

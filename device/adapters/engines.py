@@ -1,22 +1,27 @@
-"""The runtimes that this device has, behind the `Engine` port. Which one loads a file is decided here only."""
+"""The runtimes that this device has, behind the `Engine` port. Which one loads a file is decided here only.
+
+A runtime's module is imported with the first model that it loads: an agent without a model does without numpy.
+"""
 
 import sys
 import threading
 from importlib import metadata
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from device.adapters import engine_llama, engine_onnx
-from device.adapters.engine_llama import LlamaModel, load_llama
-from device.adapters.engine_onnx import OnnxModel, load_onnx
 from device.adapters.trial import run_trial
 from device.ports import ModelSource, TrialOrder
 from protocol.messages import TrialEvidence
 from protocol.release import RuntimeName
 
+if TYPE_CHECKING:
+    from device.adapters.engine_llama import LlamaModel
+    from device.adapters.engine_onnx import OnnxModel
+
 _DISTRIBUTIONS: Final[dict[RuntimeName, str]] = {
-    "onnx": engine_onnx.DISTRIBUTION,
-    "llama": engine_llama.DISTRIBUTION,
+    "onnx": "onnxruntime",
+    "llama": "llama-cpp-python",
 }
+"""The names under which the package index knows the runtimes."""
 
 
 class LocalEngine:
@@ -40,7 +45,7 @@ class LocalEngine:
                 continue
         return found
 
-    def load(self, source: ModelSource) -> OnnxModel | LlamaModel:
+    def load(self, source: ModelSource) -> "OnnxModel | LlamaModel":
         """Load a model into this process.
 
         Raises:
@@ -61,12 +66,16 @@ class LocalEngine:
         self._is_stopped.set()
 
 
-def load_model(source: ModelSource) -> OnnxModel | LlamaModel:
+def load_model(source: ModelSource) -> "OnnxModel | LlamaModel":
     """Load a model with the runtime that its release names.
 
     Raises:
         EngineError: The runtime is missing, or refuses the file.
     """
     if source.runtime == "onnx":
+        from device.adapters.engine_onnx import load_onnx  # noqa: PLC0415 - see the top
+
         return load_onnx(source.path)
+    from device.adapters.engine_llama import load_llama  # noqa: PLC0415 - see the top
+
     return load_llama(source.path)

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion
@@ -56,6 +56,13 @@ class Will:
 
     topic: str
     payload: bytes
+
+
+class Watcher(Protocol):
+    """Whoever has a socket on a loop."""
+
+    def on_ready(self, mask: int) -> None:
+        """The socket can be read from or written to."""
 
 
 class MqttLoop:
@@ -157,7 +164,7 @@ class MqttLoop:
         # A daemon: a network that swallows everything must not hold up the end of the process.
         threading.Thread(target=run, name="whimbrel-connect", daemon=True).start()
 
-    def watch(self, sock: socket.socket, mask: int, transport: "MqttTransport") -> None:
+    def watch(self, sock: socket.socket, mask: int, watcher: Watcher) -> None:
         """Watch a socket for the events of `mask`; none of them stops it."""
         if sock.fileno() < 0:
             return  # closed, and forgotten when it was
@@ -166,9 +173,9 @@ class MqttLoop:
             if known:
                 self._selector.unregister(sock)
         elif known:
-            self._selector.modify(sock, mask, transport)
+            self._selector.modify(sock, mask, watcher)
         else:
-            self._selector.register(sock, mask, transport)
+            self._selector.register(sock, mask, watcher)
 
     def _connector_ended(self) -> None:
         self._connectors -= 1

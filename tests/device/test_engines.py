@@ -1,6 +1,9 @@
 """The runtimes of a device on real model files: answers, refusals, and a swap under load."""
 
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -328,3 +331,14 @@ def test_a_closed_text_model_answers_no_more() -> None:
     model.close()
     with pytest.raises(EngineError, match="closed"):
         model.answer(TEXT)
+
+
+def test_a_device_tells_nobody_about_its_sessions(tmp_path: Path) -> None:
+    """onnxruntime 1.32 keeps an identifier and a queue of reports below the home folder unless it is told not to."""
+    model = write_classifier(tmp_path / "model.onnx", seed=1)
+    program = f"from device.adapters.engine_onnx import load_onnx; load_onnx({str(model)!r})"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    home = tmp_path / "home"
+    home.mkdir()
+    subprocess.run([sys.executable, "-c", program], check=True, env={**environment, "HOME": str(home)})
+    assert [path for path in home.rglob("*") if path.is_file()] == []

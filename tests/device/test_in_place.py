@@ -7,9 +7,10 @@ from collections import Counter
 import msgspec
 import pytest
 
-from device import effects, rewriting
+from device import effects, events, rewriting
 from device.admission import DiskBudgetError, NotInPlaceError, check_disk, plan_update
 from device.config import AgentConfig
+from device.events import Wish
 from device.install import discard_installation
 from device.journal import Journal
 from device.slots import SlotHealth, SlotName, slot_file
@@ -696,3 +697,42 @@ def test_a_device_in_place_says_so_and_makes_one_file_at_a_time() -> None:
     capacity = config().capacity
     assert (capacity.in_place, capacity.links_max) == (True, 1)
     assert not config(is_in_place=False).capacity.in_place
+
+
+# --- what an operator asks for ---------------------------------------------------------------------------------
+
+
+def told(device: Device, wish: Wish) -> effects.AnswerOperator:
+    device.queue.append(events.OperatorAsked(len(device.effects) + 1, wish))
+    serial = len(device.effects) + 1
+    device.settle()
+    return next(
+        effect
+        for effect in device.effects
+        if isinstance(effect, effects.AnswerOperator) and effect.serial == serial
+    )
+
+
+def test_a_rewriting_that_is_paused_is_completed_since_nothing_answers_meanwhile(cache: Cache) -> None:
+    device = online(cache)
+    ask(device, "v2")
+    until_rewriting(device)
+    assert "rewritten in place" in told(device, Wish.PAUSE).text
+    assert device.answer() == digest_of(V2)
+    assert outcome(device) == ("committed", "")
+    ask(device, "v3")
+    device.settle()
+    assert device.answer() == digest_of(V2)  # paused now
+    told(device, Wish.RESUME)
+    assert device.answer() == digest_of(V3)
+
+
+def test_a_device_without_a_second_copy_does_not_go_back_at_a_word(cache: Cache) -> None:
+    device = online(cache)
+    ask(device, "v2")
+    device.settle()
+    before = {name: content(device, name) for name in device.disk.names("slots")}
+    assert told(device, Wish.ROLLBACK).code == "operator.in_place"
+    assert device.answer() == digest_of(V2)
+    assert {name: content(device, name) for name in device.disk.names("slots")} == before
+    assert device.state is State.IDLE

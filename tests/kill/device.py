@@ -146,7 +146,8 @@ class Device:
             return self._examine_slot(self._disk, record, active, "the active slot")
         with tempfile.TemporaryDirectory(dir=self.config.folder.parent) as folder:
             copied = Path(folder) / "state"
-            shutil.copytree(self.config.folder, copied, symlinks=True)
+            sockets = shutil.ignore_patterns("*.sock")  # that the killed agent left
+            shutil.copytree(self.config.folder, copied, symlinks=True, ignore=sockets)
             disk = RealDisk(copied)
             try:
                 put_back(disk, active)
