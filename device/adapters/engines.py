@@ -8,7 +8,7 @@ import threading
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
-from device.adapters.trial import run_trial
+from device.adapters.trial import release_stopped, run_trial
 from device.ports import ModelSource, TrialOrder
 from protocol.messages import TrialEvidence
 from protocol.release import RuntimeName
@@ -64,6 +64,7 @@ class LocalEngine:
     def stop(self) -> None:
         """Break off the trial under way, and every later one: the agent is about to end."""
         self._is_stopped.set()
+        release_stopped()
 
 
 def load_model(source: ModelSource) -> "OnnxModel | LlamaModel":

@@ -34,9 +34,6 @@ LATENCY_SAMPLES_MAX: Final = 2048
 BEAT_MS: Final = 20
 """The child speaks at most this often, so that a fast model does not spend its time on talking."""
 
-_TRIALS_AT_ONCE: Final = threading.BoundedSemaphore(1)
-"""One trial at a time in a process: its latency must not measure the neighbours."""
-
 _START_TIMEOUT_MS: Final = 60_000
 """Until the child's first line: an interpreter that starts from a cold, slow card."""
 
@@ -118,6 +115,43 @@ _order_encoder = msgspec.json.Encoder()
 _line_decoder: Final = msgspec.json.Decoder(Line)
 
 
+class _Turn:
+    """One trial at a time in a process: its latency must not measure the neighbours. Waiting costs a thread and no time of a processor."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_taken = False
+
+    def take(self, is_stopped: Callable[[], bool]) -> bool:
+        """Wait for the turn; false, and no turn, once `is_stopped`."""
+        with self._changed:
+            self._changed.wait_for(lambda: is_stopped() or not self._is_taken)
+            if is_stopped():
+                self._changed.notify()  # we may have been told in place of another
+                return False
+            self._is_taken = True
+            return True
+
+    def give_back(self) -> None:
+        """The trial is over."""
+        with self._changed:
+            self._is_taken = False
+            self._changed.notify()
+
+    def look_again(self) -> None:
+        """Somebody who waits may have been stopped."""
+        with self._changed:
+            self._changed.notify_all()
+
+
+_turn: Final = _Turn()
+
+
+def release_stopped() -> None:
+    """Let trials that wait for their turn notice that they were stopped."""
+    _turn.look_again()
+
+
 def run_trial(
     order: TrialOrder, python: str = sys.executable, is_stopped: Callable[[], bool] = lambda: False
 ) -> TrialEvidence:
@@ -126,16 +160,16 @@ def run_trial(
     Args:
         order: The trial; its limits are enforced from here.
         python: Interpreter for the child.
-        is_stopped: Asked all the time; once it says so, the trial is broken off.
+        is_stopped: Asked all the time; once it says so, the trial is broken off. While others of this process run, it is asked
+            again after `release_stopped`.
 
     Raises:
         EngineError: No child could be started, which says nothing about the model.
     """
-    while not _TRIALS_AT_ONCE.acquire(timeout=_MEMORY_POLL_MS / 1000):  # before any clock starts
-        if is_stopped():
-            return TrialEvidence(
-                prompts_passed=0, prompts_total=len(order.health.prompts), detail=_STOPPED_DETAIL
-            )
+    if not _turn.take(is_stopped):  # before any clock starts
+        return TrialEvidence(
+            prompts_passed=0, prompts_total=len(order.health.prompts), detail=_STOPPED_DETAIL
+        )
     try:
         child = _start(order, python)
         watch = _Watch(child, order, is_stopped)
@@ -145,7 +179,7 @@ def run_trial(
         finally:
             _end(child)
     finally:
-        _TRIALS_AT_ONCE.release()
+        _turn.give_back()
 
 
 class _Watch:

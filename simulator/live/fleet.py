@@ -18,9 +18,6 @@ from simulator.live.models import Models, unknown_model
 from simulator.live.observer import Observer
 from simulator.live.population import DevicePlan
 
-WORKER_THREADS_MAX: Final = 64
-"""A trial waits its turn on a thread; with fewer threads than that, short work would wait behind it."""
-
 ASK_INTERVAL_S: Final = {"onnx": 0.5, "llama": 4.0}
 """Between two questions of one application; a language model takes a second of a processor for an answer."""
 
@@ -55,7 +52,9 @@ class Fleet:
         self._folder = folder
         self._models = models
         self._observer = observer
-        self._host = Host(min(len(plans) + 2, WORKER_THREADS_MAX))
+        self._host = Host(
+            len(plans) + 2
+        )  # a trial waits its turn on a thread: with fewer, short work would wait behind it
         self._links = LinkEmulator(broker, on_lost)
         self._links.start()
         self.devices: dict[str, Device] = {}

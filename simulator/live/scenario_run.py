@@ -24,7 +24,7 @@ from server.rollouts.states import FINAL
 from server.runtime import Server
 from simulator.live.brokers import MOSQUITTO, Embedded, Mosquitto, OwnBroker
 from simulator.live.devices import Host, HostedDevice
-from simulator.live.fleet import DESCRIPTORS_PER_DEVICE, WORKER_THREADS_MAX, allow_descriptors
+from simulator.live.fleet import DESCRIPTORS_PER_DEVICE, allow_descriptors
 from simulator.live.link import LinkEmulator
 from simulator.live.population import DevicePlan, LinkProfile
 from simulator.loop import US_PER_S
@@ -117,7 +117,7 @@ class _LiveScenario:
         self._rollout = ""
         self._is_stopped = False
         self._told_s = 0.0
-        self._host = Host(min(scenario.devices + 2, WORKER_THREADS_MAX))
+        self._host = Host(scenario.devices + 2)  # a thread each, since trials wait on theirs
         self._links = LinkEmulator(("127.0.0.1", broker.port), lambda _link, _cause: None)
         self._links.start()
         self._devices: list[HostedDevice] = []

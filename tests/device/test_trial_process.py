@@ -245,6 +245,31 @@ def test_an_engine_that_is_stopped_breaks_off_its_trial_and_begins_no_other(mode
     assert trial_children(os.getpid()) == []
 
 
+def test_a_trial_that_waits_for_its_turn_ends_with_its_engine_and_keeps_nobody_waiting(model: Path) -> None:
+    source = ModelSource("onnx", str(model))
+    long = TrialOrder(source, health_plan(soak_ms=LONG_SOAK_MS), TIER_BYTES)
+    first, second, third = LocalEngine(), LocalEngine(), LocalEngine()
+    results: dict[str, TrialEvidence] = {}
+
+    def wait(name: str, engine: LocalEngine) -> threading.Thread:
+        order = TrialOrder(source, health_plan(), TIER_BYTES)
+        thread = threading.Thread(target=lambda: results.update({name: engine.trial(order)}))
+        thread.start()
+        return thread
+
+    def meanwhile(_child: psutil.Process) -> None:
+        waiting = [wait("second", second), wait("third", third)]
+        second.stop()
+        waiting[0].join(WAIT_S)
+        assert results["second"].detail == "the agent was stopped"
+        assert "third" not in results
+        first.stop()
+        waiting[1].join(WAIT_S)
+
+    assert run_aside(long, meanwhile, first).detail == "the agent was stopped"
+    assert code_of(results["third"]) == ""
+
+
 def test_trials_of_one_process_run_one_after_the_other(model: Path) -> None:
     order = TrialOrder(ModelSource("onnx", str(model)), health_plan(), TIER_BYTES)
     results: list[TrialEvidence] = []
