@@ -11,7 +11,7 @@ BIN := .venv/bin
 DEVICES ?= 36
 SEED ?= 1
 COUNT ?= 200
-SOAK_SEEDS ?= 120
+SOAK_SEEDS ?= 150
 MINUTES ?= 1
 WORKERS ?= $(shell nproc)
 PAIRS ?= *
@@ -78,7 +78,7 @@ sim-determinism: setup ## run COUNT seeds of the simulator twice, with other has
 	$(BIN)/python -m tests.determinism --count $(COUNT)
 
 .PHONY: sim-soak
-sim-soak: setup ## 100,000 updates and a million faults in the simulator: 120 seeds of 500 devices (half an hour; SOAK_SEEDS=N)
+sim-soak: setup ## 100,000 updates and a million faults in the simulator: 150 seeds of 500 devices (an hour of one core; SOAK_SEEDS=N)
 	$(BIN)/whimbrel-sim soak --devices 500 --count $(SOAK_SEEDS) --workers 2
 
 .PHONY: sim-soak-today
