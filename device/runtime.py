@@ -25,7 +25,7 @@ from device.config import DeviceConfig
 from device.executor import CURRENT_LINK, ROOT_FILE, Executor
 from device.journal import Journal, Record, SlotRecord
 from device.slots import READ_BYTES, SlotHealth, SlotName, empty_slot, measure_file, slot_file, slot_folder
-from protocol.errors import EngineError, RequestError, WhimbrelError
+from protocol.errors import RequestError, WhimbrelError
 from protocol.messages import Link, encode_message
 from protocol.release import Prompt, Release, ReleaseFile, release_digest
 from protocol.topics import Topics
@@ -177,16 +177,8 @@ class DeviceRuntime:
         Raises:
             EngineError: There is no model, or it did not answer.
         """
-        model = self.executor.model
-        if model is None:
-            raise EngineError("no model is loaded yet")
-        try:
-            return model.answer(prompt)
-        except EngineError:
-            current = self.executor.model
-            if current is None or current is model:
-                raise
-            return current.answer(prompt)
+        with self.executor.leases.lease() as lease:
+            return lease.model.answer(prompt)
 
     def _connected(self) -> None:
         self.transport.publish(self._link_topic, encode_message(Link(online=True)), 1, retain=True)
