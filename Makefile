@@ -18,6 +18,7 @@ PAIRS ?= *
 BENCH_OPTIONS ?=
 DEB_OPTIONS ?=
 AT_REST_OPTIONS ?=
+SWAP_OPTIONS ?=
 
 # The environment is known by the lock file that it was made from.
 define environment
@@ -68,6 +69,13 @@ format: setup ## format the code
 .PHONY: kill-test
 kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200); IN_PLACE=1: of one that rewrites its only copy
 	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED) $(if $(IN_PLACE),--in-place)
+
+.PHONY: swap-load
+swap-load: setup ## ask a device's endpoint 10,000 times while 20 updates swap its model: every answer is compared with what its version answers
+	$(BIN)/python -m tests.swap_load --seed $(SEED) $(SWAP_OPTIONS)
+	$(BIN)/python -m tests.swap_load --seed $(SEED) --executor
+	$(BIN)/python -m tests.swap_load --seed $(SEED) --in-place --count 1000 --swaps 5
+	$(BIN)/python -m tests.swap_load --seed $(SEED) --llama --count 150 --swaps 6
 
 .PHONY: crash-points
 crash-points: setup ## cut the power after every system call of an update: COUNT crash images (default 1,000,000) and a fifth as many of a second cut, in WORKERS processes

@@ -40,6 +40,9 @@ _LOG: Final = logging.getLogger("device")
 _TELL_S: Final = 5.0
 """How often the service manager hears how things stand, at least; and that the loop turns, where it waits for that."""
 
+_LISTEN_S: Final = 10.0
+"""Until another try to listen for applications."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
@@ -178,10 +181,29 @@ def _run(arguments: argparse.Namespace) -> int:
             stack.enter_context(closing(ControlServer(loop, config.control, runtime)))
         except StorageError as error:
             _LOG.warning("pause, resume and rollback cannot reach this agent: %s", error)
+        _open_endpoint(config, loop, runtime, stack)
         notifier.ready()
         _tell(loop, notifier, runtime)
         loop.run_forever()
     return 0
+
+
+def _open_endpoint(config: DeviceConfig, loop: MqttLoop, runtime: DeviceRuntime, stack: ExitStack) -> None:
+    """Let applications ask the model. What keeps the endpoint from listening may pass, and updates go on meanwhile."""
+    if config.serving is None:
+        return
+    from device.adapters.endpoint import Endpoint  # noqa: PLC0415 - an agent without one does without HTTP
+    from device.adapters.endpoint_requests import Limits  # noqa: PLC0415 - likewise
+
+    limits = Limits(config.serving.requests_max, config.serving.request_s_max)
+    try:
+        endpoint = Endpoint(config.serving.listen, config.agent.family, runtime.executor.leases, limits)
+    except StorageError as error:
+        _LOG.error("applications cannot ask the model: %s", error)
+        loop.call_later(_LISTEN_S, partial(_open_endpoint, config, loop, runtime, stack))
+        return
+    stack.callback(endpoint.close)
+    _LOG.info("applications may ask the model at %s", endpoint.address)
 
 
 def _tell(loop: MqttLoop, notifier: Notifier, runtime: DeviceRuntime) -> None:

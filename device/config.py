@@ -4,6 +4,7 @@ They come from a file and its drop-ins: beside `device.toml` the files `device.d
 field by field, so that a package brings the file and its owner adds others.
 """
 
+import ipaddress
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,6 +83,21 @@ class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     in_place: bool = False
 
 
+class ServingSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[serving]`."""
+
+    listen: str = ""
+    requests_max: Annotated[int, Meta(ge=1, le=32)] = 8
+    request_s_max: Annotated[int, Meta(ge=1, le=3600)] = 60
+
+
+class HookSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[hooks]`."""
+
+    after_swap: Annotated[list[str], Meta(max_length=64)] = []
+    timeout_s: Annotated[int, Meta(ge=1, le=600)] = 30
+
+
 class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A configuration file, `device.toml`."""
 
@@ -98,6 +114,36 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
     runtime_folder: str = ""
     slots: SlotSettings = SlotSettings()
+    serving: ServingSettings = ServingSettings()
+    hooks: HookSettings = HookSettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    """The local endpoint.
+
+    Attributes:
+        listen: A Unix socket, or address and port of loopback.
+        requests_max: Answered, or waiting for the model, at a time.
+        request_s_max: Until a request is given up.
+    """
+
+    listen: Path | tuple[str, int]
+    requests_max: int
+    request_s_max: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookConfig:
+    """A command of the owner.
+
+    Attributes:
+        after_swap: The command and its arguments; empty for none.
+        timeout_s: It is killed after that.
+    """
+
+    after_swap: tuple[str, ...] = ()
+    timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +156,8 @@ class DeviceConfig:
         broker_host: Name or address of the broker.
         broker_port: Its port.
         runtime_folder: Where the running agent has its control socket; the state folder where there is none.
+        serving: The local endpoint; `None` for none.
+        hooks: Commands of the owner.
     """
 
     agent: AgentConfig
@@ -117,6 +165,8 @@ class DeviceConfig:
     broker_host: str
     broker_port: int
     runtime_folder: Path | None = None
+    serving: ServingConfig | None = None
+    hooks: HookConfig = HookConfig()
 
     @property
     def control(self) -> Path:
@@ -165,6 +215,22 @@ def load_config(path: Path) -> DeviceConfig:
         broker_host=host,
         broker_port=port,
         runtime_folder=home / settings.runtime_folder if settings.runtime_folder else None,
+        serving=_serving(settings.serving, home, origins.get("serving", path)),
+        hooks=HookConfig(
+            after_swap=tuple(settings.hooks.after_swap), timeout_s=float(settings.hooks.timeout_s)
+        ),
+    )
+
+
+def _serving(settings: ServingSettings, home: Path, origin: Path) -> ServingConfig | None:
+    if not settings.listen:
+        return None
+    try:
+        listen = parse_listen(settings.listen, home)
+    except RequestError as error:
+        raise RequestError(f"{origin}: {error.message}", hint=error.hint) from error
+    return ServingConfig(
+        listen=listen, requests_max=settings.requests_max, request_s_max=float(settings.request_s_max)
     )
 
 
@@ -213,6 +279,35 @@ def _settings(path: Path, fields: dict[str, Any]) -> DeviceSettings:
         return msgspec.convert(fields, DeviceSettings)
     except msgspec.ValidationError as error:
         raise RequestError(f"{path}: {error}", hint=_HINT) from error
+
+
+def parse_listen(text: str, home: Path) -> Path | tuple[str, int]:
+    """Read where the local endpoint listens: `unix:PATH`, a relative one from `home`, or `host:port` of loopback.
+
+    Raises:
+        RequestError: It is not of these forms, or another machine could reach it.
+    """
+    if text.startswith("unix:"):
+        if text == "unix:":
+            raise RequestError("[serving] listen = 'unix:' names no path")
+        return home / text.removeprefix("unix:")
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or int(port) >= 1 << 16:
+        raise RequestError(
+            f"[serving] listen = {text!r} is not of the form host:port or unix:PATH",
+            hint='for example "127.0.0.1:8091"',
+        )
+    try:
+        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise RequestError(
+            f"[serving] listen = {text!r} is not an address of loopback, and the endpoint asks nobody who they are",
+            hint="use 127.0.0.1, and a reverse proxy with authentication for other machines",
+        )
+    return ("127.0.0.1" if host == "localhost" else host), int(port)
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -149,17 +149,18 @@ class StartTrial:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Answer with the model of a slot from now on, and let go of the one before; answers `ServingStarted`."""
+    """Answer with the model of a slot from now on, and let go of the one before once nobody uses it; answers `ServingStarted`."""
 
     serial: int
     slot: SlotName
     runtime: RuntimeName
     file: str
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LetGo:
-    """Close the model: its file is going to be rewritten."""
+    """Close the model, in bounded time whoever uses it: its file is going to be rewritten."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from device import blobs, effects, events, rewriting
 from device.effects import Effect
 from device.install import discard_installation, install_step
 from device.journal import Journal
+from device.leases import Leases
 from device.ports import Disk, Engine, Model, ModelSource, Transport, TrialOrder, Workers
 from device.slots import SlotName, measure_slot, slot_bytes, slot_file, slot_folder
 from protocol.constants import METADATA_BYTES_MAX
@@ -25,6 +26,9 @@ _ROOT_TEMPORARY: Final = "root.json.new"
 CURRENT_LINK: Final = "current"
 """Symbolic link to the folder of the active slot."""
 
+LET_GO_S_MAX: Final = 10.0
+"""How long requests may go on once the file of their model is to be rewritten. Each of them notices between two tokens."""
+
 
 class Executor:
     """Runs the effects of one device.
@@ -35,6 +39,7 @@ class Executor:
         engine: Its runtimes.
         workers: Where long work runs.
         post: Takes an event to the agent; called from workers too.
+        leases: Of the model that answers; its own where none are given.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Executor:
         engine: Engine,
         workers: Workers,
         post: Callable[[events.Event], None],
+        leases: Leases | None = None,
     ) -> None:
         self._disk = disk
         self._transport = transport
@@ -52,7 +58,7 @@ class Executor:
         self._workers = workers
         self._post = post
         self._journal = Journal(disk)
-        self._model: Model | None = None
+        self.leases: Final = leases or Leases()
         self._actions: Final[dict[type, Callable[[Any], None]]] = {
             effects.Persist: lambda effect: self._journal.save(effect.record),
             effects.SaveRoot: self._save_root,
@@ -81,13 +87,13 @@ class Executor:
             ),
             effects.StartTrial: self._trial,
             effects.Serve: self._serve,
-            effects.LetGo: lambda _effect: self.close(),
+            effects.LetGo: lambda _effect: self.leases.let_go(LET_GO_S_MAX),
         }
 
     @property
     def model(self) -> Model | None:
-        """The model that answers now."""
-        return self._model
+        """The model that answers now: to look at; whoever asks it something leases it."""
+        return self.leases.model
 
     def boot_event(self, memory_bytes: int) -> events.Booted:
         """What the disk knows, as the agent's first event.
@@ -119,10 +125,8 @@ class Executor:
                 return
 
     def close(self) -> None:
-        """Let go of the model."""
-        before, self._model = self._model, None
-        if before is not None:
-            before.close()
+        """Let go of the model, whoever uses it."""
+        self.leases.let_go()
 
     def _work(self, job: Callable[[Any], events.Event | None], effect: Any) -> None:
         try:
@@ -169,11 +173,9 @@ class Executor:
         return events.TrialFinished(effect.serial, self._engine.trial(order))
 
     def _serve(self, effect: effects.Serve) -> events.ServingStarted:
-        """Load the new model before the old one goes: a request always finds one of them."""
+        """Load the new model before the old one goes: a request always finds one of them, and keeps the one that it found."""
         model = self._engine.load(ModelSource(effect.runtime, self._model_path(effect.slot, effect.file)))
-        before, self._model = self._model, model
-        if before is not None:
-            before.close()
+        self.leases.swap(model, effect.version)
         return events.ServingStarted(effect.serial)
 
     def _model_path(self, slot: SlotName, file: str) -> str:

@@ -4,10 +4,11 @@ Names of files are relative POSIX paths below the device's state folder, built b
 `blobs.py` only. Every method raises `StorageError` or a subclass when the disk fails, `EngineError` when a model does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+from protocol.errors import EngineError, Fault
 from protocol.messages import TrialEvidence
 from protocol.release import HealthPlan, Prompt, RuntimeName
 from protocol.trust import Documents, Floors, Verified
@@ -113,6 +114,93 @@ class Model(Protocol):
 
     def close(self) -> None:
         """Give the memory back."""
+
+
+class QuestionError(EngineError):
+    """What was asked does not fit the model; it would answer something else."""
+
+    code = "engine.question"
+    fault = Fault.REQUEST
+
+
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """What a classifier says about one input.
+
+    Attributes:
+        label: Number of the class with the highest score, or the label that the model names.
+        scores: The model's first output as it is, one per class; empty where the model names a label only.
+    """
+
+    label: str
+    scores: tuple[float, ...]
+
+
+@runtime_checkable
+class ClassModel(Model, Protocol):
+    """A model that classifies lists of numbers."""
+
+    def classify(self, values: Sequence[float]) -> Classified:
+        """Classify one input.
+
+        Raises:
+            QuestionError: A wrong number of values.
+            EngineError: It did not answer.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a text goes on.
+
+    Attributes:
+        tokens_max: Longest continuation; `None` for what the context has room for.
+        temperature: 0 takes the most likely token.
+        top_p: Share of the probability that tokens are drawn from.
+        seed: Makes the draw the same every time; `None` for chance.
+        stop: The text ends before the first of these.
+    """
+
+    tokens_max: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How a continuation ended, and what it took."""
+
+    prompt_tokens: int
+    tokens: int
+    ending: Literal["stop", "length"]
+
+
+@runtime_checkable
+class TextModel(Model, Protocol):
+    """A model that continues text."""
+
+    def chat_prompt(self, messages: Sequence[tuple[str, str]]) -> str:
+        """A conversation of (role, content) as this model was taught to read one, up to where its answer begins.
+
+        Raises:
+            QuestionError: The model has no template for conversations, or it refuses this one.
+        """
+
+    def write(self, prompt: str, sampling: Sampling, tell: Callable[[str], None]) -> Written:
+        """Continue a text, from an empty context.
+
+        Args:
+            prompt: Its special tokens are read as such.
+            sampling: How.
+            tell: Takes the text piece by piece. It is called before the first token and after each, with nothing where nothing is
+                to be said yet, and ends the text by raising.
+
+        Raises:
+            QuestionError: A prompt without tokens, or with as many as the context has.
+            EngineError: It did not answer.
+        """
 
 
 class Engine(Protocol):

@@ -18,6 +18,7 @@ from device import effects, events
 from device.adapters.control import Status
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
+from device.adapters.hooks import SwapHook
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport, Will
 from device.adapters.workers import WorkerPool
 from device.agent import Agent
@@ -25,7 +26,7 @@ from device.config import DeviceConfig
 from device.executor import CURRENT_LINK, ROOT_FILE, Executor
 from device.journal import Journal, Record, SlotRecord
 from device.slots import READ_BYTES, SlotHealth, SlotName, empty_slot, measure_file, slot_file, slot_folder
-from protocol.errors import EngineError, RequestError, WhimbrelError
+from protocol.errors import RequestError, WhimbrelError
 from protocol.messages import Link, encode_message
 from protocol.release import Prompt, Release, ReleaseFile, release_digest
 from protocol.topics import Topics
@@ -80,6 +81,8 @@ class DeviceRuntime:
         self._workers = pool.for_device(
             on_bug=lambda error: loop.call_soon_threadsafe(partial(_raise, error))
         )
+        self._hook = SwapHook(config.hooks.after_swap, config.hooks.timeout_s)
+        self._has_served = False
         self._is_stopped = False
         self._armed_ms: int | None = None
         self._thread = 0  # in which events are handled
@@ -129,6 +132,7 @@ class DeviceRuntime:
         self.transport.close()
         self.disk.close()
         self.engine.stop()
+        self._hook.stop()
         self._workers.stop(WORK_END_S_MAX)
         self.executor.close()
         if self._trace is not None:
@@ -177,16 +181,8 @@ class DeviceRuntime:
         Raises:
             EngineError: There is no model, or it did not answer.
         """
-        model = self.executor.model
-        if model is None:
-            raise EngineError("no model is loaded yet")
-        try:
-            return model.answer(prompt)
-        except EngineError:
-            current = self.executor.model
-            if current is None or current is model:
-                raise
-            return current.answer(prompt)
+        with self.executor.leases.lease() as lease:
+            return lease.model.answer(prompt)
 
     def _connected(self) -> None:
         self.transport.publish(self._link_topic, encode_message(Link(online=True)), 1, retain=True)
@@ -230,8 +226,23 @@ class DeviceRuntime:
             answer = self._answers.pop(effect.serial, None)
             if answer is not None:
                 answer(effect.code, effect.text)
+        elif isinstance(effect, effects.PointCurrent):
+            self._swapped(effect.slot)
         elif isinstance(effect, effects.WriteChunk):
             self._note("chunk", {"blob": effect.blob, "index": effect.index})
+
+    def _swapped(self, slot: SlotName) -> None:
+        record = self.agent.record.slots[slot]
+        self._hook.run(
+            {
+                "WHIMBREL_REASON": "swap" if self._has_served else "start",
+                "WHIMBREL_DEVICE": self.config.agent.device,
+                "WHIMBREL_FAMILY": self.config.agent.family,
+                "WHIMBREL_VERSION": record.version,
+                "WHIMBREL_MODEL": str(self.config.folder.absolute() / CURRENT_LINK / record.main_file),
+            }
+        )
+        self._has_served = True
 
     def _note(self, kind: str, fields: dict[str, object]) -> None:
         if self._trace is not None:

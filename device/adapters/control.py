@@ -111,7 +111,7 @@ class ControlServer:
         self._path = path
         self._agent = agent
         self._open: set[_Connection] = set()
-        self._listener = _listener(path)
+        self._listener = listen_unix(path, mode=0o660, backlog=CONNECTIONS_MAX)
         loop.watch(self._listener, selectors.EVENT_READ, self)
 
     def close(self) -> None:
@@ -135,7 +135,12 @@ class ControlServer:
             self._open.add(_Connection(self._loop, accepted, self._agent, self._open.discard))
 
 
-def _listener(path: Path) -> socket.socket:
+def listen_unix(path: Path, *, mode: int, backlog: int) -> socket.socket:
+    """A listening socket that does not block, in place of an old one of that name.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
     if path.exists() and not path.is_socket():
         raise StorageError(f"{path} is there and no socket", hint="remove it")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -144,8 +149,8 @@ def _listener(path: Path) -> socket.socket:
         path.unlink(missing_ok=True)
         with _address(path) as address:
             listener.bind(address)
-        path.chmod(0o660)
-        listener.listen(CONNECTIONS_MAX)
+        path.chmod(mode)
+        listener.listen(backlog)
     except OSError as error:
         listener.close()
         raise StorageError(f"{path}: {error.strerror or error}") from error

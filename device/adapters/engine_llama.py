@@ -1,18 +1,23 @@
 """Text models under llama.cpp. The only module of the device that imports it, and only when a model is loaded.
 
 Tokens are made as where the thresholds of a health plan are measured: nothing is added, no text is read as a special
-token, and a completion is tokenized apart from its prompt. Another way would give other log-probabilities.
+token, and a completion is tokenized apart from its prompt. Another way would give other log-probabilities. Texts for
+applications (`write`) are tokenized as the model was taught to read them.
+
+Keys and values of past tokens belong to the loaded weights and go with them; every answer begins with an empty context.
 """
 
 import ctypes
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 
+from device.adapters.text_stream import TextStream
+from device.ports import QuestionError, Sampling, Written
 from protocol.errors import EngineError
 from protocol.release import Prompt, TextPrompt
 
@@ -39,6 +44,7 @@ class LlamaModel:
     def __init__(self, llama: Any) -> None:
         self._lock: Final = threading.Lock()
         self._llama: Any | None = llama
+        self._chat: Final = _chat_formatter(llama)
 
     def answer(self, prompt: Prompt) -> str:
         """Continue a prompt greedily up to the end of the line or of the text, at most `ANSWER_TOKENS_MAX` tokens.
@@ -76,6 +82,38 @@ class LlamaModel:
         if not np.isfinite(mean):
             raise EngineError("the model's log-probabilities are not finite")
         return mean
+
+    def chat_prompt(self, messages: Sequence[tuple[str, str]]) -> str:
+        """A conversation of (role, content) in the template of the model file, up to where the answer begins.
+
+        Raises:
+            QuestionError: The file has no template, or its template refuses the conversation.
+        """
+        if self._chat is None:
+            raise QuestionError(
+                "the model file has no chat template that can be read",
+                hint="use /v1/completions with a prompt of your own",
+            )
+        try:
+            given = [{"role": role, "content": content} for role, content in messages]
+            return str(self._chat(messages=given).prompt)
+        except Exception as error:  # templates are programs, and may raise anything
+            raise QuestionError(f"the model's chat template refuses the messages: {_line(error)}") from error
+
+    def write(self, prompt: str, sampling: Sampling, tell: Callable[[str], None]) -> Written:
+        """Continue a text, from an empty context; see `TextModel.write`.
+
+        Raises:
+            QuestionError: A prompt without tokens, or with as many as the context has.
+            EngineError: The model gives no finite numbers, or is closed.
+        """
+        with self._lock:  # `close` waits for `tell` to end the text
+            tell("")
+            llama = self._opened()
+            try:
+                return _write(llama, prompt, sampling, tell)
+            except (ValueError, RuntimeError, IndexError) as error:
+                raise EngineError(f"llama.cpp gave no answer: {_line(error)}") from error
 
     def close(self) -> None:
         """Give the memory back, after the answer that is under way; a second call does nothing."""
@@ -161,6 +199,70 @@ def _greedy(llama: Any, tokens: Sequence[int]) -> str:
         llama.eval([token])
         row = llama.scores[llama.n_tokens - 1]
     return bytes(llama.detokenize(answer)).decode(errors="replace")
+
+
+def _write(llama: Any, prompt: str, sampling: Sampling, tell: Callable[[str], None]) -> Written:
+    tokens: list[int] = list(llama.tokenize(prompt.encode(), add_bos=True, special=True))
+    room = CONTEXT_TOKENS - len(tokens)
+    if not tokens or room <= 0:
+        raise QuestionError(
+            f"a prompt of {len(tokens)} tokens; the context has {CONTEXT_TOKENS} for prompt and answer together"
+        )
+    tokens_max = min(room, sampling.tokens_max or room)
+    rng = np.random.default_rng(sampling.seed)
+    text = TextStream(sampling.stop)
+    count, row = 0, _scores(llama, tokens)[-1]
+    while count < tokens_max:
+        token = _drawn(row, sampling, rng)
+        if _ends_answer(llama, token):
+            tell(text.finish())
+            return Written(len(tokens), count, "stop")
+        count += 1
+        tell(text.feed(llama.detokenize([token])))
+        if text.is_stopped:
+            return Written(len(tokens), count, "stop")
+        if count < tokens_max:
+            llama.eval([token])
+            row = llama.scores[llama.n_tokens - 1]
+    tell(text.finish())
+    return Written(len(tokens), count, "length")
+
+
+def _drawn(row: Any, sampling: Sampling, rng: np.random.Generator) -> int:
+    """A token by its probability, among the likeliest that together have `top_p` of it (Holtzman et al. 2020)."""
+    if not np.isfinite(row).all():
+        raise EngineError("the model's scores are not finite")
+    if sampling.temperature == 0:
+        return int(row.argmax())
+    scores = row.astype(np.float64) / sampling.temperature
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    order = np.argsort(-shares, kind="stable")
+    sums = shares[order].cumsum()
+    count = int(np.searchsorted(sums, sampling.top_p)) + 1
+    drawn = np.searchsorted(sums[:count], rng.random() * sums[:count][-1], side="right")
+    return int(order[min(int(drawn), count - 1)])
+
+
+def _ends_answer(llama: Any, token: int) -> bool:
+    import llama_cpp  # noqa: PLC0415 - a device without it runs other models
+
+    return bool(llama_cpp.llama_vocab_is_eog(llama._model.vocab, token))  # noqa: SLF001 - no public way to it
+
+
+def _chat_formatter(llama: Any) -> Any | None:
+    """The template of the model file. It is a program, and part of what was signed; it runs in Jinja's sandbox."""
+    template = llama.metadata.get("tokenizer.chat_template")
+    if template is None:
+        return None
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # noqa: PLC0415 - see `load_llama`
+
+    tokens = (llama.token_eos(), llama.token_bos())
+    eos, bos = (llama._model.token_get_text(each) if each >= 0 else "" for each in tokens)  # noqa: SLF001 - likewise
+    try:
+        return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
+    except Exception:  # noqa: BLE001 - the model does without: it can be asked to continue texts
+        return None
 
 
 def _line(error: Exception) -> str:

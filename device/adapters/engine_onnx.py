@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from device.ports import Classified, QuestionError
 from protocol.errors import EngineError
 from protocol.release import ClassPrompt, Prompt
 
@@ -48,21 +49,35 @@ class OnnxModel:
         """
         if not isinstance(prompt, ClassPrompt):
             raise EngineError(f"prompt {prompt.name} is text, and an ONNX model answers class prompts only")
-        shape = _shape_for(self._input_shape, len(prompt.input))
+        return _class_of(self._run(prompt.input, f"prompt {prompt.name}"))
+
+    def classify(self, values: Sequence[float]) -> Classified:
+        """Classify one input, with the scores of all classes.
+
+        Raises:
+            QuestionError: A wrong number of values.
+            EngineError: A result that names no class, or a closed model.
+        """
+        output = self._run(values, "the input")
+        label = _class_of(output)
+        flat = output.reshape(-1)
+        is_scores = output.dtype.kind in "iuf" and flat.size > 1
+        return Classified(label, tuple(float(score) for score in flat) if is_scores else ())
+
+    def _run(self, given: Sequence[float], name: str) -> Any:
+        shape = _shape_for(self._input_shape, len(given))
         if shape is None:
-            raise EngineError(
-                f"prompt {prompt.name} has {len(prompt.input)} values, "
-                f"and the model's input has the shape {self._input_shape}"
+            raise QuestionError(
+                f"{name} has {len(given)} values, and the model's input has the shape {self._input_shape}"
             )
-        values = np.asarray(prompt.input, dtype=np.float32).reshape(shape)
+        values = np.asarray(given, dtype=np.float32).reshape(shape)
         with self._lock:  # `close` waits for a running answer
             if self._session is None:
                 raise EngineError("the model is closed")
             try:
-                output = self._session.run([self._output_name], {self._input_name: values})[0]
+                return self._session.run([self._output_name], {self._input_name: values})[0]
             except Exception as error:
                 raise EngineError(f"onnxruntime gave no answer: {_line(error)}") from error
-        return _class_of(output)
 
     def close(self) -> None:
         """Give the memory back, after the answer that is under way; a second call does nothing."""

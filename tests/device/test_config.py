@@ -55,6 +55,16 @@ def test_only_files_of_the_right_name_count(folder: Path) -> None:
         ('broker = "nowhere"\n', "not of the form host:port"),
         ('fleet = "#"\n', "fleet '#'"),
         ("state_folder = 7\n", "state_folder"),
+        ('[serving]\nlisten = "0.0.0.0:8091"\n', "not an address of loopback"),
+        ('[serving]\nlisten = "192.168.1.10:8091"\n', "use 127.0.0.1"),
+        ('[serving]\nlisten = "pi.local:8091"\n', "not an address of loopback"),
+        ('[serving]\nlisten = "8091"\n', "not of the form host:port or unix:PATH"),
+        ('[serving]\nlisten = "127.0.0.1:70000"\n', "not of the form"),
+        ('[serving]\nlisten = "unix:"\n', "names no path"),
+        ("[serving]\nrequests_max = 0\n", "requests_max"),
+        ("[serving]\nport = 8091\n", "unknown field `port`"),
+        ('[hooks]\nafter_swap = "reload"\n', "after_swap"),
+        ("[hooks]\ntimeout_s = 0\n", "timeout_s"),
     ],
 )
 def test_a_mistake_names_the_file_that_it_is_in(folder: Path, text: str, said: str) -> None:
@@ -97,3 +107,32 @@ def test_the_control_socket_is_where_the_configuration_says(folder: Path) -> Non
     assert load_config(folder / "device.toml").control == folder / "state" / "pi-1.sock"
     (folder / "device.d" / "10.toml").write_text('runtime_folder = "/run/whimbrel"\n')
     assert os.fspath(load_config(folder / "device.toml").control) == "/run/whimbrel/pi-1.sock"
+
+
+@pytest.mark.parametrize(
+    ("listen", "meant"),
+    [
+        ("127.0.0.1:8091", ("127.0.0.1", 8091)),
+        ("localhost:8091", ("127.0.0.1", 8091)),
+        ("[::1]:8091", ("::1", 8091)),
+        ("127.0.0.1:0", ("127.0.0.1", 0)),
+        ("unix:/run/whimbrel/model.sock", Path("/run/whimbrel/model.sock")),
+    ],
+)
+def test_the_endpoint_listens_on_this_device_only(folder: Path, listen: str, meant: object) -> None:
+    assert load_config(folder / "device.toml").serving is None
+    (folder / "device.d" / "serving.toml").write_text(f'[serving]\nlisten = "{listen}"\nrequest_s_max = 9\n')
+    serving = load_config(folder / "device.toml").serving
+    assert serving is not None
+    assert (serving.listen, serving.requests_max, serving.request_s_max) == (meant, 8, 9.0)
+
+
+def test_a_relative_socket_and_a_hook_are_taken_as_they_stand(folder: Path) -> None:
+    (folder / "device.d" / "a.toml").write_text(
+        '[serving]\nlisten = "unix:model.sock"\n[hooks]\nafter_swap = ["systemctl", "--user", "reload", "app"]\n'
+    )
+    config = load_config(folder / "device.toml")
+    assert config.serving is not None
+    assert config.serving.listen == folder / "model.sock"
+    assert config.hooks.after_swap == ("systemctl", "--user", "reload", "app")
+    assert config.hooks.timeout_s == 30

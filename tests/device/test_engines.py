@@ -278,7 +278,7 @@ def test_a_file_that_cannot_be_served_leaves_the_old_model_answering(runtime: De
 
 
 def test_a_device_without_a_model_says_so(runtime: DeviceRuntime) -> None:
-    with pytest.raises(EngineError, match="no model is loaded"):
+    with pytest.raises(EngineError, match="no model answers now"):
         runtime.infer(prompts()[0])
 
 

@@ -538,7 +538,11 @@ def test_a_power_cut_while_a_committed_version_is_turned_back_leads_to_the_one_b
     reference.settle()
     cut_at = 0
     while True:
-        device = copy.deepcopy(reference, {id(trust): trust})  # a module is not copied
+        kept: tuple[object, ...] = (
+            trust,
+            reference.executor,
+        )  # a module is not copied; a boot makes another executor
+        device = copy.deepcopy(reference, {id(each): each for each in kept})
         device.engine.unloadable.add(digest_of(V2))
         device.boot()
         device.disk.operations_left = cut_at
