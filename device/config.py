@@ -8,11 +8,13 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import Meta, Struct
 
+from device.policy import NO_RULES, WINDOWS_MAX, Metered, Policy, Step, parse_window
 from protocol.delta_graph import LINK_BYTES_PER_S, LINKS_MAX
 from protocol.errors import RequestError, TopicError
 from protocol.ids import DeviceId, Family, FleetId, parse_device_id, parse_family, parse_fleet_id
@@ -50,6 +52,7 @@ class AgentConfig:
         processor_percent: Speed of one core, with a server's as 100, for the same choice.
         is_in_place: Rewrite the files of the active slot where there is a delta for that, and serve nothing meanwhile: for a disk
             without room for two versions.
+        policy: When an update may go on.
     """
 
     device: DeviceId
@@ -63,6 +66,7 @@ class AgentConfig:
     link_bytes_per_s: int = LINK_BYTES_PER_S
     processor_percent: int = 100
     is_in_place: bool = False
+    policy: Policy = NO_RULES
 
     @property
     def capacity(self) -> Capacity:
@@ -82,6 +86,23 @@ class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     in_place: bool = False
 
 
+class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[policy]`."""
+
+    window: Annotated[list[str], Meta(max_length=WINDOWS_MAX)] = []
+    window_steps: tuple[Literal["fetch", "install", "trial"], ...] = ("fetch", "install", "trial")
+    time_zone: str = ""
+    battery_percent_min: Annotated[int, Meta(ge=1, le=100)] | None = None
+    temperature_c_max: Annotated[float, Meta(ge=0, le=150)] | None = None
+    load_max: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    pressure_percent_max: Annotated[float, Meta(gt=0, le=100)] | None = None
+    memory_available_mb_min: _Megabytes | None = None
+    metered: Literal["always", "small", "never"] = "always"
+    metered_mb_max: Annotated[float, Meta(ge=0, le=1 << 20)] = 5.0
+    metered_link: bool = False
+    metered_file: str = ""
+
+
 class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A configuration file, `device.toml`."""
 
@@ -98,6 +119,22 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
     runtime_folder: str = ""
     slots: SlotSettings = SlotSettings()
+    policy: PolicySettings = PolicySettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionSources:
+    """Where to look for what the policy asks about, beside what the kernel says.
+
+    Attributes:
+        zone: Time zone of the windows; the system's where there is none.
+        is_metered: Whether the link is metered, where no file says so.
+        metered_file: A file that says `yes` or `no`, as a modem manager writes it.
+    """
+
+    zone: ZoneInfo | None = None
+    is_metered: bool = False
+    metered_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +147,7 @@ class DeviceConfig:
         broker_host: Name or address of the broker.
         broker_port: Its port.
         runtime_folder: Where the running agent has its control socket; the state folder where there is none.
+        sources: Where to look for what the policy asks about.
     """
 
     agent: AgentConfig
@@ -117,6 +155,7 @@ class DeviceConfig:
     broker_host: str
     broker_port: int
     runtime_folder: Path | None = None
+    sources: ConditionSources = ConditionSources()
 
     @property
     def control(self) -> Path:
@@ -139,7 +178,7 @@ def load_config(path: Path) -> DeviceConfig:
         _settings(each, _PLACEHOLDERS | fields)  # what is wrong now came with this file
     settings = _settings(path, fields)
 
-    def checked(name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
+    def checked(name: str, parse: Callable[[Any], _Parsed]) -> _Parsed:
         try:
             return parse(getattr(settings, name))
         except (TopicError, RequestError) as error:
@@ -156,6 +195,7 @@ def load_config(path: Path) -> DeviceConfig:
         link_bytes_per_s=settings.link_kb_per_s * _KB,
         processor_percent=settings.processor_percent,
         is_in_place=settings.slots.in_place,
+        policy=checked("policy", _policy),
     )
     host, port = checked("broker", parse_address)
     home = path.absolute().parent
@@ -165,7 +205,44 @@ def load_config(path: Path) -> DeviceConfig:
         broker_host=host,
         broker_port=port,
         runtime_folder=home / settings.runtime_folder if settings.runtime_folder else None,
+        sources=ConditionSources(
+            zone=checked("policy", _zone),
+            is_metered=settings.policy.metered_link,
+            metered_file=home / settings.policy.metered_file if settings.policy.metered_file else None,
+        ),
     )
+
+
+def _policy(settings: PolicySettings) -> Policy:
+    if settings.metered != "always" and not settings.metered_link and not settings.metered_file:
+        raise RequestError(
+            f"policy.metered is {settings.metered!r}, and nothing says when the link is metered",
+            hint="set metered_link = true, or metered_file to a file that says yes or no",
+        )
+    least_mb = settings.memory_available_mb_min
+    return Policy(
+        windows=tuple(parse_window(text) for text in settings.window),
+        window_steps=frozenset(Step(name) for name in settings.window_steps),
+        battery_percent_min=settings.battery_percent_min,
+        temperature_c_max=settings.temperature_c_max,
+        load_max=settings.load_max,
+        pressure_percent_max=settings.pressure_percent_max,
+        memory_bytes_min=None if least_mb is None else least_mb * _MB,
+        metered=Metered(settings.metered),
+        metered_bytes_max=int(settings.metered_mb_max * _KB * _KB),
+    )
+
+
+def _zone(settings: PolicySettings) -> ZoneInfo | None:
+    if not settings.time_zone:
+        return None
+    try:
+        return ZoneInfo(settings.time_zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise RequestError(
+            f"policy.time_zone {settings.time_zone!r} is not known here",
+            hint="a name such as Europe/Berlin is expected; the package tzdata brings them",
+        ) from error
 
 
 def drop_ins(path: Path) -> list[Path]:

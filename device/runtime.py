@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from device import effects, events
-from device.adapters.control import Status
+from device.adapters.conditions import PERIOD_S, MachineConditions
+from device.adapters.control import Held, Status
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport, Will
@@ -80,6 +81,9 @@ class DeviceRuntime:
         self._workers = pool.for_device(
             on_bug=lambda error: loop.call_soon_threadsafe(partial(_raise, error))
         )
+        policy = config.agent.policy
+        self._conditions = None if policy.is_open else MachineConditions(policy, config.sources)
+        self._held = ""  # code of what held updates at the last look
         self._is_stopped = False
         self._armed_ms: int | None = None
         self._thread = 0  # in which events are handled
@@ -116,6 +120,7 @@ class DeviceRuntime:
         event = self.executor.boot_event(_memory_bytes())
         self._note("boot", {})
         self.handle(event)
+        self._look_around()
         self.transport.start()
 
     def stop(self) -> None:
@@ -161,6 +166,7 @@ class DeviceRuntime:
 
     def status(self) -> Status:
         """How the agent stands."""
+        held = self.agent.held
         return Status(
             pid=os.getpid(),
             state=self.agent.state.value,
@@ -169,6 +175,7 @@ class DeviceRuntime:
             broker=f"{self.config.broker_host}:{self.config.broker_port}",
             trouble=self.transport.error,
             paused_ms=self.agent.record.paused_ms,
+            held=None if held is None else Held(code=held.code, text=held.text),
         )
 
     def infer(self, prompt: Prompt) -> str:
@@ -187,6 +194,19 @@ class DeviceRuntime:
             if current is None or current is model:
                 raise
             return current.answer(prompt)
+
+    def _look_around(self) -> None:
+        """Tell the agent how the machine stands, now and every so often; only where a policy asks."""
+        if self._conditions is None or self._is_stopped:
+            return
+        self.handle(self._conditions.read())
+        held = self.agent.held
+        code = "" if held is None else held.code
+        if code != self._held:
+            self._held = code
+            text = "nothing holds updates" if held is None else f"updates wait: {held.text} ({code})"
+            _LOG.info("%s: %s", self.config.agent.device, text)
+        self._loop.call_later(PERIOD_S, self._look_around)
 
     def _connected(self) -> None:
         self.transport.publish(self._link_topic, encode_message(Link(online=True)), 1, retain=True)

@@ -24,6 +24,7 @@ from device.effects import (
     StartTrial,
 )
 from device.journal import InstallItem, SlotRecord, UpdateRecord
+from device.policy import Step
 from device.ports import ModelSource, TrialOrder
 from device.serving import Serving
 from device.slots import SlotHealth, SlotName
@@ -107,6 +108,9 @@ class Update:
         """Go on with what needs the network."""
         if self._desk.state is not State.SUSPENDED or not self._desk.may_fetch:
             return
+        if self._desk.is_fetched and self._desk.hold(Step.INSTALL) is not None:
+            return
+        self._desk.is_fetched = False
         self._ledger.tally.resumes += 1
         if self._ledger.record.state is State.DOWNLOADING:
             self._desk.move(Trigger.DOWNLOAD_RESUMED)
@@ -128,8 +132,8 @@ class Update:
             self._desk.move(Trigger.SUSPENDED)
 
     def hold(self) -> None:
-        """The operator wants no updates for now: nothing new begins. What a worker does at this moment comes to its end."""
-        if not self._desk.is_held:
+        """Nothing new is to begin, for now. What a worker does at this moment comes to its end."""
+        if self._desk.hold(Step.FETCH) is None:
             return
         self._retry_ms = None
         if self._desk.state is State.SYNCING:
@@ -139,16 +143,35 @@ class Update:
         self.suspend()
 
     def go_on(self) -> None:
-        """The operator wants updates again."""
+        """Something may begin again."""
         if (pending := self._pending) is not None and self._desk.state in RESTING + REVOCABLE:
             self._pending = None
             self.request(pending)
         self.connected()
-        if not self._desk.is_waiting:
-            self.resume_after_boot()
+        if not self._desk.is_waiting and self._retry_ms is None:
+            self._resume()
+
+    def reconsider(self, *, may_begin: bool) -> None:
+        """The conditions of the device hold something else than before.
+
+        Args:
+            may_begin: Whether the update that the boot found goes on already.
+        """
+        self.hold()
+        if may_begin:
+            self.go_on()
+        if self._desk.state not in RESTING:
+            self._desk.report()
 
     def resume_after_boot(self) -> None:
         """Go on from the durable state, once the old version answers again (or cannot)."""
+        self._resume()
+        update = self._ledger.record.update
+        if self._desk.state in RESTING and (update is None or not update.retry):
+            self._tidy()  # a power cut may bring back what was removed
+
+    def _resume(self) -> None:
+        """Go on from a state that needs no network."""
         match self._desk.state:
             case State.INSTALLING:
                 self._ask_install_step()
@@ -158,8 +181,6 @@ class Update:
                 self._begin_trial()
             case State.FAILED if self._ledger.update.retry:
                 self._schedule_retry()
-            case state if state in RESTING:
-                self._tidy()  # a power cut may bring back what was removed
 
     # --- what should run -----------------------------------------------------------------------------------
 
@@ -167,7 +188,7 @@ class Update:
         """A wish arrived; older and repeated ones change nothing."""
         if desired.sequence <= self._ledger.record.desired_sequence:
             return
-        if self._desk.state not in RESTING + REVOCABLE or self._desk.is_held:
+        if self._desk.state not in RESTING + REVOCABLE or self._desk.is_paused:
             self._pending = desired
             return
         self._ledger.change(desired_sequence=desired.sequence)
@@ -359,6 +380,10 @@ class Update:
             self._progress(self._transfer.receive(chunk, self._desk.now_ms))
 
     def _on_downloaded(self) -> None:
+        if self._ledger.update.is_in_place and self._desk.hold(Step.INSTALL) is not None:
+            self._desk.is_fetched = True  # once the rewriting has begun, nothing holds it
+            self._desk.move(Trigger.SUSPENDED)
+            return
         self._desk.move(Trigger.DOWNLOADED)
         self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.INSTALLING))
         self._desk.persist()
@@ -370,7 +395,7 @@ class Update:
     # --- installing and verifying --------------------------------------------------------------------------
 
     def _ask_install_step(self) -> None:
-        if self._desk.is_held:
+        if self._desk.hold(Step.INSTALL) is not None:
             return
         update = self._ledger.update
         limit = self._desk.config.delta_memory_bytes_max
@@ -390,7 +415,7 @@ class Update:
         self._ask_measurement()
 
     def _ask_measurement(self) -> None:
-        if self._desk.is_held:
+        if self._desk.hold(Step.INSTALL) is not None:
             return
         self._desk.emit(MeasureSlot(self._desk.ask(), self._ledger.slot))
 
@@ -436,8 +461,9 @@ class Update:
 
     def _begin_trial(self) -> None:
         """Count the try durably, then start: a model that takes the device down is counted too."""
-        if self._desk.is_held:
-            self._desk.persist()
+        if self._desk.hold(Step.TRIAL) is not None:
+            if self._ledger.record.state is not State.TRIAL:
+                self._desk.persist()
             return
         update, slot = self._ledger.update, self._ledger.slot
         if update.tries >= TRIES_MAX:
@@ -530,7 +556,7 @@ class Update:
             self.finish("failed")
 
     def _schedule_retry(self) -> None:
-        if self._desk.is_held:
+        if self._desk.hold(Step.FETCH) is not None:
             return
         longest_ms = min(RETRY_BASE_MS << self._ledger.update.attempts, RETRY_CAP_MS)
         self._retry_ms = self._desk.now_ms + self._desk.rng.randint(RETRY_BASE_MS // 5, longest_ms)
@@ -564,6 +590,7 @@ class Update:
 
     def _drop_work(self) -> None:
         """Forget answers that are still to come, and the transfer; what is on disk stays."""
+        self._desk.is_fetched = False
         self._desk.drop_question()
         self._retry_ms = None
         if self._transfer is not None:
