@@ -45,6 +45,8 @@ class AgentConfig:
         family: The model family that this device runs.
         tier: Hardware tier, as releases name them.
         memory_bytes_max: What a model may take on this device while it runs.
+        memory_total_bytes_max: What everything of ours may take together: the version that answers, and beside it the one that is tried,
+            or the decoder; `None` for whatever there is.
         delta_memory_bytes_max: What applying a delta may take.
         disk_reserve_bytes: Space that an update must leave free.
         groups_outstanding: Chunk groups subscribed to at a time; two keep a link busy without flooding it.
@@ -60,6 +62,7 @@ class AgentConfig:
     family: Family
     tier: str = ""
     memory_bytes_max: int = 1 << 30
+    memory_total_bytes_max: int | None = None
     delta_memory_bytes_max: int = 128 << 20
     disk_reserve_bytes: int = 16 << 20
     groups_outstanding: int = 2
@@ -113,6 +116,7 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     broker: str = "127.0.0.1:1883"
     tier: Annotated[str, Meta(max_length=64)] = ""
     memory_mb_max: _Megabytes = 1024
+    memory_total_mb_max: _Megabytes | None = None
     delta_memory_mb_max: _Megabytes = 128
     disk_reserve_mb: _Megabytes = 16
     link_kb_per_s: Annotated[int, Meta(ge=1, le=1_000_000_000)] = LINK_BYTES_PER_S // _KB
@@ -190,6 +194,9 @@ def load_config(path: Path) -> DeviceConfig:
         family=checked("family", parse_family),
         tier=settings.tier,
         memory_bytes_max=settings.memory_mb_max * _MB,
+        memory_total_bytes_max=None
+        if settings.memory_total_mb_max is None
+        else settings.memory_total_mb_max * _MB,
         delta_memory_bytes_max=settings.delta_memory_mb_max * _MB,
         disk_reserve_bytes=settings.disk_reserve_mb * _MB,
         link_bytes_per_s=settings.link_kb_per_s * _KB,

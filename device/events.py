@@ -68,12 +68,14 @@ class Probed:
         files: SHA-256 of every file of the active slot, read now.
         disk_free_bytes: Space for new files.
         inactive_bytes: Space that emptying the inactive slot would give back.
+        active_bytes: Length of the files of the active slot.
     """
 
     serial: int
     files: dict[str, str]
     disk_free_bytes: int
     inactive_bytes: int
+    active_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,13 +151,15 @@ class Executor:
 
     def _probe(self, effect: effects.Probe) -> events.Probed:
         files: dict[str, str] = {}
-        inactive_bytes = 0
+        active_bytes = inactive_bytes = 0
         if effect.active is not None:
             rewriting.put_back(self._disk, effect.active)
             files = measure_slot(self._disk, effect.active)
+            active_bytes = slot_bytes(self._disk, effect.active)
             other = effect.active.other
             inactive_bytes = slot_bytes(self._disk, other) + rewriting.remains_bytes(self._disk, other)
-        return events.Probed(effect.serial, files, self._disk.free_bytes(), inactive_bytes)
+        free_bytes = self._disk.free_bytes()
+        return events.Probed(effect.serial, files, free_bytes, inactive_bytes, active_bytes)
 
     def _install_step(self, effect: effects.InstallStep) -> events.InstallProgressed:
         done = install_step(self._disk, effect.active, effect.slot, effect.items, effect.memory_bytes_max)

@@ -21,6 +21,7 @@ from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport, Will
 from device.adapters.workers import WorkerPool
+from device.admission import model_bytes
 from device.agent import Agent
 from device.config import DeviceConfig
 from device.executor import CURRENT_LINK, ROOT_FILE, Executor
@@ -315,6 +316,7 @@ def install_factory(
         main_file=release.files[0].name,
         files={file.name: file.sha256 for file in release.files},
         release_sha256=release_digest(release),
+        memory_bytes=model_bytes(release),
     )
     journal.save(Record(active=SlotName.A, slots={SlotName.A: slot, SlotName.B: SlotRecord()}))
 

@@ -4,13 +4,21 @@ Syncing and admitting decide whether it can succeed; downloading and installing 
 they take from it can be put back; the trial decides; the commit point is one durable record. `agent.py` says which event leads here.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Final
 
 from msgspec.structs import replace
 
 from device import events
-from device.admission import check_quarantine, check_release_fits, plan_update
+from device.admission import (
+    Running,
+    check_memory,
+    check_quarantine,
+    check_release_fits,
+    model_bytes,
+    plan_update,
+)
 from device.desk import Desk
 from device.download import Tally
 from device.effects import (
@@ -323,12 +331,15 @@ class Update:
             return
         self._ledger.files = event.files
         self._ledger.disk_free_bytes = event.disk_free_bytes
+        config, active = self._desk.config, self._ledger.record.active_slot
+        running = Running(active.version, active.memory_bytes or event.active_bytes)
         try:
+            decoder_bytes = check_memory(self._ledger.release, running, config, self._ledger.memory_bytes)
             items = plan_update(
                 self._ledger.release,
                 self._targets,
                 event.files,
-                self._desk.config,
+                dataclasses.replace(config, delta_memory_bytes_max=decoder_bytes),
                 available_bytes=event.disk_free_bytes + event.inactive_bytes,
                 full_only=self._ledger.update.full_only,
             )
@@ -437,6 +448,7 @@ class Update:
                 main_file=release.files[0].name,
                 files=wanted,
                 release_sha256=self._ledger.update.release_sha256,
+                memory_bytes=model_bytes(release),
             ),
         )
         self._desk.move(Trigger.VERIFIED)
@@ -492,7 +504,10 @@ class Update:
         self._ledger.note(evidence=evidence, code=verdict.code, detail=verdict.detail)
         if verdict.passed:
             self._desk.move(Trigger.TRIAL_PASSED)
-            self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.GOOD))
+            content = replace(self._ledger.record.slots[slot], health=SlotHealth.GOOD)
+            if evidence is not None and evidence.memory_peak_bytes:
+                content = replace(content, memory_bytes=evidence.memory_peak_bytes)
+            self._ledger.set_slot(slot, content)
             self._ledger.change(active=slot)
             self._desk.persist()  # the commit point: from here on the new slot is the active one
             # Read back from the medium before the trial.
