@@ -6,7 +6,7 @@ field by field, so that a package brings the file and its owner adds others.
 
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -89,6 +89,13 @@ class SlotSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     in_place: bool = False
 
 
+class PrioritySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[priority]`: how far installations and trials give way."""
+
+    nice: Annotated[int, Meta(ge=0, le=19)] = 10
+    io: Literal["normal", "low", "idle"] = "low"
+
+
 class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The table `[policy]`."""
 
@@ -124,6 +131,7 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     runtime_folder: str = ""
     slots: SlotSettings = SlotSettings()
     policy: PolicySettings = PolicySettings()
+    priority: PrioritySettings = PrioritySettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +160,7 @@ class DeviceConfig:
         broker_port: Its port.
         runtime_folder: Where the running agent has its control socket; the state folder where there is none.
         sources: Where to look for what the policy asks about.
+        priority: How far installations and trials give way.
     """
 
     agent: AgentConfig
@@ -160,6 +169,7 @@ class DeviceConfig:
     broker_port: int
     runtime_folder: Path | None = None
     sources: ConditionSources = ConditionSources()
+    priority: PrioritySettings = field(default_factory=PrioritySettings)
 
     @property
     def control(self) -> Path:
@@ -217,6 +227,7 @@ def load_config(path: Path) -> DeviceConfig:
             is_metered=settings.policy.metered_link,
             metered_file=home / settings.policy.metered_file if settings.policy.metered_file else None,
         ),
+        priority=settings.priority,
     )
 
 

@@ -20,6 +20,7 @@ from device.adapters.control import Held, Status
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport, Will
+from device.adapters.priority import Priority, gently
 from device.adapters.workers import WorkerPool
 from device.admission import model_bytes
 from device.agent import Agent
@@ -74,7 +75,8 @@ class DeviceRuntime:
         self.disk = RealDisk(config.folder)
         self.disk.prepare()
         self.agent = Agent(config.agent, rng)
-        self.engine = LocalEngine()
+        priority = Priority(config.priority.nice, config.priority.io)
+        self.engine = LocalEngine(priority=priority)
         self._loop = loop
         self._clock = clock
         self._on_trace = on_trace
@@ -109,6 +111,7 @@ class DeviceRuntime:
             engine=self.engine,
             workers=self._workers,
             post=self._post,
+            gently=partial(gently, priority),
         )
 
     def start(self) -> None:
