@@ -51,6 +51,7 @@ class AgentConfig:
         disk_reserve_bytes: Space that an update must leave free.
         groups_outstanding: Chunk groups subscribed to at a time; two keep a link busy without flooding it.
         link_bytes_per_s: What the link carries, for the choice among deltas; a metered one is described by a low rate.
+        bandwidth_bytes_per_s_max: What updates may take of the link, on average; 0 for all of it.
         processor_percent: Speed of one core, with a server's as 100, for the same choice.
         is_in_place: Rewrite the files of the active slot where there is a delta for that, and serve nothing meanwhile: for a disk
             without room for two versions.
@@ -67,6 +68,7 @@ class AgentConfig:
     disk_reserve_bytes: int = 16 << 20
     groups_outstanding: int = 2
     link_bytes_per_s: int = LINK_BYTES_PER_S
+    bandwidth_bytes_per_s_max: int = 0
     processor_percent: int = 100
     is_in_place: bool = False
     policy: Policy = NO_RULES
@@ -74,8 +76,11 @@ class AgentConfig:
     @property
     def capacity(self) -> Capacity:
         """What the device can spend on an update."""
+        link_bytes_per_s = self.link_bytes_per_s
+        if self.bandwidth_bytes_per_s_max:
+            link_bytes_per_s = min(link_bytes_per_s, self.bandwidth_bytes_per_s_max)
         return Capacity(
-            link_bytes_per_s=self.link_bytes_per_s,
+            link_bytes_per_s=link_bytes_per_s,
             processor_percent=self.processor_percent,
             delta_memory_bytes=self.delta_memory_bytes_max,
             links_max=1 if self.is_in_place else LINKS_MAX,
@@ -127,6 +132,7 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     delta_memory_mb_max: _Megabytes = 128
     disk_reserve_mb: _Megabytes = 16
     link_kb_per_s: Annotated[int, Meta(ge=1, le=1_000_000_000)] = LINK_BYTES_PER_S // _KB
+    bandwidth_kb_per_s_max: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
     runtime_folder: str = ""
     slots: SlotSettings = SlotSettings()
@@ -210,6 +216,7 @@ def load_config(path: Path) -> DeviceConfig:
         delta_memory_bytes_max=settings.delta_memory_mb_max * _MB,
         disk_reserve_bytes=settings.disk_reserve_mb * _MB,
         link_bytes_per_s=settings.link_kb_per_s * _KB,
+        bandwidth_bytes_per_s_max=settings.bandwidth_kb_per_s_max * _KB,
         processor_percent=settings.processor_percent,
         is_in_place=settings.slots.in_place,
         policy=checked("policy", _policy),

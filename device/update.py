@@ -20,7 +20,7 @@ from device.admission import (
     plan_update,
 )
 from device.desk import Desk
-from device.download import Tally
+from device.download import Pacer, Tally
 from device.effects import (
     Effect,
     EmptySlot,
@@ -74,7 +74,12 @@ class Update:
         self._serving = serving
         self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust)
         self._requester = Requester(
-            desk.topics, config.device, desk.rng, config.groups_outstanding, config.link_bytes_per_s
+            desk.topics,
+            config.device,
+            desk.rng,
+            config.groups_outstanding,
+            config.link_bytes_per_s,
+            Pacer(config.bandwidth_bytes_per_s_max),
         )
         self._targets: dict[str, Target] = {}
         self._transfer: Transfer | None = None

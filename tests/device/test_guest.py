@@ -153,9 +153,14 @@ def test_a_policy_is_read_from_its_table_and_drop_ins_change_it(tmp_path: Path) 
     assert (policy.windows, policy.metered, policy.load_max) == ((), Metered.ALWAYS, 1.5)
 
 
-def test_without_a_table_nothing_is_held(tmp_path: Path) -> None:
+def test_without_a_table_nothing_is_held_and_nothing_limited(tmp_path: Path) -> None:
     (tmp_path / "device.toml").write_text(MAIN)
-    assert load_config(tmp_path / "device.toml").agent.policy.is_open
+    config = load_config(tmp_path / "device.toml").agent
+    assert config.policy.is_open
+    assert (config.bandwidth_bytes_per_s_max, config.memory_total_bytes_max) == (0, None)
+    (tmp_path / "device.toml").write_text(f"{MAIN}bandwidth_kb_per_s_max = 20\nmemory_total_mb_max = 300\n")
+    config = load_config(tmp_path / "device.toml").agent
+    assert (config.bandwidth_bytes_per_s_max, config.memory_total_bytes_max) == (20_000, 300 << 20)
 
 
 @pytest.mark.parametrize(

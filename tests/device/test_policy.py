@@ -11,7 +11,7 @@ from device.config import ConditionSources
 from device.events import Conditions, Wish
 from device.policy import Guard, Hold, Metered, Policy, Step, parse_window
 from device.states import State
-from protocol.constants import CHUNK_BYTES
+from protocol.constants import CHUNK_BYTES, GROUP_CHUNKS
 from protocol.errors import RequestError
 from protocol.ids import digest_of
 from tests.device.harness import DEVICE, TOPICS, Cache, Device, fine_tuned, model_bytes
@@ -452,3 +452,21 @@ def test_rewriting_in_place_begins_only_where_nothing_holds_it_and_is_then_compl
     look(device, Conditions(temperature_c=80))
     device.settle()
     assert device.answer() == digest_of(near)  # nothing would have answered meanwhile
+
+
+def test_a_limit_on_bandwidth_takes_its_time_and_nothing_comes_twice(cache: Cache) -> None:
+    device = Device(cache, V1, config={"bandwidth_bytes_per_s_max": 20_000})
+    asked: list[str] = []
+    device.answer_requests = lambda topic, _payload: asked.append(topic)
+    device.connect()
+    device.settle()
+    began_ms = device.now_ms
+    want(device, "v2")
+    device.settle()
+    assert device.answer() == digest_of(V2)
+    first_group = GROUP_CHUNKS * CHUNK_BYTES
+    assert device.now_ms - began_ms >= first_group * 1000 // 20_000  # the second group waited for the first
+    assert asked == []
+    assert device.reports[-1].update is not None
+    assert device.reports[-1].update.redundant_chunks == 0
+    assert device.config.capacity.link_bytes_per_s == 20_000  # what the server plans by
