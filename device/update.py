@@ -155,24 +155,27 @@ class Update:
             self._desk.extend(self._transfer.stop())
         self.suspend()
 
-    def go_on(self) -> None:
-        """Something may begin again."""
+    def go_on(self, *, may_begin: bool = True) -> None:
+        """Something may begin again.
+
+        Args:
+            may_begin: Whether the update that the boot found goes on already; else only what needs the network does.
+        """
         if (pending := self._pending) is not None and self._desk.state in RESTING + REVOCABLE:
             self._pending = None
             self.request(pending)
         self.connected()
-        if not self._desk.is_waiting and self._retry_ms is None:
+        if may_begin and not self._desk.is_waiting and self._retry_ms is None:
             self._resume()
 
     def reconsider(self, *, may_begin: bool) -> None:
         """The conditions of the device hold something else than before.
 
         Args:
-            may_begin: Whether the update that the boot found goes on already.
+            may_begin: As for `go_on`.
         """
         self.hold()
-        if may_begin:
-            self.go_on()
+        self.go_on(may_begin=may_begin)
         if self._desk.state not in RESTING:
             self._desk.report()
 

@@ -1,5 +1,6 @@
 """When an update may go on: the rules of a policy at their edges, and an agent under them in virtual time."""
 
+import random
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -351,6 +352,18 @@ def test_conditions_that_change_at_a_boot_do_not_overtake_the_version_that_serve
     assert device.answer() == digest_of(V2)
 
 
+def test_a_window_that_opens_while_the_version_that_serves_is_measured_is_not_missed(cache: Cache) -> None:
+    device = online(cache, NIGHT, at(0, 12))
+    want(device, "v2")
+    device.settle()
+    device.boot()
+    look(device, at(0, 21, 59))
+    device.connect()
+    look(device, at(0, 22))
+    device.settle()
+    assert device.answer() == digest_of(V2)
+
+
 def test_only_a_small_update_goes_over_a_metered_link(cache: Cache) -> None:
     near = fine_tuned(V1, 7)
     cache.publish("v4", near)
@@ -470,3 +483,49 @@ def test_a_limit_on_bandwidth_takes_its_time_and_nothing_comes_twice(cache: Cach
     assert device.reports[-1].update is not None
     assert device.reports[-1].update.redundant_chunks == 0
     assert device.config.capacity.link_bytes_per_s == 20_000  # what the server plans by
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_changes_whenever_the_update_is_done_once_nothing_holds_it(
+    seed: int, *, is_in_place: bool
+) -> None:
+    rng = random.Random(seed)
+    near = fine_tuned(V1, 7)
+    cache = Cache(seed)
+    cache.publish("v1", V1)
+    cache.publish("v2", near)
+    if is_in_place or seed % 2:
+        cache.publish_delta(V1, near, in_place=is_in_place)
+    policy = Policy(
+        windows=NIGHT.windows, temperature_c_max=70, metered=Metered.SMALL, metered_bytes_max=100_000
+    )
+    device = Device(cache, V1, config={"policy": policy, "is_in_place": is_in_place})
+    look(device, at(0, 12))
+    device.connect()
+    want(device, "v2")
+    for _ in range(600):
+        if not device.step():
+            device.queue.append(events.DeadlineReached())
+            device.now_ms = max(device.now_ms + 1, device.agent.deadline() or 0)
+        if rng.random() < 0.2:
+            moment = at(rng.randrange(7), rng.randrange(24)).local
+            look(
+                device,
+                Conditions(
+                    local=moment,
+                    temperature_c=rng.uniform(50, 90),
+                    is_metered=rng.choice([True, False, None]),
+                ),
+            )
+        if rng.random() < 0.02:
+            device.disconnect()
+            device.connect()
+        if rng.random() < 0.005:
+            device.boot()
+            device.connect()
+    look(device, Conditions())
+    device.settle()
+    assert device.answer() == digest_of(near)
+    assert device.engine.trials.count(digest_of(near)) <= 3
+    assert len(chunks_written(device)) == len(set(chunks_written(device)))
