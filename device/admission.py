@@ -6,7 +6,7 @@ out. A refusal is final for this release on this device as it is; it is reported
 
 from collections import Counter
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
@@ -18,6 +18,8 @@ from protocol.errors import AdmissionError
 from protocol.ids import Digest
 from protocol.release import Release, ReleaseFile, version_tuple
 from protocol.trust import Target
+
+_MB: Final = 1 << 20
 
 DISK_SLACK_BYTES: Final = 1 << 20
 """Records, metadata and file system overhead of one update."""
@@ -92,8 +94,70 @@ def check_release_fits(release: Release, config: AgentConfig, runtimes: dict[str
         )
     if release.resources.memory_bytes > config.memory_bytes_max:
         raise MemoryBudgetError(
-            f"model needs {release.resources.memory_bytes} bytes of memory, this device gives {config.memory_bytes_max}"
+            f"model needs {_parts(release)}, this device gives {_mb(config.memory_bytes_max)} to a model"
         )
+
+
+class Running(NamedTuple):
+    """The version that goes on answering during an update.
+
+    Attributes:
+        version: Which; empty for none.
+        memory_bytes: What it takes.
+    """
+
+    version: str
+    memory_bytes: int
+
+
+def check_memory(release: Release, running: Running, config: AgentConfig, machine_bytes: int) -> int:
+    """Check that everything that is in memory at a time fits: the version that answers, and beside it the one that is tried.
+
+    The two are loaded together from the trial to the commit; with updates in place nothing answers meanwhile.
+
+    Args:
+        release: What to install.
+        running: What goes on answering.
+        config: Limits of the device.
+        machine_bytes: Memory of the machine.
+
+    Returns:
+        What a decoder may take beside the version that answers.
+
+    Raises:
+        MemoryBudgetError: It does not fit; names the parts.
+    """
+    if config.memory_total_bytes_max is None:
+        return config.delta_memory_bytes_max
+    total = min(config.memory_total_bytes_max, machine_bytes)
+    beside = 0 if config.is_in_place else running.memory_bytes
+    if model_bytes(release) + beside > total:
+        old = f" beside {_mb(beside)} for {running.version}, which answers until then" if beside else ""
+        raise MemoryBudgetError(
+            f"{release.version} needs {_parts(release)}{old}, this device gives {_mb(total)} to all together",
+            hint="raise memory_total_mb_max, or update in place: then nothing answers meanwhile",
+        )
+    return max(0, min(config.delta_memory_bytes_max, total - beside))
+
+
+def model_bytes(release: Release) -> int:
+    """What a version takes while it runs, as its release says: weights, KV cache, runtime; without a statement its files."""
+    return release.resources.memory_bytes or release.bytes_total
+
+
+def _parts(release: Release) -> str:
+    stated, weights = release.resources.memory_bytes, release.bytes_total
+    if not stated:
+        return f"{_mb(weights)} of memory (its files; it does not say what it takes)"
+    if stated <= weights:
+        return f"{_mb(stated)} of memory"
+    return (
+        f"{_mb(stated)} of memory ({_mb(weights)} of weights, {_mb(stated - weights)} of caches and runtime)"
+    )
+
+
+def _mb(count: int) -> str:
+    return f"{count / _MB:.1f} MB"
 
 
 def plan_update(

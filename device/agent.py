@@ -18,6 +18,7 @@ from device.desk import Desk
 from device.effects import Effect, Persist, Subscribe
 from device.journal import Record
 from device.manual import Manual
+from device.policy import Hold
 from device.ports import Trust
 from device.serving import Serving
 from device.states import State
@@ -58,6 +59,7 @@ class Agent:
             events.ServingStarted: lambda _, event: self._serving.started(event),
             events.EffectFailed: self._on_effect_failed,
             events.OperatorAsked: lambda _, event: self._operator.asked(event),
+            events.Conditions: self._on_conditions,
             events.DeadlineReached: self._on_deadline,
         }
 
@@ -81,6 +83,11 @@ class Agent:
         """The version that answers; empty while none does."""
         slot = self._serving.slot
         return self.record.slots[slot].version if slot is not None else ""
+
+    @property
+    def held(self) -> Hold | None:
+        """Why the update under way does not go on, or why the next one would not begin."""
+        return self._desk.held
 
     def handle(self, event: events.Event, now_ms: int) -> tuple[Effect, ...]:
         """Take note of a fact and say what has to be done, in order.
@@ -141,6 +148,12 @@ class Agent:
     def _on_deadline(self, update: Update, _event: events.DeadlineReached) -> None:
         self._serving.timeout()
         update.timeout()
+
+    def _on_conditions(self, update: Update, event: events.Conditions) -> None:
+        before = self._desk.holds()
+        self._desk.guard.take(event)
+        if self._desk.holds() != before:
+            update.reconsider(may_begin=self._has_resumed)
 
     def _on_connected(self, update: Update, _event: events.Connected) -> None:
         desk, device = self._desk, self.config.device

@@ -215,7 +215,11 @@ def _tell(loop: MqttLoop, notifier: Notifier, runtime: DeviceRuntime) -> None:
     connected = (
         f"connected to {status.broker}" if status.is_connected else f"no connection to {status.broker}"
     )
-    paused = ", updates are paused" if status.paused_ms is not None else ""
+    paused = ""
+    if status.paused_ms is not None:
+        paused = ", updates are paused"
+    elif status.held is not None:
+        paused = f", updates wait ({status.held.code})"
     notifier.status(f"{serving}, {connected}, {status.state}{paused}")
     notifier.alive()
     loop.call_later(min(notifier.watchdog_s or _TELL_S, _TELL_S), partial(_tell, loop, notifier, runtime))

@@ -7,13 +7,15 @@ field by field, so that a package brings the file and its owner adds others.
 import ipaddress
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import Meta, Struct
 
+from device.policy import NO_RULES, WINDOWS_MAX, Metered, Policy, Step, parse_window
 from protocol.delta_graph import LINK_BYTES_PER_S, LINKS_MAX
 from protocol.errors import RequestError, TopicError
 from protocol.ids import DeviceId, Family, FleetId, parse_device_id, parse_family, parse_fleet_id
@@ -44,13 +46,17 @@ class AgentConfig:
         family: The model family that this device runs.
         tier: Hardware tier, as releases name them.
         memory_bytes_max: What a model may take on this device while it runs.
+        memory_total_bytes_max: What everything of ours may take together: the version that answers, and beside it the one that is tried,
+            or the decoder; `None` for whatever there is.
         delta_memory_bytes_max: What applying a delta may take.
         disk_reserve_bytes: Space that an update must leave free.
         groups_outstanding: Chunk groups subscribed to at a time; two keep a link busy without flooding it.
         link_bytes_per_s: What the link carries, for the choice among deltas; a metered one is described by a low rate.
+        bandwidth_bytes_per_s_max: What updates may take of the link, on average; 0 for all of it.
         processor_percent: Speed of one core, with a server's as 100, for the same choice.
         is_in_place: Rewrite the files of the active slot where there is a delta for that, and serve nothing meanwhile: for a disk
             without room for two versions.
+        policy: When an update may go on.
     """
 
     device: DeviceId
@@ -58,18 +64,24 @@ class AgentConfig:
     family: Family
     tier: str = ""
     memory_bytes_max: int = 1 << 30
+    memory_total_bytes_max: int | None = None
     delta_memory_bytes_max: int = 128 << 20
     disk_reserve_bytes: int = 16 << 20
     groups_outstanding: int = 2
     link_bytes_per_s: int = LINK_BYTES_PER_S
+    bandwidth_bytes_per_s_max: int = 0
     processor_percent: int = 100
     is_in_place: bool = False
+    policy: Policy = NO_RULES
 
     @property
     def capacity(self) -> Capacity:
         """What the device can spend on an update."""
+        link_bytes_per_s = self.link_bytes_per_s
+        if self.bandwidth_bytes_per_s_max:
+            link_bytes_per_s = min(link_bytes_per_s, self.bandwidth_bytes_per_s_max)
         return Capacity(
-            link_bytes_per_s=self.link_bytes_per_s,
+            link_bytes_per_s=link_bytes_per_s,
             processor_percent=self.processor_percent,
             delta_memory_bytes=self.delta_memory_bytes_max,
             links_max=1 if self.is_in_place else LINKS_MAX,
@@ -98,6 +110,30 @@ class HookSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     timeout_s: Annotated[int, Meta(ge=1, le=600)] = 30
 
 
+class PrioritySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[priority]`: how far installations and trials give way."""
+
+    nice: Annotated[int, Meta(ge=0, le=19)] = 10
+    io: Literal["normal", "low", "idle"] = "low"
+
+
+class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[policy]`."""
+
+    window: Annotated[list[str], Meta(max_length=WINDOWS_MAX)] = []
+    window_steps: tuple[Literal["fetch", "install", "trial"], ...] = ("fetch", "install", "trial")
+    time_zone: str = ""
+    battery_percent_min: Annotated[int, Meta(ge=1, le=100)] | None = None
+    temperature_c_max: Annotated[float, Meta(ge=0, le=150)] | None = None
+    load_max: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    pressure_percent_max: Annotated[float, Meta(gt=0, le=100)] | None = None
+    memory_available_mb_min: _Megabytes | None = None
+    metered: Literal["always", "small", "never"] = "always"
+    metered_mb_max: Annotated[float, Meta(ge=0, le=1 << 20)] = 5.0
+    metered_link: bool = False
+    metered_file: str = ""
+
+
 class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A configuration file, `device.toml`."""
 
@@ -108,14 +144,18 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     broker: str = "127.0.0.1:1883"
     tier: Annotated[str, Meta(max_length=64)] = ""
     memory_mb_max: _Megabytes = 1024
+    memory_total_mb_max: _Megabytes | None = None
     delta_memory_mb_max: _Megabytes = 128
     disk_reserve_mb: _Megabytes = 16
     link_kb_per_s: Annotated[int, Meta(ge=1, le=1_000_000_000)] = LINK_BYTES_PER_S // _KB
+    bandwidth_kb_per_s_max: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
     runtime_folder: str = ""
     slots: SlotSettings = SlotSettings()
     serving: ServingSettings = ServingSettings()
     hooks: HookSettings = HookSettings()
+    policy: PolicySettings = PolicySettings()
+    priority: PrioritySettings = PrioritySettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +187,21 @@ class HookConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionSources:
+    """Where to look for what the policy asks about, beside what the kernel says.
+
+    Attributes:
+        zone: Time zone of the windows; the system's where there is none.
+        is_metered: Whether the link is metered, where no file says so.
+        metered_file: A file that says `yes` or `no`, as a modem manager writes it.
+    """
+
+    zone: ZoneInfo | None = None
+    is_metered: bool = False
+    metered_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceConfig:
     """Everything that a running device needs to know.
 
@@ -158,6 +213,8 @@ class DeviceConfig:
         runtime_folder: Where the running agent has its control socket; the state folder where there is none.
         serving: The local endpoint; `None` for none.
         hooks: Commands of the owner.
+        sources: Where to look for what the policy asks about.
+        priority: How far installations and trials give way.
     """
 
     agent: AgentConfig
@@ -167,6 +224,8 @@ class DeviceConfig:
     runtime_folder: Path | None = None
     serving: ServingConfig | None = None
     hooks: HookConfig = HookConfig()
+    sources: ConditionSources = ConditionSources()
+    priority: PrioritySettings = field(default_factory=PrioritySettings)
 
     @property
     def control(self) -> Path:
@@ -189,7 +248,7 @@ def load_config(path: Path) -> DeviceConfig:
         _settings(each, _PLACEHOLDERS | fields)  # what is wrong now came with this file
     settings = _settings(path, fields)
 
-    def checked(name: str, parse: Callable[[str], _Parsed]) -> _Parsed:
+    def checked(name: str, parse: Callable[[Any], _Parsed]) -> _Parsed:
         try:
             return parse(getattr(settings, name))
         except (TopicError, RequestError) as error:
@@ -201,11 +260,16 @@ def load_config(path: Path) -> DeviceConfig:
         family=checked("family", parse_family),
         tier=settings.tier,
         memory_bytes_max=settings.memory_mb_max * _MB,
+        memory_total_bytes_max=None
+        if settings.memory_total_mb_max is None
+        else settings.memory_total_mb_max * _MB,
         delta_memory_bytes_max=settings.delta_memory_mb_max * _MB,
         disk_reserve_bytes=settings.disk_reserve_mb * _MB,
         link_bytes_per_s=settings.link_kb_per_s * _KB,
+        bandwidth_bytes_per_s_max=settings.bandwidth_kb_per_s_max * _KB,
         processor_percent=settings.processor_percent,
         is_in_place=settings.slots.in_place,
+        policy=checked("policy", _policy),
     )
     host, port = checked("broker", parse_address)
     home = path.absolute().parent
@@ -219,6 +283,12 @@ def load_config(path: Path) -> DeviceConfig:
         hooks=HookConfig(
             after_swap=tuple(settings.hooks.after_swap), timeout_s=float(settings.hooks.timeout_s)
         ),
+        sources=ConditionSources(
+            zone=checked("policy", _zone),
+            is_metered=settings.policy.metered_link,
+            metered_file=home / settings.policy.metered_file if settings.policy.metered_file else None,
+        ),
+        priority=settings.priority,
     )
 
 
@@ -232,6 +302,38 @@ def _serving(settings: ServingSettings, home: Path, origin: Path) -> ServingConf
     return ServingConfig(
         listen=listen, requests_max=settings.requests_max, request_s_max=float(settings.request_s_max)
     )
+
+
+def _policy(settings: PolicySettings) -> Policy:
+    if settings.metered != "always" and not settings.metered_link and not settings.metered_file:
+        raise RequestError(
+            f"policy.metered is {settings.metered!r}, and nothing says when the link is metered",
+            hint="set metered_link = true, or metered_file to a file that says yes or no",
+        )
+    least_mb = settings.memory_available_mb_min
+    return Policy(
+        windows=tuple(parse_window(text) for text in settings.window),
+        window_steps=frozenset(Step(name) for name in settings.window_steps),
+        battery_percent_min=settings.battery_percent_min,
+        temperature_c_max=settings.temperature_c_max,
+        load_max=settings.load_max,
+        pressure_percent_max=settings.pressure_percent_max,
+        memory_bytes_min=None if least_mb is None else least_mb * _MB,
+        metered=Metered(settings.metered),
+        metered_bytes_max=int(settings.metered_mb_max * _KB * _KB),
+    )
+
+
+def _zone(settings: PolicySettings) -> ZoneInfo | None:
+    if not settings.time_zone:
+        return None
+    try:
+        return ZoneInfo(settings.time_zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise RequestError(
+            f"policy.time_zone {settings.time_zone!r} is not known here",
+            hint="a name such as Europe/Berlin is expected; the package tzdata brings them",
+        ) from error
 
 
 def drop_ins(path: Path) -> list[Path]:

@@ -7,8 +7,9 @@ from typing import Final
 from device.config import AgentConfig
 from device.effects import Effect, Publish, Trace
 from device.ledger import Ledger
+from device.policy import OPERATOR, Guard, Hold, Step
 from device.ports import Trust
-from device.states import REWRITING, State, Trigger, fire
+from device.states import RESTING, REWRITING, State, Trigger, fire
 from protocol.messages import encode_message
 from protocol.topics import Topics
 
@@ -31,9 +32,11 @@ class Desk:
         self.trust = trust
         self.topics = Topics(config.fleet)
         self.ledger = Ledger(config)
+        self.guard = Guard(config.policy)
         self.state = State.IDLE
         self.now_ms = 0
         self.is_connected = False
+        self.is_fetched = False  # all of it, of an update in place whose installation may not begin yet
         self.job_deadline_ms: int | None = None
         self._entered_ms = 0
         self._out: list[Effect] = []
@@ -88,14 +91,53 @@ class Desk:
         return self.job_deadline_ms is not None
 
     @property
-    def is_held(self) -> bool:
+    def is_paused(self) -> bool:
         """Whether the operator wants nothing new to begin. An update in place is completed: nothing answers meanwhile."""
         return self.ledger.record.paused_ms is not None and not self.is_rewriting
+
+    def hold(self, step: Step) -> Hold | None:
+        """Why a step of an update may not begin now, by the operator's pause or the owner's policy; `None` where it may.
+
+        This is the only place that decides it. An update in place is completed: nothing answers meanwhile.
+        """
+        if self.is_rewriting:
+            return None
+        if self.is_paused:
+            return OPERATOR
+        return self.guard.hold(step, self._fetch_bytes() if step is Step.FETCH else 0)
+
+    def holds(self) -> tuple[str, ...]:
+        """The code of what holds each step, empty where nothing does."""
+        found = (self.hold(step) for step in Step)
+        return tuple(hold.code if hold is not None else "" for hold in found)
+
+    @property
+    def held(self) -> Hold | None:
+        """What holds the update under way, or would hold the next one."""
+        if self.state in RESTING:
+            steps: tuple[Step, ...] = tuple(Step)
+        elif self.state in {State.INSTALLING, State.VERIFYING}:
+            steps = (Step.INSTALL,)
+        elif self.state is State.TRIAL:
+            steps = () if self.is_waiting else (Step.TRIAL,)
+        elif self.state in {State.COMMITTING, State.ROLLING_BACK}:
+            steps = ()
+        else:
+            steps = (Step.FETCH, Step.INSTALL) if self.is_fetched else (Step.FETCH,)
+        return next((hold for step in steps if (hold := self.hold(step)) is not None), None)
 
     @property
     def may_fetch(self) -> bool:
         """Whether an update may use the network."""
-        return self.is_connected and not self.is_held
+        return self.is_connected and self.hold(Step.FETCH) is None
+
+    def _fetch_bytes(self) -> int:
+        """What the update has to fetch in all, once that is planned."""
+        update = self.ledger.record.update
+        state = self.ledger.record.state if self.state is State.SUSPENDED else self.state
+        if update is None or state is not State.DOWNLOADING:
+            return 0
+        return sum(link.blob_length for item in update.items for link in item.links)
 
     def drop_question(self) -> None:
         """No longer wait for an answer."""
@@ -116,5 +158,5 @@ class Desk:
     def report(self) -> None:
         """Tell the server how things stand; not before it was measured which files are there: it plans by them."""
         if self.is_connected and self.ledger.files is not None:
-            payload = encode_message(self.ledger.report(self.state))
+            payload = encode_message(self.ledger.report(self.state, self.held))
             self.emit(Publish(self.topics.report(self.config.device), payload, 1, retain=True))

@@ -57,6 +57,30 @@ class Tally:
         self.resumes = 0
 
 
+class Pacer:
+    """Spaces out what is asked for, so that no more comes than a rate, on average over groups of chunks.
+
+    What is asked for a second time did not come the first time, and is not counted again.
+
+    Args:
+        bytes_per_s: The rate; 0 for none.
+    """
+
+    def __init__(self, bytes_per_s: int = 0) -> None:
+        self.ready_ms = 0  # when more may be asked for
+        self._bytes_per_s = bytes_per_s
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a rate."""
+        return self._bytes_per_s > 0
+
+    def spend(self, count: int, now_ms: int) -> None:
+        """Note that so many bytes were asked for."""
+        if self.is_limited:
+            self.ready_ms = max(now_ms, self.ready_ms) + count * 1000 // self._bytes_per_s
+
+
 class _Group:
     """A group that is under way."""
 
@@ -80,6 +104,7 @@ class BlobDownload:
         tally: Counts what arrives.
         groups_outstanding: How many groups are under way at a time.
         link_bytes_per_s: What the link carries, by the device's configuration.
+        pacer: Shared by all downloads of a device.
         use_cache: Look into the broker's cache first; without it a server is asked at once.
     """
 
@@ -94,6 +119,7 @@ class BlobDownload:
         tally: Tally,
         groups_outstanding: int,
         link_bytes_per_s: int,
+        pacer: Pacer | None = None,
         use_cache: bool = True,
     ) -> None:
         self.plan = plan
@@ -104,13 +130,16 @@ class BlobDownload:
         self._rng = rng
         self._tally = tally
         self._groups_outstanding = groups_outstanding
+        self._pacer = pacer or Pacer()
         self._groups: dict[int, _Group] = {}
         self._next_group = 0
         chunk_ms = CHUNK_BYTES * 1000 // link_bytes_per_s
         self._patience_first_ms = max(PATIENCE_FIRST_MS, PATIENCE_CHUNKS * chunk_ms)
         self._patience_min_ms = max(PATIENCE_MIN_MS, chunk_ms)
         self._patience_max_ms = max(PATIENCE_MAX_MS, PATIENCE_CHUNKS * chunk_ms)
-        self._barren = -1  # connections in a row on which nothing came
+        self._stall_ms = 0  # when it has taken too long until something came
+        self._barren = -1  # connections in a row on which something was asked for and nothing came
+        self._has_asked = True  # on this connection
         self._use_cache = use_cache
         self._direct = not use_cache  # the cache has nothing: ask at once
         self._stalls = 0
@@ -130,10 +159,12 @@ class BlobDownload:
         self._next_group = 0
         self._direct = not self._use_cache
         self._stalls = 0
-        self._barren = self._barren + 1 if self._progress_ms is None else 0
+        if self._has_asked:
+            self._barren = self._barren + 1 if self._progress_ms is None else 0
+        self._has_asked = False
         self._progress_ms = None
         self._is_flowing = False
-        yield from self._fill()
+        yield from self._fill(now_ms)
         self._wait(now_ms)
 
     def pause(self) -> None:
@@ -164,15 +195,22 @@ class BlobDownload:
         if self._unsynced >= SYNC_CHUNKS or self.is_complete:
             self._unsynced = 0
             yield SyncBlob(self.plan.name)
-        yield from self._note_arrival(chunk.index // GROUP_CHUNKS)
+        yield from self._note_arrival(chunk.index // GROUP_CHUNKS, now_ms)
         self._note_progress(now_ms)
 
     def timeout(self, now_ms: int) -> Iterator[Effect]:
-        """Nothing came for too long: ask for what is missing by bitmap.
+        """Nothing came for too long: ask for what is missing by bitmap. Or more may be asked for: do so.
 
         Raises:
             StalledError: Asked often enough.
         """
+        if (
+            self._has_more
+            and now_ms >= self._pacer.ready_ms
+            and (not self._groups or now_ms < self._stall_ms)
+        ):
+            yield from self._ask_more(now_ms)
+            return
         self._stalls += 1
         self._is_flowing = False
         if self._stalls > STALLS_MAX:
@@ -185,14 +223,38 @@ class BlobDownload:
             yield self._request(group.number)
         self._wait(now_ms)
 
-    def _fill(self) -> Iterator[Effect]:
+    @property
+    def _has_more(self) -> bool:
+        """Whether a rate is all that keeps more from being asked for."""
+        if not self._pacer.is_limited or len(self._groups) >= self._groups_outstanding:
+            return False
+        groups = -(-self.plan.count // GROUP_CHUNKS)
+        return any(self._missing(number) for number in range(self._next_group, groups))
+
+    def _ask_more(self, now_ms: int) -> Iterator[Effect]:
+        """The rate allows more. Where nothing was under way, patience begins anew: what was not asked for was not late."""
+        was_idle = not self._groups
+        yield from self._fill(now_ms)
+        if not was_idle:
+            self._arm()
+            return
+        self._is_flowing = False
+        if self._progress_ms is not None:
+            self._progress_ms = now_ms
+        self._wait(now_ms)
+
+    def _fill(self, now_ms: int) -> Iterator[Effect]:
         groups = -(-self.plan.count // GROUP_CHUNKS)
         while len(self._groups) < self._groups_outstanding and self._next_group < groups:
+            if self._pacer.ready_ms > now_ms:
+                break
             number = self._next_group
             self._next_group += 1
             missing = self._missing(number)
             if not missing:
                 continue
+            self._has_asked = True
+            self._pacer.spend(min(len(missing) * CHUNK_BYTES, self.plan.length), now_ms)
             filters = () if self._direct else self._filters(number, missing)
             self._groups[number] = _Group(number, filters, len(missing))
             yield Subscribe(filters, 0) if filters else self._request(number)
@@ -209,7 +271,7 @@ class BlobDownload:
         request = ChunkRequest(blob=self.plan.name, first=first, wanted=encode_window(missing, first))
         return Publish(self._topics.request(self._device), encode_message(request), 1, retain=False)
 
-    def _note_arrival(self, number: int) -> Iterator[Effect]:
+    def _note_arrival(self, number: int, now_ms: int) -> Iterator[Effect]:
         group = self._groups.get(number)
         if group is None:
             return
@@ -219,7 +281,7 @@ class BlobDownload:
         del self._groups[number]
         if group.filters:
             yield Unsubscribe(group.filters)
-        yield from self._fill()
+        yield from self._fill(now_ms)
 
     def _missing(self, number: int) -> list[int]:
         return list(self.present.missing(number * GROUP_CHUNKS, (number + 1) * GROUP_CHUNKS))
@@ -241,4 +303,12 @@ class BlobDownload:
             patience_ms = max(patience_ms, self._patience_first_ms >> self._barren)
         patience_ms = min(patience_ms, self._patience_max_ms)
         longest_ms = min(patience_ms << self._stalls, self._patience_max_ms)
-        self.deadline_ms = now_ms + self._rng.randint(patience_ms, max(patience_ms, longest_ms))
+        self._stall_ms = now_ms + self._rng.randint(patience_ms, max(patience_ms, longest_ms))
+        self._arm()
+
+    def _arm(self) -> None:
+        """Wake when something is late, or when more may be asked for, whatever is first."""
+        self.deadline_ms = self._stall_ms
+        if self._has_more:
+            ready_ms = self._pacer.ready_ms
+            self.deadline_ms = min(ready_ms, self._stall_ms) if self._groups else ready_ms

@@ -1,6 +1,7 @@
 """What can happen to an agent: the vocabulary of its inputs. Events are facts; none of them is an order."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 
 from device.journal import Record
@@ -67,12 +68,14 @@ class Probed:
         files: SHA-256 of every file of the active slot, read now.
         disk_free_bytes: Space for new files.
         inactive_bytes: Space that emptying the inactive slot would give back.
+        active_bytes: Length of the files of the active slot.
     """
 
     serial: int
     files: dict[str, str]
     disk_free_bytes: int
     inactive_bytes: int
+    active_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,31 @@ class OperatorAsked:
     wish: Wish
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """How the device stands: what its policy asks about and what could be read; everything else is `None`.
+
+    Attributes:
+        local: Local time, by the clock on the wall: it may jump, and in a change to or from summer time it does.
+        is_metered: Whether every byte costs.
+        is_on_battery: Whether nothing charges it.
+        battery_percent: How full the batteries are.
+        temperature_c: Of the hottest part.
+        load: Processes that run or wait, per core, mean of a minute.
+        pressure_percent: Share of the last minute in which something waited for processor, memory or disk.
+        memory_available_bytes: What new programs can have.
+    """
+
+    local: datetime | None = None
+    is_metered: bool | None = None
+    is_on_battery: bool | None = None
+    battery_percent: float | None = None
+    temperature_c: float | None = None
+    load: float | None = None
+    pressure_percent: float | None = None
+    memory_available_bytes: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class DeadlineReached:
     """The instant that `deadline()` named has come."""
@@ -158,5 +186,6 @@ Event = (
     | ServingStarted
     | EffectFailed
     | OperatorAsked
+    | Conditions
     | DeadlineReached
 )

@@ -40,6 +40,7 @@ class Executor:
         workers: Where long work runs.
         post: Takes an event to the agent; called from workers too.
         leases: Of the model that answers; its own where none are given.
+        gently: Does what takes processor and disk and can wait, at a lower priority.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class Executor:
         workers: Workers,
         post: Callable[[events.Event], None],
         leases: Leases | None = None,
+        gently: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ) -> None:
         self._disk = disk
         self._transport = transport
         self._engine = engine
         self._workers = workers
         self._post = post
+        self._gently = gently
         self._journal = Journal(disk)
         self.leases: Final = leases or Leases()
         self._actions: Final[dict[type, Callable[[Any], None]]] = {
@@ -77,13 +80,13 @@ class Executor:
             effects.RemoveBlobs: self._remove_blobs,
             effects.EmptySlot: lambda effect: discard_installation(disk, effect.slot),
             effects.OpenBlob: lambda effect: events.BlobOpened(
-                effect.serial, blobs.open_blob(disk, effect.plan)
+                effect.serial, gently(partial(blobs.open_blob, disk, effect.plan))
             ),
             effects.ReadBlob: self._read_blob,
             effects.Probe: self._probe,
             effects.InstallStep: self._install_step,
             effects.MeasureSlot: lambda effect: events.SlotMeasured(
-                effect.serial, measure_slot(disk, effect.slot)
+                effect.serial, gently(partial(measure_slot, disk, effect.slot))
             ),
             effects.StartTrial: self._trial,
             effects.Serve: self._serve,
@@ -155,16 +158,21 @@ class Executor:
 
     def _probe(self, effect: effects.Probe) -> events.Probed:
         files: dict[str, str] = {}
-        inactive_bytes = 0
+        active_bytes = inactive_bytes = 0
         if effect.active is not None:
             rewriting.put_back(self._disk, effect.active)
             files = measure_slot(self._disk, effect.active)
+            active_bytes = slot_bytes(self._disk, effect.active)
             other = effect.active.other
             inactive_bytes = slot_bytes(self._disk, other) + rewriting.remains_bytes(self._disk, other)
-        return events.Probed(effect.serial, files, self._disk.free_bytes(), inactive_bytes)
+        free_bytes = self._disk.free_bytes()
+        return events.Probed(effect.serial, files, free_bytes, inactive_bytes, active_bytes)
 
     def _install_step(self, effect: effects.InstallStep) -> events.InstallProgressed:
-        done = install_step(self._disk, effect.active, effect.slot, effect.items, effect.memory_bytes_max)
+        step = partial(
+            install_step, self._disk, effect.active, effect.slot, effect.items, effect.memory_bytes_max
+        )
+        done = self._gently(step)
         return events.InstallProgressed(effect.serial, done)
 
     def _trial(self, effect: effects.StartTrial) -> events.TrialFinished:

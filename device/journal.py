@@ -49,6 +49,7 @@ class SlotRecord(Struct, frozen=True, kw_only=True):
     main_file: str = ""
     files: dict[str, str] = {}  # name to SHA-256, as signed
     release_sha256: str = ""  # of its description; empty in records of older agents
+    memory_bytes: int = 0  # what it takes while it runs: measured by its trial, or else what its release says; 0 in older records
 
 
 class InstallLink(Struct, frozen=True, kw_only=True):

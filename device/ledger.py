@@ -8,6 +8,7 @@ from device.config import AgentConfig
 from device.download import Tally
 from device.effects import Persist
 from device.journal import HISTORY_MAX, QUARANTINE_MAX, PastUpdate, Record, SlotRecord, UpdateRecord
+from device.policy import Hold
 from device.reporting import build_report, counters_of, tally_of
 from device.slots import SlotName
 from device.states import State
@@ -118,8 +119,13 @@ class Ledger:
         self.change(state=state)
         return Persist(self.record)
 
-    def report(self, state: State) -> Report:
-        """What to tell the server now."""
+    def report(self, state: State, held: Hold | None = None) -> Report:
+        """What to tell the server now.
+
+        Args:
+            state: Where the update is.
+            held: Why it does not go on.
+        """
         self.note(counters=counters_of(self.tally))
         self._reports += 1
         return build_report(
@@ -131,4 +137,5 @@ class Ledger:
             runtimes=self.runtimes,
             disk_free_bytes=self.disk_free_bytes,
             memory_bytes=self.memory_bytes,
+            held=held,
         )

@@ -82,7 +82,8 @@ class Manual:
             return
         self._ledger.change(paused_ms=None)
         self._desk.persist()
-        self._answer("updates go on")
+        held = self._desk.held
+        self._answer(f"updates are no longer paused, and held: {held.text}" if held else "updates go on")
         self._update.go_on()
 
     # --- rollback ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Final
 from device.config import AgentConfig
 from device.download import Tally
 from device.journal import Counters, Record, UpdateRecord
+from device.policy import Hold
 from device.states import State
 from protocol.messages import Report, UpdateReport
 
@@ -22,6 +23,7 @@ def build_report(
     runtimes: dict[str, str],
     disk_free_bytes: int,
     memory_bytes: int,
+    held: Hold | None = None,
 ) -> Report:
     """The report of this instant.
 
@@ -34,6 +36,7 @@ def build_report(
         runtimes: Installed runtimes.
         disk_free_bytes: As last measured.
         memory_bytes: Memory of the device.
+        held: Why the update does not go on; told as its code while it runs.
     """
     return Report(
         device=config.device,
@@ -47,19 +50,21 @@ def build_report(
         disk_free_bytes=disk_free_bytes,
         memory_bytes=memory_bytes,
         capacity=config.capacity,
-        update=None if record.update is None else update_report(record.update),
+        update=None if record.update is None else update_report(record.update, held),
     )
 
 
-def update_report(update: UpdateRecord) -> UpdateReport:
+def update_report(update: UpdateRecord, held: Hold | None = None) -> UpdateReport:
     """How the last update is going or went."""
+    if held is None or update.outcome != "running":
+        held = Hold(update.code, update.detail)
     return UpdateReport(
         rollout=update.desired.rollout,
         sequence=update.desired.sequence,
         version=update.desired.version,
         outcome=update.outcome,
-        code=update.code,
-        detail=update.detail[:512],
+        code=held.code,
+        detail=held.text[:512],
         started_ms=update.started_ms,
         finished_ms=update.finished_ms,
         transfer_bytes_total=sum(link.blob_length for item in update.items for link in item.links),

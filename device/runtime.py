@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from device import effects, events
-from device.adapters.control import Status
+from device.adapters.conditions import PERIOD_S, MachineConditions
+from device.adapters.control import Held, Status
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.hooks import SwapHook
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport, Will
+from device.adapters.priority import Priority, gently
 from device.adapters.workers import WorkerPool
+from device.admission import model_bytes
 from device.agent import Agent
 from device.config import DeviceConfig
 from device.executor import CURRENT_LINK, ROOT_FILE, Executor
@@ -73,7 +76,8 @@ class DeviceRuntime:
         self.disk = RealDisk(config.folder)
         self.disk.prepare()
         self.agent = Agent(config.agent, rng)
-        self.engine = LocalEngine()
+        priority = Priority(config.priority.nice, config.priority.io)
+        self.engine = LocalEngine(priority=priority)
         self._loop = loop
         self._clock = clock
         self._on_trace = on_trace
@@ -83,6 +87,9 @@ class DeviceRuntime:
         )
         self._hook = SwapHook(config.hooks.after_swap, config.hooks.timeout_s)
         self._has_served = False
+        policy = config.agent.policy
+        self._conditions = None if policy.is_open else MachineConditions(policy, config.sources)
+        self._held = ""  # code of what held updates at the last look
         self._is_stopped = False
         self._armed_ms: int | None = None
         self._thread = 0  # in which events are handled
@@ -107,6 +114,7 @@ class DeviceRuntime:
             engine=self.engine,
             workers=self._workers,
             post=self._post,
+            gently=partial(gently, priority),
         )
 
     def start(self) -> None:
@@ -119,6 +127,7 @@ class DeviceRuntime:
         event = self.executor.boot_event(_memory_bytes())
         self._note("boot", {})
         self.handle(event)
+        self._look_around()
         self.transport.start()
 
     def stop(self) -> None:
@@ -165,6 +174,7 @@ class DeviceRuntime:
 
     def status(self) -> Status:
         """How the agent stands."""
+        held = self.agent.held
         return Status(
             pid=os.getpid(),
             state=self.agent.state.value,
@@ -173,6 +183,7 @@ class DeviceRuntime:
             broker=f"{self.config.broker_host}:{self.config.broker_port}",
             trouble=self.transport.error,
             paused_ms=self.agent.record.paused_ms,
+            held=None if held is None else Held(code=held.code, text=held.text),
         )
 
     def infer(self, prompt: Prompt) -> str:
@@ -183,6 +194,19 @@ class DeviceRuntime:
         """
         with self.executor.leases.lease() as lease:
             return lease.model.answer(prompt)
+
+    def _look_around(self) -> None:
+        """Tell the agent how the machine stands, now and every so often; only where a policy asks."""
+        if self._conditions is None or self._is_stopped:
+            return
+        self.handle(self._conditions.read())
+        held = self.agent.held
+        code = "" if held is None else held.code
+        if code != self._held:
+            self._held = code
+            text = "nothing holds updates" if held is None else f"updates wait: {held.text} ({code})"
+            _LOG.info("%s: %s", self.config.agent.device, text)
+        self._loop.call_later(PERIOD_S, self._look_around)
 
     def _connected(self) -> None:
         self.transport.publish(self._link_topic, encode_message(Link(online=True)), 1, retain=True)
@@ -306,6 +330,7 @@ def install_factory(
         main_file=release.files[0].name,
         files={file.name: file.sha256 for file in release.files},
         release_sha256=release_digest(release),
+        memory_bytes=model_bytes(release),
     )
     journal.save(Record(active=SlotName.A, slots={SlotName.A: slot, SlotName.B: SlotRecord()}))
 

@@ -22,7 +22,7 @@ class State(Enum):
     VERIFYING = "verifying"  # reads the whole result back
     TRIAL = "trial"  # the new model answers the golden prompts in a process of its own
     COMMITTING = "committing"  # the new slot is the active one; the engine swaps
-    SUSPENDED = "suspended"  # offline; goes on where it was
+    SUSPENDED = "suspended"  # offline or held; goes on where it was
     REJECTED = "rejected"  # refused before its first byte; never retried as it is
     ROLLING_BACK = "rolling_back"
     ROLLED_BACK = "rolled_back"  # found wanting by its trial or by the operator; its digest is quarantined

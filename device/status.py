@@ -33,7 +33,7 @@ def status_lines(config: DeviceConfig, record: Record, agent: Status | None) -> 
     named = config.agent
     yield f"device    {named.device}   fleet {named.fleet}   family {named.family}   tier {named.tier or '-'}"
     yield f"agent     {_agent_line(config, agent)}"
-    yield f"updates   {'allowed' if record.paused_ms is None else f'paused since {instant(record.paused_ms)}'}"
+    yield f"updates   {_updates_line(record, agent)}"
     yield f"state     {agent.state if agent is not None else record.state.value}"
     yield ""
     yield "=== Slots ==="
@@ -54,6 +54,14 @@ def _agent_line(config: DeviceConfig, agent: Status | None) -> str:
     if not agent.is_connected:
         connection = f"not connected to {agent.broker}{f': {agent.trouble}' if agent.trouble else ''}"
     return f"running, process {agent.pid}, {connection}"
+
+
+def _updates_line(record: Record, agent: Status | None) -> str:
+    if record.paused_ms is not None:
+        return f"paused since {instant(record.paused_ms)}"
+    if agent is not None and agent.held is not None:
+        return f"wait, {agent.held.code}: {agent.held.text}"
+    return "allowed"
 
 
 def _slot_lines(name: SlotName, slot: SlotRecord, record: Record, agent: Status | None) -> Iterator[str]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from device.download import BlobDownload, Tally
+from device.download import BlobDownload, Pacer, Tally
 from device.effects import Effect, OpenBlob, ReadBlob
 from protocol.chunks import Bitmap, BlobPlan, Chunk, child_plan, index_name, root_plan
 from protocol.ids import DeviceId, Digest
@@ -38,6 +38,7 @@ class Requester(NamedTuple):
     rng: random.Random
     groups_outstanding: int
     link_bytes_per_s: int
+    pacer: Pacer
 
 
 class Transfer:
@@ -99,7 +100,7 @@ class Transfer:
         """Storage for the current blob is ready."""
         assert self._plan is not None
         self._is_waiting = False
-        topics, device, rng, groups_outstanding, link_bytes_per_s = self._requester
+        topics, device, rng, groups_outstanding, link_bytes_per_s, pacer = self._requester
         self._download = BlobDownload(
             self._plan,
             present,
@@ -109,6 +110,7 @@ class Transfer:
             tally=self._tally,
             groups_outstanding=groups_outstanding,
             link_bytes_per_s=link_bytes_per_s,
+            pacer=pacer,
         )
         if self._download.is_complete:
             yield from self._blob_complete()

@@ -4,15 +4,23 @@ Syncing and admitting decide whether it can succeed; downloading and installing 
 they take from it can be put back; the trial decides; the commit point is one durable record. `agent.py` says which event leads here.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Final
 
 from msgspec.structs import replace
 
 from device import events
-from device.admission import check_quarantine, check_release_fits, plan_update
+from device.admission import (
+    Running,
+    check_memory,
+    check_quarantine,
+    check_release_fits,
+    model_bytes,
+    plan_update,
+)
 from device.desk import Desk
-from device.download import Tally
+from device.download import Pacer, Tally
 from device.effects import (
     Effect,
     EmptySlot,
@@ -24,6 +32,7 @@ from device.effects import (
     StartTrial,
 )
 from device.journal import InstallItem, SlotRecord, UpdateRecord
+from device.policy import Step
 from device.ports import ModelSource, TrialOrder
 from device.serving import Serving
 from device.slots import SlotHealth, SlotName
@@ -65,7 +74,12 @@ class Update:
         self._serving = serving
         self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust)
         self._requester = Requester(
-            desk.topics, config.device, desk.rng, config.groups_outstanding, config.link_bytes_per_s
+            desk.topics,
+            config.device,
+            desk.rng,
+            config.groups_outstanding,
+            config.link_bytes_per_s,
+            Pacer(config.bandwidth_bytes_per_s_max),
         )
         self._targets: dict[str, Target] = {}
         self._transfer: Transfer | None = None
@@ -107,6 +121,9 @@ class Update:
         """Go on with what needs the network."""
         if self._desk.state is not State.SUSPENDED or not self._desk.may_fetch:
             return
+        if self._desk.is_fetched and self._desk.hold(Step.INSTALL) is not None:
+            return
+        self._desk.is_fetched = False
         self._ledger.tally.resumes += 1
         if self._ledger.record.state is State.DOWNLOADING:
             self._desk.move(Trigger.DOWNLOAD_RESUMED)
@@ -128,8 +145,8 @@ class Update:
             self._desk.move(Trigger.SUSPENDED)
 
     def hold(self) -> None:
-        """The operator wants no updates for now: nothing new begins. What a worker does at this moment comes to its end."""
-        if not self._desk.is_held:
+        """Nothing new is to begin, for now. What a worker does at this moment comes to its end."""
+        if self._desk.hold(Step.FETCH) is None:
             return
         self._retry_ms = None
         if self._desk.state is State.SYNCING:
@@ -138,17 +155,39 @@ class Update:
             self._desk.extend(self._transfer.stop())
         self.suspend()
 
-    def go_on(self) -> None:
-        """The operator wants updates again."""
+    def go_on(self, *, may_begin: bool = True) -> None:
+        """Something may begin again.
+
+        Args:
+            may_begin: Whether the update that the boot found goes on already; else only what needs the network does.
+        """
         if (pending := self._pending) is not None and self._desk.state in RESTING + REVOCABLE:
             self._pending = None
             self.request(pending)
         self.connected()
-        if not self._desk.is_waiting:
-            self.resume_after_boot()
+        if may_begin and not self._desk.is_waiting and self._retry_ms is None:
+            self._resume()
+
+    def reconsider(self, *, may_begin: bool) -> None:
+        """The conditions of the device hold something else than before.
+
+        Args:
+            may_begin: As for `go_on`.
+        """
+        self.hold()
+        self.go_on(may_begin=may_begin)
+        if self._desk.state not in RESTING:
+            self._desk.report()
 
     def resume_after_boot(self) -> None:
         """Go on from the durable state, once the old version answers again (or cannot)."""
+        self._resume()
+        update = self._ledger.record.update
+        if self._desk.state in RESTING and (update is None or not update.retry):
+            self._tidy()  # a power cut may bring back what was removed
+
+    def _resume(self) -> None:
+        """Go on from a state that needs no network."""
         match self._desk.state:
             case State.INSTALLING:
                 self._ask_install_step()
@@ -158,8 +197,6 @@ class Update:
                 self._begin_trial()
             case State.FAILED if self._ledger.update.retry:
                 self._schedule_retry()
-            case state if state in RESTING:
-                self._tidy()  # a power cut may bring back what was removed
 
     # --- what should run -----------------------------------------------------------------------------------
 
@@ -167,7 +204,7 @@ class Update:
         """A wish arrived; older and repeated ones change nothing."""
         if desired.sequence <= self._ledger.record.desired_sequence:
             return
-        if self._desk.state not in RESTING + REVOCABLE or self._desk.is_held:
+        if self._desk.state not in RESTING + REVOCABLE or self._desk.is_paused:
             self._pending = desired
             return
         self._ledger.change(desired_sequence=desired.sequence)
@@ -302,12 +339,15 @@ class Update:
             return
         self._ledger.files = event.files
         self._ledger.disk_free_bytes = event.disk_free_bytes
+        config, active = self._desk.config, self._ledger.record.active_slot
+        running = Running(active.version, active.memory_bytes or event.active_bytes)
         try:
+            decoder_bytes = check_memory(self._ledger.release, running, config, self._ledger.memory_bytes)
             items = plan_update(
                 self._ledger.release,
                 self._targets,
                 event.files,
-                self._desk.config,
+                dataclasses.replace(config, delta_memory_bytes_max=decoder_bytes),
                 available_bytes=event.disk_free_bytes + event.inactive_bytes,
                 full_only=self._ledger.update.full_only,
             )
@@ -359,6 +399,10 @@ class Update:
             self._progress(self._transfer.receive(chunk, self._desk.now_ms))
 
     def _on_downloaded(self) -> None:
+        if self._ledger.update.is_in_place and self._desk.hold(Step.INSTALL) is not None:
+            self._desk.is_fetched = True  # once the rewriting has begun, nothing holds it
+            self._desk.move(Trigger.SUSPENDED)
+            return
         self._desk.move(Trigger.DOWNLOADED)
         self._ledger.set_slot(self._ledger.slot, SlotRecord(health=SlotHealth.INSTALLING))
         self._desk.persist()
@@ -370,7 +414,7 @@ class Update:
     # --- installing and verifying --------------------------------------------------------------------------
 
     def _ask_install_step(self) -> None:
-        if self._desk.is_held:
+        if self._desk.hold(Step.INSTALL) is not None:
             return
         update = self._ledger.update
         limit = self._desk.config.delta_memory_bytes_max
@@ -390,7 +434,7 @@ class Update:
         self._ask_measurement()
 
     def _ask_measurement(self) -> None:
-        if self._desk.is_held:
+        if self._desk.hold(Step.INSTALL) is not None:
             return
         self._desk.emit(MeasureSlot(self._desk.ask(), self._ledger.slot))
 
@@ -412,6 +456,7 @@ class Update:
                 main_file=release.files[0].name,
                 files=wanted,
                 release_sha256=self._ledger.update.release_sha256,
+                memory_bytes=model_bytes(release),
             ),
         )
         self._desk.move(Trigger.VERIFIED)
@@ -436,8 +481,9 @@ class Update:
 
     def _begin_trial(self) -> None:
         """Count the try durably, then start: a model that takes the device down is counted too."""
-        if self._desk.is_held:
-            self._desk.persist()
+        if self._desk.hold(Step.TRIAL) is not None:
+            if self._ledger.record.state is not State.TRIAL:
+                self._desk.persist()
             return
         update, slot = self._ledger.update, self._ledger.slot
         if update.tries >= TRIES_MAX:
@@ -466,7 +512,10 @@ class Update:
         self._ledger.note(evidence=evidence, code=verdict.code, detail=verdict.detail)
         if verdict.passed:
             self._desk.move(Trigger.TRIAL_PASSED)
-            self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.GOOD))
+            content = replace(self._ledger.record.slots[slot], health=SlotHealth.GOOD)
+            if evidence is not None and evidence.memory_peak_bytes:
+                content = replace(content, memory_bytes=evidence.memory_peak_bytes)
+            self._ledger.set_slot(slot, content)
             self._ledger.change(active=slot)
             self._desk.persist()  # the commit point: from here on the new slot is the active one
             # Read back from the medium before the trial.
@@ -530,7 +579,7 @@ class Update:
             self.finish("failed")
 
     def _schedule_retry(self) -> None:
-        if self._desk.is_held:
+        if self._desk.hold(Step.FETCH) is not None:
             return
         longest_ms = min(RETRY_BASE_MS << self._ledger.update.attempts, RETRY_CAP_MS)
         self._retry_ms = self._desk.now_ms + self._desk.rng.randint(RETRY_BASE_MS // 5, longest_ms)
@@ -564,6 +613,7 @@ class Update:
 
     def _drop_work(self) -> None:
         """Forget answers that are still to come, and the transfer; what is on disk stays."""
+        self._desk.is_fetched = False
         self._desk.drop_question()
         self._retry_ms = None
         if self._transfer is not None:

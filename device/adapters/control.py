@@ -45,6 +45,13 @@ class ControlRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     wish: Literal["status", "pause", "resume", "rollback"]
 
 
+class Held(Struct, frozen=True, kw_only=True):
+    """Why the update under way does not go on, or why the next one would not begin: a stable code, and one line."""
+
+    code: str
+    text: str
+
+
 class Status(Struct, frozen=True, kw_only=True):
     """How the running agent stands; what is durable is in the record."""
 
@@ -55,6 +62,7 @@ class Status(Struct, frozen=True, kw_only=True):
     broker: str
     trouble: str  # why there is no connection
     paused_ms: int | None
+    held: Held | None = None
 
 
 class ControlAnswer(Struct, frozen=True, kw_only=True):

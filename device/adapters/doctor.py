@@ -169,6 +169,8 @@ def _ask(config: DeviceConfig, *, is_running: bool) -> tuple[Status | None, Find
     assert agent is not None
     paused = ", updates are paused" if agent.paused_ms is not None else ""
     advice = "whimbrel-device resume" if paused else ""
+    if agent.held is not None and not paused:
+        paused = f", updates wait: {agent.held.text} ({agent.held.code})"
     text = f"runs as process {agent.pid}, {agent.state}{paused}"
     if not agent.serving:
         return agent, Finding(

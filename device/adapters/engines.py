@@ -8,6 +8,7 @@ import threading
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
+from device.adapters.priority import DEFAULT_PRIORITY, Priority
 from device.adapters.trial import release_stopped, run_trial
 from device.ports import ModelSource, TrialOrder
 from protocol.messages import TrialEvidence
@@ -29,10 +30,12 @@ class LocalEngine:
 
     Args:
         python: Interpreter in which trials run.
+        priority: How far they give way to what serves.
     """
 
-    def __init__(self, python: str = sys.executable) -> None:
+    def __init__(self, python: str = sys.executable, priority: Priority = DEFAULT_PRIORITY) -> None:
         self._python: Final = python
+        self._priority: Final = priority
         self._is_stopped: Final = threading.Event()
 
     def versions(self) -> dict[str, str]:
@@ -59,7 +62,7 @@ class LocalEngine:
         Raises:
             EngineError: No process could be started, which says nothing about the model.
         """
-        return run_trial(order, self._python, self._is_stopped.is_set)
+        return run_trial(order, self._python, self._is_stopped.is_set, self._priority)
 
     def stop(self) -> None:
         """Break off the trial under way, and every later one: the agent is about to end."""

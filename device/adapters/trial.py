@@ -20,6 +20,7 @@ from typing import IO, Final
 import msgspec
 from msgspec import Struct
 
+from device.adapters.priority import DEFAULT_PRIORITY, Priority
 from device.ports import TrialOrder
 from protocol.errors import EngineError
 from protocol.messages import LatencySummary, TrialEvidence
@@ -60,10 +61,12 @@ class ChildOrder(Struct, frozen=True, kw_only=True):
     Attributes:
         order: The trial.
         parent: Process id of the one that waits for the answer.
+        priority: How far the trial gives way.
     """
 
     order: TrialOrder
     parent: int
+    priority: Priority = DEFAULT_PRIORITY
 
 
 class Started(Struct, frozen=True, kw_only=True, tag="started"):
@@ -153,7 +156,10 @@ def release_stopped() -> None:
 
 
 def run_trial(
-    order: TrialOrder, python: str = sys.executable, is_stopped: Callable[[], bool] = lambda: False
+    order: TrialOrder,
+    python: str = sys.executable,
+    is_stopped: Callable[[], bool] = lambda: False,
+    priority: Priority = DEFAULT_PRIORITY,
 ) -> TrialEvidence:
     """Try a model in a process of its own.
 
@@ -162,6 +168,7 @@ def run_trial(
         python: Interpreter for the child.
         is_stopped: Asked all the time; once it says so, the trial is broken off. While others of this process run, it is asked
             again after `release_stopped`.
+        priority: How far the trial gives way to what serves.
 
     Raises:
         EngineError: No child could be started, which says nothing about the model.
@@ -171,7 +178,7 @@ def run_trial(
             prompts_passed=0, prompts_total=len(order.health.prompts), detail=_STOPPED_DETAIL
         )
     try:
-        child = _start(order, python)
+        child = _start(order, python, priority)
         watch = _Watch(child, order, is_stopped)
         try:
             watch.follow()
@@ -325,12 +332,13 @@ class _Watch:
             self._detail += f": {_one_line(lines[-1], _STDERR_CHARS_MAX)}"
 
 
-def _start(order: TrialOrder, python: str) -> "subprocess.Popen[bytes]":
+def _start(order: TrialOrder, python: str, priority: Priority) -> "subprocess.Popen[bytes]":
     environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     try:
         # A file in memory: a pipe would block this process on a child that does not read.
         with os.fdopen(os.memfd_create("trial-order"), "w+b") as stdin:
-            stdin.write(_order_encoder.encode(ChildOrder(order=order, parent=os.getpid())))
+            child = ChildOrder(order=order, parent=os.getpid(), priority=priority)
+            stdin.write(_order_encoder.encode(child))
             stdin.seek(0)
             return subprocess.Popen(
                 # -B: the child may write next to nothing, and half a byte code file would outlive it.

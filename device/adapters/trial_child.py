@@ -22,6 +22,7 @@ import msgspec
 from device.adapters.engine_llama import LlamaModel
 from device.adapters.engine_onnx import OnnxModel
 from device.adapters.engines import load_model
+from device.adapters.priority import give_way
 from device.adapters.trial import (
     BEAT_MS,
     LATENCY_SAMPLES_MAX,
@@ -38,9 +39,6 @@ from protocol.errors import EngineError
 from protocol.release import ClassPrompt, HealthPlan, Prompt, TextPrompt
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
-_NICE: Final = 10
-"""The version that serves goes first."""
-
 _FILE_BYTES_MAX: Final = 1 << 20
 """A trial has nothing to write; a runtime may want a small temporary file."""
 
@@ -128,6 +126,7 @@ def main() -> int:
     """Run the trial that standard input orders; the exit status is of no interest once the last line is out."""
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=ChildOrder)
     _confine(order.parent)
+    give_way(order.priority)
     out = _take_stdout()
     _speak(out, Started())
     begin_ms = _now_ms()
@@ -146,13 +145,12 @@ def main() -> int:
 
 
 def _confine(parent: int) -> None:
-    """Die with the parent, leave no core dump and no big file, and give way to the version that serves."""
+    """Die with the parent, leave no core dump and no big file."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         sys.exit(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES_MAX, _FILE_BYTES_MAX))
-    os.nice(_NICE)
 
 
 def _take_stdout() -> BinaryIO:
