@@ -24,6 +24,9 @@ PATIENCE_MIN_MS: Final = 5_000
 """Wait for the next chunk: a mobile link stands still for seconds between two cells, and then goes on with what was under way."""
 
 PATIENCE_MAX_MS: Final = 60_000
+PATIENCE_BARREN_MS: Final = 1_000
+"""What is left of the first patience at least, on a link that is never up for long."""
+
 PATIENCE_CHUNKS: Final = 3
 """First and longest patience are at least the time in which the link carries so many chunks: one that asks for what is on its way
 gets it twice. Every connection on which nothing comes halves the first: on a link that is never up for so long, nobody would ask."""
@@ -45,9 +48,23 @@ class StalledError(TransportError):
 
 
 class Tally:
-    """What has come from the air."""
+    """What has come from the air.
 
-    __slots__ = ("invalid_chunks", "received_bytes", "received_chunks", "redundant_chunks", "resumes")
+    Attributes:
+        barren: Connections in a row on which something was asked for and nothing came; over all blobs, since an update that is
+            interrupted early begins with the same one again.
+        is_waiting: Something was asked for, and nothing came since.
+    """
+
+    __slots__ = (
+        "barren",
+        "invalid_chunks",
+        "is_waiting",
+        "received_bytes",
+        "received_chunks",
+        "redundant_chunks",
+        "resumes",
+    )
 
     def __init__(self) -> None:
         self.received_bytes = 0
@@ -55,6 +72,8 @@ class Tally:
         self.redundant_chunks = 0
         self.invalid_chunks = 0
         self.resumes = 0
+        self.barren = 0
+        self.is_waiting = False
 
 
 class Pacer:
@@ -136,10 +155,9 @@ class BlobDownload:
         chunk_ms = CHUNK_BYTES * 1000 // link_bytes_per_s
         self._patience_first_ms = max(PATIENCE_FIRST_MS, PATIENCE_CHUNKS * chunk_ms)
         self._patience_min_ms = max(PATIENCE_MIN_MS, chunk_ms)
+        self._patience_barren_ms = max(PATIENCE_BARREN_MS, chunk_ms)
         self._patience_max_ms = max(PATIENCE_MAX_MS, PATIENCE_CHUNKS * chunk_ms)
         self._stall_ms = 0  # when it has taken too long until something came
-        self._barren = -1  # connections in a row on which something was asked for and nothing came
-        self._has_asked = True  # on this connection
         self._use_cache = use_cache
         self._direct = not use_cache  # the cache has nothing: ask at once
         self._stalls = 0
@@ -159,9 +177,8 @@ class BlobDownload:
         self._next_group = 0
         self._direct = not self._use_cache
         self._stalls = 0
-        if self._has_asked:
-            self._barren = self._barren + 1 if self._progress_ms is None else 0
-        self._has_asked = False
+        self._tally.barren += self._tally.is_waiting
+        self._tally.is_waiting = False
         self._progress_ms = None
         self._is_flowing = False
         yield from self._fill(now_ms)
@@ -181,6 +198,8 @@ class BlobDownload:
 
     def receive(self, chunk: Chunk, now_ms: int) -> Iterator[Effect]:
         """Take a chunk of this blob; store it if it is what was signed."""
+        self._tally.is_waiting = False
+        self._tally.barren = 0
         self._tally.received_chunks += 1
         self._tally.received_bytes += len(chunk.payload)
         if not self.plan.accepts(chunk.index, chunk.payload):
@@ -253,7 +272,7 @@ class BlobDownload:
             missing = self._missing(number)
             if not missing:
                 continue
-            self._has_asked = True
+            self._tally.is_waiting = True
             self._pacer.spend(min(len(missing) * CHUNK_BYTES, self.plan.length), now_ms)
             filters = () if self._direct else self._filters(number, missing)
             self._groups[number] = _Group(number, filters, len(missing))
@@ -298,9 +317,13 @@ class BlobDownload:
         if self.is_complete:
             self.deadline_ms = None
             return
-        patience_ms = max(PATIENCE_GAPS * self._gap_ms, self._patience_min_ms)
-        if not self._is_flowing or not self._gap_ms:
-            patience_ms = max(patience_ms, self._patience_first_ms >> self._barren)
+        patience_ms = PATIENCE_GAPS * self._gap_ms
+        if self._tally.barren:
+            patience_ms = max(self._patience_first_ms >> self._tally.barren, self._patience_barren_ms)
+        elif self._is_flowing and self._gap_ms:
+            patience_ms = max(patience_ms, self._patience_min_ms)
+        else:
+            patience_ms = max(patience_ms, self._patience_first_ms)
         patience_ms = min(patience_ms, self._patience_max_ms)
         longest_ms = min(patience_ms << self._stalls, self._patience_max_ms)
         self._stall_ms = now_ms + self._rng.randint(patience_ms, max(patience_ms, longest_ms))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 
 from device.download import (
+    PATIENCE_BARREN_MS,
     PATIENCE_CHUNKS,
     PATIENCE_FIRST_MS,
     PATIENCE_MAX_MS,
@@ -27,7 +28,10 @@ PARTS = [CONTENT[at : at + CHUNK_BYTES] for at in range(0, len(CONTENT), CHUNK_B
 NAME = digest_of(CONTENT)
 
 
-def download(link_bytes_per_s: int = LINK_BYTES_PER_S) -> BlobDownload:
+LEAST_MS = max(PATIENCE_BARREN_MS, CHUNK_BYTES * 1000 // LINK_BYTES_PER_S)
+
+
+def download(link_bytes_per_s: int = LINK_BYTES_PER_S, tally: Tally | None = None) -> BlobDownload:
     tree, (index,) = build_tree(hashlib.sha256(part).digest() for part in PARTS)
     plan = child_plan(NAME, len(CONTENT), tree, 1, index)
     return BlobDownload(
@@ -36,7 +40,7 @@ def download(link_bytes_per_s: int = LINK_BYTES_PER_S) -> BlobDownload:
         Topics(FleetId("lab")),
         DeviceId("shelf-7"),
         rng=random.Random(1),
-        tally=Tally(),
+        tally=tally or Tally(),
         groups_outstanding=2,
         link_bytes_per_s=link_bytes_per_s,
     )
@@ -76,7 +80,17 @@ def test_a_link_that_is_never_up_for_long_gets_to_ask_in_the_end() -> None:
     for now_ms in range(0, 60_000, 10_000):
         waits.append(resume(fetching, now_ms))
         fetching.pause()
-    assert waits == [PATIENCE_FIRST_MS, *[PATIENCE_MIN_MS] * 5]
+    assert waits == [10_000, 5_000, 2_500, 1_250, LEAST_MS, LEAST_MS]
+
+
+def test_an_update_that_starts_with_the_same_blob_on_every_connection_gets_to_ask_too() -> None:
+    tally = Tally()
+    waits = []
+    for now_ms in range(0, 60_000, 10_000):
+        fetching = download(tally=tally)
+        waits.append(resume(fetching, now_ms))
+        fetching.pause()
+    assert waits == [10_000, 5_000, 2_500, 1_250, LEAST_MS, LEAST_MS]
 
 
 def test_a_connection_on_which_something_came_is_not_held_against_the_link() -> None:
