@@ -122,10 +122,10 @@ def remembered_digests() -> Iterator[None]:
     """A report says what the record says, not what was measured."""
     report = Ledger.report
 
-    def hopeful(ledger: Ledger, state: Any) -> Report:
+    def hopeful(ledger: Ledger, state: Any, held: Any) -> Report:
         if ledger.record.update is not None and ledger.record.update.release is not None:
             ledger.files = {file.name: file.sha256 for file in ledger.record.update.release.files}
-        return report(ledger, state)
+        return report(ledger, state, held)
 
     with patch.object(Ledger, "report", hopeful):
         yield
