@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from protocol.constants import BLOB_BYTES_MAX
-from protocol.delta.symbols import write_signed, write_varint
+from protocol.delta.varints import write_signed, write_varint
 from protocol.errors import PatchError, PatchLimitError
 
 # --- Specification constants ------------------------------------------------------------------------------------

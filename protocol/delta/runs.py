@@ -7,8 +7,9 @@ from enum import IntFlag
 from typing import Final, Self
 
 from protocol.delta.layouts import LAYOUT_BY_NUMBER, NAME_BY_NUMBER, Formula
-from protocol.delta.symbols import Payload, write_signed, write_varint
+from protocol.delta.symbols import Payload
 from protocol.delta.tensor import GAIN, RUNS_MAX, check_gain, takes_gain
+from protocol.delta.varints import write_signed, write_varint
 from protocol.errors import PatchError
 from protocol.tensors.regions import Layout
 

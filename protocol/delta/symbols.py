@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.delta.compression import compress, decompress
+from protocol.delta.varints import write_varint
 from protocol.errors import PatchError
 
 Unsigned = npt.NDArray[Any]
@@ -30,19 +31,6 @@ _SPARSE_ONLY_BELOW = 0.02
 _DENSE_ONLY_ABOVE = (
     0.5  # a limit of the format too: above it gaps cannot win, and would cost the reader memory
 )
-
-
-def write_varint(value: int, out: bytearray) -> None:
-    """Append a non-negative integer, seven bits a byte, lowest first."""
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-
-
-def write_signed(value: int, out: bytearray) -> None:
-    """Append an integer of either sign: zigzag, then `write_varint`."""
-    write_varint(value * 2 if value >= 0 else -value * 2 - 1, out)
 
 
 class Payload:

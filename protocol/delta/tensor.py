@@ -14,14 +14,8 @@ import numpy.typing as npt
 
 from protocol.delta.layouts import LAYOUT_BY_NUMBER, Array, Bits, BlockLayout, Bytes, Formula, Order, Words
 from protocol.delta.prediction import NO_BASE_CLASS, TOWARDS_UPPER, predict_plain, predict_scaled
-from protocol.delta.symbols import (
-    Payload,
-    Unsigned,
-    decode_symbols,
-    encode_symbols,
-    write_signed,
-    write_varint,
-)
+from protocol.delta.symbols import Payload, Unsigned, decode_symbols, encode_symbols
+from protocol.delta.varints import write_signed, write_varint
 from protocol.errors import PatchError
 
 RUNS_MAX = 4096

@@ -384,3 +384,16 @@ def test_two_agents_on_one_folder_are_refused_until_the_first_is_gone(
         first.wait()
     with agent() as third:
         assert third.poll() is None
+
+
+def test_an_agent_at_rest_has_loaded_no_decoder_and_no_runtime() -> None:
+    heavy = ("numpy", "onnxruntime", "llama_cpp", "bsdiff4")
+    code = f"import sys, device.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

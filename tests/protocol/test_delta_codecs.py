@@ -16,8 +16,9 @@ from protocol.delta.compression import compress, decompress, decompress_up_to
 from protocol.delta.gain import with_gains
 from protocol.delta.layouts import LAYOUTS, Array, Formula, Words
 from protocol.delta.prediction import GAIN_SHIFT, predict_plain, predict_scaled, widen_half
-from protocol.delta.symbols import Payload, decode_symbols, encode_symbols, write_signed, write_varint
+from protocol.delta.symbols import Payload, decode_symbols, encode_symbols
 from protocol.delta.tensor import RUNS_MAX, Run, decode_tensor, encode_tensor, read_runs, write_runs
+from protocol.delta.varints import write_signed, write_varint
 from protocol.errors import PatchError
 from protocol.tensors import Layout
 from tests.protocol.model_files import blocks, moved_blocks
