@@ -50,8 +50,8 @@ class Agent:
             events.Connected: self._on_connected,
             events.Disconnected: self._on_disconnected,
             events.MessageReceived: self._on_message,
-            events.BlobOpened: Update.blob_opened,
-            events.BlobRead: Update.blob_read,
+            events.BlobOpened: lambda update, event: update.fetching.blob_opened(event),
+            events.BlobRead: lambda update, event: update.fetching.blob_read(event),
             events.Probed: self._on_probed,
             events.InstallProgressed: Update.install_progressed,
             events.SlotMeasured: self._on_measured,
@@ -191,13 +191,13 @@ class Agent:
             return  # an empty `desired` is a wish taken back; anything else malformed is nobody's wish
         match message:
             case Chunk():
-                update.chunk_received(message)
+                update.fetching.chunk_received(message)
             case Desired():
                 update.request(message)
             case MetadataBundle():
-                update.bundle_received(message)
+                update.fetching.bundle_received(message)
             case (document, data):
-                update.document_received(document, data)
+                update.fetching.document_received(document, data)
 
     def _decoded(
         self, event: events.MessageReceived

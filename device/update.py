@@ -1,11 +1,10 @@
-"""One update from the wish to its end: what happens on entering each state of the table. Pure.
+"""One update from the wish to its end: what happens on entering each state of the table. Pure. What comes from the air is for `fetching.py`.
 
 Syncing and admitting decide whether it can succeed; downloading and installing leave the active slot alone, or what
 they take from it can be put back; the trial decides; the commit point is one durable record. `agent.py` says which event leads here.
 """
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Final
 
 from msgspec.structs import replace
@@ -20,32 +19,26 @@ from device.admission import (
     plan_update,
 )
 from device.desk import Desk
-from device.download import Pacer, Tally
+from device.download import Tally
 from device.effects import (
-    Effect,
     EmptySlot,
     InstallStep,
     MeasureSlot,
     Probe,
     RemoveBlobs,
-    SaveRoot,
     StartTrial,
 )
+from device.fetching import Fetching, artifacts_of
 from device.journal import InstallItem, SlotRecord, UpdateRecord
 from device.policy import Step
 from device.ports import ModelSource, TrialOrder
 from device.serving import Serving
 from device.slots import SlotHealth, SlotName
 from device.states import RESTING, REVOCABLE, State, Trigger
-from device.sync import MetadataSync
-from device.transfer import Artifact, Requester, Transfer
 from device.trial import TRIES_MAX, Verdict, judge
-from protocol.chunks import Chunk
 from protocol.errors import ReleaseError, WhimbrelError
-from protocol.ids import Digest, Family, Version
-from protocol.messages import Desired, MetadataBundle, TrialEvidence
-from protocol.release import decode_release, release_digest, release_target
-from protocol.trust import Target
+from protocol.messages import Desired, TrialEvidence
+from protocol.release import decode_release, release_digest
 
 ATTEMPTS_MAX: Final = 6
 """Times an update is begun before a failure that may pass is reported as final."""
@@ -68,21 +61,10 @@ class Update:
     """
 
     def __init__(self, desk: Desk, serving: Serving, root: bytes) -> None:
-        config = desk.config
         self._desk = desk
         self._ledger = desk.ledger
         self._serving = serving
-        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust)
-        self._requester = Requester(
-            desk.topics,
-            config.device,
-            desk.rng,
-            config.groups_outstanding,
-            config.link_bytes_per_s,
-            Pacer(config.bandwidth_bytes_per_s_max),
-        )
-        self._targets: dict[str, Target] = {}
-        self._transfer: Transfer | None = None
+        self.fetching = Fetching(desk, root, self._on_release, self._on_downloaded)
         self._retry_ms: int | None = None
         self._told: tuple[int, str, str] | None = None  # trouble that was reported although it is not durable
         self._pending: Desired | None = None  # arrived while the slot could not be given up
@@ -91,11 +73,7 @@ class Update:
 
     def deadline(self) -> int | None:
         """When to call `timeout`."""
-        candidates = [self._retry_ms, self._desk.job_deadline_ms]
-        if self._desk.state is State.SYNCING:
-            candidates.append(self._sync.deadline_ms)
-        if self._transfer is not None:
-            candidates.append(self._transfer.deadline_ms)
+        candidates = (self._retry_ms, self._desk.job_deadline_ms, self.fetching.deadline())
         return min((instant for instant in candidates if instant is not None), default=None)
 
     def timeout(self) -> None:
@@ -108,14 +86,10 @@ class Update:
             self.failed(
                 events.EffectFailed(0, "effect.timeout", "a worker did not answer", is_retryable=True)
             )
-        for waiting in (self._sync if self._desk.state is State.SYNCING else None, self._transfer):
-            if waiting is None or waiting.deadline_ms is None or now_ms < waiting.deadline_ms:
-                continue
-            try:
-                self._desk.extend(waiting.timeout(now_ms))
-            except WhimbrelError as error:
-                self._fail(error.code, str(error), retryable=True)
-                return
+        try:
+            self.fetching.timeout()
+        except WhimbrelError as error:
+            self._fail(error.code, str(error), retryable=True)
 
     def connected(self) -> None:
         """Go on with what needs the network."""
@@ -127,16 +101,14 @@ class Update:
         self._ledger.tally.resumes += 1
         if self._ledger.record.state is State.DOWNLOADING:
             self._desk.move(Trigger.DOWNLOAD_RESUMED)
-            self._begin_download()
+            self.fetching.download(self._ledger.update.items)
         else:
             self._desk.move(Trigger.SYNC_RESUMED)
             self._begin_sync()
 
     def disconnected(self) -> None:
         """Wait; the disk keeps what came."""
-        self._sync.pause()
-        if self._transfer is not None:
-            self._transfer.pause()
+        self.fetching.pause()
         self.suspend()
 
     def suspend(self) -> None:
@@ -149,10 +121,7 @@ class Update:
         if self._desk.hold(Step.FETCH) is None:
             return
         self._retry_ms = None
-        if self._desk.state is State.SYNCING:
-            self._desk.extend(self._sync.end())
-        if self._transfer is not None:
-            self._desk.extend(self._transfer.stop())
+        self.fetching.hold()
         self.suspend()
 
     def go_on(self, *, may_begin: bool = True) -> None:
@@ -244,71 +213,13 @@ class Update:
             self._desk.persist()
         self._desk.report()
 
-    def document_received(self, document: str, data: bytes) -> None:
-        """A signed document arrived."""
-        self._desk.extend(self._sync.receive(document, data))
-        self._try_metadata()
-
-    def bundle_received(self, bundle: MetadataBundle) -> None:
-        """A set of signed documents arrived."""
-        self._sync.receive_bundle(bundle)
-        self._try_metadata()
-
     # --- syncing -------------------------------------------------------------------------------------------
 
     def _begin_sync(self) -> None:
         if not self._desk.may_fetch:
             self._desk.move(Trigger.SUSPENDED)
             return
-        self._desk.drop_question()
-        self._transfer = None
-        self._desk.extend(self._sync.begin(self._desk.now_ms))
-
-    def _try_metadata(self) -> None:
-        """Believe a set of documents once it verifies and names the release; wait for more until then."""
-        if self._desk.state is not State.SYNCING or self._transfer is not None:
-            return
-        documents = self._sync.documents()
-        if documents is None:
-            return
-        verified = self._sync.verify(documents, self._ledger.record.floors, self._desk.now_ms)
-        if verified is None:
-            return
-        desired = self._ledger.update.desired
-        target = verified.targets.get(release_target(Family(desired.family), Version(desired.version)))
-        if target is None:
-            self._sync.last_error = ReleaseError(
-                f"{desired.family} {desired.version} is not in the signed metadata"
-            )
-            return
-        # The floors are durable before anything is done with what the metadata says.
-        is_newer_root = verified.floors.root > self._ledger.record.floors.root
-        self._ledger.change(floors=verified.floors)
-        self._desk.persist()
-        if is_newer_root:
-            self._desk.emit(SaveRoot(verified.root))
-        self._desk.extend(self._sync.end())
-        self._targets = verified.targets
-        description = Artifact(target.digest, target.length, target.custom.chunks)
-        self._begin_transfer([description], read_last=True)
-
-    def _begin_transfer(self, artifacts: list[Artifact], *, read_last: bool) -> None:
-        self._transfer = Transfer(
-            artifacts, self._requester, self._ledger.tally, self._desk.ask, read_last=read_last
-        )
-        self._progress(self._transfer.resume(self._desk.now_ms))
-
-    def _progress(self, effects: Iterable[Effect]) -> None:
-        """Something of the transfer moved; go on once all of it is there."""
-        self._desk.extend(effects)
-        transfer = self._transfer
-        if transfer is None or not transfer.is_finished or self._desk.state is State.SUSPENDED:
-            return
-        self._transfer = None
-        if transfer.content is not None:
-            self._on_release(transfer.content)
-        else:
-            self._on_downloaded()
+        self.fetching.sync()
 
     def _on_release(self, data: bytes) -> None:
         """The signed description is there: judge it, then measure."""
@@ -345,7 +256,7 @@ class Update:
             decoder_bytes = check_memory(self._ledger.release, running, config, self._ledger.memory_bytes)
             items = plan_update(
                 self._ledger.release,
-                self._targets,
+                self.fetching.targets,
                 event.files,
                 dataclasses.replace(config, delta_memory_bytes_max=decoder_bytes),
                 available_bytes=event.disk_free_bytes + event.inactive_bytes,
@@ -364,39 +275,15 @@ class Update:
         self._desk.persist()
         self._desk.emit(
             EmptySlot(slot),
-            RemoveBlobs(frozenset().union(*(each.blobs for each in _artifacts_of(items)))),
+            RemoveBlobs(frozenset().union(*(each.blobs for each in artifacts_of(items)))),
         )
         self._desk.report()
         if self._desk.may_fetch:
-            self._begin_download()
+            self.fetching.download(self._ledger.update.items)
         else:
             self._desk.move(Trigger.SUSPENDED)
 
     # --- downloading ---------------------------------------------------------------------------------------
-
-    def _begin_download(self) -> None:
-        """Fetch what the plan needs; what is on disk of it is found when each blob is opened."""
-        if self._transfer is not None:
-            self._progress(self._transfer.resume(self._desk.now_ms))
-        else:
-            self._begin_transfer(_artifacts_of(self._ledger.update.items), read_last=False)
-
-    def blob_opened(self, event: events.BlobOpened) -> None:
-        """Storage for a blob is ready."""
-        if self._desk.answers(event.serial) and self._transfer is not None:
-            self._progress(
-                self._transfer.opened(event.present, self._desk.now_ms, connected=self._desk.may_fetch)
-            )
-
-    def blob_read(self, event: events.BlobRead) -> None:
-        """The content of a blob is there."""
-        if self._desk.answers(event.serial) and self._transfer is not None:
-            self._progress(self._transfer.read(event.data))
-
-    def chunk_received(self, chunk: Chunk) -> None:
-        """A chunk arrived."""
-        if self._transfer is not None:
-            self._progress(self._transfer.receive(chunk, self._desk.now_ms))
 
     def _on_downloaded(self) -> None:
         if self._ledger.update.is_in_place and self._desk.hold(Step.INSTALL) is not None:
@@ -616,10 +503,7 @@ class Update:
         self._desk.is_fetched = False
         self._desk.drop_question()
         self._retry_ms = None
-        if self._transfer is not None:
-            self._desk.extend(self._transfer.stop())
-            self._transfer = None
-        self._desk.extend(self._sync.end())
+        self.fetching.drop()
 
     # --- trouble -------------------------------------------------------------------------------------------
 
@@ -659,8 +543,3 @@ class Update:
             self._ledger.files = dict(self._ledger.record.active_slot.files)
             self._serving.go_back(before)
         self._desk.persist()
-
-
-def _artifacts_of(items: tuple[InstallItem, ...]) -> list[Artifact]:
-    """What has to be fetched for a plan."""
-    return [Artifact(Digest(link.blob), link.blob_length, link.tree) for item in items for link in item.links]

@@ -1,0 +1,193 @@
+"""What an update takes from the air: signed metadata, then the description of its release, later what the plan names. Pure.
+
+`update.py` says when, and is told of what came.
+"""
+
+from collections.abc import Callable, Iterable
+
+from device import events
+from device.desk import Desk
+from device.download import Pacer
+from device.effects import Effect, SaveRoot
+from device.journal import InstallItem
+from device.states import State
+from device.sync import MetadataSync
+from device.transfer import Artifact, Requester, Transfer
+from protocol.chunks import Chunk
+from protocol.errors import ReleaseError
+from protocol.ids import Digest, Family, Version
+from protocol.messages import MetadataBundle
+from protocol.release import release_target
+from protocol.trust import Target
+
+
+class Fetching:
+    """The transfer under way, if there is one.
+
+    Args:
+        desk: Shared with the other parts.
+        root: The newest trusted root document.
+        on_described: Told of the signed description of the release.
+        on_fetched: Told when all of the plan is on disk.
+    """
+
+    def __init__(
+        self, desk: Desk, root: bytes, on_described: Callable[[bytes], None], on_fetched: Callable[[], None]
+    ) -> None:
+        config = desk.config
+        self.targets: dict[str, Target] = {}  # what the metadata names that was verified last
+        self._desk = desk
+        self._ledger = desk.ledger
+        self._on_described = on_described
+        self._on_fetched = on_fetched
+        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust)
+        self._requester = Requester(
+            desk.topics,
+            config.device,
+            desk.rng,
+            config.groups_outstanding,
+            config.link_bytes_per_s,
+            Pacer(config.bandwidth_bytes_per_s_max),
+        )
+        self._transfer: Transfer | None = None
+
+    # --- what update.py orders -----------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Get the newest metadata, and with it the description of what is wanted."""
+        self._desk.drop_question()
+        self._transfer = None
+        self._desk.extend(self._sync.begin(self._desk.now_ms))
+
+    def download(self, items: tuple[InstallItem, ...]) -> None:
+        """Fetch what a plan needs; what is on disk of it is found when each blob is opened."""
+        if self._transfer is not None:
+            self._progress(self._transfer.resume(self._desk.now_ms))
+        else:
+            self._begin(artifacts_of(items), read_last=False)
+
+    def pause(self) -> None:
+        """The connection is gone; the disk keeps what came."""
+        self._sync.pause()
+        if self._transfer is not None:
+            self._transfer.pause()
+
+    def hold(self) -> None:
+        """Want nothing more for now."""
+        if self._desk.state is State.SYNCING:
+            self._desk.extend(self._sync.end())
+        if self._transfer is not None:
+            self._desk.extend(self._transfer.stop())
+
+    def drop(self) -> None:
+        """Forget the transfer; what is on disk stays."""
+        if self._transfer is not None:
+            self._desk.extend(self._transfer.stop())
+            self._transfer = None
+        self._desk.extend(self._sync.end())
+
+    # --- time ----------------------------------------------------------------------------------------------
+
+    def deadline(self) -> int | None:
+        """When to call `timeout`."""
+        instants = [each.deadline_ms for each in self._waiting()]
+        return min((instant for instant in instants if instant is not None), default=None)
+
+    def timeout(self) -> None:
+        """Some deadline has passed; if it was one of ours, something did not come.
+
+        Raises:
+            WhimbrelError: It was asked for often enough.
+        """
+        now_ms = self._desk.now_ms
+        for waiting in self._waiting():
+            if waiting.deadline_ms is not None and now_ms >= waiting.deadline_ms:
+                self._desk.extend(waiting.timeout(now_ms))
+
+    def _waiting(self) -> list[MetadataSync | Transfer]:
+        waiting: list[MetadataSync | Transfer] = []
+        if self._desk.state is State.SYNCING:
+            waiting.append(self._sync)
+        if self._transfer is not None:
+            waiting.append(self._transfer)
+        return waiting
+
+    # --- what comes ----------------------------------------------------------------------------------------
+
+    def document_received(self, document: str, data: bytes) -> None:
+        """A signed document arrived."""
+        self._desk.extend(self._sync.receive(document, data))
+        self._try_metadata()
+
+    def bundle_received(self, bundle: MetadataBundle) -> None:
+        """A set of signed documents arrived."""
+        self._sync.receive_bundle(bundle)
+        self._try_metadata()
+
+    def chunk_received(self, chunk: Chunk) -> None:
+        """A chunk arrived."""
+        if self._transfer is not None:
+            self._progress(self._transfer.receive(chunk, self._desk.now_ms))
+
+    def blob_opened(self, event: events.BlobOpened) -> None:
+        """Storage for a blob is ready."""
+        if self._desk.answers(event.serial) and self._transfer is not None:
+            self._progress(
+                self._transfer.opened(event.present, self._desk.now_ms, connected=self._desk.may_fetch)
+            )
+
+    def blob_read(self, event: events.BlobRead) -> None:
+        """The content of a blob is there."""
+        if self._desk.answers(event.serial) and self._transfer is not None:
+            self._progress(self._transfer.read(event.data))
+
+    def _try_metadata(self) -> None:
+        """Believe a set of documents once it verifies and names the release; wait for more until then."""
+        if self._desk.state is not State.SYNCING or self._transfer is not None:
+            return
+        documents = self._sync.documents()
+        if documents is None:
+            return
+        verified = self._sync.verify(documents, self._ledger.record.floors, self._desk.now_ms)
+        if verified is None:
+            return
+        desired = self._ledger.update.desired
+        target = verified.targets.get(release_target(Family(desired.family), Version(desired.version)))
+        if target is None:
+            self._sync.last_error = ReleaseError(
+                f"{desired.family} {desired.version} is not in the signed metadata"
+            )
+            return
+        # The floors are durable before anything is done with what the metadata says.
+        is_newer_root = verified.floors.root > self._ledger.record.floors.root
+        self._ledger.change(floors=verified.floors)
+        self._desk.persist()
+        if is_newer_root:
+            self._desk.emit(SaveRoot(verified.root))
+        self._desk.extend(self._sync.end())
+        self.targets = verified.targets
+        description = Artifact(target.digest, target.length, target.custom.chunks)
+        self._begin([description], read_last=True)
+
+    def _begin(self, artifacts: list[Artifact], *, read_last: bool) -> None:
+        self._transfer = Transfer(
+            artifacts, self._requester, self._ledger.tally, self._desk.ask, read_last=read_last
+        )
+        self._progress(self._transfer.resume(self._desk.now_ms))
+
+    def _progress(self, effects: Iterable[Effect]) -> None:
+        """Something of the transfer moved; say so once all of it is there."""
+        self._desk.extend(effects)
+        transfer = self._transfer
+        if transfer is None or not transfer.is_finished or self._desk.state is State.SUSPENDED:
+            return
+        self._transfer = None
+        if transfer.content is not None:
+            self._on_described(transfer.content)
+        else:
+            self._on_fetched()
+
+
+def artifacts_of(items: tuple[InstallItem, ...]) -> list[Artifact]:
+    """What has to be fetched for a plan."""
+    return [Artifact(Digest(link.blob), link.blob_length, link.tree) for item in items for link in item.links]
