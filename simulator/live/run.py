@@ -11,7 +11,6 @@ from rich.console import Console
 
 from protocol.errors import RequestError, StorageError
 from server import operations
-from server.config import read_config
 from server.runtime import Server
 from simulator.live.brokers import broker_setting
 from simulator.live.display import Display, shown
@@ -20,10 +19,10 @@ from simulator.live.models import Models, build_digits, load_models
 from simulator.live.observer import Observer
 from simulator.live.options import Options
 from simulator.live.population import make_population
+from simulator.live.server import running_server
 from simulator.live.world import FLEET_NAME, World, publish
 from simulator.report.record import Run
 
-CONNECT_S_MAX: Final = 15.0
 SERVER_FOLDER: Final = "server"
 
 
@@ -94,10 +93,5 @@ def _models(options: Options, folder: Path, display: Display) -> Models:
 def _server(folder: Path, setting: str, models: Models) -> Iterator[Server]:
     operations.init_repository(folder, FLEET_NAME, broker=setting, port=0)
     publish(folder, models, "v1")
-    server = Server(read_config(folder))
-    server.start()
-    try:
-        server.wait_connected(CONNECT_S_MAX)
+    with running_server(folder) as server:
         yield server
-    finally:
-        server.stop()

@@ -18,7 +18,6 @@ from msgspec import Struct
 
 from protocol.errors import StorageError, TransportError
 from server import operations
-from server.config import read_config
 from server.operations import RolloutStatus
 from server.rollouts.states import FINAL
 from server.runtime import Server
@@ -27,6 +26,7 @@ from simulator.live.devices import Host, HostedDevice
 from simulator.live.fleet import DESCRIPTORS_PER_DEVICE, allow_descriptors
 from simulator.live.link import LinkEmulator
 from simulator.live.population import DevicePlan, LinkProfile
+from simulator.live.server import running_server
 from simulator.loop import US_PER_S
 from simulator.models import FACTORY, FAMILY, FILE_NAME, FLEET
 from simulator.network import HEADER_BYTES, SEGMENT_BYTES
@@ -35,7 +35,6 @@ from simulator.scenario import Scenario
 from simulator.schedule import boot_instants_us, duty_cycle
 from simulator.streams import derived_seed
 
-CONNECT_S_MAX: Final = 15.0
 PROGRESS_S: Final = 30.0
 """Between two words about how far it got."""
 
@@ -284,13 +283,8 @@ def plan_of(scenario: Scenario, number: int) -> DevicePlan:
 def _served(home: Path, port: int, scenario: Scenario) -> Iterator[Server]:
     operations.init_repository(home, FLEET, broker=f"127.0.0.1:{port}", port=0)
     _publish(home, scenario, FACTORY, Path(scenario.model.files[0]))
-    server = Server(read_config(home))
-    server.start()
-    try:
-        server.wait_connected(CONNECT_S_MAX)
+    with running_server(home) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def _publish(home: Path, scenario: Scenario, version: str, source: Path) -> None:
