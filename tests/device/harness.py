@@ -354,6 +354,18 @@ class Device:
             self.queue.append(events.DeadlineReached())
         raise AssertionError(f"the agent never came to rest: {self.rows[-10:]}")
 
+    def settle_until_cut(self, operations: int) -> bool:
+        """Settle with power for so many changes of the disk; whether it went. Then what was not synced is kept, lost or torn."""
+        self.disk.operations_left = operations
+        try:
+            self.settle()
+        except PowerCutError:
+            self.disk.crash(random.Random(operations))
+            return True
+        finally:
+            self.disk.operations_left = None
+        return False
+
     # --- the ports that the world plays ---------------------------------------------------------------------
 
     def submit(self, work: Callable[[], None]) -> None:

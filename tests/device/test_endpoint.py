@@ -91,7 +91,7 @@ class Slow:
         self.is_closed = False
 
     def answer(self, prompt: Prompt) -> str:
-        raise NotImplementedError
+        return self.classify(prompt).label
 
     def classify(self, values: object) -> Classified:
         del values

@@ -9,20 +9,25 @@ from contextlib import suppress
 import pytest
 
 from device.leases import Leases, NoModelError
-from protocol.release import Prompt
+from protocol.errors import EngineError
+from protocol.release import ClassPrompt, Prompt
 
 SWAPS = 400
 USERS = 4
+PROMPT = ClassPrompt(name="p", input=[0.0], label=0)
 
 
 class Counted:
-    """A model that knows how often it was closed, and whether it was asked after that."""
+    """A model that knows how often it was closed, and does not answer after that."""
 
     def __init__(self) -> None:
         self.closes = 0
 
     def answer(self, prompt: Prompt) -> str:
-        raise NotImplementedError
+        del prompt
+        if self.closes:
+            raise EngineError("the model is closed")
+        return "0"
 
     def close(self) -> None:
         self.closes += 1
@@ -118,6 +123,10 @@ def test_no_race_closes_a_model_in_use_or_one_twice_or_one_never(is_let_go: bool
                 assert isinstance(model, Counted)
                 assert models[int(lease.version)] is model
                 time.sleep(0)  # another thread's turn
+                try:
+                    assert model.answer(PROMPT) == "0"
+                except EngineError:
+                    assert lease.is_revoked
                 assert not model.closes or lease.is_revoked
                 uses[user] += 1
 

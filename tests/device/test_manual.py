@@ -404,16 +404,9 @@ def test_a_power_cut_at_any_effect_of_a_rollback_leaves_one_of_the_two_versions(
 def test_a_power_cut_at_any_change_of_the_disk_during_a_rollback_leaves_a_version(cache: Cache) -> None:
     for operations in count():
         device = updated_once_more(cache)
-        device.disk.operations_left = operations
         wish(device, Wish.ROLLBACK)
-        try:
-            device.settle()
-        except PowerCutError:
-            pass
-        else:
+        if not device.settle_until_cut(operations):
             break
-        device.disk.operations_left = None
-        device.disk.crash(random.Random(operations))
         device.boot()
         device.connect()
         device.settle()
@@ -483,17 +476,10 @@ def test_the_history_says_what_the_record_says_after_a_power_cut_at_any_change(c
     for operations in count():
         cache.sequence = 0
         device = Device(cache, V1)
-        device.disk.operations_left = operations
         device.connect()
         want(device, "v2")
-        try:
-            device.settle()
-        except PowerCutError:
-            pass
-        else:
+        if not device.settle_until_cut(operations):
             break
-        device.disk.operations_left = None
-        device.disk.crash(random.Random(operations))
         record = device.record
         is_over = record.update is not None and record.update.finished_ms is not None
         assert [past.version for past in record.history] == ["v2"] * is_over, f"cut at {operations}"

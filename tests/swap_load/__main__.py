@@ -10,11 +10,12 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
+from protocol.release import RuntimeName
 from protocol.tensors import BytesSource
 from protocol.tensors.gguf import parse_gguf
 from tests.kill.models import write_models
@@ -51,47 +52,21 @@ def other_language_model(model: Path, folder: Path) -> Path:
     return changed
 
 
-def run_executor(
-    folder: Path, count: int, swaps: int, seed: int, broken: str, progress: Callable[[str], None]
-) -> Outcome:
-    models = [model for model, _ in write_models(folder, seed).values()]
-    questions = class_questions(seed)
-    leases = BROKEN.get(broken, CountingLeases)()
-    outcome = swapper.run(
-        folder / "state",
-        "onnx",
-        models,
-        questions,
-        count=count,
-        swaps=swaps,
-        seed=seed,
-        leases=leases,
-        progress=progress,
-    )
-    questions.check_that_versions_differ()
-    return outcome
+class Swapped(NamedTuple):
+    """What is swapped without an agent around it, and what is asked."""
+
+    runtime: RuntimeName
+    models: list[Path]
+    questions: ClassQuestions | TextQuestions
 
 
-def run_llama(
-    folder: Path, count: int, swaps: int, seed: int, broken: str, progress: Callable[[str], None]
-) -> Outcome:
+def classifiers(folder: Path, seed: int) -> Swapped:
+    return Swapped("onnx", [model for model, _ in write_models(folder, seed).values()], class_questions(seed))
+
+
+def language_models(folder: Path) -> Swapped:
     model = language_model()
-    models = [model, other_language_model(model, folder)]
-    questions = TextQuestions(PROMPTS)
-    leases = BROKEN.get(broken, CountingLeases)()
-    outcome = swapper.run(
-        folder / "state",
-        "llama",
-        models,
-        questions,
-        count=count,
-        swaps=swaps,
-        seed=seed,
-        leases=leases,
-        progress=progress,
-    )
-    questions.check_that_versions_differ()
-    return outcome
+    return Swapped("llama", [model, other_language_model(model, folder)], TextQuestions(PROMPTS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,17 +87,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.broken and not (arguments.executor or arguments.llama):
         parser.error("--broken is for --executor or --llama")
     folder = Path(tempfile.mkdtemp(prefix="whimbrel-swap-"))
-    options = (folder, arguments.count, arguments.swaps, arguments.seed, arguments.broken, _progress)
+    questions: ClassQuestions | TextQuestions
     try:
-        if arguments.llama:
-            outcome = run_llama(*options)
-        elif arguments.executor:
-            outcome = run_executor(*options)
+        if arguments.llama or arguments.executor:
+            runtime, models, questions = (
+                language_models(folder) if arguments.llama else classifiers(folder, arguments.seed)
+            )
+            outcome = swapper.run(
+                folder / "state",
+                runtime,
+                models,
+                questions,
+                count=arguments.count,
+                swaps=arguments.swaps,
+                seed=arguments.seed,
+                leases=BROKEN.get(arguments.broken, CountingLeases)(),
+                progress=_progress,
+            )
         else:
-            questions = class_questions(arguments.seed)
+            questions = whole = class_questions(arguments.seed)
             outcome = agent.run(
                 folder,
-                questions,
+                whole,
                 count=arguments.count,
                 swaps=arguments.swaps,
                 seed=arguments.seed,
@@ -130,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 in_place=arguments.in_place,
                 progress=_progress,
             )
-            questions.check_that_versions_differ()
+        questions.check_that_versions_differ()
     finally:
         shutil.rmtree(folder)
     sys.stdout.write(json.dumps(asdict(outcome)) + "\n" if arguments.json else summary(outcome))
