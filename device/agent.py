@@ -4,8 +4,8 @@
     agent.deadline()                           # send `DeadlineReached` then, unless an event comes first
 
 Pure: no clock (`now_ms` is an argument), no entropy (`rng` is), no file, no socket. The table of states is `states.py`;
-`update.py` says what happens on entering each, `manual.py` what an operator may ask for, `serving.py` which slot answers.
-Every state can be re-entered from the durable record, so a power cut at any instant leads to a state that the table knows.
+`update.py` says what happens on entering each, `fetching.py` gets what it needs, `manual.py` knows what an operator may ask for, `serving.py`
+which slot answers. Every state can be re-entered from the durable record, so a power cut at any instant leads to a state that the table knows.
 """
 
 import random
