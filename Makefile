@@ -19,6 +19,7 @@ BENCH_OPTIONS ?=
 DEB_OPTIONS ?=
 AT_REST_OPTIONS ?=
 SWAP_OPTIONS ?=
+ACCELERATORS ?= openvino cuda
 
 # The environment is known by the lock file that it was made from.
 define environment
@@ -130,6 +131,10 @@ at-rest: setup ## measure an agent at rest: memory, processor and traffic over a
 arm64-vectors: ## apply the golden vectors on an emulated 64-bit ARM processor (needs Debian and qemu-user-static)
 	$(call environment,wheels)
 	$(BIN)/python -m tools.arm64 tests/protocol/test_delta_vectors.py
+
+.PHONY: accelerators
+accelerators: setup ## run models on other builds of the runtimes (ACCELERATORS='openvino cuda vulkan'; 900 MB, the last compiles for twenty minutes)
+	$(BIN)/python -m tools.accelerators $(ACCELERATORS)
 
 .PHONY: bench-native
 bench-native: ## measure C with ctypes against numba, Cython, Rust and pure Python, also on an emulated ARM processor

@@ -15,6 +15,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Meta, Struct
 
+from device.compute import ON_PROCESSOR, Compute, LlamaSettings, OnnxSettings, check_llama, check_onnx
 from device.policy import NO_RULES, WINDOWS_MAX, Metered, Policy, Step, parse_window
 from protocol.delta_graph import LINK_BYTES_PER_S, LINKS_MAX
 from protocol.errors import RequestError, TopicError
@@ -156,6 +157,8 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hooks: HookSettings = HookSettings()
     policy: PolicySettings = PolicySettings()
     priority: PrioritySettings = PrioritySettings()
+    onnx: OnnxSettings = OnnxSettings()
+    llama: LlamaSettings = LlamaSettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +218,7 @@ class DeviceConfig:
         hooks: Commands of the owner.
         sources: Where to look for what the policy asks about.
         priority: How far installations and trials give way.
+        compute: Where models run.
     """
 
     agent: AgentConfig
@@ -226,6 +230,7 @@ class DeviceConfig:
     hooks: HookConfig = HookConfig()
     sources: ConditionSources = ConditionSources()
     priority: PrioritySettings = field(default_factory=PrioritySettings)
+    compute: Compute = ON_PROCESSOR
 
     @property
     def control(self) -> Path:
@@ -289,6 +294,7 @@ def load_config(path: Path) -> DeviceConfig:
             metered_file=home / settings.policy.metered_file if settings.policy.metered_file else None,
         ),
         priority=settings.priority,
+        compute=Compute(onnx=checked("onnx", check_onnx), llama=checked("llama", check_llama)),
     )
 
 

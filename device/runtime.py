@@ -77,7 +77,7 @@ class DeviceRuntime:
         self.disk.prepare()
         self.agent = Agent(config.agent, rng)
         priority = Priority(config.priority.nice, config.priority.io)
-        self.engine = LocalEngine(priority=priority)
+        self.engine = LocalEngine(priority=priority, compute=config.compute)
         self._loop = loop
         self._clock = clock
         self._on_trace = on_trace

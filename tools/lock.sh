@@ -14,6 +14,10 @@ pin_part pyproject.toml --extra wheels --output-file locks/wheels.lock
 pin_part pyproject.toml --extra device --extra onnx --output-file locks/device.lock
 pin_part pyproject.toml --extra vectors --output-file locks/vectors.lock
 pin_part benchmarks/native/requirements.in --output-file locks/bench-native.lock
+# Builds of onnxruntime for accelerators, each alone: they take the place of the ordinary one in front of it on the path.
+pin --no-deps tests/accelerators/openvino.in --output-file locks/openvino.lock
+pin --no-deps tests/accelerators/cuda.in --output-file locks/cuda.lock
+pin_part --no-deps tests/accelerators/vulkan.in --output-file locks/vulkan.lock
 pin_part pyproject.toml --extra fuzz --extra editable --output-file locks/fuzz.lock
 
 # On Linux the ordinary build of PyTorch brings several GB of CUDA, which nothing here uses: there the CPU build of the same

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, get_args
 
+import msgspec
 from msgspec import Struct
 
 from device.adapters.clock import SystemClock, system_rng
@@ -25,6 +26,8 @@ from device.adapters.control import AgentNotRunningError, Status, ask_agent
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport
+from device.adapters.runtime_check import CheckOrder, CheckResult
+from device.compute import ON_PROCESSOR, Compute
 from device.config import DeviceConfig, load_config
 from device.executor import ROOT_FILE
 from device.journal import Journal, Record
@@ -32,6 +35,7 @@ from device.slots import slot_bytes
 from protocol.constants import METADATA_BYTES_MAX
 from protocol.delta.native import library
 from protocol.errors import StorageError, WhimbrelError
+from protocol.release import RuntimeName
 from protocol.trust import check_root
 
 SERVICE_USER: Final = "whimbrel"
@@ -53,7 +57,10 @@ IMPORT_S_MAX: Final = 120.0
 
 _SCRATCH: Final = "doctor.tmp~"
 _SCRATCH_BYTES: Final = 1 << 20
-_MODULES: Final[dict[str, str]] = {"onnx": "onnxruntime", "llama": "llama_cpp"}
+RUNTIMES: Final[tuple[RuntimeName, ...]] = get_args(RuntimeName)
+_GPU_ADVICE: Final = (
+    "install the runtime that knows the accelerator, its driver and its libraries: docs/device.md"
+)
 _TIME_ERROR: Final = 5  # adjtimex(2): the clock is not synchronized
 _TIMEX_BYTES: Final = 256  # more than `struct timex` has anywhere
 _MB: Final = 1 << 20
@@ -124,7 +131,7 @@ def examine(path: Path, clock: SystemClock | None = None) -> list[Finding]:
     findings += [
         look_at_memory(patient),
         look_at_clock(now_ms, record),
-        look_at_runtimes(record),
+        look_at_runtimes(record, config.compute),
         _look_at_library(),
     ]
     findings += [asked, look_at_broker(patient)]
@@ -378,8 +385,8 @@ def _is_synchronized() -> bool:
     return bool(adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) != _TIME_ERROR)
 
 
-def look_at_runtimes(record: Record | None) -> Finding:
-    """The installed runtimes can be loaded, and the one of the active version is among them."""
+def look_at_runtimes(record: Record | None, compute: Compute = ON_PROCESSOR) -> Finding:
+    """The installed runtimes can be loaded, that of the active version is among them, and models run where they should."""
     name, found = "runtimes", LocalEngine().versions()
     wanted = record.active_slot.runtime if record is not None and record.active is not None else None
     extra = wanted or "onnx"
@@ -389,33 +396,45 @@ def look_at_runtimes(record: Record | None) -> Finding:
     text = ", ".join(f"{runtime} {version}" for runtime, version in found.items())
     if wanted is not None and wanted not in found:
         return Finding(name, Level.FAILED, f"{text}; the active version needs {wanted}", advice)
-    for runtime in [wanted] if wanted is not None else found:
-        if trouble := _import_trouble(_MODULES[runtime]):
-            return Finding(
-                name, Level.FAILED, f"{runtime} cannot be loaded: {trouble}", f"install it anew: {advice}"
-            )
+    for runtime in RUNTIMES:
+        if runtime not in found or wanted not in {None, runtime}:
+            continue
+        result = _check_runtime(runtime, compute)
+        if not result.places:
+            where = "" if compute == ON_PROCESSOR else f", or change [{runtime}] in the configuration"
+            text = f"{runtime} cannot be used: {result.trouble}"
+            return Finding(name, Level.FAILED, text, f"install it anew: {advice}{where}")
+        if result.trouble:
+            text += f"; {runtime} runs on {', '.join(result.places)} only: {result.trouble}"
+            return Finding(name, Level.WARNING, text, _GPU_ADVICE)
+        if compute != ON_PROCESSOR:
+            text += f"; {runtime} runs on {', '.join(result.places)}"
     return Finding(name, Level.OK, text)
 
 
-def _import_trouble(module: str) -> str:
-    """Why a module cannot be imported, empty where it can; in a process of its own, which may crash."""
+def _check_runtime(runtime: RuntimeName, compute: Compute) -> CheckResult:
+    """Where a runtime runs; asked in a process of its own, which may crash."""
+    order = msgspec.json.encode(CheckOrder(runtime=runtime, compute=compute))
     try:
         result = subprocess.run(
-            [sys.executable, "-c", f"import {module}"],
+            [sys.executable, "-m", "device.adapters.runtime_check"],
+            input=order,
             capture_output=True,
-            text=True,
-            errors="replace",
             check=False,
             timeout=IMPORT_S_MAX,
-            env={"ORT_DISABLE_TELEMETRY": "1", **os.environ},
+            cwd=Path(__file__).resolve().parents[2],  # the child runs the code that this process runs
         )
     except subprocess.TimeoutExpired:
-        return f"no end after {IMPORT_S_MAX:.0f} s"
+        return CheckResult(places=(), trouble=f"no end after {IMPORT_S_MAX:.0f} s")
     if result.returncode < 0:
-        return f"ended by signal {-result.returncode}"
+        return CheckResult(places=(), trouble=f"ended by signal {-result.returncode}")
     if result.returncode:
-        return (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-    return ""
+        lines = result.stderr.decode(errors="replace").strip().splitlines()
+        return CheckResult(places=(), trouble=(lines or ["no reason given"])[-1])
+    try:
+        return msgspec.json.decode(result.stdout, type=CheckResult)
+    except msgspec.MsgspecError:
+        return CheckResult(places=(), trouble="it printed what is no result")
 
 
 def _look_at_library() -> Finding:

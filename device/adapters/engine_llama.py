@@ -9,16 +9,20 @@ Keys and values of past tokens belong to the loaded weights and go with them; ev
 
 import ctypes
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from device.adapters.gpu_layers import layer_costs, layers_that_fit
 from device.adapters.text_stream import TextStream
+from device.compute import ON_PROCESSOR, LlamaSettings
 from device.ports import QuestionError, Sampling, Written
-from protocol.errors import EngineError
+from protocol.errors import EngineError, WhimbrelError
 from protocol.release import Prompt, TextPrompt
 
 CONTEXT_TOKENS: Final = 512
@@ -26,6 +30,10 @@ CONTEXT_TOKENS: Final = 512
 
 ANSWER_TOKENS_MAX: Final = 48
 """Longest continuation: one line."""
+
+_LOG: Final = logging.getLogger(__name__)
+
+_ALL_LAYERS: Final = -1  # llama.cpp's word for it
 
 _THREADS_MAX: Final = 2
 """More would take the processor of a small board away from its own work."""
@@ -128,26 +136,23 @@ class LlamaModel:
         return self._llama
 
 
-def load_llama(path: str) -> LlamaModel:
-    """Load a GGUF file, its weights mapped and not copied.
+def load_llama(path: str, settings: LlamaSettings = ON_PROCESSOR.llama) -> LlamaModel:
+    """Load a GGUF file, its weights mapped and not copied, with as many layers on an accelerator as the settings say.
 
     Raises:
         EngineError: The runtime is missing, or refuses the file.
     """
+    llama_cpp = _llama_cpp()
+    threads = settings.threads or _threads()
+    layers = _gpu_layers(path, settings)
     try:
-        import llama_cpp  # noqa: PLC0415 - a device without it runs other models
-    except ImportError as error:
-        raise EngineError(
-            "llama-cpp-python is not installed", hint="install whimbrel with the extra 'llama'"
-        ) from error
-    threads = _threads()
-    try:
-        llama_cpp.llama_log_set(_silence(), ctypes.c_void_p())
         llama = llama_cpp.Llama(
             path,
             n_ctx=CONTEXT_TOKENS,
             n_threads=threads,
             n_threads_batch=threads,
+            n_gpu_layers=layers,
+            main_gpu=settings.main_gpu if layers else 0,
             use_mmap=True,
             logits_all=True,
             verbose=False,
@@ -155,6 +160,61 @@ def load_llama(path: str) -> LlamaModel:
     except Exception as error:
         raise EngineError(f"llama.cpp cannot load the file: {_line(error)}") from error
     return LlamaModel(llama)
+
+
+def gpu_trouble() -> str:
+    """Why no layer can run on an accelerator, empty where it can.
+
+    Raises:
+        EngineError: The runtime is missing.
+    """
+    llama_cpp = _llama_cpp()
+    if llama_cpp.llama_supports_gpu_offload():
+        return ""
+    return f"llama-cpp-python {llama_cpp.__version__} was built without an accelerator, or finds none"
+
+
+def _gpu_layers(path: str, settings: LlamaSettings) -> int:
+    """Layers for the accelerator: as llama.cpp counts them, the output is one of them."""
+    if not settings.gpu_layers:
+        return 0
+    if trouble := gpu_trouble():
+        _LOG.warning("all layers run on the processor: %s", trouble)
+        return 0
+    if settings.gpu_memory_mb_max is None:
+        return _ALL_LAYERS if settings.gpu_layers == "all" else settings.gpu_layers
+    try:
+        costs = layer_costs(Path(path), CONTEXT_TOKENS)
+    except (WhimbrelError, OSError) as error:
+        raise EngineError(f"llama.cpp cannot load the file: {_line(error)}") from error
+    wanted = len(costs) if settings.gpu_layers == "all" else min(settings.gpu_layers, len(costs))
+    layers = min(wanted, layers_that_fit(costs, settings.gpu_memory_mb_max << 20))
+    if layers < wanted:
+        _LOG.warning(
+            "%d of %d layers run on the accelerator: more would pass llama.gpu_memory_mb_max",
+            layers,
+            len(costs),
+        )
+    return layers
+
+
+def _llama_cpp() -> Any:
+    try:
+        import llama_cpp  # noqa: PLC0415 - a device without it runs other models
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"llama-cpp-python is not installed: {error}", hint="install whimbrel with the extra 'llama'"
+        ) from error
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a library that it needs is missing or is another one
+        raise EngineError(
+            f"llama-cpp-python does not load: {_line(error)}", hint="install it anew"
+        ) from error
+    llama_cpp.llama_log_set(_silence(), ctypes.c_void_p())
+    return llama_cpp
 
 
 @functools.cache

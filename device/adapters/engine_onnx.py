@@ -1,13 +1,18 @@
 """Classifiers under onnxruntime. The only module of the device that imports it, and only when a model is loaded."""
 
+import functools
+import logging
 import math
 import os
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
+from device.compute import ON_PROCESSOR, PROCESSOR, OnnxSettings, provider_options
 from device.ports import Classified, QuestionError
 from protocol.errors import EngineError
 from protocol.release import ClassPrompt, Prompt
@@ -16,8 +21,19 @@ TELEMETRY: Final = ("ORT_DISABLE_TELEMETRY", "1")
 """Official builds from 1.32 on tell Microsoft about every session, unless this is in the environment before the import
 (onnxruntime's Privacy.md). Nobody asked the owner of the device; whoever wants it sets the variable to 0."""
 
+_LOG: Final = logging.getLogger(__name__)
+
+_IDENTITY: Final = bytes.fromhex(
+    "080812003a370a100a017812017922084964656e746974791201675a0f0a0178"
+    "120a0a08080112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
+)
+"""A model that gives back its input, one number: what a provider that starts can run."""
+
 _LOG_ERRORS: Final = 3
 """onnxruntime's severity "error": warnings about an odd processor would fill a device's log."""
+
+_PLACE_IN_SOURCE: Final = re.compile(r"^\S+\.cc:\d+ .*?\([^()]*\) ")
+"""Where in onnxruntime an error was raised, file and signature, which stands before what it says."""
 
 _DETAIL_CHARS_MAX: Final = 300
 """onnxruntime's messages may hold a whole graph; a report carries one line."""
@@ -85,30 +101,99 @@ class OnnxModel:
             self._session = None
 
 
-def load_onnx(path: str) -> OnnxModel:
-    """Load a model for one thread of the processor, so that it leaves the others to the device's own work.
+def load_onnx(path: str, settings: OnnxSettings = ON_PROCESSOR.onnx) -> OnnxModel:
+    """Load a model for one thread of the processor, so that it leaves the others to the device's own work, or as the settings say.
 
     Raises:
-        EngineError: The runtime is missing, or refuses the file.
+        EngineError: The runtime is missing or refuses the file, or none of the providers starts here.
     """
+    providers, trouble = usable_providers(settings)
+    if not providers:
+        raise EngineError(f"no execution provider starts: {trouble}", hint="see onnx.providers")
+    if trouble:
+        _LOG.warning("the model runs on %s: %s", ", ".join(providers), trouble)
+    try:
+        return OnnxModel(_session(path, settings, providers))
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineError(f"onnxruntime cannot load the file: {_line(error)}") from error
+
+
+def usable_providers(settings: OnnxSettings) -> tuple[tuple[str, ...], str]:
+    """Those execution providers of the settings that start on this machine, and why the others do not, in one line.
+
+    A package may have a provider whose driver or device is missing. onnxruntime then says so in its log only, and takes the processor;
+    or it fails, as for a model that it cannot run. So each is tried with a model that all can run, once in a process.
+
+    Raises:
+        EngineError: The runtime is missing.
+    """
+    return _usable_providers(msgspec.json.encode(settings))
+
+
+@functools.lru_cache(maxsize=4)
+def _usable_providers(encoded: bytes) -> tuple[tuple[str, ...], str]:
+    settings = msgspec.json.decode(encoded, type=OnnxSettings)  # which has tables, and so is no key itself
+    onnxruntime = _onnxruntime()
+    available = onnxruntime.get_available_providers()
+    usable: list[str] = []
+    troubles: list[str] = []
+    for name in settings.providers:
+        if name == PROCESSOR:
+            usable.append(name)
+            continue
+        if name not in available:
+            troubles.append(
+                f"onnxruntime {onnxruntime.__version__} has no {name}, it has {', '.join(available)}"
+            )
+            continue
+        try:
+            session = _session(_IDENTITY, settings, (name, PROCESSOR))
+        except Exception as error:  # noqa: BLE001 - each provider has its own
+            troubles.append(f"{name}: {_line(error)}")
+            continue
+        if name in session.get_providers():
+            usable.append(name)
+        else:
+            troubles.append(f"{name} does not start: its driver, its device or a library is missing")
+    return tuple(usable), "; ".join(troubles)
+
+
+def _onnxruntime() -> Any:
     os.environ.setdefault(*TELEMETRY)
     try:
         import onnxruntime  # noqa: PLC0415 - a device without it runs other models
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise EngineError(
-            "onnxruntime is not installed", hint="install whimbrel with the extra 'onnx'"
+            f"onnxruntime is not installed: {error}", hint="install whimbrel with the extra 'onnx'"
         ) from error
-    try:
-        onnxruntime.set_default_logger_severity(_LOG_ERRORS)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = _LOG_ERRORS
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise EngineError(f"onnxruntime cannot load the file: {_line(error)}") from error
-    return OnnxModel(session)
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # a library that it needs is missing or is another one
+        raise EngineError(f"onnxruntime does not load: {_line(error)}", hint="install it anew") from error
+    onnxruntime.set_default_logger_severity(_LOG_ERRORS)
+    return onnxruntime
+
+
+def _session(model: str | bytes, settings: OnnxSettings, providers: Sequence[str]) -> Any:
+    onnxruntime = _onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _LOG_ERRORS
+    if PROCESSOR not in providers:  # or onnxruntime would give it what the others do not take
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    known = provider_options(settings)
+    return onnxruntime.InferenceSession(
+        model,
+        options,
+        providers=[(name, known.get(name, {})) for name in dict.fromkeys(providers)],
+        enable_fallback=0,  # or it would try again on the processor, and print that
+    )
 
 
 def _shape_for(declared: Sequence[int | str | None], length: int) -> tuple[int, ...] | None:
@@ -142,4 +227,5 @@ def _class_of(output: object) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:_DETAIL_CHARS_MAX] or type(error).__name__
+    text = _PLACE_IN_SOURCE.sub("", " ".join(str(error).split()))
+    return text[:_DETAIL_CHARS_MAX] or type(error).__name__

@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from device.adapters.priority import DEFAULT_PRIORITY, Priority
+from device.compute import ON_PROCESSOR, Compute
 from device.ports import TrialOrder
 from protocol.errors import EngineError
 from protocol.messages import LatencySummary, TrialEvidence
@@ -62,11 +63,13 @@ class ChildOrder(Struct, frozen=True, kw_only=True):
         order: The trial.
         parent: Process id of the one that waits for the answer.
         priority: How far the trial gives way.
+        compute: Where the model runs: where it will run when it serves.
     """
 
     order: TrialOrder
     parent: int
     priority: Priority = DEFAULT_PRIORITY
+    compute: Compute = ON_PROCESSOR
 
 
 class Started(Struct, frozen=True, kw_only=True, tag="started"):
@@ -160,6 +163,7 @@ def run_trial(
     python: str = sys.executable,
     is_stopped: Callable[[], bool] = lambda: False,
     priority: Priority = DEFAULT_PRIORITY,
+    compute: Compute = ON_PROCESSOR,
 ) -> TrialEvidence:
     """Try a model in a process of its own.
 
@@ -169,6 +173,7 @@ def run_trial(
         is_stopped: Asked all the time; once it says so, the trial is broken off. While others of this process run, it is asked
             again after `release_stopped`.
         priority: How far the trial gives way to what serves.
+        compute: Where the model runs.
 
     Raises:
         EngineError: No child could be started, which says nothing about the model.
@@ -178,7 +183,9 @@ def run_trial(
             prompts_passed=0, prompts_total=len(order.health.prompts), detail=_STOPPED_DETAIL
         )
     try:
-        child = _start(order, python, priority)
+        child = _start(
+            ChildOrder(order=order, parent=os.getpid(), priority=priority, compute=compute), python
+        )
         watch = _Watch(child, order, is_stopped)
         try:
             watch.follow()
@@ -332,13 +339,12 @@ class _Watch:
             self._detail += f": {_one_line(lines[-1], _STDERR_CHARS_MAX)}"
 
 
-def _start(order: TrialOrder, python: str, priority: Priority) -> "subprocess.Popen[bytes]":
+def _start(order: ChildOrder, python: str) -> "subprocess.Popen[bytes]":
     environment = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     try:
         # A file in memory: a pipe would block this process on a child that does not read.
         with os.fdopen(os.memfd_create("trial-order"), "w+b") as stdin:
-            child = ChildOrder(order=order, parent=os.getpid(), priority=priority)
-            stdin.write(_order_encoder.encode(child))
+            stdin.write(_order_encoder.encode(order))
             stdin.seek(0)
             return subprocess.Popen(
                 # -B: the child may write next to nothing, and half a byte code file would outlive it.

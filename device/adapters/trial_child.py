@@ -131,7 +131,7 @@ def main() -> int:
     _speak(out, Started())
     begin_ms = _now_ms()
     try:
-        model = load_model(order.order.model)
+        model = load_model(order.order.model, order.compute)
     except EngineError as error:
         _speak(out, Troubled(detail=f"runtime refused the file: {error}"))
         return 0

@@ -19,6 +19,7 @@ from device.adapters.engine_onnx import OnnxModel, load_onnx
 from device.adapters.engines import LocalEngine, load_model
 from device.adapters.mqtt import MqttLoop
 from device.adapters.workers import WorkerPool
+from device.compute import ON_PROCESSOR
 from device.config import AgentConfig, DeviceConfig
 from device.effects import Serve
 from device.ports import ModelSource
@@ -283,7 +284,7 @@ def test_a_device_without_a_model_says_so(runtime: DeviceRuntime) -> None:
 
 
 def test_each_runtime_gives_its_own_kind_of_model(classifier: Path) -> None:
-    model = load_model(ModelSource("onnx", str(classifier)))
+    model = load_model(ModelSource("onnx", str(classifier)), ON_PROCESSOR)
     assert isinstance(model, OnnxModel)
     model.close()
 
