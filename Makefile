@@ -132,6 +132,11 @@ arm64-vectors: ## apply the golden vectors on an emulated 64-bit ARM processor (
 	$(call environment,wheels)
 	$(BIN)/python -m tools.arm64 tests/protocol/test_delta_vectors.py
 
+.PHONY: arm64
+arm64: setup ## install the package in a clean Debian for 64-bit ARM, emulated: an update, a kill, a rollback (root, debootstrap, qemu-user-static, mosquitto)
+	$(call environment,wheels)
+	$(BIN)/python -m tools.arm64_device
+
 .PHONY: accelerators
 accelerators: setup ## run models on other builds of the runtimes (ACCELERATORS='openvino cuda vulkan'; 900 MB, the last compiles for twenty minutes)
 	$(BIN)/python -m tools.accelerators $(ACCELERATORS)

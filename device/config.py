@@ -175,6 +175,14 @@ class ServingConfig:
     requests_max: int
     request_s_max: float
 
+    @property
+    def address(self) -> str:
+        """Where it listens, as the configuration says it."""
+        if isinstance(self.listen, Path):
+            return f"unix:{self.listen}"
+        host, port = self.listen
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookConfig:

@@ -33,6 +33,8 @@ def status_lines(config: DeviceConfig, record: Record, agent: Status | None) -> 
     named = config.agent
     yield f"device    {named.device}   fleet {named.fleet}   family {named.family}   tier {named.tier or '-'}"
     yield f"agent     {_agent_line(config, agent)}"
+    if config.serving is not None:
+        yield f"endpoint  {config.serving.address}"
     yield f"updates   {_updates_line(record, agent)}"
     yield f"state     {agent.state if agent is not None else record.state.value}"
     yield ""

@@ -9,12 +9,15 @@ import ctypes
 import json
 import os
 import pwd
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import Enum
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Final, NamedTuple, get_args
 
@@ -28,7 +31,7 @@ from device.adapters.engines import LocalEngine
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport
 from device.adapters.runtime_check import CheckOrder, CheckResult
 from device.compute import ON_PROCESSOR, Compute
-from device.config import DeviceConfig, load_config
+from device.config import DeviceConfig, ServingConfig, load_config
 from device.executor import ROOT_FILE
 from device.journal import Journal, Record
 from device.slots import slot_bytes
@@ -135,6 +138,8 @@ def examine(path: Path, clock: SystemClock | None = None) -> list[Finding]:
         _look_at_library(),
     ]
     findings += [asked, look_at_broker(patient)]
+    if config.serving is not None:
+        findings.append(look_at_endpoint(config.serving, is_running=is_running))
     findings.append(Finding("certificates", Level.NOTE, "not configured: this version uses none"))
     return findings
 
@@ -458,6 +463,34 @@ def look_at_broker(patient: _Patient) -> Finding:
         advice = "check `broker` in the configuration, the network, the broker's port and its access rules"
         return Finding("broker", Level.FAILED, f"{where}: {trouble.removeprefix(f'{where}: ')}", advice)
     return Finding("broker", Level.OK, f"{where} lets {config.agent.device} in")
+
+
+def look_at_endpoint(serving: ServingConfig, *, is_running: bool) -> Finding:
+    """Applications are answered where the configuration says."""
+    name, where = "endpoint", serving.address
+    if not is_running:
+        return Finding(name, Level.NOTE, f"{where}: not tried, the agent does not run")
+    try:
+        status = _endpoint_status(serving.listen)
+    except (OSError, HTTPException) as error:
+        advice = "restart the agent, and look at its log; it may be a change of the configuration since"
+        return Finding(name, Level.FAILED, f"{where}: {error}", advice)
+    if status == HTTPStatus.OK:
+        return Finding(name, Level.OK, f"{where} answers applications")
+    return Finding(name, Level.WARNING, f"{where} says {status}: no model answers", "see above for the agent")
+
+
+def _endpoint_status(listen: Path | tuple[str, int]) -> int:
+    """What the endpoint's `/health` answers."""
+    host, port = ("localhost", None) if isinstance(listen, Path) else listen
+    connection = HTTPConnection(host, port, timeout=CONNECT_S_MAX)
+    if isinstance(listen, Path):
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(CONNECT_S_MAX)
+        connection.sock.connect(str(listen))
+    with contextlib.closing(connection):
+        connection.request("GET", "/health")
+        return connection.getresponse().status
 
 
 def _connect_trouble(config: DeviceConfig) -> str:

@@ -52,8 +52,14 @@ def device(tmp_path: Path, factory: Path) -> Path:
 
 def write_config(folder: Path, **fields: object) -> None:
     fields = {"device": "pi-1", "fleet": "lab", "family": "digits", "state_folder": "state", **fields}
-    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
+    text = "".join(f"{name} = {toml(value)}\n" for name, value in fields.items())
     (folder / "device.toml").write_text(text)
+
+
+def toml(value: object) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {toml(inner)}' for name, inner in value.items())}}}"
+    return json.dumps(value)
 
 
 def provision(folder: Path, factory: Path) -> None:
@@ -333,6 +339,32 @@ def test_a_running_agent_is_asked_and_not_thrown_off_the_broker(device: Path) ->
             agent.terminate()
             out, _ = agent.communicate(timeout=WAIT_S)
     assert out.count(": connected to") == 1
+
+
+@pytest.mark.parametrize("kind", ["port", "socket"])
+def test_the_endpoint_for_applications_is_tried(
+    device: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listen = f"127.0.0.1:{free_port()}" if kind == "port" else f"unix:{device}/model.sock"
+    with embedded_broker() as broker:
+        write_config(device, broker=f"127.0.0.1:{broker.port}", serving={"listen": listen})
+        level, text, _ = found(device)["endpoint"]
+        assert (level, "the agent does not run" in text) == (Level.NOTE, True)
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "device.cli", "run", "--config", "device.toml"], cwd=device
+        )
+        try:
+            assert wait_until(is_serving(device), WAIT_S)
+            assert found(device)["endpoint"][:2] == (Level.OK, f"{listen} answers applications")
+            capsys.readouterr()
+            assert main(["status", "--config", str(device / "device.toml")]) == 0
+            assert f"endpoint  {listen}\n" in capsys.readouterr().out
+            other = f"127.0.0.1:{free_port()}"
+            write_config(device, broker=f"127.0.0.1:{broker.port}", serving={"listen": other})
+            level, text, _ = found(device)["endpoint"]
+            assert (level, text.startswith(f"{other}: ")) == (Level.FAILED, True)
+        finally:
+            stop(agent)
 
 
 def is_serving(device: Path) -> Callable[[], bool]:

@@ -107,6 +107,29 @@ def test_a_failed_check_is_plain_to_see_everywhere() -> None:
     assert "wanted: 0" in summary_text(run)
 
 
+@pytest.mark.parametrize(
+    ("devices", "again", "late", "is_passed"),
+    [
+        (36, 0, 0, True),
+        (36, 0, 1, False),
+        (36, 1, 0, False),
+        (1000, 0, 50, True),
+        (1000, 0, 51, False),
+        (1000, 1, 0, False),
+    ],
+)
+def test_only_what_comes_late_in_a_large_fleet_may_come_twice(
+    devices: int, again: int, late: int, is_passed: bool
+) -> None:
+    run = sample_run(6)
+    totals = msgspec.structs.replace(
+        run.totals, devices=devices, chunks_stored=1000, chunks_twice=again, redundant_chunks=late
+    )
+    checks = check_run(totals, run.devices, run.models, run.rollouts[0], run.rollouts[1], {}, {})
+    (check,) = (each for each in checks if each.name == "no chunk was fetched twice")
+    assert check.is_passed is is_passed
+
+
 def test_headline_and_summary_agree_with_the_record() -> None:
     run = sample_run()
     assert (
