@@ -165,7 +165,7 @@ class ArmDevice:
     def install(self, package: Path) -> None:
         """Install our package with the device's own apt; everything that it depends on is there."""
         shutil.copy(package, self.root / "tmp")
-        self("apt-get", "-qq", "install", "--yes", "--no-download", f"/tmp/{package.name}")  # noqa: S108 - the device's
+        self("apt-get", "-qq", "install", "--yes", "--no-install-recommends", f"/tmp/{package.name}")  # noqa: S108 - the device's
         # Without systemd nobody makes the folder of the control socket.
         self("install", "-d", "-o", "whimbrel", "-g", "whimbrel", "-m", "0750", "/run/whimbrel")
         self.trace.touch()
