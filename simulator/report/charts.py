@@ -84,11 +84,11 @@ def _phase_marks(run: Run, frame: Frame) -> list[str]:
             continue
         x = frame.x(phase.begin_ms / 1000)
         is_far_right = x > frame.right - _LABEL_WIDTH
-        parts.append(line(x, frame.top - 26, x, frame.bottom, "phase"))
+        parts.append(line(x, frame.top - 38, x, frame.bottom, "phase"))
         parts.append(
             text(
                 x - 6 if is_far_right else x + 6,
-                frame.top - 16,
+                frame.top - 28,
                 phase.name,
                 kind="strong",
                 anchor="end" if is_far_right else "start",

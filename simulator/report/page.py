@@ -85,8 +85,11 @@ def story(run: Run) -> str:
     """What happened, in three sentences."""
     totals = run.totals
     saved = 1 - totals.air_bytes / totals.full_bytes if totals.full_bytes else 0
-    twice = totals.chunks_twice + totals.redundant_chunks
-    again = "nothing was fetched twice because of it" if not twice else f"{twice} chunks were fetched twice"
+    again = "nothing was fetched twice because of it"
+    if totals.chunks_twice:
+        again = f"{totals.chunks_twice + totals.redundant_chunks} chunks were fetched twice"
+    elif totals.redundant_chunks:
+        again += f", and {totals.redundant_chunks} chunks that were late were asked for again"
     failed = "without a single failed answer" if not totals.failed else f"with {totals.failed} failed answers"
     return (
         f"The update travelled as a signed delta of {totals.delta_bytes / 1e6:.2f} MB over MQTT, {saved:.0%} less than whole"
