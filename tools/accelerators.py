@@ -6,7 +6,7 @@ tests/accelerators that is run with it:
 - openvino: onnxruntime with a second execution provider, Intel's, which runs on any processor of theirs or AMD's;
 - cuda: onnxruntime with CUDA and TensorRT, of which a machine without their libraries or a device must get a clear word;
 - vulkan: llama.cpp compiled for Vulkan (twenty minutes), with Mesa's driver that is a program: layers move to a device with
-  memory of its own, as on a GPU. Needs the Debian packages glslc, libvulkan-dev, mesa-vulkan-drivers and a C++ compiler.
+  memory of its own, as on a GPU. Needs the Debian packages glslc, libvulkan-dev, spirv-headers, mesa-vulkan-drivers and a C++ compiler.
 
 What is fetched stays in .cache/accelerators, once per lock file.
 """
@@ -57,9 +57,9 @@ def install(name: str) -> Path:
         print("compiling llama.cpp for Vulkan: twenty minutes on two cores", flush=True)
         environment["CMAKE_ARGS"] = "-DGGML_VULKAN=ON -DLLAVA_BUILD=OFF"
         pip.append("--no-cache-dir")  # or pip would take the one that was compiled without
-    subprocess.run(
-        [*pip, "--require-hashes", "--requirement", lock, "--target", folder], check=True, env=environment
-    )
+    command = [*pip, "--require-hashes", "--requirement", str(lock), "--target", str(folder)]
+    if subprocess.run(command, env=environment, check=False).returncode:
+        raise SystemExit(f"whimbrel: {name} could not be installed, see above")
     stamp.write_text(wanted)
     return folder
 
@@ -87,6 +87,7 @@ def vulkan_trouble() -> str:
         for package, is_there in {
             "glslc": shutil.which("glslc") is not None,
             "libvulkan-dev": Path("/usr/include/vulkan/vulkan.h").exists(),
+            "spirv-headers": Path("/usr/include/spirv").exists(),
             "mesa-vulkan-drivers": any(LAVAPIPE.glob("lvp_icd.*.json")),
         }.items()
         if not is_there

@@ -5,7 +5,7 @@ built and installed there by its apt, without a network. Outside run a mosquitto
 real ONNX model, gets version 2 as a delta, is killed in the middle of it and started again, tries version 2 and commits it. Version 3,
 which loads and runs and answers wrongly, is tried and rolled back. Any of it that does not happen ends the program with a reason.
 
-What is fetched stays in .cache/arm64-device. Mounts are private to this program; the handler for ARM programs (binfmt_misc) is registered
+What is fetched stays in .cache/arm64-device. Mounts are private to this program; a handler for ARM programs (binfmt_misc) is registered
 with the kernel if there is none, and taken away again. Processes are ended by their ids.
 """
 
@@ -52,6 +52,18 @@ HANDLER: Final = "whimbrel-arm64"
 # From qemu's scripts/qemu-binfmt-conf.sh. F: the kernel opens the emulator now, so that a root without it can run.
 MAGIC: Final = r"\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
 MASK: Final = r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
+# What an ARM kernel says of a Cortex-A72, the processor of a Pi 4. This machine's own speaks of another kind, and onnxruntime 1.32 crashes on
+# it; emulators from qemu 8 on write such a file themselves.
+CPUINFO: Final = """processor\t: {number}
+BogoMIPS\t: 108.00
+Features\t: fp asimd evtstrm crc32 cpuid
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x0
+CPU part\t: 0xd08
+CPU revision\t: 3
+
+"""
 _CLONE_NEWNS: Final = 0x20000  # linux/sched.h
 _MS_PRIVATE_ALL: Final = 0x44000  # MS_PRIVATE | MS_REC, sys/mount.h
 
@@ -157,6 +169,9 @@ class ArmDevice:
         run("mount", "-t", "proc", "proc", self.root / "proc")
         for name in ("dev", "sys"):
             run("mount", "--rbind", f"/{name}", self.root / name)
+        processors = self.root.parent / "cpuinfo"
+        processors.write_text("".join(CPUINFO.format(number=each) for each in range(os.cpu_count() or 1)))
+        run("mount", "--bind", processors, self.root / "proc" / "cpuinfo")
 
     def __call__(self, *command: str, user: str = "root", output: bool = True) -> str:
         """Run a program in it that must succeed."""
