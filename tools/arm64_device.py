@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from simulator.live.brokers import Mosquitto, stop
 from tools.arm64 import step
@@ -255,10 +255,10 @@ class FleetServer:
         if self._process is not None:
             stop(self._process)
 
-    def device(self) -> dict[str, Any]:
-        """What the server knows of the device; empty until it has reported."""
-        found: list[dict[str, Any]] = json.loads(self("devices", "--json"))
-        return found[0] if found else {}
+    def version(self) -> str:
+        """The version that the device reported last, empty until it has."""
+        devices = json.loads(self("devices", "--json"))
+        return str((devices[0]["report"] or {}).get("version", "")) if devices else ""
 
     def release(self, version: str, models: Path) -> None:
         """Add and publish a version."""
@@ -284,7 +284,7 @@ def rehearse(device: ArmDevice, server: FleetServer, models: Path) -> None:
     """The update, the kill, the commit, and the rollback of a bad version."""
     with step("the first start, and its report"):
         device.start()
-        wait_for("the device reports v1", lambda: server.device().get("version") == "v1", device)
+        wait_for("the device reports v1", lambda: server.version() == "v1", device)
     print(device("whimbrel-device", "doctor"), flush=True)
 
     server.release("v2", models)
@@ -295,7 +295,7 @@ def rehearse(device: ArmDevice, server: FleetServer, models: Path) -> None:
     stored = len(device.chunks())
     with step("started again: the rest of version 2, its trial and its commit"):
         device.start()
-        wait_for("the device reports v2", lambda: server.device().get("version") == "v2", device)
+        wait_for("the device reports v2", lambda: server.version() == "v2", device)
     chunks = device.chunks()
     if len(set(chunks)) < len(chunks):
         raise SystemExit("whimbrel: a chunk that was on disk before the kill was fetched again")
@@ -315,7 +315,7 @@ def rehearse(device: ArmDevice, server: FleetServer, models: Path) -> None:
     (device.root / "tmp" / "question.json").write_text(json.dumps(question["input"]))
     answer = device("whimbrel-device", "infer", "--input", "/tmp/question.json").strip()  # noqa: S108 - the device's
     print(f"asked for the class of a held-out digit: {answer}, true is {question['label']}", flush=True)
-    if answer != str(question["label"]) or server.device().get("version") != "v2":
+    if answer != str(question["label"]) or server.version() != "v2":
         raise SystemExit("whimbrel: version 2 does not answer after the rollback")
 
 

@@ -33,6 +33,18 @@ def test_a_killed_agent_always_comes_back_with_a_startable_model_and_ends_on_the
     assert outcome.chunks_again == 0
 
 
+def test_the_outcome_for_programs_counts_kills_by_state(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = Outcome(kills=3)
+    outcome.states.update({"trial": 2, "idle, starting": 1})
+    monkeypatch.setattr("tests.kill.__main__.run", lambda *_, **__: outcome)
+    assert main(["--json", "--seed", "5"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["seed"], printed["kills"]) == (5, 3)
+    assert printed["states"] == {"trial": 2, "idle, starting": 1}
+
+
 @pytest.fixture
 def device(tmp_path: Path) -> Device:
     """A provisioned device that does not run, and has no broker."""

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             shutil.rmtree(folder)
     if arguments.json:
-        sys.stdout.write(json.dumps({"seed": arguments.seed, **asdict(outcome)}) + "\n")
+        sys.stdout.write(json.dumps({"seed": arguments.seed, **vars(outcome)}) + "\n")
     else:
         sys.stdout.write(summary(outcome, arguments.seed))
     return 1 if outcome.violations else 0
