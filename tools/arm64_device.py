@@ -37,7 +37,7 @@ fleet = "lab"
 family = "digits"
 broker = "127.0.0.1:{{port}}"
 tier = "pi"
-link_kb_per_s = 1000
+bandwidth_kb_per_s_max = 64
 """
 WHO: Final = "import platform as p, onnxruntime as o; print(p.machine(), p.python_version(), 'onnxruntime', o.__version__)"
 KILL_CHUNKS: Final = 5
@@ -267,8 +267,8 @@ class FleetServer:
         self("release", "publish", "digits", version)
 
 
-def wait_for(what: str, is_there: Callable[[], bool], device: ArmDevice) -> None:
-    """Wait until something has happened.
+def wait_for(what: str, is_there: Callable[[], bool], device: ArmDevice, every_s: float = 2.0) -> None:
+    """Wait until something has happened, and look every so often.
 
     Raises:
         SystemExit: It did not, in time; with the end of the agent's log.
@@ -277,7 +277,7 @@ def wait_for(what: str, is_there: Callable[[], bool], device: ArmDevice) -> None
     while not is_there():
         if time.monotonic() > end:
             raise SystemExit(f"whimbrel: not within {WAIT_S:.0f} s: {what}\n{device.last_words()}")
-        time.sleep(2)
+        time.sleep(every_s)
 
 
 def rehearse(device: ArmDevice, server: FleetServer, models: Path) -> None:
@@ -290,7 +290,7 @@ def rehearse(device: ArmDevice, server: FleetServer, models: Path) -> None:
     server.release("v2", models)
     server("rollout", "start", "digits", "v2", "--canary", "1")
     with step(f"version 2 on its way, until SIGKILL after {KILL_CHUNKS} chunks"):
-        wait_for("chunks of version 2 on disk", lambda: len(device.chunks()) >= KILL_CHUNKS, device)
+        wait_for("chunks of version 2 on disk", lambda: len(device.chunks()) >= KILL_CHUNKS, device, 0.05)
         device.kill()
     stored = len(device.chunks())
     with step("started again: the rest of version 2, its trial and its commit"):
@@ -299,7 +299,14 @@ def rehearse(device: ArmDevice, server: FleetServer, models: Path) -> None:
     chunks = device.chunks()
     if len(set(chunks)) < len(chunks):
         raise SystemExit("whimbrel: a chunk that was on disk before the kill was fetched again")
+    if stored == len(chunks):
+        raise SystemExit("whimbrel: nothing was left to fetch after the kill")
     print(f"{stored} chunks before the kill, {len(chunks) - stored} after it, none twice", flush=True)
+    (past,) = json.loads(device("whimbrel-device", "history", "--json"))
+    whole = (models / "v2.onnx").stat().st_size
+    print(f"{past['received_bytes']:,} bytes were fetched, the file has {whole:,}", flush=True)
+    if past["received_bytes"] >= whole:
+        raise SystemExit("whimbrel: version 2 did not come as a delta")
     print(device("whimbrel-device", "status"), flush=True)
 
     server.release("v3", models)
