@@ -1,6 +1,6 @@
 """A trial from inside: `python -m device.adapters.trial_child`, an order on standard input, lines of JSON out.
 
-Started by `trial.py` only. It confines itself first, then loads the model and answers the golden prompts. Limits of time
+Started by `trial.py` only. It confines itself first (`confinement.py`), then loads the model and answers the golden prompts. Limits of time
 and memory are the parent's: this process may hang or die at any point.
 """
 
@@ -8,7 +8,6 @@ import ctypes
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import BinaryIO, Final
 
 import msgspec
 
+from device.adapters.confinement import confine
 from device.adapters.engine_llama import LlamaModel
 from device.adapters.engine_onnx import OnnxModel
 from device.adapters.engines import load_model
@@ -39,8 +39,6 @@ from protocol.errors import EngineError
 from protocol.release import ClassPrompt, HealthPlan, Prompt, TextPrompt
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
-_FILE_BYTES_MAX: Final = 1 << 20
-"""A trial has nothing to write; a runtime may want a small temporary file."""
 
 
 class _Trial:
@@ -125,10 +123,10 @@ class _Trial:
 def main() -> int:
     """Run the trial that standard input orders; the exit status is of no interest once the last line is out."""
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=ChildOrder)
-    _confine(order.parent)
+    _end_with(order.parent)
     give_way(order.priority)
     out = _take_stdout()
-    _speak(out, Started())
+    _speak(out, Started(confinement=confine([Path(order.order.model.path).parent])))
     begin_ms = _now_ms()
     try:
         model = load_model(order.order.model)
@@ -144,13 +142,11 @@ def main() -> int:
     return 0
 
 
-def _confine(parent: int) -> None:
-    """Die with the parent, leave no core dump and no big file."""
+def _end_with(parent: int) -> None:
+    """Die with the parent."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         sys.exit(1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES_MAX, _FILE_BYTES_MAX))
 
 
 def _take_stdout() -> BinaryIO:
