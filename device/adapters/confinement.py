@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+import msgspec
 from msgspec import Struct
 
 OPEN_FILES_MAX: Final = 512
@@ -302,3 +303,7 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: Path, rights: int) -> None:
         libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
     finally:
         os.close(descriptor)
+
+
+if __name__ == "__main__":  # `doctor` asks what this kernel would grant
+    sys.stdout.buffer.write(msgspec.json.encode(confine(())))
