@@ -31,6 +31,9 @@ PROMPT_KINDS: Final[dict[RuntimeName, type[ClassPrompt | TextPrompt]]] = {
     "llama": TextPrompt,
 }
 
+EXPORTED_NAMES: Final = frozenset({"release.json", "root.json", "provenance.json"})
+"""What stands beside the files of a release when it is written into a folder."""
+
 _NOTHING: Final = StoredBlob(digest=digest_of(b""), length=0, tree=build_tree(())[0])
 
 
@@ -70,6 +73,8 @@ def import_release(
     parse_version(version)
     if not 1 <= len(files) <= FILES_MAX:
         raise RequestError(f"{len(files)} files, allowed are 1 to {FILES_MAX}")
+    if taken := sorted(EXPORTED_NAMES & {path.name for path in files}):
+        raise ReleaseError(f"no file of a release may be called {taken[0]}", hint="give it another name")
     plan = decode_health_plan(_read(health), str(health))
     _check_prompts(plan, runtime, health)
 
