@@ -12,11 +12,12 @@ import errno
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import BinaryIO, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -50,6 +51,7 @@ _ACCELERATOR_DEVICES: Final = (
     "dri", "nvidia*", "nvhost*", "nvmap", "kfd", "accel", "dma_heap", "mali*", "rknpu*", "apex_*", "hailo*", "qaic*", "shm",
 )  # fmt: skip
 
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_SECCOMP: Final = 22
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _CAPABILITY_VERSION_3: Final = 0x20080522
@@ -91,18 +93,29 @@ class Confinement(Struct, frozen=True, kw_only=True):
         return f"{network}, {files}"
 
 
-def confine(readable: Iterable[str | Path], *, accelerators: bool = False) -> Confinement:
+def confine(
+    readable: Iterable[str | Path],
+    *,
+    writable: Iterable[str | Path] = (),
+    file_bytes_max: int = FILE_BYTES_MAX,
+    data_bytes_max: int | None = None,
+    accelerators: bool = False,
+) -> Confinement:
     """Take rights away from this process, and from every thread that it starts from now on.
 
     Args:
         readable: Folders and files to read, besides what runs Python and its libraries.
+        writable: Files that exist, to read and write.
+        file_bytes_max: No file gets longer by this process.
+        data_bytes_max: Memory that is its own: everything but what is mapped from files. None for what maps and reserves more than it
+            touches, as runtimes do.
         accelerators: Whether a runtime may use one: its device nodes, and Unix sockets, by which some libraries find their service.
     """
-    _limit()
+    _limit(file_bytes_max, data_bytes_max)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:  # older than Linux 3.5: without it there is neither
         return Confinement(network="open", files=0)
-    files = _restrict_files(libc, readable, accelerators=accelerators)
+    files = _restrict_files(libc, readable, writable, accelerators=accelerators)
     filtered = _can_filter(libc)
     is_apart = not filtered and _leave_network(libc)
     _drop_capabilities(libc)
@@ -111,13 +124,37 @@ def confine(readable: Iterable[str | Path], *, accelerators: bool = False) -> Co
     return Confinement(network="namespace" if is_apart else "open", files=files)
 
 
-def _limit() -> None:
+def end_with(parent: int) -> None:
+    """Die with the thread of the parent process that started this one."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(1)
+
+
+def take_stdout() -> BinaryIO:
+    """Keep standard output for messages; what a library prints there goes to standard error."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return out
+
+
+def memory_of_data() -> int:
+    """Bytes that `data_bytes_max` would count of this process now (VmData in proc_pid_status(5))."""
+    for line in Path("/proc/self/status").read_bytes().splitlines():
+        if line.startswith(b"VmData:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _limit(file_bytes_max: int, data_bytes_max: int | None) -> None:
     """Resource limits. None of address space: weights are mapped, and runtimes reserve far more than they touch.
 
     None of processes either: that counts all of a user. The filter refuses new ones instead.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES_MAX, FILE_BYTES_MAX))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, file_bytes_max))
+    if data_bytes_max is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes_max, data_bytes_max))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES_MAX)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -249,7 +286,7 @@ def _only(number: int, test: int, value: int) -> list[bytes]:
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # everywhere
 _VERSION_FLAG: Final = 1
 _PATH_BENEATH: Final = 1
-_WRITE_FILE, _READ_FILE, _READ_FOLDER, _DEVICE_ORDERS = 1 << 1, 1 << 2, 1 << 3, 1 << 15
+_WRITE_FILE, _READ_FILE, _READ_FOLDER, _TRUNCATE, _DEVICE_ORDERS = 1 << 1, 1 << 2, 1 << 3, 1 << 14, 1 << 15
 _FILE_RIGHTS: Final = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
 """How many rights each version of Landlock knows, the first bits; later ones know more, which are not asked for."""
 
@@ -257,7 +294,13 @@ _TCP_RIGHTS: Final = 0b11  # bind and connect, from version 4 on
 _SCOPES: Final = 0b11  # abstract sockets and signals stay inside, from version 6 on
 
 
-def _restrict_files(libc: ctypes.CDLL, readable: Iterable[str | Path], *, accelerators: bool) -> int:
+def _restrict_files(
+    libc: ctypes.CDLL,
+    readable: Iterable[str | Path],
+    writable: Iterable[str | Path],
+    *,
+    accelerators: bool,
+) -> int:
     """Leave files readable, and devices usable; returns the version of Landlock, or 0."""
     version = libc.syscall(_CREATE_RULESET, None, 0, _VERSION_FLAG)
     if version < 1:
@@ -272,6 +315,8 @@ def _restrict_files(libc: ctypes.CDLL, readable: Iterable[str | Path], *, accele
     try:
         for path in _roots(readable, accelerators=accelerators):
             _allow(libc, ruleset, path, handled & (_READ_FILE | _READ_FOLDER))
+        for path in map(Path, writable):
+            _allow(libc, ruleset, path, handled & (_READ_FILE | _WRITE_FILE | _TRUNCATE))
         for path in _devices(accelerators=accelerators):
             _allow(libc, ruleset, path, handled & (_READ_FILE | _READ_FOLDER | _WRITE_FILE | _DEVICE_ORDERS))
         return version if libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0 else 0

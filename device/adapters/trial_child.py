@@ -4,21 +4,18 @@ Started by `trial.py` only. It confines itself first (`confinement.py`), then lo
 and memory are the parent's: this process may hang or die at any point.
 """
 
-import ctypes
 import math
-import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import msgspec
 
-from device.adapters.confinement import confine
+from device.adapters.confinement import confine, end_with, take_stdout
 from device.adapters.engine_llama import LlamaModel
 from device.adapters.engine_onnx import OnnxModel
 from device.adapters.engines import load_model
@@ -37,8 +34,6 @@ from device.adapters.trial import (
 )
 from protocol.errors import EngineError
 from protocol.release import ClassPrompt, HealthPlan, Prompt, TextPrompt
-
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 class _Trial:
@@ -123,9 +118,9 @@ class _Trial:
 def main() -> int:
     """Run the trial that standard input orders; the exit status is of no interest once the last line is out."""
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=ChildOrder)
-    _end_with(order.parent)
+    end_with(order.parent)
     give_way(order.priority)
-    out = _take_stdout()
+    out = take_stdout()
     _speak(out, Started(confinement=confine([Path(order.order.model.path).parent])))
     begin_ms = _now_ms()
     try:
@@ -140,20 +135,6 @@ def main() -> int:
         line = Troubled(detail=str(error))
     _speak(out, line)
     return 0
-
-
-def _end_with(parent: int) -> None:
-    """Die with the parent."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        sys.exit(1)
-
-
-def _take_stdout() -> BinaryIO:
-    """Keep standard output for the lines; what a runtime prints there goes to standard error."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return out
 
 
 def _speak(out: BinaryIO, line: Line) -> None:

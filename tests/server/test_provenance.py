@@ -14,6 +14,7 @@ from protocol.ids import Family, Version, digest_of
 from protocol.release import Release, file_target, release_target
 from protocol.trust import Floors, verify
 from server import operations
+from server.adapters.clock import SystemClock
 from server.cli import main
 from server.releases.provenance import (
     PROVENANCE_BYTES_MAX,
@@ -95,7 +96,7 @@ def test_a_statement_of_a_build_system_is_kept_byte_for_byte_and_signed(
         repository = opened.store.repository()
     assert repository is not None
     documents = msgspec.structs.replace(repository.documents, roots=repository.roots[1:])
-    signed = verify(repository.roots[0], documents, Floors(), operations.SystemClock().now_ms()).targets
+    signed = verify(repository.roots[0], documents, Floors(), SystemClock().now_ms()).targets
     description = (tmp_path / "out" / "release.json").read_bytes()
     assert signed[release_target(Family("digits"), Version("1"))].digest == digest_of(description)
     assert json.loads(description)["provenance_sha256"] == release.provenance_sha256
