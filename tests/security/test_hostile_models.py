@@ -389,7 +389,7 @@ def test_row_69_pipe_as_external_data(tmp_path: Path, model: Path) -> None:
     _refused(tmp_path, "onnx", RequestError, "is no plain file", model, data)
 
 
-def test_row_69_a_model_may_lie_behind_a_link_as_in_caches(tmp_path: Path, model: Path) -> None:
+def test_a_model_may_lie_behind_a_link_as_in_caches(tmp_path: Path, model: Path) -> None:
     link = tmp_path / "model.onnx"
     link.symlink_to(model)
     assert [file.name for file in _add(tmp_path, "onnx", link, model.with_name("model.onnx.data")).files] == [
