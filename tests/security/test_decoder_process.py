@@ -269,21 +269,22 @@ from device.adapters.decoder import ChildDecoder
 from device.adapters.disk import RealDisk
 from device.decoding import DeltaJob
 ChildDecoder().decode(RealDisk(Path(sys.argv[1])), msgspec.json.decode(sys.argv[2], type=DeltaJob), b"")
-print("decoded", flush=True)
 time.sleep(600)
 """
 
 
-def test_a_decoder_dies_with_the_agent(disk: RealDisk) -> None:
+@pytest.mark.parametrize("attack", ["", "_go_on_for_ever"], ids=["between two steps", "within a step"])
+def test_a_decoder_dies_with_the_agent(disk: RealDisk, attack: str) -> None:
     order = msgspec.json.encode(_job()).decode()
-    with subprocess.Popen(
-        [sys.executable, "-c", AGENT, str(disk.folder), order],
-        stdout=subprocess.PIPE,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    ) as agent:
-        assert agent.stdout is not None
-        assert agent.stdout.readline() == b"decoded\n"
+    paths = [str(HOSTILE), str(ROOT)] if attack else [str(ROOT)]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), ATTACK=attack)
+    with subprocess.Popen([sys.executable, "-c", AGENT, str(disk.folder), order], env=environment) as agent:
+        assert wait_until(lambda: any(_is_confined(child) for child in children()), 60)
         (child,) = children()
         agent.kill()
     gone, alive = psutil.wait_procs([child], timeout=30)
     assert (len(gone), alive) == (1, [])
+
+
+def _is_confined(process: psutil.Process) -> bool:
+    return b"Seccomp:\t2" in Path(f"/proc/{process.pid}/status").read_bytes()

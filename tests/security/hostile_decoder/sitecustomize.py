@@ -62,6 +62,10 @@ def _raise_bug() -> None:
     raise AssertionError("a bug of ours")
 
 
+def _go_on_for_ever() -> None:
+    time.sleep(600)
+
+
 def _leave() -> None:
     os._exit(0)
 
