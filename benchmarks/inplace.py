@@ -19,9 +19,9 @@ from pathlib import Path
 
 from device.adapters.disk import RealDisk
 from device.blobs import blob_file
+from device.decoding import DiskFile
 from device.install import install_step
 from device.journal import InstallItem
-from device.rewriting import DiskFile
 from device.slots import SlotName, slot_file
 from protocol.delta.format import Profile
 from protocol.delta.inplace import Files, InPlace, read_header

@@ -75,6 +75,11 @@ class Compute(Struct, frozen=True, kw_only=True):
     onnx: OnnxSettings = OnnxSettings()
     llama: LlamaSettings = LlamaSettings()
 
+    @property
+    def has_accelerator(self) -> bool:
+        """Whether anything but the processor may be used."""
+        return set(self.onnx.providers) != {PROCESSOR} or self.llama.gpu_layers != 0
+
 
 ON_PROCESSOR: Final = Compute()
 

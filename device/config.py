@@ -433,6 +433,8 @@ def parse_address(text: str) -> tuple[str, int]:
         RequestError: It is not of that form.
     """
     host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise RequestError(f"broker {text!r} is not of the form host:port")
+    is_port = port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16
+    if not host or {"@", "/"} & set(host) or not is_port:
+        shown = text.rpartition("@")[2]  # before it may stand a password
+        raise RequestError(f"broker {shown!r} is not of the form host:port")
     return host, int(port)

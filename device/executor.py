@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Final
 
 from device import blobs, effects, events, rewriting
+from device.decoding import IN_PROCESS, Decoder
 from device.effects import Effect
 from device.install import discard_installation, install_step
 from device.journal import Journal
@@ -40,6 +41,7 @@ class Executor:
         workers: Where long work runs.
         post: Takes an event to the agent; called from workers too.
         leases: Of the model that answers; its own where none are given.
+        decoder: Applies deltas.
         gently: Does what takes processor and disk and can wait, at a lower priority.
     """
 
@@ -52,6 +54,7 @@ class Executor:
         workers: Workers,
         post: Callable[[events.Event], None],
         leases: Leases | None = None,
+        decoder: Decoder = IN_PROCESS,
         gently: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ) -> None:
         self._disk = disk
@@ -60,6 +63,7 @@ class Executor:
         self._workers = workers
         self._post = post
         self._gently = gently
+        self._decoder = decoder
         self._journal = Journal(disk)
         self.leases: Final = leases or Leases()
         self._actions: Final[dict[type, Callable[[Any], None]]] = {
@@ -78,7 +82,7 @@ class Executor:
         }
         self._jobs: Final[dict[type, Callable[[Any], events.Event | None]]] = {
             effects.RemoveBlobs: self._remove_blobs,
-            effects.EmptySlot: lambda effect: discard_installation(disk, effect.slot),
+            effects.EmptySlot: lambda effect: discard_installation(disk, effect.slot, self._decoder),
             effects.OpenBlob: lambda effect: events.BlobOpened(
                 effect.serial, gently(partial(blobs.open_blob, disk, effect.plan))
             ),
@@ -160,7 +164,7 @@ class Executor:
         files: dict[str, str] = {}
         active_bytes = inactive_bytes = 0
         if effect.active is not None:
-            rewriting.put_back(self._disk, effect.active)
+            rewriting.put_back(self._disk, effect.active, self._decoder)
             files = measure_slot(self._disk, effect.active)
             active_bytes = slot_bytes(self._disk, effect.active)
             other = effect.active.other
@@ -170,7 +174,13 @@ class Executor:
 
     def _install_step(self, effect: effects.InstallStep) -> events.InstallProgressed:
         step = partial(
-            install_step, self._disk, effect.active, effect.slot, effect.items, effect.memory_bytes_max
+            install_step,
+            self._disk,
+            effect.active,
+            effect.slot,
+            effect.items,
+            effect.memory_bytes_max,
+            self._decoder,
         )
         done = self._gently(step)
         return events.InstallProgressed(effect.serial, done)

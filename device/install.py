@@ -3,27 +3,22 @@
 A step writes a bounded part of the result, makes it durable, and then writes down how far it came; a power cut costs
 one step. Where several deltas lead to a file one after the other, each gives a whole file beside the fetched blobs,
 which is read back and compared with its signed digest before the next is applied to it. Works on the `Disk` port
-only, so the simulator runs this very code. What decodes deltas is imported where it is used: an agent at rest does without.
+only, so the simulator runs this very code. What decodes deltas is a `Decoder`.
 """
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 from msgspec import Struct
 
 from device import rewriting
 from device.blobs import FOLDER, blob_file
+from device.decoding import IN_PROCESS, Decoder, DeltaJob
 from device.journal import InstallItem, InstallLink
 from device.ports import Disk
 from device.slots import SlotName, empty_slot, measure_file, slot_file
-from protocol.errors import PatchError, StorageError, WhimbrelError, WrongBaseError
+from protocol.errors import PatchError, StorageError, WhimbrelError
 from protocol.ids import Digest, digest_of
-
-STEP_BYTES: Final = 8 << 20
-"""Result bytes between two checkpoints: what a power cut may cost, against four syncs per checkpoint."""
-
-FEED_BYTES: Final = 256 << 10
-"""Bytes of the delta read at a time."""
 
 _STATE_FILE: Final = "install.state"
 _STATE_TEMPORARY: Final = "install.state.new"
@@ -43,14 +38,16 @@ class Checkpoint(Struct, frozen=True, kw_only=True):
     reader: bytes = b""  # state of the delta reader; empty before its first step
 
 
-if TYPE_CHECKING:
-    from protocol.delta.reader import DeltaReader
-
 _decoder = msgspec.msgpack.Decoder(Checkpoint)
 
 
 def install_step(
-    disk: Disk, active: SlotName | None, slot: SlotName, items: tuple[InstallItem, ...], memory_bytes_max: int
+    disk: Disk,
+    active: SlotName | None,
+    slot: SlotName,
+    items: tuple[InstallItem, ...],
+    memory_bytes_max: int,
+    decoder: Decoder = IN_PROCESS,
 ) -> bool:
     """Do one step.
 
@@ -60,6 +57,7 @@ def install_step(
         slot: Slot that is built.
         items: The plan.
         memory_bytes_max: What applying a delta may take.
+        decoder: Applies it.
 
     Returns:
         Whether everything is built and durable.
@@ -72,18 +70,18 @@ def install_step(
     if any(item.in_place for item in items):
         assert active is not None
         if not rewriting.is_begun(disk, active, slot, plan):
-            discard_installation(disk, slot)
+            discard_installation(disk, slot, decoder)
             rewriting.begin(disk, active, slot, plan)
     checkpoint = _load(disk, plan)
     while checkpoint.item < len(items):
         item = items[checkpoint.item]
         if item.in_place is not None:
             assert active is not None
-            if rewriting.rewrite_step(disk, active, slot, item, memory_bytes_max):
+            if rewriting.rewrite_step(disk, active, slot, item, memory_bytes_max, decoder):
                 _save(disk, Checkpoint(plan=plan, item=checkpoint.item + 1))
             return False
         if item.action == "delta":
-            _delta_step(disk, active, slot, item, checkpoint, memory_bytes_max)
+            _delta_step(disk, active, slot, item, checkpoint, memory_bytes_max, decoder)
             return False
         _place(disk, active, slot, item)
         checkpoint = Checkpoint(plan=plan, item=checkpoint.item + 1)
@@ -92,7 +90,7 @@ def install_step(
     return True
 
 
-def discard_installation(disk: Disk, slot: SlotName) -> None:
+def discard_installation(disk: Disk, slot: SlotName, decoder: Decoder = IN_PROCESS) -> None:
     """Empty a slot, and first forget what was written down about building it.
 
     What was rewritten into the slot goes back where it came from: it may be the only copy.
@@ -100,7 +98,7 @@ def discard_installation(disk: Disk, slot: SlotName) -> None:
     Raises:
         StorageError: The disk failed; nothing is lost, and calling again goes on.
     """
-    rewriting.settle(disk, slot)
+    rewriting.settle(disk, slot, decoder)
     if disk.length(_STATE_FILE) is not None and ((before := _read(disk)) is None or before.plan):
         _save(disk, Checkpoint(plan=""))  # durable, as a removal need not be
     empty_slot(disk, slot)
@@ -127,9 +125,8 @@ def _delta_step(
     item: InstallItem,
     checkpoint: Checkpoint,
     memory_bytes_max: int,
+    decoder: Decoder,
 ) -> None:
-    from protocol.delta.reader import DeltaReader  # noqa: PLC0415 - see the top
-
     links = item.links
     number = checkpoint.link
     if not links[number].base_sha256:
@@ -138,22 +135,26 @@ def _delta_step(
     is_last = number + 1 == len(links)
     target = slot_file(slot, item.name) if is_last else _intermediate(link)
     base_name = _base_file(active, item, number)
-    base = rewriting.DiskFile(disk, base_name)
-    if checkpoint.reader:
-        reader = DeltaReader.restore(base, checkpoint.reader, memory_limit_bytes=memory_bytes_max)
-    else:
+    if not checkpoint.reader:
         _remove_intermediates(disk, keep=base_name)
         disk.create(target, link.length)
-        reader = DeltaReader(base, memory_limit_bytes=memory_bytes_max)
-    _advance(disk, reader, link, target)
+    job = DeltaJob(
+        base=base_name,
+        patch=blob_file(Digest(link.blob)),
+        result=target,
+        base_sha256=link.base_sha256,
+        sha256=link.sha256,
+        length=link.length,
+        memory_bytes_max=memory_bytes_max,
+    )
+    decoded = decoder.decode(disk, job, checkpoint.reader)
     disk.sync(target)
-    if not reader.is_finished:
+    if not decoded.is_finished:
         _save(
             disk,
-            Checkpoint(plan=checkpoint.plan, item=checkpoint.item, link=number, reader=reader.dump()),
+            Checkpoint(plan=checkpoint.plan, item=checkpoint.item, link=number, reader=decoded.state),
         )
         return
-    reader.finish()
     if is_last:
         _save(disk, Checkpoint(plan=checkpoint.plan, item=checkpoint.item + 1))
         return
@@ -181,33 +182,6 @@ def _remove_intermediates(disk: Disk, keep: str) -> None:
     for name in disk.names(FOLDER):
         if name.startswith(_INTERMEDIATE) and name != keep:
             disk.remove(name)
-
-
-def _advance(disk: Disk, reader: "DeltaReader", link: InstallLink, target: str) -> None:
-    """Feed the delta until a step's worth of the result is written, or all of it."""
-    blob = blob_file(Digest(link.blob))
-    position, stop = reader.patch_offset, reader.result_offset + STEP_BYTES
-    while not reader.is_finished and reader.result_offset < stop:
-        data = disk.read(blob, position, FEED_BYTES)
-        if not data:
-            reader.finish()
-            return
-        position += len(data)
-        for piece in reader.feed(data):
-            _check_header(reader, link)
-            disk.write(target, piece.offset, piece.data)
-            if reader.result_offset >= stop:
-                return
-
-
-def _check_header(reader: "DeltaReader", link: InstallLink) -> None:
-    """The signed path of a delta names its base and its result; so must the file itself."""
-    header = reader.header
-    assert header is not None
-    if header.base_sha256.hex() != link.base_sha256:
-        raise WrongBaseError("the delta was made for another base than the file at hand")
-    if header.result_sha256.hex() != link.sha256 or header.result_length != link.length:
-        raise PatchError("the delta leads to another file than its signed name says")
 
 
 def _load(disk: Disk, plan: str) -> Checkpoint:

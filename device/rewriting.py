@@ -4,8 +4,8 @@ A file moves to the other slot by a rename and is rewritten there by `protocol/d
 as they do with two copies. Before anything moves, a manifest says durably what moves where. It stays until the version before is given
 up for good; until then everything can be put back. Where a file is, the disk itself says: it has moved once its old name is gone.
 
-Works on the `Disk` port only, so the simulator runs this very code. What decodes deltas is imported where it is used: an agent at rest does
-without numpy and the tables of the coder.
+Works on the `Disk` port only, so the simulator runs this very code. What decodes deltas is a `Decoder`; what else of it is needed is imported
+where it is used: an agent at rest does without numpy and the tables of the coder.
 """
 
 import logging
@@ -15,16 +15,14 @@ import msgspec
 from msgspec import Struct
 
 from device.blobs import blob_file
+from device.decoding import IN_PROCESS, Decoder, DiskFile, RewriteJob
 from device.journal import InstallItem
 from device.ports import Disk
-from device.slots import SlotName, measure_file, slot_file
+from device.slots import SlotName, slot_file
 from protocol.delta.format import Header
 from protocol.errors import DamagedJournalError, PatchError, WrongBaseError
 from protocol.ids import Digest
 from protocol.release import InPlaceNeeds
-
-STEPS: Final = 4
-"""Steps of an application between two answers to the agent: 16 MiB of the result, about."""
 
 _FOLDER: Final = "inplace"
 _MANIFEST: Final = f"{_FOLDER}/manifest"
@@ -70,35 +68,6 @@ class Manifest(Struct, frozen=True, kw_only=True):
 _decoder = msgspec.msgpack.Decoder(Manifest)
 
 
-class DiskFile:
-    """A file of the disk, as `InPlace` and readers of deltas see it."""
-
-    def __init__(self, disk: Disk, name: str) -> None:
-        self._disk = disk
-        self._name = name
-
-    @property
-    def length(self) -> int:
-        """In bytes; 0 where there is no file."""
-        return self._disk.length(self._name) or 0
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """As `Disk.read`."""
-        return self._disk.read(self._name, offset, length)
-
-    def write_at(self, offset: int, data: bytes) -> None:
-        """As `Disk.write`."""
-        self._disk.write(self._name, offset, data)
-
-    def sync(self) -> None:
-        """As `Disk.sync`."""
-        self._disk.sync(self._name)
-
-    def resize(self, length: int) -> None:
-        """As `Disk.resize`."""
-        self._disk.resize(self._name, length)
-
-
 def inverse_bytes_max(needs: InPlaceNeeds) -> int:
     """Room that an inverse is given: for its length and, to turn round on the way, for what was not coded yet."""
     spread_bytes = needs.inverse_bytes // _INVERSE_SPREAD + _INVERSE_SLACK_BYTES
@@ -132,7 +101,7 @@ def begin(disk: Disk, active: SlotName, slot: SlotName, plan: str) -> None:
 
 
 def rewrite_step(
-    disk: Disk, active: SlotName, slot: SlotName, item: InstallItem, memory_bytes_max: int
+    disk: Disk, active: SlotName, slot: SlotName, item: InstallItem, memory_bytes_max: int, decoder: Decoder
 ) -> bool:
     """Go on with one file of a plan that was begun.
 
@@ -142,6 +111,7 @@ def rewrite_step(
         slot: Slot that it moves to.
         item: What it becomes, and by which delta.
         memory_bytes_max: What applying the delta may take.
+        decoder: Applies it.
 
     Returns:
         Whether the file is the new one.
@@ -151,13 +121,12 @@ def rewrite_step(
         InverseFullError: There is less room for the inverse than it takes.
         StorageError: The disk failed; calling again goes on.
     """
-    from protocol.delta.inplace import Files, InPlace  # noqa: PLC0415 - see the top
-    from protocol.delta.undo_journal import Phase, journal_bytes  # noqa: PLC0415 - likewise
+    from protocol.delta.undo_journal import journal_bytes  # noqa: PLC0415 - see the top
 
     manifest, needs = _load(disk), item.in_place
     assert needs is not None
-    patch = DiskFile(disk, blob_file(Digest(item.blob)))
-    header = _checked_header(patch, item, needs)
+    patch = blob_file(Digest(item.blob))
+    header = _checked_header(DiskFile(disk, patch), item, needs)
     rewriting = Rewriting(base_name=item.base_name, name=item.name, header=header.pack())
     if rewriting not in manifest.files:
         disk.create(rewriting.journal, journal_bytes(header))
@@ -167,23 +136,20 @@ def rewrite_step(
     if disk.length(old) is not None:
         disk.remove(new)  # a second name of the same file would make the rename do nothing
         disk.replace(old, new)
-    work = InPlace(
-        Files(
-            DiskFile(disk, new), patch, DiskFile(disk, rewriting.journal), DiskFile(disk, rewriting.inverse)
-        ),
-        memory_limit_bytes=memory_bytes_max,
+    job = RewriteJob(
+        target=new,
+        patch=patch,
+        header=rewriting.header,
+        journal=rewriting.journal,
+        inverse=rewriting.inverse,
+        is_back=False,
+        memory_bytes_max=memory_bytes_max,
         inverse_bytes_max=inverse_bytes_max(needs),
     )
-    if work.phase is Phase.NEW:
-        work.begin(bytes.fromhex(measure_file(disk, new)))
-    for _ in range(STEPS):
-        if work.step():
-            return True
-    work.checkpoint()
-    return False
+    return decoder.rewrite(disk, job)
 
 
-def put_back(disk: Disk, active: SlotName) -> None:
+def put_back(disk: Disk, active: SlotName, decoder: Decoder = IN_PROCESS) -> None:
     """Make the files of a slot what they were, and give them their names back, if an installation in place has taken them.
 
     Does nothing on a device that never rewrites its files, and nothing to a version that was committed.
@@ -191,16 +157,17 @@ def put_back(disk: Disk, active: SlotName) -> None:
     Args:
         disk: The state folder.
         active: The slot that shall be whole.
+        decoder: Applies the inverses.
 
     Raises:
         StorageError: The disk failed; calling again goes on.
     """
     manifest = _load(disk)
     if manifest.files and manifest.source is active:
-        _put_back(disk, manifest)
+        _put_back(disk, manifest, decoder)
 
 
-def settle(disk: Disk, slot: SlotName) -> None:
+def settle(disk: Disk, slot: SlotName, decoder: Decoder = IN_PROCESS) -> None:
     """Before a slot is emptied: what was rewritten into it goes back, and what was rewritten out of it never will.
 
     Raises:
@@ -208,7 +175,7 @@ def settle(disk: Disk, slot: SlotName) -> None:
     """
     manifest = _load(disk)
     if manifest.files and manifest.target is slot:
-        _put_back(disk, manifest)
+        _put_back(disk, manifest, decoder)
     elif manifest.files:
         _forget(disk, manifest)
 
@@ -245,13 +212,13 @@ def _checked_header(patch: DiskFile, item: InstallItem, needs: InPlaceNeeds) -> 
     return header
 
 
-def _put_back(disk: Disk, manifest: Manifest) -> None:
+def _put_back(disk: Disk, manifest: Manifest, decoder: Decoder) -> None:
     for each in reversed(manifest.files):
         old, new = slot_file(manifest.source, each.base_name), slot_file(manifest.target, each.name)
         if disk.length(old) is not None:
             continue
         try:
-            _undo(disk, each, new)
+            _undo(disk, each, new, decoder)
         except (PatchError, DamagedJournalError) as error:
             # It stays where it is, as garbage of that slot: a whole file can still take the place of the old one.
             _LOG.warning("%s cannot be put back: %s", each.base_name, error)
@@ -260,27 +227,20 @@ def _put_back(disk: Disk, manifest: Manifest) -> None:
     _forget(disk, manifest)
 
 
-def _undo(disk: Disk, rewriting: Rewriting, name: str) -> None:
-    from protocol.delta.inplace import Files, InPlace  # noqa: PLC0415 - see the top
-    from protocol.delta.reader import DEFAULT_MEMORY_LIMIT_BYTES  # noqa: PLC0415 - likewise
-    from protocol.delta.undo_journal import Phase  # noqa: PLC0415 - likewise
-    from protocol.tensors import BytesSource  # noqa: PLC0415 - likewise
+def _undo(disk: Disk, rewriting: Rewriting, name: str, decoder: Decoder) -> None:
+    from protocol.delta.reader import DEFAULT_MEMORY_LIMIT_BYTES  # noqa: PLC0415 - see the top
 
-    files = Files(
-        DiskFile(disk, name),
-        BytesSource(rewriting.header),
-        DiskFile(disk, rewriting.journal),
-        DiskFile(disk, rewriting.inverse),
-    )
-    work = InPlace(
-        files,
-        memory_limit_bytes=DEFAULT_MEMORY_LIMIT_BYTES,
+    job = RewriteJob(
+        target=name,
+        patch="",
+        header=rewriting.header,
+        journal=rewriting.journal,
+        inverse=rewriting.inverse,
+        is_back=True,
+        memory_bytes_max=DEFAULT_MEMORY_LIMIT_BYTES,
         inverse_bytes_max=disk.length(rewriting.inverse) or 0,
     )
-    if work.phase is Phase.NEW:
-        return
-    work.undo()
-    while not work.step():
+    while not decoder.rewrite(disk, job):
         pass
 
 

@@ -17,6 +17,7 @@ from typing import BinaryIO, Final, Protocol
 from device import effects, events
 from device.adapters.conditions import PERIOD_S, MachineConditions
 from device.adapters.control import Held, Status
+from device.adapters.decoder import ChildDecoder
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
 from device.adapters.hooks import SwapHook
@@ -26,6 +27,7 @@ from device.adapters.workers import WorkerPool
 from device.admission import model_bytes
 from device.agent import Agent
 from device.config import DeviceConfig
+from device.decoding import Decoder
 from device.executor import CURRENT_LINK, ROOT_FILE, Executor
 from device.journal import Journal, Record, SlotRecord
 from device.slots import READ_BYTES, SlotHealth, SlotName, empty_slot, measure_file, slot_file, slot_folder
@@ -57,6 +59,7 @@ class DeviceRuntime:
         pool: Threads for long work.
         clock: Source of instants.
         rng: Source of jitter.
+        decoder: Applies deltas; in a child process of its own where none is given.
         on_trace: Told of every transition.
         trace_path: File that gets a line of JSON per transition, stored chunk and boot; a kill loses none of them.
     """
@@ -69,6 +72,7 @@ class DeviceRuntime:
         *,
         clock: Clock,
         rng: random.Random,
+        decoder: Decoder | None = None,
         on_trace: Callable[[effects.Trace, int], None] | None = None,
         trace_path: Path | None = None,
     ) -> None:
@@ -78,6 +82,7 @@ class DeviceRuntime:
         self.agent = Agent(config.agent, rng)
         priority = Priority(config.priority.nice, config.priority.io)
         self.engine = LocalEngine(priority=priority, compute=config.compute)
+        self._decoding = ChildDecoder(priority=priority)
         self._loop = loop
         self._clock = clock
         self._on_trace = on_trace
@@ -114,6 +119,7 @@ class DeviceRuntime:
             engine=self.engine,
             workers=self._workers,
             post=self._post,
+            decoder=decoder or self._decoding,
             gently=partial(gently, priority),
         )
 
@@ -141,6 +147,7 @@ class DeviceRuntime:
         self.transport.close()
         self.disk.close()
         self.engine.stop()
+        self._decoding.stop()
         self._hook.stop()
         self._workers.stop(WORK_END_S_MAX)
         self.executor.close()

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from protocol.constants import BLOB_BYTES_MAX, PROTOCOL_VERSION, RELEASE_BYTES_MAX
 from protocol.delta.format import REACH_BYTES_MAX, Profile
@@ -88,6 +88,8 @@ class Release(Struct, frozen=True, kw_only=True):
     resources: Resources
     health: HealthPlan
     scorecard_sha256: _DigestText | None = None
+    # Of the statement about where the files come from. Left out where there is none: the bytes of older releases stay as they are.
+    provenance_sha256: _DigestText | UnsetType = UNSET
 
     @property
     def bytes_total(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
-from server import delta_cli, operations
+from server import delta_cli, operations, provenance_cli
 from server.config import (
     DEFAULT_FLEET,
     DEFAULT_FOLDER,
@@ -113,7 +113,7 @@ def _add_init(commands: Any) -> None:
 
 
 def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
-    release = commands.add_parser("release", help="add, publish, list and export releases")
+    release = commands.add_parser("release", help="add, show, publish, list and export releases")
     actions = release.add_subparsers(metavar="ACTION", required=True)
     add = actions.add_parser("add", parents=[common], help="check a model file and keep it as a draft")
     _add_name(add)
@@ -127,7 +127,13 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--tier", action="append", default=[], help="hardware tier that may take it; repeatable")
     add.add_argument("--runtime-version-min", default="", help="oldest version of the engine")
+    provenance_cli.add_options(add)
     add.set_defaults(run=_release_add)
+    show = actions.add_parser(
+        "show", aliases=["inspect"], parents=[common], help="show one release, and where its files come from"
+    )
+    _add_name(show)
+    show.set_defaults(run=_release_show)
     publish = actions.add_parser("publish", parents=[common], help="sign a draft, for good")
     _add_name(publish)
     publish.set_defaults(run=_release_publish)
@@ -216,6 +222,7 @@ def _release_add(arguments: argparse.Namespace) -> int:
         memory_bytes=arguments.memory_bytes,
         tiers=arguments.tier,
         runtime_version_min=arguments.runtime_version_min,
+        provenance=provenance_cli.provenance_of(arguments),
     )
     name = f"{arguments.family} {arguments.version}"
     lines = [
@@ -231,6 +238,18 @@ def _release_publish(arguments: argparse.Namespace) -> int:
     name = f"{arguments.family} {arguments.version}"
     lines = [f"Published {name}", f"Bring it to the fleet with `whimbrel rollout start {name}`"]
     _print(arguments, _release_json(record), lines)
+    return 0
+
+
+def _release_show(arguments: argparse.Namespace) -> int:
+    details = operations.show_release(arguments.dir, arguments.family, arguments.version)
+    state = _release_state(details.record)
+    value = {
+        **_release_json(details.record),
+        "digest": details.digest,
+        "provenance": msgspec.to_builtins(details.provenance),
+    }
+    _print(arguments, value, provenance_cli.details_lines(details, state))
     return 0
 
 
@@ -252,7 +271,7 @@ def _release_list(arguments: argparse.Namespace) -> int:
             record.release.version,
             record.release.runtime,
             bytes_text(record.release.bytes_total),
-            "draft" if record.published_ms is None else f"published {_instant(record.published_ms)}",
+            _release_state(record),
         ]
         for record in records
     ]
@@ -368,6 +387,10 @@ def _release_json(record: ReleaseRecord) -> dict[str, Any]:
     value: dict[str, Any] = msgspec.to_builtins(record)
     value["release"]["health"]["prompts"] = len(record.release.health.prompts)
     return value
+
+
+def _release_state(record: ReleaseRecord) -> str:
+    return "draft" if record.published_ms is None else f"published {_instant(record.published_ms)}"
 
 
 def _status_json(status: RolloutStatus) -> dict[str, Any]:

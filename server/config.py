@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 
 from protocol.errors import RequestError
 from protocol.ids import FleetId, parse_fleet_id
+from server.display import address_text
 
 CONFIG_FILE: Final = "whimbrel.toml"
 DATABASE_FILE: Final = "whimbrel.sqlite"
@@ -89,8 +90,11 @@ def parse_broker(text: str) -> tuple[str, int] | Literal["embedded"]:
     if text == EMBEDDED:
         return "embedded"
     host, _, port = text.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) <= 65_535:
-        raise RequestError(f"broker {text[:200]!r} is not allowed", hint="use `embedded` or HOST:PORT")
+    is_port = port.isascii() and port.isdigit() and 0 < int(port[:6]) <= 65_535
+    if not host or {"@", "/"} & set(host) or not is_port:
+        raise RequestError(
+            f"broker {address_text(text)!r} is not allowed", hint="use `embedded` or HOST:PORT"
+        )
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

@@ -1,4 +1,4 @@
-"""What the command line shows to people: tables and sizes as text."""
+"""What people are shown: tables, sizes and addresses as text."""
 
 
 def table(titles: list[str], rows: list[list[str]]) -> list[str]:
@@ -22,3 +22,11 @@ def bytes_text(count: int) -> str:
         if size < 999.5 or unit == "TB":
             break
     return f"{size:.1f} {unit}"
+
+
+def address_text(address: str) -> str:
+    """An address without its user, password and query, any of which may be a secret; for errors and logs."""
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        scheme, rest = "", address
+    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"[:80]

@@ -3,19 +3,36 @@
 Each call opens the folder, acts in one transaction and closes it. A running server on the same folder notices.
 """
 
+import importlib.metadata
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
-from protocol.errors import RequestError
-from protocol.ids import Digest, Family, Version, parse_digest, parse_family, parse_fleet_id, parse_version
-from protocol.release import RuntimeName, encode_release, file_target, release_target
+from protocol.errors import RequestError, StorageError
+from protocol.ids import (
+    Digest,
+    Family,
+    Version,
+    digest_of,
+    parse_digest,
+    parse_family,
+    parse_fleet_id,
+    parse_version,
+)
+from protocol.release import (
+    Release,
+    RuntimeName,
+    encode_release,
+    file_target,
+    release_digest,
+    release_target,
+)
 from server.adapters.blobs import FolderBlobs, storage_errors, write_file
 from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
@@ -35,6 +52,14 @@ from server.fleet.registry import DeviceRecord
 from server.ports import Clock, ReleaseRecord, Repository
 from server.releases.catalog import blob_target
 from server.releases.importer import import_release
+from server.releases.provenance import (
+    PROVENANCE_BYTES_MAX,
+    Origin,
+    Statement,
+    check_statement,
+    decode_statement,
+    make_statement,
+)
 from server.releases.publisher import Publisher
 from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
@@ -70,6 +95,20 @@ class RolloutStatus(Struct, frozen=True, kw_only=True):
     rollout: RolloutRecord
     counts: dict[MemberStatus, int]
     members: list[MemberRecord]
+
+
+class ReleaseDetails(Struct, frozen=True, kw_only=True):
+    """A release with what is signed beside its description.
+
+    Attributes:
+        record: The release.
+        digest: Of its description, which is what a device trusts.
+        provenance: Where its files come from, if anybody said so.
+    """
+
+    record: ReleaseRecord
+    digest: Digest
+    provenance: Statement | None
 
 
 @contextmanager
@@ -139,8 +178,21 @@ def add_release(
     memory_bytes: int = 0,
     tiers: list[str] | None = None,
     runtime_version_min: str = "",
+    provenance: Path | Origin | None = None,
 ) -> ReleaseRecord:
     """Check and copy the files of a release, and keep it as a draft.
+
+    Args:
+        folder: The server's.
+        family: As `import_release`, like all that follow.
+        version: Likewise.
+        files: Likewise.
+        runtime: Likewise.
+        health: Likewise.
+        memory_bytes: Likewise.
+        tiers: Likewise.
+        runtime_version_min: Likewise.
+        provenance: File with a statement about where the files come from, or what to say in one.
 
     Raises:
         AlreadyPublishedError: A published release has this name.
@@ -150,6 +202,8 @@ def add_release(
         known = home.store.release(parse_family(family), parse_version(version))
         if known is not None and known.published_ms is not None:
             home.store.add_release(known)  # raises the error that says so, before a large file is copied
+        if isinstance(provenance, Path):
+            decode_statement(_read(provenance), str(provenance))  # before a large file is copied
         release = import_release(
             home.blobs,
             family=family,
@@ -161,6 +215,9 @@ def add_release(
             tiers=tiers,
             runtime_version_min=runtime_version_min,
         )
+        if provenance is not None:
+            statement = _statement(release, provenance)
+            release = msgspec.structs.replace(release, provenance_sha256=home.blobs.put(statement).digest)
         record = ReleaseRecord(release=release, added_ms=home.clock.now_ms())
         home.store.add_release(record)
         return record
@@ -187,6 +244,9 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         for file in release.files:
             blob = home.blobs.describe(parse_digest(file.sha256))
             targets.append(blob_target(file_target(blob.digest), blob))
+        if release.provenance_sha256 is not UNSET:
+            blob = home.blobs.describe(parse_digest(release.provenance_sha256))
+            targets.append(blob_target(file_target(blob.digest), blob))
         now_ms = home.clock.now_ms()
         published = msgspec.structs.replace(record, published_ms=now_ms)
         repository = home.store.sign(
@@ -194,6 +254,20 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         )
         write_metadata(folder, repository)
         return published
+
+
+def show_release(folder: Path, family: str, version: str) -> ReleaseDetails:
+    """Everything that is known about a release.
+
+    Raises:
+        RequestError: There is no such release.
+        StorageError: Its provenance is missing or damaged.
+    """
+    with opened(folder) as home:
+        record = _release(home, parse_family(family), parse_version(version))
+        return ReleaseDetails(
+            record=record, digest=release_digest(record.release), provenance=_provenance(home, record.release)
+        )
 
 
 def list_releases(folder: Path) -> list[ReleaseRecord]:
@@ -209,7 +283,8 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
         folder: The server's.
         family: Of a published release.
         version: Of a published release.
-        target: Folder that gets `release.json`, `root.json` and the files; made if it is not there.
+        target: Folder that gets `release.json`, `root.json`, `provenance.json` where there is one, and the files; made if it
+            is not there.
 
     Raises:
         RequestError: There is no such release, or the target cannot be written.
@@ -224,6 +299,9 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
             target.mkdir(parents=True, exist_ok=True)
             (target / "release.json").write_bytes(encode_release(record.release))
             (target / "root.json").write_bytes(repository.roots[0])
+            if record.release.provenance_sha256 is not UNSET:
+                path = home.blobs.path(Digest(record.release.provenance_sha256))
+                shutil.copyfile(path, target / "provenance.json")
             for file in record.release.files:
                 shutil.copyfile(home.blobs.path(Digest(file.sha256)), target / file.name)
         except OSError as error:
@@ -349,6 +427,35 @@ def _release(home: Home, family: Family, version: Version) -> ReleaseRecord:
         hint = f"known are {', '.join(known)[:200]}" if known else "run `whimbrel release add`"
         raise RequestError(f"there is no model family {family}", hint=hint)
     raise RequestError(f"{family} has no version {version}", hint="see `whimbrel release list`")
+
+
+def _statement(release: Release, provenance: Path | Origin) -> bytes:
+    if isinstance(provenance, Origin):
+        versions = {"whimbrel": importlib.metadata.version("whimbrel"), **provenance.versions}
+        return make_statement(release, replace(provenance, versions=versions))
+    data = _read(provenance)
+    check_statement(decode_statement(data, str(provenance)), release, str(provenance))
+    return data
+
+
+def _provenance(home: Home, release: Release) -> Statement | None:
+    if release.provenance_sha256 is UNSET:
+        return None
+    path = home.blobs.path(Digest(release.provenance_sha256))
+    with storage_errors(path):
+        data = path.read_bytes()
+    if digest_of(data) != release.provenance_sha256:
+        raise StorageError(f"{path} is damaged", hint="add the release again")
+    return decode_statement(data, str(path))
+
+
+def _read(path: Path) -> bytes:
+    """A small file that a person names."""
+    try:
+        with path.open("rb") as file:
+            return file.read(PROVENANCE_BYTES_MAX + 1)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}", hint="give a JSON file that can be read") from error
 
 
 def _status(record: RolloutRecord, members: list[MemberRecord]) -> RolloutStatus:

@@ -25,6 +25,7 @@ import msgspec
 from msgspec import Struct
 
 from device.adapters.clock import SystemClock, system_rng
+from device.adapters.confinement import Confinement
 from device.adapters.control import AgentNotRunningError, Status, ask_agent
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
@@ -136,6 +137,7 @@ def examine(path: Path, clock: SystemClock | None = None) -> list[Finding]:
         look_at_clock(now_ms, record),
         look_at_runtimes(record, config.compute),
         _look_at_library(),
+        look_at_confinement(),
     ]
     findings += [asked, look_at_broker(patient)]
     if config.serving is not None:
@@ -388,6 +390,28 @@ def _is_synchronized() -> bool:
     except (OSError, AttributeError):
         return True
     return bool(adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) != _TIME_ERROR)
+
+
+def look_at_confinement() -> Finding:
+    """What the kernel takes from a trial, in a process of its own: rights do not come back."""
+    name = "confinement"
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "device.adapters.confinement"],
+            capture_output=True,
+            check=True,
+            timeout=IMPORT_S_MAX,
+            cwd=Path(__file__).parents[2],
+        )
+        granted = msgspec.json.decode(result.stdout, type=Confinement)
+    except (subprocess.SubprocessError, msgspec.MsgspecError) as error:
+        return Finding(name, Level.WARNING, f"trials cannot be confined: {error}", "look at the kernel's log")
+    if granted.is_complete:
+        return Finding(name, Level.OK, f"trials of new models have {granted}")
+    advice = (
+        "a kernel with CONFIG_SECCOMP_FILTER and CONFIG_SECURITY_LANDLOCK (Linux 5.13) in its `lsm=` list"
+    )
+    return Finding(name, Level.WARNING, f"trials of new models: {granted}", advice)
 
 
 def look_at_runtimes(record: Record | None, compute: Compute = ON_PROCESSOR) -> Finding:

@@ -5,6 +5,7 @@ eat all memory or write nonsense. Nothing of that reaches this process but lines
 """
 
 import contextlib
+import logging
 import math
 import os
 import selectors
@@ -20,6 +21,7 @@ from typing import IO, Final
 import msgspec
 from msgspec import Struct
 
+from device.adapters.confinement import Confinement
 from device.adapters.priority import DEFAULT_PRIORITY, Priority
 from device.compute import ON_PROCESSOR, Compute
 from device.ports import TrialOrder
@@ -73,7 +75,13 @@ class ChildOrder(Struct, frozen=True, kw_only=True):
 
 
 class Started(Struct, frozen=True, kw_only=True, tag="started"):
-    """The child is up and confined; loading begins."""
+    """The child is up and confined; loading begins.
+
+    Attributes:
+        confinement: What its kernel granted.
+    """
+
+    confinement: Confinement
 
 
 class Loaded(Struct, frozen=True, kw_only=True, tag="loaded"):
@@ -115,6 +123,8 @@ class Troubled(Struct, frozen=True, kw_only=True, tag="troubled"):
 
     detail: str
 
+
+_LOG: Final = logging.getLogger(__name__)
 
 Line = Started | Loaded | Answering | Measured | Troubled
 _order_encoder = msgspec.json.Encoder()
@@ -286,6 +296,11 @@ class _Watch:
         self._heard_ms = _now_ms()
         match line:
             case Started():
+                _LOG.log(
+                    logging.INFO if line.confinement.is_complete else logging.WARNING,
+                    "trial confined: %s",
+                    line.confinement,
+                )
                 self._silence_ms_max = self._health.load_timeout_ms
                 self._silence_detail = f"not loaded within {self._health.load_timeout_ms} ms"
             case Loaded():

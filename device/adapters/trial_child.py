@@ -1,24 +1,21 @@
 """A trial from inside: `python -m device.adapters.trial_child`, an order on standard input, lines of JSON out.
 
-Started by `trial.py` only. It confines itself first, then loads the model and answers the golden prompts. Limits of time
+Started by `trial.py` only. It confines itself first (`confinement.py`), then loads the model and answers the golden prompts. Limits of time
 and memory are the parent's: this process may hang or die at any point.
 """
 
-import ctypes
 import math
-import os
 import random
-import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import msgspec
 
+from device.adapters.confinement import confine, end_with, take_stdout
 from device.adapters.engine_llama import LlamaModel
 from device.adapters.engine_onnx import OnnxModel
 from device.adapters.engines import load_model
@@ -37,10 +34,6 @@ from device.adapters.trial import (
 )
 from protocol.errors import EngineError
 from protocol.release import ClassPrompt, HealthPlan, Prompt, TextPrompt
-
-_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
-_FILE_BYTES_MAX: Final = 1 << 20
-"""A trial has nothing to write; a runtime may want a small temporary file."""
 
 
 class _Trial:
@@ -125,10 +118,11 @@ class _Trial:
 def main() -> int:
     """Run the trial that standard input orders; the exit status is of no interest once the last line is out."""
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=ChildOrder)
-    _confine(order.parent)
+    end_with(order.parent)
     give_way(order.priority)
-    out = _take_stdout()
-    _speak(out, Started())
+    out = take_stdout()
+    folder = Path(order.order.model.path).parent
+    _speak(out, Started(confinement=confine([folder], accelerators=order.compute.has_accelerator)))
     begin_ms = _now_ms()
     try:
         model = load_model(order.order.model, order.compute)
@@ -142,22 +136,6 @@ def main() -> int:
         line = Troubled(detail=str(error))
     _speak(out, line)
     return 0
-
-
-def _confine(parent: int) -> None:
-    """Die with the parent, leave no core dump and no big file."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        sys.exit(1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES_MAX, _FILE_BYTES_MAX))
-
-
-def _take_stdout() -> BinaryIO:
-    """Keep standard output for the lines; what a runtime prints there goes to standard error."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return out
 
 
 def _speak(out: BinaryIO, line: Line) -> None:

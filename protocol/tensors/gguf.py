@@ -2,6 +2,7 @@
 
 Format: ggml `docs/gguf.md`, versions 2 and 3, little-endian. Block sizes: `gguf-py/gguf/constants.py`. The checks go
 beyond those of llama.cpp's own loader: offsets must be contiguous and nothing may follow the last tensor but padding.
+`docs/security/input.md` lists the attacks behind them.
 """
 
 import math
@@ -21,12 +22,15 @@ MAX_STRING_BYTES = 1 << 20
 MAX_METADATA_BYTES = 64 << 20
 MAX_NAME_BYTES = 63
 MAX_DIMENSIONS = 4
+MAX_ELEMENTS = (1 << 63) - 1
+"""llama.cpp counts the weights of a tensor in an int64."""
 ALIGNMENT_RANGE = (8, 4096)
+_ALIGNMENT_KEY = "general.alignment"
 _DEFAULT_ALIGNMENT = 32
 _MIN_KEY_VALUE_BYTES = 8 + 4 + 1  # empty key, type, one-byte value
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 _SCALARS = {
     0: "<B",
     1: "<b",
@@ -78,6 +82,9 @@ GGML_TYPES: dict[int, tuple[int, int, Layout]] = {
     40: (64, 36, Layout.NVFP4),
     41: (128, 18, Layout.RAW),
 }
+
+REMOVED_TYPES = frozenset({4, 5, 31, 32, 33, 36, 37, 38})
+"""Numbers that ggml gave up: its table has blocks of zero weights for them, and a loader that divides by that dies."""
 
 Scalar = int | float | bool | str
 
@@ -170,6 +177,10 @@ def _string(cursor: Cursor, field: str, limit: int = MAX_STRING_BYTES) -> str:
 def _value(cursor: Cursor, key: str) -> Scalar | ArrayValue:
     field = f"metadata {key!r}"
     kind = cursor.unsigned(4, f"type of {field}")
+    if key == _ALIGNMENT_KEY and kind != _UINT32:
+        raise ModelFileError(
+            f"GGUF: {field} has the type {kind}, expected {_UINT32}"
+        )  # llama.cpp aborts on it
     if kind == _STRING:
         return _string(cursor, field)
     if kind == _ARRAY:
@@ -188,7 +199,7 @@ def _scalar(cursor: Cursor, kind: int, field: str) -> int | float | bool:
 def _skip_array(cursor: Cursor, field: str) -> ArrayValue:
     kind = cursor.unsigned(4, f"element type of {field}")
     count = cursor.unsigned(8, f"length of {field}")
-    if kind == _ARRAY or (kind not in _SCALARS and kind != _STRING):
+    if kind not in _SCALARS and kind != _STRING:  # arrays of arrays least of all
         raise ModelFileError(f"GGUF: {field} is an array of type {kind}, which is not accepted")
     element_bytes = 8 if kind == _STRING else struct.calcsize(_SCALARS[kind])
     if count * element_bytes > cursor.remaining:
@@ -201,7 +212,7 @@ def _skip_array(cursor: Cursor, field: str) -> ArrayValue:
 
 
 def _alignment(metadata: dict[str, Scalar | ArrayValue]) -> int:
-    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
     low, high = ALIGNMENT_RANGE
     if not isinstance(alignment, int) or not low <= alignment <= high or alignment & (alignment - 1):
         raise ModelFileError(f"GGUF: general.alignment {alignment!r} is not a power of two in {low}..{high}")
@@ -212,6 +223,8 @@ def _tensor_info(cursor: Cursor) -> _TensorInfo:
     name = _string(cursor, "tensor name", MAX_NAME_BYTES)
     if not name:
         raise ModelFileError("GGUF: a tensor name is empty")
+    if not name.isprintable():  # C ends a name at a zero byte: two names would become one
+        raise ModelFileError(f"GGUF: tensor name {name!r} has characters that cannot be printed")
     rank = cursor.unsigned(4, f"dimensions of {name!r}")
     if not 1 <= rank <= MAX_DIMENSIONS:
         raise ModelFileError(
@@ -220,9 +233,16 @@ def _tensor_info(cursor: Cursor) -> _TensorInfo:
     shape = tuple(cursor.unsigned(8, f"shape of {name!r}") for _ in range(rank))
     if not all(shape):
         raise ModelFileError(f"GGUF: tensor {name!r} has a dimension of 0")
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise ModelFileError(f"GGUF: tensor {name!r} has more than {MAX_ELEMENTS} weights")
     kind = cursor.unsigned(4, f"type of {name!r}")
     offset = cursor.unsigned(8, f"offset of {name!r}")
     dims = shape[::-1]
+    if kind in REMOVED_TYPES:
+        raise ModelFileError(
+            f"GGUF: tensor {name!r} has the type {kind}, which was removed from the format",
+            hint="quantize the model again with a current llama.cpp",
+        )
     if kind not in GGML_TYPES:
         return _TensorInfo(name, dims, Layout.RAW, None, 0, offset)
     weights, block_bytes, layout = GGML_TYPES[kind]

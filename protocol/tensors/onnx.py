@@ -2,9 +2,11 @@
 
 Nothing is re-serialised and no protobuf library is used: a delta must give back the very bytes of the file. Field
 numbers are those of `onnx/onnx.proto3`; unknown fields are passed over. What an initializer means to the nodes that read
-it is in `onnx_weights.py`.
+it is in `onnx_weights.py`. Every tensor of a file is visited, wherever it hides: each could name a file to be opened.
+`docs/security/input.md` lists the attacks behind the checks.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -29,11 +31,22 @@ MAX_DIMENSIONS = 32
 MAX_NAME_BYTES = 4096
 MAX_TEXT_BYTES = 64 << 20  # names of all kinds together
 MAX_LOCATIONS = 64
+MAX_ELEMENTS = 1 << 48  # of one tensor; no file that protobuf or a file system can hold has more
 # Smaller tensors stay inside the raw regions around them: a region of its own costs more than it gives.
 MIN_TENSOR_BYTES = 64
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_FIELD_NUMBER_MAX = (1 << 29) - 1  # what protobuf allows; libraries cut longer ones down to another field
+_ENUM_MAX = (1 << 31) - 1  # likewise: an enumeration is an int32, and a longer number becomes another value
 _EXTERNAL = 1  # TensorProto.DataLocation
+
+# Entries of `TensorProto.external_data` that the format names. onnxruntime reads others as orders ("prepacked..."), and
+# the onnx library set each as an attribute of an object of its own (CVE-2026-34445).
+_ENTRY_KEYS = frozenset({"location", "offset", "length", "checksum"})
+# Locations that tell onnxruntime to read its own memory at the address `offset` (microsoft/onnxruntime#28709).
+_MEMORY_MARKER = "_MEM_ADDR_"
+# An operator that carries, or names the file of, a program that was compiled for one accelerator.
+_COMPILED_OPERATOR = "EPContext"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +87,15 @@ def parse_onnx(source: ReadAt) -> OnnxFile:
         raise ModelFileError(f"ONNX: {source.length} bytes, protobuf cannot hold more than {MAX_FILE_BYTES}")
     walk = _Walk(source)
     for number, wire, start, end in _fields(walk, 0, source.length):
-        if number == 7 and wire == _BYTES:
+        if wire != _BYTES:
+            continue
+        if number == 7:
             walk.has_graph = True
             _walk_graph(walk, start, end, MAX_DEPTH)
+        elif number == 20:
+            _walk_training(walk, start, end)
+        elif number == 25:
+            _walk_function(walk, start, end)
     if not walk.has_graph:
         raise ModelFileError("ONNX: there is no graph in the file")
     names = {initializer.name for initializer in walk.initializers}
@@ -125,8 +144,8 @@ def _fields(walk: _Walk, start: int, end: int) -> Iterator[tuple[int, int, int, 
             raise ModelFileError(f"ONNX: more than {MAX_FIELDS} fields")
         tag = cursor.varint("field tag")
         number, wire = tag >> 3, tag & 7
-        if number == 0:
-            raise ModelFileError(f"ONNX: field number 0 at offset {cursor.position}")
+        if not 1 <= number <= _FIELD_NUMBER_MAX:
+            raise ModelFileError(f"ONNX: field number {number} before offset {cursor.position}")
         value_start = cursor.position
         if wire == _VARINT:
             cursor.varint("integer")
@@ -151,6 +170,31 @@ def _walk_graph(walk: _Walk, start: int, end: int, depth: int) -> None:
             _walk_node(walk, value_start, value_end, depth)
         elif number == 5:
             _walk_tensor(walk, value_start, value_end)
+        elif number == 15:
+            _walk_sparse(walk, value_start, value_end)
+
+
+def _walk_training(walk: _Walk, start: int, end: int) -> None:
+    """TrainingInfoProto: the graphs `initialization` and `algorithm`."""
+    for number, wire, value_start, value_end in _fields(walk, start, end):
+        if wire == _BYTES and number in {1, 2}:
+            _walk_graph(walk, value_start, value_end, MAX_DEPTH)
+
+
+def _walk_function(walk: _Walk, start: int, end: int) -> None:
+    """FunctionProto: its nodes, and the defaults of its attributes."""
+    for number, wire, value_start, value_end in _fields(walk, start, end):
+        if wire == _BYTES and number == 7:
+            _walk_node(walk, value_start, value_end, MAX_DEPTH)
+        elif wire == _BYTES and number == 11:
+            _walk_attribute(walk, value_start, value_end, MAX_DEPTH, {})
+
+
+def _walk_sparse(walk: _Walk, start: int, end: int) -> None:
+    """SparseTensorProto: the tensors `values` and `indices`."""
+    for number, wire, value_start, value_end in _fields(walk, start, end):
+        if wire == _BYTES and number in {1, 2}:
+            _walk_tensor(walk, value_start, value_end)
 
 
 def _walk_node(walk: _Walk, start: int, end: int, depth: int) -> None:
@@ -166,6 +210,11 @@ def _walk_node(walk: _Walk, start: int, end: int, depth: int) -> None:
             op_type = _text(walk, value_start, value_end)
         elif number == 5:
             _walk_attribute(walk, value_start, value_end, depth, integers)
+    if op_type == _COMPILED_OPERATOR:
+        raise ModelFileError(
+            f"ONNX: there is a node {_COMPILED_OPERATOR}: a program for one kind of accelerator, not a model",
+            hint="publish the model that it was compiled from; each device compiles its own",
+        )
     walk.uses.update(uses_of_node(op_type, inputs, integers))
 
 
@@ -181,6 +230,8 @@ def _walk_attribute(walk: _Walk, start: int, end: int, depth: int, integers: dic
             name = _text(walk, value_start, value_end)
         elif number in {5, 10}:
             _walk_tensor(walk, value_start, value_end)
+        elif number in {22, 23}:
+            _walk_sparse(walk, value_start, value_end)
         elif number in {6, 11}:
             if depth == 0:
                 raise ModelFileError(f"ONNX: graphs are nested deeper than {MAX_DEPTH}")
@@ -200,9 +251,9 @@ def _walk_tensor(walk: _Walk, start: int, end: int) -> None:
             if len(shape) > MAX_DIMENSIONS:
                 raise ModelFileError(f"ONNX: a tensor has more than {MAX_DIMENSIONS} dimensions")
         elif number == 2 and wire == _VARINT:
-            found.data_type = _varint(walk, value_start, value_end)
+            found.data_type = _enumerated(walk, value_start, value_end)
         elif number == 14 and wire == _VARINT:
-            is_external = _varint(walk, value_start, value_end) == _EXTERNAL
+            is_external = _enumerated(walk, value_start, value_end) == _EXTERNAL
         elif wire != _BYTES:
             continue
         elif number == 8:
@@ -213,7 +264,9 @@ def _walk_tensor(walk: _Walk, start: int, end: int) -> None:
         elif number == 13:
             _walk_entry(walk, value_start, value_end, entries)
     found.shape = tuple(shape)
-    if is_external or "location" in entries:
+    if math.prod(size for size in shape if size) > MAX_ELEMENTS:
+        raise ModelFileError(f"ONNX: tensor {found.name!r} has the shape {shape}, which no file can hold")
+    if is_external or entries:
         _set_external(walk, found, entries)
     if len(walk.initializers) >= MAX_TENSORS:
         raise ModelFileError(f"ONNX: more than {MAX_TENSORS} tensors")
@@ -227,8 +280,13 @@ def _walk_entry(walk: _Walk, start: int, end: int, entries: dict[str, str]) -> N
             key = _text(walk, value_start, value_end)
         elif wire == _BYTES and number == 2:
             value = _text(walk, value_start, value_end)
-    if key in {"location", "offset", "length"}:
-        entries[key] = value
+    if key not in _ENTRY_KEYS or key in entries:
+        problem = "occurs twice" if key in entries else "is not known"
+        raise ModelFileError(
+            f"ONNX: entry {key[:200]!r} of external data {problem}",
+            hint="export the model again, with its external data beside it",
+        )
+    entries[key] = value
 
 
 def _set_external(walk: _Walk, found: Initializer, entries: Mapping[str, str]) -> None:
@@ -244,8 +302,15 @@ def _set_external(walk: _Walk, found: Initializer, entries: Mapping[str, str]) -
 
 def _checked_location(name: str, location: str) -> str:
     """A hostile file must not make anyone read, or write, outside of the model's folder."""
+    if _MEMORY_MARKER in location:
+        raise ModelFileError(
+            f"ONNX: tensor {name!r} lies at {location[:200]!r}, which is an address in the memory of its reader",
+            hint="the file is hostile, or was cut out of a running session: export the model again",
+        )
     parts = location.removeprefix("./").split("/")
-    is_plain = location.isprintable() and not {"\\", ":"} & set(location) and not {"", ".", ".."} & set(parts)
+    is_plain = (
+        location.isprintable() and not {"\\", ":", "*"} & set(location) and not {"", ".", ".."} & set(parts)
+    )
     if not is_plain:
         raise ModelFileError(
             f"ONNX: tensor {name!r} lies in {location[:200]!r}, which is no path inside the model's folder",
@@ -258,6 +323,13 @@ def _decimal(name: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 19):
         raise ModelFileError(f"ONNX: external tensor {name!r} has the offset or length {text[:40]!r}")
     return int(text)
+
+
+def _enumerated(walk: _Walk, start: int, end: int) -> int:
+    value = _varint(walk, start, end)
+    if value > _ENUM_MAX:
+        raise ModelFileError(f"ONNX: {value} at offset {start} is no value of an enumeration")
+    return value
 
 
 def _varint(walk: _Walk, start: int, end: int) -> int:

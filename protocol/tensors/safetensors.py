@@ -64,7 +64,11 @@ def parse_safetensors(source: ReadAt) -> tuple[Region, ...]:
     header_length = cursor.unsigned(8, "header length")
     if header_length > MAX_HEADER_BYTES:
         raise ModelFileError(f"safetensors: header length {header_length} is more than {MAX_HEADER_BYTES}")
-    header = _parse_json(cursor.read(header_length, "header"))
+    text = cursor.read(header_length, "header")
+    if not text.startswith(b"{"):  # README: no file that is something else at the same time
+        raise ModelFileError("safetensors: the header does not start with '{'")
+    header = _parse_json(text)
+    _check_metadata(header.get("__metadata__", {}))
     if len(header) > MAX_TENSORS:
         raise ModelFileError(f"safetensors: {len(header)} tensors, at most {MAX_TENSORS} are accepted")
     data_start = cursor.position
@@ -88,12 +92,16 @@ def _parse_json(text: bytes) -> dict[str, Any]:
     if containers > _MAX_CONTAINERS or text.count(b",") > _MAX_VALUES:
         raise ModelFileError("safetensors: the header has more entries than are accepted")
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        # Decoded here: Python would take UTF-16 as well, which no other reader does.
+        header: dict[str, Any] = json.loads(text.decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ModelFileError("safetensors: the header is not JSON") from error
-    if not isinstance(header, dict):
-        raise ModelFileError("safetensors: the header is not a JSON object")
     return header
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelFileError("safetensors: __metadata__ is not a map from text to text")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from protocol.errors import AlreadyPublishedError, RequestError, StorageError, StorageFullError
 from protocol.ids import Family, Version
 from protocol.trust import Documents
+from server.display import address_text
 from server.fleet.registry import DeviceRecord
 from server.ports import (
     CacheEntry,
@@ -118,7 +119,8 @@ class SqlStore:
             self._engine: Engine = create_engine(url, connect_args=arguments)
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
             raise RequestError(
-                f"database {url[:80]!r}: {error}", hint="use sqlite:///FILE or a URL with an installed driver"
+                f"database {address_text(url)!r}: {error}",
+                hint="use sqlite:///FILE or a URL with an installed driver",
             ) from error
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _prepare_sqlite)

@@ -1,11 +1,10 @@
 """From a model file on disk to the draft of a release: everything that can be refused is refused here."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from protocol.chunks import build_tree
-from protocol.errors import ModelFileError, ReleaseError, RequestError
+from protocol.errors import ReleaseError, RequestError
 from protocol.ids import digest_of, parse_family, parse_version
 from protocol.release import (
     FILES_MAX,
@@ -20,9 +19,8 @@ from protocol.release import (
     decode_release,
     encode_release,
 )
-from protocol.tensors import Region, map_external, parse_gguf, parse_onnx
-from server.adapters.blobs import FileSource
 from server.ports import BlobStore, StoredBlob
+from server.releases.model_files import check_model_files
 
 RUNTIME_VERSION_MIN: Final[dict[RuntimeName, str]] = {"onnx": "1.17", "llama": "0.3"}
 """Oldest runtimes that the engines on devices are made for; a release may ask for more."""
@@ -32,6 +30,9 @@ PROMPT_KINDS: Final[dict[RuntimeName, type[ClassPrompt | TextPrompt]]] = {
     "onnx": ClassPrompt,
     "llama": TextPrompt,
 }
+
+EXPORTED_NAMES: Final = frozenset({"release.json", "root.json", "provenance.json"})
+"""What stands beside the files of a release when it is written into a folder."""
 
 _NOTHING: Final = StoredBlob(digest=digest_of(b""), length=0, tree=build_tree(())[0])
 
@@ -72,6 +73,8 @@ def import_release(
     parse_version(version)
     if not 1 <= len(files) <= FILES_MAX:
         raise RequestError(f"{len(files)} files, allowed are 1 to {FILES_MAX}")
+    if taken := sorted(EXPORTED_NAMES & {path.name for path in files}):
+        raise ReleaseError(f"no file of a release may be called {taken[0]}", hint="give it another name")
     plan = decode_health_plan(_read(health), str(health))
     _check_prompts(plan, runtime, health)
 
@@ -91,7 +94,7 @@ def import_release(
         return decode_release(encode_release(release))  # names and bounds, as devices will check them
 
     described([_NOTHING] * len(files))  # before anything large is copied
-    _check_model(files[0], runtime, {path.name: path for path in files[1:]})
+    check_model_files(files, runtime)
     return described([blobs.put_file(path) for path in files])
 
 
@@ -104,48 +107,6 @@ def _check_prompts(plan: HealthPlan, runtime: RuntimeName, source: Path) -> None
                 f"{source}: prompt {prompt.name!r} is not of the kind that {runtime} models answer",
                 hint='use kind "class" for onnx and "text" for llama',
             )
-
-
-def _check_model(path: Path, runtime: RuntimeName, others: Mapping[str, Path]) -> None:
-    try:
-        with path.open("rb") as file:
-            external = _external_tensors(FileSource(file), runtime)
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}", hint="give a file that can be read") from error
-    except ModelFileError as error:
-        raise ModelFileError(
-            f"{path}: {error.message}", hint=error.hint or f"give a model for the runtime {runtime}"
-        ) from error
-    missing = sorted(external.keys() - others.keys())
-    if missing:
-        hint = "name them behind the model, with these file names"
-        if any("/" in location for location in missing):
-            hint = "a release has no folders: export the model with its tensors in a file beside it"
-        raise ReleaseError(f"{path} keeps tensors in other files: {', '.join(missing)[:200]}", hint=hint)
-    for location, tensors in external.items():
-        _check_external(path, others[location], tensors)
-
-
-def _external_tensors(source: FileSource, runtime: RuntimeName) -> Mapping[str, tuple[Region, ...]]:
-    """Return for each file beside the model the tensors that should be in it."""
-    if source.length == 0:
-        raise ModelFileError("the file is empty")
-    if runtime == "llama":
-        parse_gguf(source)
-        return {}
-    return parse_onnx(source).external
-
-
-def _check_external(model: Path, path: Path, tensors: tuple[Region, ...]) -> None:
-    try:
-        map_external(tensors, path.stat().st_size)
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}", hint="give a file that can be read") from error
-    except ModelFileError as error:
-        raise ModelFileError(
-            f"{path}: not the tensors that {model.name} describes: {error.message}",
-            hint="give the file that was exported with this model",
-        ) from error
 
 
 def _read(path: Path) -> bytes:

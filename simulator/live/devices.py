@@ -19,6 +19,7 @@ from device.adapters.engines import LocalEngine
 from device.adapters.mqtt import MqttLoop
 from device.adapters.workers import WorkerPool
 from device.config import load_config
+from device.decoding import IN_PROCESS
 from device.executor import CURRENT_LINK
 from device.ports import Model, ModelSource
 from device.runtime import DeviceRuntime, install_factory
@@ -108,6 +109,7 @@ class HostedDevice(Device):
                 self._host.pool,
                 clock=self._host.clock,
                 rng=random.Random(self.plan.seed),
+                decoder=IN_PROCESS,  # a process for each of a thousand devices would be most of what is measured
                 trace_path=self.trace,
             )
             self._runtime.start()

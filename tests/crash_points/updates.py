@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 from unittest.mock import patch
 
-from device import install, rewriting
+from device import decoding
 from device.executor import CURRENT_LINK, ROOT_FILE
 from device.journal import Journal, Record, SlotRecord
 from device.slots import SlotHealth, SlotName, slot_file, slot_folder
@@ -65,9 +65,9 @@ def small_steps() -> Iterator[None]:
     """Checkpoints, segments and steps that suit the size of the models."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(harness, "SEGMENT_BYTES", 16 << 10))
-        stack.enter_context(patch.object(install, "STEP_BYTES", STEP_BYTES))
+        stack.enter_context(patch.object(decoding, "STEP_BYTES", STEP_BYTES))
         stack.enter_context(patch.object(undo_journal, "STEP_BYTES", 16 << 10))
-        stack.enter_context(patch.object(rewriting, "STEPS", 2))
+        stack.enter_context(patch.object(decoding, "REWRITE_STEPS", 2))
         yield
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from device import effects, install
+from device import decoding, effects
 from device.admission import MissingArtifactError, check_disk, plan_items, plan_update
 from device.config import AgentConfig
 from device.journal import InstallItem
@@ -36,7 +36,7 @@ VERSIONS = {"v1": V1, "v2": V2, "v3": V3, "v4": V4}
 @pytest.fixture(autouse=True)
 def _short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several checkpoints in each delta."""
-    monkeypatch.setattr(install, "STEP_BYTES", 512 << 10)
+    monkeypatch.setattr(decoding, "STEP_BYTES", 512 << 10)
 
 
 @pytest.fixture

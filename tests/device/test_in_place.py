@@ -7,12 +7,14 @@ from collections import Counter
 import msgspec
 import pytest
 
-from device import effects, events, rewriting
+from device import decoding, effects, events, rewriting
 from device.admission import DiskBudgetError, NotInPlaceError, check_disk, plan_update
 from device.config import AgentConfig
+from device.decoding import LocalDecoder, RewriteJob
 from device.events import Wish
 from device.install import discard_installation
 from device.journal import Journal
+from device.ports import Disk
 from device.slots import SlotHealth, SlotName, slot_file
 from device.states import State
 from protocol import trust
@@ -71,7 +73,7 @@ MODEL_A, MODEL_B = slot_file(SlotName.A, "model.onnx"), slot_file(SlotName.B, "m
 def _short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several steps in each application, and several answers to the agent."""
     monkeypatch.setattr(undo_journal, "STEP_BYTES", 256 << 10)
-    monkeypatch.setattr(rewriting, "STEPS", 2)
+    monkeypatch.setattr(decoding, "REWRITE_STEPS", 2)
 
 
 @pytest.fixture
@@ -740,3 +742,32 @@ def test_a_device_without_a_second_copy_does_not_go_back_at_a_word(cache: Cache)
     assert device.answer() == digest_of(V2)
     assert {name: content(device, name) for name in device.disk.names("slots")} == before
     assert device.state is State.IDLE
+
+
+class _Counting(LocalDecoder):
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.jobs: list[RewriteJob] = []
+
+    def rewrite(self, disk: Disk, job: RewriteJob) -> bool:
+        self.jobs.append(job)
+        return super().rewrite(disk, job)
+
+
+@pytest.mark.parametrize("ending", ["rolled back", "withdrawn"])
+def test_every_way_to_a_file_and_back_goes_through_the_decoder_of_the_device(
+    cache: Cache, ending: str
+) -> None:
+    """On a real device that is a process of its own: none of them may decode in the agent's."""
+    device = online(cache)
+    counting = device.executor._decoder = _Counting()
+    if ending == "rolled back":
+        device.engine.evidence[digest_of(V2)] = good_evidence(prompts_passed=1)
+    ask(device, "v2")
+    if ending == "withdrawn":
+        device.settle(until=lambda: bool(counting.jobs))
+        ask(device, "v1")
+    device.settle()
+    assert content(device, MODEL_A) == V1
+    assert {job.is_back for job in counting.jobs} == {False, True}

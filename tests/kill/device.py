@@ -135,7 +135,14 @@ class Device:
         if pointed is None:
             wrong.append("the link `current` leads nowhere")
         elif pointed is not record.active and record.state is not State.COMMITTING:
-            wrong.append(f"the link `current` names slot {pointed.value} in state {record.state.value}")
+            # It is moved right after the commit is durable. A kill may come in between: then it leads to the version before, as long
+            # as that is whole, and the next start moves it.
+            stale = self._examine_slot(self._disk, record, pointed, "the slot that the link names")
+            if record.state is not State.IDLE or stale:
+                found = "; ".join(["", *stale])
+                wrong.append(
+                    f"the link `current` names slot {pointed.value} in state {record.state.value}{found}"
+                )
         elif pointed is not record.active and not self.is_in_place:
             wrong += self._examine_slot(self._disk, record, pointed, "the slot that `current` names")
         return wrong

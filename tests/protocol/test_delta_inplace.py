@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from device.rewriting import DiskFile
+from device.decoding import DiskFile
 from protocol.delta import writer
 from protocol.delta.format import (
     HEADER_BYTES_MIN,

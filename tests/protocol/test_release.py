@@ -1,5 +1,6 @@
 import json
 
+import msgspec
 import pytest
 
 from protocol.errors import ReleaseError
@@ -50,6 +51,7 @@ def test_a_release_comes_back_as_it_was_written_and_has_one_digest() -> None:
         {"files": [{"name": "x", "length": 1, "sha256": digest_of(b"")}] * 2},
         {"health": {"prompts": [], "latency_p99_ms_max": 1, "memory_peak_bytes_max": 1}},
         {"scorecard_sha256": "no"},
+        {"provenance_sha256": "no"},
     ],
 )
 def test_a_malformed_release_is_refused_and_the_field_is_named(fields: dict[str, object]) -> None:
@@ -70,3 +72,10 @@ def test_a_health_plan_with_an_unknown_field_is_refused_with_its_source() -> Non
 )
 def test_runtime_versions_compare_by_number(older: str, newer: str) -> None:
     assert version_tuple(older) < version_tuple(newer)
+
+
+def test_a_release_without_provenance_has_the_bytes_that_it_always_had() -> None:
+    assert b"provenance" not in encode_release(RELEASE)
+    said = msgspec.structs.replace(RELEASE, provenance_sha256=digest_of(b"statement"))
+    assert decode_release(encode_release(said)) == said
+    assert release_digest(said) != release_digest(RELEASE)

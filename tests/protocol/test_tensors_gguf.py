@@ -80,13 +80,23 @@ REFUSED = {
     "general.alignment 8192": GgufBuilder(
         key_values=[("general.alignment", _UINT32, struct.pack("<I", 8192))]
     ),
-    "general.alignment 'x'": GgufBuilder(key_values=[("general.alignment", _STRING, _text("x"))]),
+    "'general.alignment' has the type 8": GgufBuilder(
+        key_values=[("general.alignment", _STRING, _text("x"))]
+    ),
+    "'general.alignment' has the type 10": GgufBuilder(
+        key_values=[("general.alignment", 10, struct.pack("<Q", 32))]
+    ),
+    "cannot be printed": GgufBuilder([GgufTensor("w\0a", (32,), 2, bytes(18))]),
+    "which was removed": GgufBuilder([GgufTensor("w", (32,), 31, bytes(18))]),
+    "more than 9223372036854775807 weights": GgufBuilder(
+        [GgufTensor("w", (1 << 40, 1 << 40), 1000, bytes(18))]
+    ),
     "tensor name": GgufBuilder([GgufTensor("n" * 64, (32,), 2, bytes(18))]),
     "name is empty": GgufBuilder([GgufTensor("", (32,), 2, bytes(18))]),
     "name occurs twice": GgufBuilder([_TENSOR, _TENSOR]),
     "5 dimensions": GgufBuilder([GgufTensor("w", (32, 1, 1, 1, 1), 2, bytes(18))]),
     "dimension of 0": GgufBuilder([GgufTensor("w", (32, 0), 2, b"")]),
-    "has 0 bytes": GgufBuilder([GgufTensor("w", (32,), 4, b"")]),
+    "has 0 bytes": GgufBuilder([GgufTensor("w", (32,), 1000, b"")]),
     "not a multiple of 32": GgufBuilder([GgufTensor("w", (33,), 2, bytes(18))]),
     "has offset 64": GgufBuilder([GgufTensor("w", (32,), 2, bytes(18), offset=64)]),
     "ends at": GgufBuilder([GgufTensor("w", (1 << 40, 1 << 20), 2, bytes(18))]),
