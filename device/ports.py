@@ -6,12 +6,14 @@ Names of files are relative POSIX paths below the device's state folder, built b
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from protocol.errors import EngineError, Fault
 from protocol.messages import TrialEvidence
 from protocol.release import HealthPlan, Prompt, RuntimeName
-from protocol.trust import Documents, Floors, Verified
+
+if TYPE_CHECKING:  # children that decode or try a model do without tuf: half of the time in which they start
+    from protocol.trust import Documents, Floors, Verified
 
 
 class Disk(Protocol):
@@ -232,7 +234,7 @@ class Trust(Protocol):
     def check_root(self, root: bytes) -> int:
         """As `protocol.trust.check_root`."""
 
-    def verify(self, root: bytes, documents: Documents, floors: Floors, now_ms: int) -> Verified:
+    def verify(self, root: bytes, documents: "Documents", floors: "Floors", now_ms: int) -> "Verified":
         """As `protocol.trust.verify`."""
 
 

@@ -139,11 +139,13 @@ def take_stdout() -> BinaryIO:
 
 
 def memory_of_data() -> int:
-    """Bytes that `data_bytes_max` would count of this process now (VmData in proc_pid_status(5))."""
-    for line in Path("/proc/self/status").read_bytes().splitlines():
-        if line.startswith(b"VmData:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Bytes that `data_bytes_max` would count of this process now (VmData in proc_pid_status(5)).
+
+    Raises:
+        OSError: There is no /proc.
+    """
+    lines = Path("/proc/self/status").read_bytes().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(b"VmData:")) * 1024
 
 
 def _limit(file_bytes_max: int, data_bytes_max: int | None) -> None:

@@ -162,6 +162,7 @@ class ChildDecoder:
         """See `Decoder.decode`."""
         answer = self._ask(disk, job, state)
         if not isinstance(answer, Decoded):
+            self._end()
             raise PatchError("the process that decoded the delta gave a wrong answer")
         if answer.is_finished:
             self._end()
@@ -171,6 +172,7 @@ class ChildDecoder:
         """See `Decoder.rewrite`."""
         answer = self._ask(disk, job, b"")
         if not isinstance(answer, Rewritten):
+            self._end()
             raise PatchError("the process that decoded the delta gave a wrong answer")
         if answer.is_done:
             self._end()

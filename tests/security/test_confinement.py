@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from device.adapters import confinement
+from device.adapters.doctor import Level, look_at_confinement
 from device.adapters.engines import LocalEngine
 from device.ports import ModelSource, TrialOrder
+from tests.device.test_trial_process import program
 from tests.models import health_plan, write_classifier
 
 HOSTILE = Path(__file__).parent / "hostile"
@@ -204,3 +206,31 @@ def test_a_trial_is_confined_before_another_thread_exists(tmp_path: Path) -> Non
         tmp_path, "import device.adapters.trial_child\nprint(len(os.listdir('/proc/self/task')))"
     )
     assert said == "1"
+
+
+def test_doctor_says_what_this_kernel_grants() -> None:
+    finding = look_at_confinement()
+    assert finding.level is Level.OK
+    assert "no network and no programs (seccomp), files read-only (Landlock" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        (
+            """echo '{"network":"open","files":0}'""",
+            "the network is open: this kernel has no seccomp filters",
+        ),
+        ("""echo '{"network":"seccomp","files":0}'""", "files are open: this kernel has no Landlock"),
+        ("echo nonsense", "trials cannot be confined"),
+        ("exit 3", "trials cannot be confined"),
+    ],
+)
+def test_doctor_warns_of_a_kernel_that_grants_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, text: str
+) -> None:
+    monkeypatch.setattr(sys, "executable", program(tmp_path / "python", lines))
+    finding = look_at_confinement()
+    assert finding.level is Level.WARNING
+    assert text in finding.text
+    assert finding.advice

@@ -86,7 +86,7 @@ def _say_two_things() -> None:
     os.write(_out(), decoder.framed(Decoded(is_finished=True)) * 2)
 
 
-def _raise_what_is_not_its_own() -> None:
+def _say_what_is_not_its_own() -> None:
     os.write(_out(), decoder.framed(decoder.Failed(code="trust.unverified", message="a\nb" * 500, hint="")))
 
 
@@ -116,7 +116,7 @@ def _attack(_self: LocalDecoder, disk: Disk, job: DeltaJob, _state: bytes) -> De
     except OSError as error:
         raise PatchError(f"refused: {error}") from error
     sys.stdout.flush()
-    time.sleep(0.5 if os.environ["ATTACK"].startswith("_say") else 0)
+    time.sleep(600 if os.environ["ATTACK"].startswith("_say") else 0)
     return Decoded(is_finished=True)
 
 
