@@ -21,7 +21,8 @@ Digest = NewType("Digest", str)
 ClaimId = NewType("ClaimId", str)
 """16 lower-case hexadecimal digits (SPEC section 10.2)."""
 
-_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+NAME_PATTERN: Final = r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?"
+_NAME: Final = re.compile(NAME_PATTERN)
 _VERSION: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _CLAIM: Final = re.compile(r"[0-9a-f]{16}")
