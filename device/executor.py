@@ -41,6 +41,7 @@ class Executor:
         post: Takes an event to the agent; called from workers too.
         leases: Of the model that answers; its own where none are given.
         gently: Does what takes processor and disk and can wait, at a lower priority.
+        seal: Signs what is sent on a topic, where the device has a key.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Executor:
         post: Callable[[events.Event], None],
         leases: Leases | None = None,
         gently: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+        seal: Callable[[str, bytes], bytes] | None = None,
     ) -> None:
         self._disk = disk
         self._transport = transport
@@ -60,6 +62,7 @@ class Executor:
         self._workers = workers
         self._post = post
         self._gently = gently
+        self._seal = seal
         self._journal = Journal(disk)
         self.leases: Final = leases or Leases()
         self._actions: Final[dict[type, Callable[[Any], None]]] = {
@@ -141,7 +144,10 @@ class Executor:
             self._post(answer)
 
     def _publish(self, effect: effects.Publish) -> None:
-        self._transport.publish(effect.topic, effect.payload, effect.qos, retain=effect.retain)
+        payload = effect.payload
+        if effect.is_signed and self._seal is not None:
+            payload = self._seal(effect.topic, payload)
+        self._transport.publish(effect.topic, payload, effect.qos, retain=effect.retain)
 
     def _save_root(self, effect: effects.SaveRoot) -> None:
         self._disk.create(_ROOT_TEMPORARY, len(effect.root))

@@ -4,7 +4,7 @@ Imported only by whoever has an identity: it loads `cryptography`.
 """
 
 import base64
-import hashlib
+from dataclasses import dataclass
 from typing import Annotated, Final
 
 import msgspec
@@ -30,7 +30,7 @@ from cryptography.x509.oid import NameOID
 from msgspec import Meta, Struct
 
 from protocol.errors import MessageError, RequestError
-from protocol.ids import ClaimId, DeviceId, FleetId, digest_of
+from protocol.ids import ClaimId, DeviceId, Digest, FleetId, digest_of
 from protocol.messages import CertificateRequest, sealed_report
 
 PrivateKey = EllipticCurvePrivateKey
@@ -45,6 +45,14 @@ _FINGERPRINT_BYTES: Final = 16
 
 _REPORT: Final = b"whimbrel report 1"
 _CERTIFICATE_REQUEST: Final = b"whimbrel certificate request 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """For whom a certificate is asked, and for which key."""
+
+    name: str
+    key: PublicKey
 
 
 class Claim(Struct, frozen=True, kw_only=True):
@@ -87,12 +95,13 @@ def decode_claim(text: str) -> Claim:
     Raises:
         RequestError: The text is none, or not all of it.
     """
-    text = text.strip()
+    head, _, body = text.strip().partition(_CLAIM_HEAD)
     try:
-        if len(text) > CLAIM_CHARS_MAX or not text.startswith(_CLAIM_HEAD):
-            raise ValueError
         claim = msgspec.msgpack.decode(
-            base64.b64decode(text.removeprefix(_CLAIM_HEAD), altchars=b"-_", validate=True), type=Claim
+            base64.b64decode(
+                body if not head and len(body) <= CLAIM_CHARS_MAX else "", altchars=b"-_", validate=True
+            ),
+            type=Claim,
         )
         x509.load_der_x509_certificate(claim.certificate)
         x509.load_der_x509_certificate(claim.authority)
@@ -124,9 +133,14 @@ def public_der(key: PublicKey) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
+def key_digest(key: PublicKey) -> Digest:
+    """Names a key in messages."""
+    return digest_of(public_der(key))
+
+
 def fingerprint(key: PublicKey) -> str:
     """What two people compare: the first 128 bits of SHA-256 over the public key, in groups of four digits."""
-    digits = hashlib.sha256(public_der(key)).digest()[:_FINGERPRINT_BYTES].hex()
+    digits = key_digest(key)[: 2 * _FINGERPRINT_BYTES]
     return "-".join(digits[at : at + 4] for at in range(0, len(digits), 4))
 
 
@@ -152,26 +166,24 @@ def is_request_signed(request: CertificateRequest, topic: str, signer: PublicKey
     return _is_signed(signer, request.signature, _CERTIFICATE_REQUEST, topic, request.csr)
 
 
-def requested_key(csr: bytes, device: DeviceId) -> PublicKey:
-    """The key for which a certificate is asked; nothing else of a request is believed.
+def read_request(csr: bytes) -> Requested:
+    """What is asked for; nothing else of a request is believed.
 
     Raises:
-        MessageError: It is malformed, for another name, for a key that is not on P-256, or was not signed with that key.
+        MessageError: It is malformed, for a key that is not on P-256, or was not signed with that key.
     """
     try:
         request = x509.load_der_x509_csr(csr)
-        names = [attribute.value for attribute in request.subject]
+        names = [str(attribute.value) for attribute in request.subject]
         key = request.public_key()
         is_signed = request.is_signature_valid
     except ValueError as error:
         raise MessageError(f"the request is no PKCS #10: {error}") from error
-    if names != [device]:
-        raise MessageError(f"the request is for {str(names)[:100]}, and not for {device}")
     if not isinstance(key, PublicKey) or not isinstance(key.curve, SECP256R1):
         raise MessageError("the request is for a key that is not on P-256")
     if not is_signed:
         raise MessageError("the request is not signed with the key that it is for")
-    return key
+    return Requested("+".join(names), key)
 
 
 def load_public(data: bytes) -> PublicKey:

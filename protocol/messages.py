@@ -144,14 +144,16 @@ class CertificateRequest(Struct, frozen=True, kw_only=True):
 
     v: int = PROTOCOL_VERSION
     csr: Annotated[bytes, Meta(max_length=2048)]  # PKCS #10, DER
-    signature: Annotated[bytes, Meta(max_length=128)]  # by the key of the claim, or of the present certificate
+    signature: Annotated[
+        bytes, Meta(max_length=128)
+    ]  # by the key of the claim, or of the present certificate
 
 
 class CertificateAnswer(Struct, frozen=True, kw_only=True):
     """What became of a `CertificateRequest`."""
 
     v: int = PROTOCOL_VERSION
-    request: DigestText  # SHA-256 of the `csr` that this answers
+    key: DigestText  # SHA-256 of the public key that was asked about, as SubjectPublicKeyInfo
     code: ShortText = ""  # stable code of why there is no certificate (yet)
     detail: Text = ""
     certificate: Annotated[bytes, Meta(max_length=4096)] = b""  # X.509, DER

@@ -41,6 +41,8 @@ REVOKED_FILE: Final = "revoked.pem"
 EMQX_CONF_FILE: Final = "emqx.conf"
 EMQX_ACL_FILE: Final = "acl.conf"
 
+_EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 - a broker serves a network
+
 _DEVICE_READS: Final = (
     "md/#",
     "b/#",
@@ -182,7 +184,7 @@ def _mosquitto_claim_rules(fleet: FleetId) -> str:
 def _emqx_conf(layout: BrokerLayout) -> str:
     def listener(name: str, port: int, ca: str, connections_max: int) -> str:
         return f"""listeners.ssl.{name} {{
-  bind = "{layout.bind or "0.0.0.0"}:{port}"
+  bind = "{layout.bind or _EVERYWHERE}:{port}"
   max_connections = {connections_max}
   ssl_options {{
     cacertfile = "{layout.folder}/{ca}"

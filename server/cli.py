@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="whimbrel", description="Ships model updates to a fleet of devices as signed deltas over MQTT."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    common = _common(Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER), False)
+    common = _common(Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER), as_json=False)
     _add_init(commands)
     _add_release(commands, common)
     _add_rollout(commands, common)
@@ -88,14 +88,14 @@ def _parser() -> argparse.ArgumentParser:
         "devices", parents=[common], help="list the devices and what they run; see to their certificates"
     )
     devices.set_defaults(run=_devices)
-    identity_cli.add_device_actions(devices, _common(argparse.SUPPRESS, argparse.SUPPRESS), _print)
+    identity_cli.add_device_actions(devices, _common(argparse.SUPPRESS, as_json=argparse.SUPPRESS), _print)
     identity_cli.add_broker_parser(commands, common, _print)
     _add_serve(commands, common)
     delta_cli.add_parser(commands, common)
     return parser
 
 
-def _common(folder: Path | str, as_json: bool | str) -> argparse.ArgumentParser:
+def _common(folder: Path | str, *, as_json: bool | str) -> argparse.ArgumentParser:
     """Options of every command, with their defaults; suppressed ones leave what was given before the action."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(

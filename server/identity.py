@@ -3,7 +3,6 @@
 Each call opens the server's folder, acts in one transaction and closes it, as those of `operations.py`; a running server notices.
 """
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from msgspec import Struct
 
 from protocol.errors import RequestError
 from protocol.identity import Claim, PublicKey, encode_claim, key_number, key_pem, make_key, public_der
-from protocol.ids import ClaimId, DeviceId, parse_device_id
+from protocol.ids import DeviceId, parse_device_id
 from server.adapters.authority import Authority, Issued, write_secret
 from server.adapters.blobs import storage_errors, write_file
 from server.adapters.tls import expires_ms
@@ -121,16 +120,14 @@ def claim_device(
     with opened(folder) as home:
         authority, now_ms, key = ensure_authority(home), home.clock.now_ms(), make_key()
         record = ClaimRecord(
-            claim=ClaimId(secrets.token_hex(8)),  # noqa: TID251 - a name that nobody can guess
+            claim=authority.new_claim(),
             device=name,
             public_key=public_der(key.public_key()),
             created_ms=now_ms,
             expires_ms=now_ms + hours * _HOUR_MS,
         )
         issued = authority.issue_claim(record.claim, key.public_key(), now_ms, record.expires_ms)
-        home.store.change_identities(
-            lambda identities: open_claim(identities, name, lambda: record, now_ms)
-        )
+        home.store.change_identities(lambda identities: open_claim(identities, name, lambda: record, now_ms))
         if claims_port is None:
             broker = read_broker(folder)
             claims_port = broker.claims_port if broker else CLAIMS_PORT
@@ -145,6 +142,19 @@ def claim_device(
             authority=authority.der(),
         )
         return ClaimGiven(encode_claim(claim), record)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A certificate that an operator gave.
+
+    Attributes:
+        record: The certificate.
+        files: Of the broker, which shut the device out before; it has to be told to read them again.
+    """
+
+    record: CertificateRecord
+    files: list[Path]
 
 
 def pending_devices(folder: Path) -> list[ClaimRecord]:
@@ -163,7 +173,7 @@ def waiting_device(folder: Path, device: str) -> ClaimRecord:
         return waiting_claim(home.store.identities(), parse_device_id(device), home.clock.now_ms())
 
 
-def accept_device(folder: Path, device: str, expected: str = "") -> CertificateRecord:
+def accept_device(folder: Path, device: str, expected: str = "") -> Accepted:
     """Give a device the certificate that it waits for.
 
     Args:
@@ -179,10 +189,13 @@ def accept_device(folder: Path, device: str, expected: str = "") -> CertificateR
     with opened(folder) as home:
         now_ms = home.clock.now_ms()
         issue = issuer(authority_of(folder), now_ms, home.config.certificate_days)
+        was_barred = name in home.store.identities().barred(now_ms)
         identities = home.store.change_identities(
             lambda before: accept(before, name, issue, now_ms, expected)
         )
-        return max(identities.valid(name, now_ms), key=lambda record: record.issued_ms)
+        record = max(identities.valid(name, now_ms), key=lambda record: record.issued_ms)
+        broker = read_broker(folder) if was_barred else None
+        return Accepted(record, [] if broker is None else _write_rules(home, broker, identities, now_ms))
 
 
 def refuse_device(folder: Path, device: str) -> None:
@@ -366,6 +379,7 @@ def _record(role: Role, name: str, issued: Issued, now_ms: int) -> CertificateRe
         role=role,
         name=name,
         certificate=issued.certificate,
+        key=issued.key,
         issued_ms=now_ms,
         expires_ms=issued.expires_ms,
     )
@@ -375,9 +389,7 @@ def _write_pair(certificate: Path, key: Path, issued: Issued, pem: bytes) -> lis
     with storage_errors(key.parent):
         key.parent.mkdir(parents=True, exist_ok=True)
     write_secret(key, pem)
-    write_file(
-        certificate, x509.load_der_x509_certificate(issued.certificate).public_bytes(Encoding.PEM)
-    )
+    write_file(certificate, x509.load_der_x509_certificate(issued.certificate).public_bytes(Encoding.PEM))
     return [certificate, key]
 
 

@@ -24,7 +24,9 @@ _RELOAD: Final = {
 _NO_BROKER: Final = "no broker was configured here (`whimbrel broker config`): tell yours by other means"
 
 
-def add_device_actions(devices: argparse.ArgumentParser, common: argparse.ArgumentParser, show: Printer) -> None:
+def add_device_actions(
+    devices: argparse.ArgumentParser, common: argparse.ArgumentParser, show: Printer
+) -> None:
     """The actions below `whimbrel devices`."""
     actions = devices.add_subparsers(metavar="ACTION", title="certificates")
 
@@ -38,7 +40,9 @@ def add_device_actions(devices: argparse.ArgumentParser, common: argparse.Argume
     claim.add_argument(
         "--hours", type=int, default=identity.CLAIM_HOURS, help="until it expires (default: %(default)s)"
     )
-    claim.add_argument("-o", "--output", type=Path, metavar="FILE", help="write it there instead of printing it")
+    claim.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write it there instead of printing it"
+    )
     add("pending", _pending, "list devices that wait for their certificate")
     accept = add("accept", _accept, "give a device the certificate that it waits for")
     _add_device(accept)
@@ -53,7 +57,9 @@ def add_device_actions(devices: argparse.ArgumentParser, common: argparse.Argume
 
 def add_broker_parser(subparsers: Any, common: argparse.ArgumentParser, show: Printer) -> None:
     """`whimbrel broker`."""
-    broker = subparsers.add_parser("broker", help="write what mosquitto or EMQX need: certificates, rules, limits")
+    broker = subparsers.add_parser(
+        "broker", help="write what mosquitto or EMQX need: certificates, rules, limits"
+    )
     actions = broker.add_subparsers(metavar="ACTION", required=True)
     config = actions.add_parser(
         "config",
@@ -77,7 +83,9 @@ def add_broker_parser(subparsers: Any, common: argparse.ArgumentParser, show: Pr
     )
     config.set_defaults(run=lambda arguments: _config(arguments, show))
     cert = actions.add_parser(
-        "cert", parents=[common], help="a new certificate for the broker, or with --server for one more server"
+        "cert",
+        parents=[common],
+        help="a new certificate for the broker, or with --server for one more server",
     )
     cert.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     _add_hosts(cert)
@@ -107,9 +115,7 @@ def _claim(arguments: argparse.Namespace, show: Printer) -> int:
     until = _instant(given.record.expires_ms)
     if arguments.output is None:
         show(arguments, {**value, "claim": given.text}, [given.text])
-        print(
-            f"Good once, until {until}. On the device: whimbrel-device enroll --claim FILE", file=sys.stderr
-        )
+        sys.stderr.write(f"Good once, until {until}. On the device: whimbrel-device enroll --claim FILE\n")
         return 0
     write_secret(arguments.output, given.text.encode() + b"\n")
     lines = [
@@ -135,12 +141,17 @@ def _accept(arguments: argparse.Namespace, show: Printer) -> int:
         expected = waiting.fingerprint  # nothing else may come in between
         if not arguments.yes:
             _compare(waiting.device, expected)
-    record = identity.accept_device(arguments.dir, arguments.device, expected)
+    accepted = identity.accept_device(arguments.dir, arguments.device, expected)
+    record, broker = accepted.record, identity.read_broker(arguments.dir)
     lines = [
         f"{record.name} has a certificate for the key {waiting.fingerprint}, until {_instant(record.expires_ms)}",
         "It is sent as soon as `whimbrel serve` runs and the device asks",
     ]
-    show(arguments, _certificate_json(record), lines)
+    if accepted.files and broker is not None:
+        lines.append(f"It was shut out before. Changed: {', '.join(map(str, accepted.files))}")
+        lines.append(f"To let it in, {_RELOAD[broker.kind]}")
+    value = {**_certificate_json(record), "files": [str(path) for path in accepted.files]}
+    show(arguments, value, lines)
     return 0
 
 
@@ -150,12 +161,14 @@ def _compare(device: DeviceId, fingerprint: str) -> None:
     Raises:
         RequestError: Nobody can be asked, or it is another key.
     """
-    print(f"The key of {device} has the fingerprint {fingerprint}", file=sys.stderr)
+    sys.stderr.write(f"The key of {device} has the fingerprint {fingerprint}\n")
     if not sys.stdin.isatty():
         raise RequestError(
-            "nobody has compared the fingerprint", hint="give --fingerprint as the device printed it, or --yes"
+            "nobody has compared the fingerprint",
+            hint="give --fingerprint as the device printed it, or --yes",
         )
-    print("Did the device print the same? [y/N] ", end="", file=sys.stderr, flush=True)
+    sys.stderr.write("Did the device print the same? [y/N] ")
+    sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
         raise RequestError(
             "not accepted", hint=f"`whimbrel devices refuse {device}` voids the claim if it is another key"
@@ -164,7 +177,11 @@ def _compare(device: DeviceId, fingerprint: str) -> None:
 
 def _refuse(arguments: argparse.Namespace, show: Printer) -> int:
     identity.refuse_device(arguments.dir, arguments.device)
-    show(arguments, {"device": arguments.device}, [f"{arguments.device} gets no certificate, its claim is void"])
+    show(
+        arguments,
+        {"device": arguments.device},
+        [f"{arguments.device} gets no certificate, its claim is void"],
+    )
     return 0
 
 
@@ -204,7 +221,9 @@ def _certificates(arguments: argparse.Namespace, show: Printer) -> int:
     ]
     lines = table(["NAME", "FOR", "REVOKED", "EXPIRES", "SERIAL"], rows)
     show(
-        arguments, [_certificate_json(record) for record in records], lines or ["No certificate was issued yet"]
+        arguments,
+        [_certificate_json(record) for record in records],
+        lines or ["No certificate was issued yet"],
     )
     return 0
 
@@ -271,7 +290,7 @@ def _claim_json(claim: ClaimRecord) -> dict[str, Any]:
 
 def _certificate_json(record: CertificateRecord) -> dict[str, Any]:
     value: dict[str, Any] = msgspec.to_builtins(record)
-    del value["v"], value["request"]
+    del value["v"]
     return value
 
 

@@ -27,6 +27,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.reconnect import Backoff
+from protocol.errors import WhimbrelError
 
 KEEPALIVE_S: Final = 30
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -43,11 +44,17 @@ _POLL_MAX_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
-    """Where the broker is, and how to speak to it."""
+    """Where the broker is, and how to speak to it.
+
+    Attributes:
+        host: Its name or address.
+        port: Its port.
+        tls: Gives what a connection is made with, for each anew and on a thread of its own; plain connections where there is none.
+    """
 
     host: str
     port: int
-    tls: ssl.SSLContext | None = None
+    tls: Callable[[], ssl.SSLContext] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,8 +324,6 @@ class MqttTransport:
         )
         client.max_queued_messages_set(QUEUED_MESSAGES_MAX)
         client.connect_timeout = CONNECT_TIMEOUT_S
-        if self._address.tls is not None:
-            client.tls_set_context(self._address.tls)
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, qos=1, retain=True)
         client.on_connect = self._paho_connected
@@ -344,8 +349,10 @@ class MqttTransport:
     def _connect_blocking(self, client: Client, host: str, port: int) -> None:
         reason = ""
         try:
+            if self._address.tls is not None:
+                client.tls_set_context(self._address.tls())
             client.connect(host, port, KEEPALIVE_S)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, WhimbrelError) as error:
             reason = f"{host}:{port}: {error}"
         self._loop.call_soon_threadsafe(lambda: self._connect_ended(client, reason))
 
@@ -393,6 +400,15 @@ class MqttTransport:
             self._on_disconnected()
         self._reconnect_later()
 
+    def _explained(self) -> str:
+        """TLS 1.3 lets a client in before its certificate was looked at: a broker that does not like it hangs up then."""
+        if self._address.tls is None or self._is_connected or "refuses" in self.error:
+            return ""
+        return (
+            f"{self._address.host}:{self._address.port}: the broker hangs up; it may not accept this certificate "
+            "(expired, revoked, or of another authority)"
+        )
+
     def _watch(self) -> None:
         if self._socket is not None:
             mask = selectors.EVENT_READ
@@ -428,7 +444,7 @@ class MqttTransport:
         _properties: Properties | None,
     ) -> None:
         if client is self._client and self._socket is not None:
-            self._lost(self.error or str(code))
+            self._lost(self._explained() or self.error or str(code))
 
     def _paho_subscribed(
         self,

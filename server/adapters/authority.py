@@ -6,6 +6,8 @@ claims, and nothing else. A certificate says what its key is for: a device's can
 
 import ipaddress
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,12 +29,12 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from protocol.errors import MissingKeyError, RequestError
-from protocol.identity import PrivateKey, PublicKey, make_key, public_der
-from protocol.ids import ClaimId, DeviceId, FleetId
+from protocol.identity import PrivateKey, PublicKey, key_digest, make_key, public_der
+from protocol.ids import ClaimId, DeviceId, Digest, FleetId
 from protocol.topics import CLAIM_PREFIX
 from server.adapters.blobs import storage_errors, sync_folder
 
-PASSPHRASE_VARIABLE: Final = "WHIMBREL_CA_PASSPHRASE_FILE"
+PASSPHRASE_VARIABLE: Final = "WHIMBREL_CA_PASSPHRASE_FILE"  # noqa: S105 - a name
 """Names a file whose first line encrypts the keys of the authorities."""
 
 PASSPHRASE_BYTES_MAX: Final = 1024
@@ -47,6 +49,7 @@ CLAIM_GRACE: Final = timedelta(days=1)
 CLOCK_SKEW: Final = timedelta(hours=1)
 """How far a device's clock may be behind the server's."""
 
+_HOST_NAME: Final = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,9}")
 _Name = Literal["devices", "claims"]
 
 
@@ -57,11 +60,13 @@ class Issued:
     Attributes:
         serial: In hexadecimal.
         certificate: X.509, DER.
+        key: SHA-256 of the public key.
         expires_ms: End of its life.
     """
 
     serial: str
     certificate: bytes
+    key: Digest
     expires_ms: int
 
 
@@ -70,14 +75,12 @@ class Authority:
 
     Args:
         folder: `devices.pem`, `devices.key`, `claims.pem`, `claims.key`.
-        passphrase: Asked for when keys are made or found encrypted; gives nothing where there is none.
+        passphrase: Asked for when keys are made or found encrypted; `passphrase_of_file` where none is given.
     """
 
-    def __init__(
-        self, folder: Path, passphrase: Callable[[], bytes | None] = lambda: passphrase_of_file()
-    ) -> None:
+    def __init__(self, folder: Path, passphrase: Callable[[], bytes | None] | None = None) -> None:
         self.folder = folder
-        self._passphrase = passphrase
+        self._passphrase = passphrase or passphrase_of_file
         self._keys: dict[_Name, PrivateKey] = {}
 
     @property
@@ -143,6 +146,10 @@ class Authority:
         """A certificate for the broker, under the names and addresses by which it is called."""
         names = x509.SubjectAlternativeName([_host(host) for host in hosts])
         return self._issue("devices", "broker", key, now_ms, timedelta(days=BROKER_DAYS), _SERVER, names)
+
+    def new_claim(self) -> ClaimId:
+        """A number for a claim that nobody can guess."""
+        return ClaimId(secrets.token_hex(8))
 
     def issue_claim(self, claim: ClaimId, key: PublicKey, now_ms: int, expires_ms: int) -> Issued:
         """A certificate that opens the port for claims."""
@@ -210,7 +217,10 @@ class Authority:
             builder = builder.add_extension(hosts, critical=False)
         certificate = builder.sign(signer, hashes.SHA256())
         return Issued(
-            f"{serial:x}", certificate.public_bytes(Encoding.DER), int(end.timestamp()) * 1000
+            f"{serial:x}",
+            certificate.public_bytes(Encoding.DER),
+            key_digest(key),
+            int(end.timestamp()) * 1000,
         )
 
     def _certificate(self, name: _Name) -> x509.Certificate:
@@ -322,15 +332,11 @@ def _host(text: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
-        pass
-    try:
-        if not text or not text.isascii() or any(mark in text for mark in " /:*+#"):
-            raise ValueError
-        return x509.DNSName(text)
-    except ValueError as error:
-        raise RequestError(
-            f"{text[:80]!r} is neither the name of a host nor an address", hint="without a port"
-        ) from error
+        if _HOST_NAME.fullmatch(text):
+            return x509.DNSName(text)
+    raise RequestError(
+        f"{text[:80]!r} is neither the name of a host nor an address", hint="it has no port and no wildcard"
+    )
 
 
 def _subject(name: str) -> x509.Name:

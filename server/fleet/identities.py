@@ -11,16 +11,18 @@ from cryptography import x509
 from msgspec import Struct
 from msgspec.structs import replace
 
-from protocol.errors import ForgedReportError, MessageError, RequestError, WhimbrelError
+from protocol.errors import ForgedReportError, RequestError, WhimbrelError
 from protocol.identity import (
     PublicKey,
     fingerprint,
     is_report_signed,
     is_request_signed,
+    key_digest,
     load_public,
-    requested_key,
+    public_der,
+    read_request,
 )
-from protocol.ids import ClaimId, DeviceId, Digest, digest_of
+from protocol.ids import ClaimId, DeviceId, Digest
 from protocol.messages import CertificateAnswer, CertificateRequest, Report, decode_report
 
 CLAIMS_OPEN_MAX: Final = 100_000
@@ -45,7 +47,7 @@ class ClaimRecord(Struct, frozen=True, kw_only=True):
         created_ms: When it was made.
         expires_ms: When it ends.
         state: What became of it.
-        csr: What the device asked for.
+        requested_key: For which the device asked for a certificate.
         requested_ms: When it did.
         serial: Of the certificate that came of it.
     """
@@ -57,14 +59,14 @@ class ClaimRecord(Struct, frozen=True, kw_only=True):
     created_ms: int
     expires_ms: int
     state: ClaimState = "open"
-    csr: bytes = b""
+    requested_key: bytes = b""
     requested_ms: int = 0
     serial: str = ""
 
     @property
     def fingerprint(self) -> str:
         """Of the key that the certificate will be for; the device printed it too."""
-        return fingerprint(requested_key(self.csr, self.device))
+        return fingerprint(load_public(self.requested_key))
 
 
 class CertificateRecord(Struct, frozen=True, kw_only=True):
@@ -75,7 +77,7 @@ class CertificateRecord(Struct, frozen=True, kw_only=True):
         role: What it is for.
         name: The device, the server, or the first name of the broker.
         certificate: X.509, DER.
-        request: SHA-256 of the request that it answers; empty for servers and brokers, whose keys are made here.
+        key: SHA-256 of its public key.
         issued_ms: When.
         expires_ms: End of its life.
         revoked_ms: When it was revoked.
@@ -86,7 +88,7 @@ class CertificateRecord(Struct, frozen=True, kw_only=True):
     role: Role
     name: str
     certificate: bytes
-    request: str = ""
+    key: Digest
     issued_ms: int
     expires_ms: int
     revoked_ms: int | None = None
@@ -138,10 +140,22 @@ class WrongKeyError(EnrolmentError):
     code = "enroll.wrong_key"
 
 
+class WrongNameError(EnrolmentError):
+    """The request is for another name than the claim, or than the present certificate."""
+
+    code = "enroll.wrong_name"
+
+
 class PendingError(EnrolmentError):
     """An operator has to accept it first."""
 
     code = "enroll.pending"
+
+
+class UnavailableError(EnrolmentError):
+    """The server cannot issue certificates at the moment."""
+
+    code = "enroll.unavailable"
 
 
 class EarlyRenewalError(EnrolmentError):
@@ -179,9 +193,7 @@ class Identities:
     def pending(self, now_ms: int) -> list[ClaimRecord]:
         """Claims that wait for an operator, oldest first."""
         waiting = [
-            claim
-            for claim in self.claims.values()
-            if claim.state == "pending" and now_ms < claim.expires_ms
+            claim for claim in self.claims.values() if claim.state == "pending" and now_ms < claim.expires_ms
         ]
         return sorted(waiting, key=lambda claim: claim.requested_ms)
 
@@ -275,7 +287,8 @@ def use_claim(
         raise UnknownClaimError("this server gave no such claim", hint="`whimbrel devices claim` gives one")
     if not is_request_signed(request, topic, load_public(claim.public_key)):
         raise WrongKeyError("the request is not signed with the key of the claim")
-    if claim.csr and claim.csr != request.csr:
+    requested = read_request(request.csr)
+    if claim.requested_key not in {b"", public_der(requested.key)}:
         raise UsedClaimError("this claim was used with another key", hint="ask for a new one")
     if claim.state == "accepted":
         return []
@@ -283,10 +296,12 @@ def use_claim(
         raise EnrolmentError(f"the claim was {claim.state}", hint="ask the operator for a new one")
     if now_ms >= claim.expires_ms:
         raise ExpiredClaimError("the claim has expired", hint="ask the operator for a new one")
-    requested_key(request.csr, claim.device)
     if claim.state == "pending":
         return []
-    return [replace(claim, state="pending", csr=request.csr, requested_ms=now_ms)]
+    if requested.name != claim.device:
+        raise WrongNameError(f"the claim is for {claim.device}, and not for {requested.name[:80]!r}")
+    key = public_der(requested.key)
+    return [replace(claim, state="pending", requested_key=key, requested_ms=now_ms)]
 
 
 def accept(
@@ -310,9 +325,7 @@ def accept(
             f"the key of {device} has the fingerprint {claim.fingerprint}, and not {expected[:80]}",
             hint="someone else may have used the claim: refuse it, and give the device a new one",
         )
-    certificate = replace(
-        issue(device, requested_key(claim.csr, device)), request=digest_of(claim.csr), issued_ms=now_ms
-    )
+    certificate = issue(device, load_public(claim.requested_key))
     return [replace(claim, state="accepted", serial=certificate.serial), certificate]
 
 
@@ -357,14 +370,15 @@ def renew(
     valid = identities.valid(device, now_ms)
     if not any(is_request_signed(request, topic, record.public_key) for record in valid):
         raise WrongKeyError("the request is not signed with a valid certificate of this device")
-    digest = digest_of(request.csr)
-    if any(record.request == digest for record in valid):
+    requested = read_request(request.csr)
+    if requested.name != device:
+        raise WrongNameError(f"{device} asks for a certificate for {requested.name[:80]!r}")
+    if any(record.key == key_digest(requested.key) for record in valid):
         return []
     newest = max(valid, key=lambda record: record.issued_ms)
     if now_ms - newest.issued_ms < (newest.expires_ms - newest.issued_ms) // 2:
         raise EarlyRenewalError("half of the life of the present certificate is not over")
-    key = requested_key(request.csr, device)
-    return [replace(issue(device, key), request=digest, issued_ms=now_ms)]
+    return [issue(device, requested.key)]
 
 
 def revoke(identities: Identities, name: str, role: Role, now_ms: int) -> list[IdentityRecord]:
@@ -391,14 +405,14 @@ def revoke(identities: Identities, name: str, role: Role, now_ms: int) -> list[I
     return changed
 
 
-def answer(identities: Identities, request: Digest) -> CertificateAnswer | None:
-    """The certificate that answers a request; nothing where there is none."""
+def answer(identities: Identities, key: Digest) -> CertificateAnswer | None:
+    """The valid certificate for a key; nothing where there is none."""
     for record in identities.certificates.values():
-        if record.request == request:
-            return CertificateAnswer(request=request, certificate=record.certificate)
+        if record.key == key and record.revoked_ms is None:
+            return CertificateAnswer(key=key, certificate=record.certificate)
     return None
 
 
-def refusal(request: Digest, error: EnrolmentError | MessageError) -> CertificateAnswer:
+def refusal(key: Digest, error: EnrolmentError) -> CertificateAnswer:
     """Tell a device why there is no certificate, or not yet."""
-    return CertificateAnswer(request=request, code=error.code, detail=str(error)[:512])
+    return CertificateAnswer(key=key, code=error.code, detail=str(error)[:512])
