@@ -7,7 +7,7 @@ import logging
 from functools import partial
 from typing import Final
 
-from protocol.errors import MessageError, MissingKeyError, RequestError
+from protocol.errors import ForgedReportError, MessageError, MissingKeyError, RequestError
 from protocol.identity import key_digest, read_request
 from protocol.ids import DeviceId, digest_of
 from protocol.messages import CertificateAnswer, Report
@@ -19,6 +19,7 @@ from server.events import ClaimUsed, IdentityEvent, RenewalRequested
 from server.fleet.identities import (
     ClaimRecord,
     EnrolmentError,
+    Identities,
     PendingError,
     UnavailableError,
     answer,
@@ -46,7 +47,9 @@ class Enrolment:
         self._config = config
         self._clock = clock
         self._authority = Authority(config.folder / AUTHORITY_FOLDER)
-        self._identities = store.identities()
+        self._changes = -1
+        self._identities = Identities()
+        self._read()
         self._published: dict[str, str] = {}  # state of each claim of which the answer is retained
 
     def open_report(self, device: DeviceId, topic: str, payload: bytes) -> Report:
@@ -58,9 +61,20 @@ class Enrolment:
         Raises:
             MessageError: As `Identities.checked_report`.
         """
-        is_strict = self._config.tls is not None
-        now_ms = self._clock.now_ms()
-        return self._identities.checked_report(device, topic, payload, now_ms, is_strict=is_strict)
+        check = partial(
+            Identities.checked_report,
+            device=device,
+            topic=topic,
+            payload=payload,
+            now_ms=self._clock.now_ms(),
+            is_strict=self._config.tls is not None,
+        )
+        try:
+            return check(self._identities)
+        except ForgedReportError:
+            if not self._read():
+                raise
+            return check(self._identities)  # another server on the same store may have renewed a moment ago
 
     def handle(self, event: IdentityEvent, transport: MqttTransport) -> None:
         """Answer somebody who asks for a certificate."""
@@ -70,6 +84,7 @@ class Enrolment:
         except MessageError as error:
             _LOG.warning("%s: %s", who, error)
             return
+        self._read()
         try:
             if isinstance(event, ClaimUsed):
                 self._use_claim(event)
@@ -86,13 +101,22 @@ class Enrolment:
 
     def refresh(self, transport: MqttTransport) -> None:
         """Commands of other processes may have changed how things stand."""
-        self._identities = self._store.identities()
+        self._read()
         self._publish(transport)
 
     def publish(self, transport: MqttTransport) -> None:
         """Retain what came of claims, at a broker that may have forgotten everything."""
         self._published.clear()
         self._publish(transport)
+
+    def _read(self) -> bool:
+        """Take over what changed, and tell whether anything did; a claim may be used in the instant in which it was made."""
+        changes = self._store.changes()
+        if changes == self._changes:
+            return False
+        self._identities = self._store.identities()
+        self._changes = changes
+        return True
 
     def _publish(self, transport: MqttTransport) -> None:
         now_ms = self._clock.now_ms()
