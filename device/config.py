@@ -459,16 +459,20 @@ def parse_listen(text: str, home: Path) -> Path | tuple[str, int]:
             f"[serving] listen = {text!r} is not of the form host:port or unix:PATH",
             hint='for example "127.0.0.1:8091"',
         )
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
+    if not is_loopback(host):
         raise RequestError(
             f"[serving] listen = {text!r} is not an address of loopback, and the endpoint asks nobody who they are",
             hint="use 127.0.0.1, and a reverse proxy with authentication for other machines",
         )
     return ("127.0.0.1" if host == "localhost" else host), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address stays on this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_address(text: str) -> tuple[str, int]:

@@ -109,9 +109,11 @@ class Peer:
         self.paho.tls_set_context(context)
         if will is not None:
             self.paho.will_set(will[0], will[1], 1, retain=True)
-        self.paho.on_connect = lambda _c, _u, _f, code, _p: code.is_failure or self.is_accepted.set()
+        self.paho.on_connect = lambda _c, _u, _f, code, _p: self._answered(is_refused=code.is_failure)
         self.paho.on_disconnect = lambda *_: self.is_gone.set()
-        self.paho.on_message = lambda _c, _u, message: self.heard.append((message.topic, message.payload))
+        self.paho.on_message = lambda _c, _u, message: self.heard.append(
+            (message.topic, bytes(message.payload))
+        )
         self.paho.on_subscribe = lambda _c, _u, mid, _r, _p: self._confirmed.add(mid)
         try:
             self.paho.connect(lab.broker.host, port or lab.broker.port)
@@ -120,6 +122,10 @@ class Peer:
             return
         self.paho.loop_start()
         wait_until(lambda: self.is_accepted.is_set() or self.is_gone.is_set())
+
+    def _answered(self, *, is_refused: bool) -> None:
+        if not is_refused:
+            self.is_accepted.set()
 
     @property
     def is_refused(self) -> bool:
