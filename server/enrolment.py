@@ -27,7 +27,7 @@ from server.fleet.identities import (
     renew,
     use_claim,
 )
-from server.identity import AUTHORITY_FOLDER, issuer
+from server.identity import AUTHORITY_FOLDER, RENEW_MS, issuer
 from server.ports import Clock
 
 _LOG: Final = logging.getLogger(__name__)
@@ -51,6 +51,10 @@ class Enrolment:
         self._identities = Identities()
         self._read()
         self._published: dict[str, str] = {}  # state of each claim of which the answer is retained
+        for record in self._identities.expiring(clock.now_ms(), RENEW_MS):
+            _LOG.warning(
+                "the certificate of the %s %s ends soon: `whimbrel broker config`", record.role, record.name
+            )
 
     def open_report(self, device: DeviceId, topic: str, payload: bytes) -> Report:
         """A report that comes from whom it says; called from the transport's thread.
@@ -69,12 +73,14 @@ class Enrolment:
             now_ms=self._clock.now_ms(),
             is_strict=self._config.tls is not None,
         )
+        known = self._identities
         try:
-            return check(self._identities)
+            return check(known)
         except ForgedReportError:
-            if not self._read():
+            self._read()
+            if self._identities is known:
                 raise
-            return check(self._identities)  # another server on the same store may have renewed a moment ago
+            return check(self._identities)  # an operator, or a server on the same store, gave it a moment ago
 
     def handle(self, event: IdentityEvent, transport: MqttTransport) -> None:
         """Answer somebody who asks for a certificate."""
@@ -109,14 +115,12 @@ class Enrolment:
         self._published.clear()
         self._publish(transport)
 
-    def _read(self) -> bool:
-        """Take over what changed, and tell whether anything did; a claim may be used in the instant in which it was made."""
+    def _read(self) -> None:
+        """Take over what changed: a claim may be used in the instant in which it was made."""
         changes = self._store.changes()
-        if changes == self._changes:
-            return False
-        self._identities = self._store.identities()
-        self._changes = changes
-        return True
+        if changes != self._changes:
+            self._identities = self._store.identities()
+            self._changes = changes  # last: whoever sees it finds the identities of then, or newer ones
 
     def _publish(self, transport: MqttTransport) -> None:
         now_ms = self._clock.now_ms()

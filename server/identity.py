@@ -58,7 +58,7 @@ SERVER_PREFIX: Final = "server."
 CLAIM_HOURS: Final = 72
 CLAIM_HOURS_MAX: Final = 24 * 90
 _HOUR_MS: Final = 3_600_000
-_RENEW_MS: Final = 60 * 24 * _HOUR_MS
+RENEW_MS: Final = 60 * 24 * _HOUR_MS
 """The broker's and the server's own certificates are made anew by `broker config` this long before their end."""
 
 
@@ -395,7 +395,7 @@ def _write_pair(certificate: Path, key: Path, issued: Issued, pem: bytes) -> lis
 
 def _is_stale(certificate: Path, key: Path, now_ms: int) -> bool:
     """Whether a pair has to be made (anew)."""
-    return not key.exists() or not certificate.exists() or expires_ms(certificate) - now_ms < _RENEW_MS
+    return not key.exists() or not certificate.exists() or expires_ms(certificate) - now_ms < RENEW_MS
 
 
 def _layout(home: Home, broker: BrokerRecord) -> BrokerLayout:
@@ -417,7 +417,7 @@ def _write_rules(home: Home, broker: BrokerRecord, identities: Identities, now_m
     files = {name: text.encode() for name, text in texts.items()}
     if broker.kind == "mosquitto":
         authority = authority_of(home.config.folder)
-        files[REVOKED_FILE] = authority.revocations(identities.revoked(), now_ms)
+        files[REVOKED_FILE] = authority.revocations(identities.revoked(now_ms), now_ms)
     for name, data in files.items():
         write_file(output / name, data)
     return [output / name for name in files]

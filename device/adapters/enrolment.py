@@ -82,7 +82,6 @@ def enroll(
     if not is_again:
         _refuse_enrolled(config)
     disk = RealDisk(config.folder)
-    disk.prepare()
     key = new_key(disk)
     tell(f"key of {agent.device}: {fingerprint(key.public_key())}")
     authority = x509.load_der_x509_certificate(claim.authority).public_bytes(Encoding.PEM)

@@ -236,6 +236,7 @@ class MqttTransport:
         self._is_connected = False
         self._connected_at = 0.0
         self._wants_write = False
+        self._refusal = ""  # what the broker said in its answer
         self._generation = 0  # of the wish to connect: a timer of an earlier one is void
         self._client_id = client_id
         self._will = will
@@ -342,6 +343,7 @@ class MqttTransport:
             return
         self._is_connecting = True
         self._wants_write = False
+        self._refusal = ""
         client = self._client = self._make_client()
         arguments = (client, self._address.host, self._address.port)
         self._loop.run_connector(partial(self._connect_blocking, *arguments))
@@ -400,9 +402,9 @@ class MqttTransport:
             self._on_disconnected()
         self._reconnect_later()
 
-    def _explained(self) -> str:
+    def _suspected(self) -> str:
         """TLS 1.3 lets a client in before its certificate was looked at: a broker that does not like it hangs up then."""
-        if self._address.tls is None or self._is_connected or "refuses" in self.error:
+        if self._address.tls is None or self._is_connected:
             return ""
         return (
             f"{self._address.host}:{self._address.port}: the broker hangs up; it may not accept this certificate "
@@ -427,7 +429,7 @@ class MqttTransport:
         if client is not self._client:
             return
         if code.is_failure:
-            self.error = f"the broker refuses the connection: {code}"
+            self.error = self._refusal = f"the broker refuses the connection: {code}"
             return
         self._is_connected = True
         self._connected_at = time.monotonic()
@@ -444,7 +446,7 @@ class MqttTransport:
         _properties: Properties | None,
     ) -> None:
         if client is self._client and self._socket is not None:
-            self._lost(self._explained() or self.error or str(code))
+            self._lost(self._refusal or self._suspected() or self.error or str(code))
 
     def _paho_subscribed(
         self,

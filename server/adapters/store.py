@@ -35,7 +35,14 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from protocol.errors import AlreadyPublishedError, RequestError, StorageError, StorageFullError
 from protocol.ids import Family, Version
 from protocol.trust import Documents
-from server.fleet.identities import CertificateRecord, ClaimRecord, Identities, IdentityRecord
+from server.fleet.identities import (
+    CertificateRecord,
+    CertificateRemoval,
+    ClaimRecord,
+    ClaimRemoval,
+    Identities,
+    IdentityRecord,
+)
 from server.fleet.registry import DeviceRecord
 from server.ports import (
     CacheEntry,
@@ -181,6 +188,10 @@ class SqlStore:
                 rows.setdefault(_CACHED, {})[record.name,] = None
             elif isinstance(record, IdleDeltaRemoval):
                 rows.setdefault(_IDLE, {})[record.path,] = None
+            elif isinstance(record, ClaimRemoval):
+                rows.setdefault(_CLAIMS, {})[record.claim,] = None
+            elif isinstance(record, CertificateRemoval):
+                rows.setdefault(_CERTIFICATES, {})[record.serial,] = None
             else:
                 table, names = _KEYS[type(record)]
                 key = tuple(getattr(record, name) for name in names)

@@ -31,7 +31,8 @@ CLAIMS_OPEN_MAX: Final = 100_000
 DEVICE_DAYS: Final = 90
 """Life of a device's certificate, unless the settings say otherwise."""
 
-_DAY_MS: Final = 24 * 3600 * 1000
+KEEP_MS: Final = 90 * 24 * 3600 * 1000
+"""How long is known of what has expired; then it goes, with the next claim or the next renewal."""
 
 Role = Literal["device", "server", "broker"]
 ClaimState = Literal["open", "pending", "accepted", "refused", "withdrawn"]
@@ -105,7 +106,19 @@ class CertificateRecord(Struct, frozen=True, kw_only=True):
         return self.revoked_ms is None and now_ms < self.expires_ms
 
 
-IdentityRecord = ClaimRecord | CertificateRecord
+class ClaimRemoval(Struct, frozen=True, kw_only=True):
+    """A claim that is of no interest any more."""
+
+    claim: ClaimId
+
+
+class CertificateRemoval(Struct, frozen=True, kw_only=True):
+    """A certificate that is of no interest any more."""
+
+    serial: str
+
+
+IdentityRecord = ClaimRecord | CertificateRecord | ClaimRemoval | CertificateRemoval
 Issue = Callable[[DeviceId, PublicKey], CertificateRecord]
 """Makes a certificate for a device."""
 
@@ -202,12 +215,25 @@ class Identities:
         valid = (record for record in self.certificates.values() if record.is_valid(now_ms))
         return sorted({record.name for record in valid if record.role == "server"})
 
-    def revoked(self) -> list[tuple[str, int]]:
-        """Serial numbers of what was revoked, and when."""
+    def revoked(self, now_ms: int) -> list[tuple[str, int]]:
+        """Serial numbers of what was revoked and has not expired, and when it was."""
         return [
             (record.serial, record.revoked_ms)
             for record in self.certificates.values()
-            if record.revoked_ms is not None
+            if record.revoked_ms is not None and now_ms < record.expires_ms
+        ]
+
+    def expiring(self, now_ms: int, within_ms: int) -> list[CertificateRecord]:
+        """The newest certificates of servers and brokers, where those end soon: people see to them."""
+        newest: dict[tuple[Role, str], CertificateRecord] = {}
+        for record in self.certificates.values():
+            known = newest.get((record.role, record.name))
+            if record.role != "device" and (known is None or known.issued_ms < record.issued_ms):
+                newest[record.role, record.name] = record
+        return [
+            record
+            for record in newest.values()
+            if record.revoked_ms is None and record.expires_ms - now_ms < within_ms
         ]
 
     def barred(self, now_ms: int) -> list[str]:
@@ -267,7 +293,12 @@ def open_claim(
     if len(live) >= CLAIMS_OPEN_MAX:
         raise RequestError(f"{len(live)} claims are open, allowed are {CLAIMS_OPEN_MAX}")
     withdrawn = [replace(claim, state="withdrawn") for claim in live if claim.device == device]
-    return [*withdrawn, make()]
+    forgotten = [
+        ClaimRemoval(claim=claim.claim)
+        for claim in identities.claims.values()
+        if claim.expires_ms + KEEP_MS < now_ms
+    ]
+    return [*withdrawn, *forgotten, make()]
 
 
 def use_claim(
@@ -378,7 +409,12 @@ def renew(
     newest = max(valid, key=lambda record: record.issued_ms)
     if now_ms - newest.issued_ms < (newest.expires_ms - newest.issued_ms) // 2:
         raise EarlyRenewalError("half of the life of the present certificate is not over")
-    return [issue(device, requested.key)]
+    forgotten = [
+        CertificateRemoval(serial=record.serial)
+        for record in identities.of_device(device)
+        if record.expires_ms + KEEP_MS < now_ms
+    ]
+    return [issue(device, requested.key), *forgotten]
 
 
 def revoke(identities: Identities, name: str, role: Role, now_ms: int) -> list[IdentityRecord]:

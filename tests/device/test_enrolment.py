@@ -490,6 +490,24 @@ def test_a_wrong_clock_keeps_a_device_from_judging_the_dates_of_the_broker_and_f
     assert not shakes_hands(wrong.tls(), broker, stranger.certificate, lab.folder)
 
 
+def test_45_a_device_that_poses_as_the_broker_is_not_talked_to(lab: Lab, server: Server) -> None:
+    del server
+    path, claim = lab.device(), lab.claim()
+    lab.enroll(path, claim)
+    config, now_ms, thief = load_config(path), SystemClock().now_ms(), make_key()
+    assert config.tls is not None
+    identity = Identity(DEVICE, config.tls, RealDisk(config.folder), SystemClock())
+    authority = authority_of(lab.home)
+    good = authority.issue_broker(["127.0.0.1"], thief.public_key(), now_ms)
+    assert shakes_hands(identity.tls(), thief, good.certificate, lab.folder)
+    elsewhere = authority.issue_broker(["192.0.2.1"], thief.public_key(), now_ms)
+    assert not shakes_hands(identity.tls(), thief, elsewhere.certificate, lab.folder)
+    context = identity.tls()
+    context.check_hostname = False  # its name is not even what keeps it out
+    client = authority.issue_device(DeviceId("thief"), thief.public_key(), now_ms, 90)
+    assert not shakes_hands(context, thief, client.certificate, lab.folder)
+
+
 def shakes_hands(device: ssl.SSLContext, key: PrivateKey, certificate_der: bytes, folder: Path) -> bool:
     """Whether a device talks to a broker with this key and certificate."""
     path = folder / "poser.pem"

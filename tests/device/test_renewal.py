@@ -1,6 +1,7 @@
 """When a certificate is renewed, and what is taken for an answer."""
 
 import random
+import ssl
 from itertools import pairwise
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def test_a_device_without_a_certificate_says_so_at_each_attempt_and_takes_it_onc
     with pytest.raises(RequestError, match="damaged"):
         identity.tls()
     path.write_bytes(pem)
-    assert identity.tls()
+    assert isinstance(identity.tls(), ssl.SSLContext)
 
 
 def test_the_certificate_of_another_key_is_found_out(identity: Identity, tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ from server.adapters.authority import Authority
 from server.adapters.keys import KeyFolder
 from server.adapters.store import SqlStore
 from server.fleet.identities import (
+    KEEP_MS,
+    CertificateRecord,
+    CertificateRemoval,
     ClaimRecord,
+    ClaimRemoval,
     EarlyRenewalError,
     EnrolmentError,
     ExpiredClaimError,
@@ -69,12 +73,20 @@ class Book:
     @property
     def now(self) -> Identities:
         claims = [record for record in self.records.values() if isinstance(record, ClaimRecord)]
-        certificates = [record for record in self.records.values() if not isinstance(record, ClaimRecord)]
+        certificates = [record for record in self.records.values() if isinstance(record, CertificateRecord)]
         return Identities(claims, certificates)
 
     def take(self, records: list[IdentityRecord]) -> "Book":
         for record in records:
-            self.records[record.claim if isinstance(record, ClaimRecord) else record.serial] = record
+            match record:
+                case ClaimRecord():
+                    self.records[record.claim] = record
+                case CertificateRecord():
+                    self.records[record.serial] = record
+                case ClaimRemoval():
+                    del self.records[record.claim]
+                case CertificateRemoval():
+                    del self.records[record.serial]
         return self
 
     def claim(self, device: DeviceId = DEVICE, number: ClaimId = CLAIM) -> ClaimRecord:
@@ -240,7 +252,8 @@ def test_what_is_revoked_is_named_until_the_device_has_something_valid_again(
     assert enrolled.now.barred(NOW_MS) == []
     enrolled.take(revoke(enrolled.now, DEVICE, "device", NOW_MS + 1))
     (record,) = enrolled.now.of_device(DEVICE)
-    assert enrolled.now.revoked() == [(record.serial, NOW_MS + 1)]
+    assert enrolled.now.revoked(NOW_MS) == [(record.serial, NOW_MS + 1)]
+    assert enrolled.now.revoked(NOW_MS + 91 * DAY_MS) == []
     assert enrolled.now.barred(NOW_MS) == [DEVICE]
     assert answer(enrolled.now, record.key) is None
     with pytest.raises(RequestError, match="no valid certificate and no claim"):
@@ -289,7 +302,7 @@ def test_both_keys_of_a_renewal_may_speak_until_the_old_one_expires(enrolled: Bo
     ):
         payload = seal_report(key, REPORT_TOPIC, report())
         if is_good:
-            assert check(enrolled, payload, NOW_MS + days * DAY_MS)
+            assert check(enrolled, payload, NOW_MS + days * DAY_MS).device == DEVICE
         else:
             with pytest.raises(ForgedReportError):
                 check(enrolled, payload, NOW_MS + days * DAY_MS)
@@ -301,6 +314,29 @@ def test_a_device_that_never_had_a_certificate_is_believed_only_where_nobody_nee
         check(book, report(), is_strict=True)
     with pytest.raises(ForgedReportError, match="no valid certificate"):
         check(book, seal_report(make_key(), REPORT_TOPIC, report()), is_strict=True)
+
+
+def test_what_has_expired_is_forgotten_after_a_while(enrolled: Book, authority: Authority) -> None:
+    (old,) = enrolled.now.of_device(DEVICE)
+    late_ms = old.expires_ms + KEEP_MS + 1
+    new = make_key()
+    enrolled.take([replace(issuer(authority, late_ms - 60 * DAY_MS, 90)(DEVICE, new.public_key()))])
+    request = enrolled.request(new, key=make_key(), topic=RENEWAL_TOPIC)
+    changes = renew(enrolled.now, DEVICE, request, RENEWAL_TOPIC, issuer(authority, late_ms, 90), late_ms)
+    assert CertificateRemoval(serial=old.serial) in changes
+    assert len(enrolled.take(changes).now.of_device(DEVICE)) == 2
+    claims = open_claim(enrolled.now, OTHER, lambda: enrolled.claim(OTHER, ClaimId("c" * 16)), late_ms)
+    assert ClaimRemoval(claim=CLAIM) in claims
+
+
+def test_certificates_that_people_see_to_are_named_before_they_end(book: Book, authority: Authority) -> None:
+    old = replace(issuer(authority, NOW_MS, 90)(DeviceId("b"), make_key().public_key()), role="broker")
+    book.take([old, issuer(authority, NOW_MS, 1)(DEVICE, make_key().public_key())])
+    assert book.now.expiring(NOW_MS, 60 * DAY_MS) == []
+    assert book.now.expiring(NOW_MS + 40 * DAY_MS, 60 * DAY_MS) == [old]
+    newer = issuer(authority, NOW_MS + 39 * DAY_MS, 90)(DeviceId("b"), make_key().public_key())
+    book.take([replace(newer, role="broker")])
+    assert book.now.expiring(NOW_MS + 40 * DAY_MS, 60 * DAY_MS) == []
 
 
 def test_records_are_kept_by_the_store(enrolled: Book, tmp_path: Path) -> None:
@@ -317,4 +353,7 @@ def test_records_are_kept_by_the_store(enrolled: Book, tmp_path: Path) -> None:
     with pytest.raises(RequestError):
         store.change_identities(lambda known: refuse(known, DEVICE, NOW_MS))
     assert store.changes() == before + 1
+    serials = [CertificateRemoval(serial=serial) for serial in after.certificates]
+    emptied = store.change_identities(lambda _: [ClaimRemoval(claim=CLAIM), *serials])
+    assert (emptied.claims, emptied.certificates) == ({}, {})
     store.close()
