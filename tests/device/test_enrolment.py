@@ -240,6 +240,26 @@ def test_enrolling_may_be_cut_off_and_begun_again_with_the_same_key(
     assert first.fingerprint in capsys.readouterr().out
 
 
+def test_an_answer_to_a_claim_survives_a_broker_that_forgets(
+    lab: Lab, capsys: Capture, tmp_path: Path
+) -> None:
+    path, claim = lab.device(), lab.claim()
+    words = ["enroll", "--config", str(path), "--claim", str(claim), "--wait", "2"]
+    with Server(lab.config, seed=1):
+        assert cli.main(words) == 1
+    accept_device(
+        lab.home, DEVICE
+    )  # while nobody serves, and then another broker takes the place of the first
+    with secured_mosquitto(lab.home, tmp_path / "another") as broker:
+        address = f"127.0.0.1:{broker.port}"
+        text = claim.read_text()
+        claim.write_text(encode_claim(msgspec.structs.replace(decode_claim(text), port=broker.claims_port)))
+        with Server(msgspec.structs.replace(lab.config, broker=address), seed=1) as server:
+            server.wait_connected(WAIT_S)
+            assert cli.main([*words[:-1], "60"]) == 0
+    assert "has a certificate until" in capsys.readouterr().out
+
+
 def test_a_claim_that_was_used_is_refused_for_another_key(lab: Lab, server: Server, capsys: Capture) -> None:
     del server
     path, claim = lab.device(), lab.claim()
