@@ -210,7 +210,7 @@ listeners.ssl.default.enable = false
 mqtt {{
   peer_cert_as_username = cn
   peer_cert_as_clientid = cn
-  max_packet_size = "{PACKET_BYTES_MAX}B"
+  max_packet_size = {-(-PACKET_BYTES_MAX // 1024)}KB
   max_mqueue_len = {max(QUEUED_MESSAGES_MIN, 2 * layout.devices_max)}
   session_expiry_interval = "0s"
   shared_subscription = false
@@ -218,6 +218,7 @@ mqtt {{
 authorization {{
   no_match = deny
   deny_action = ignore
+  cache.enable = false
   sources = [{{ type = file, enable = true, path = "{layout.folder}/{EMQX_ACL_FILE}" }}]
 }}
 """

@@ -19,7 +19,7 @@ from server.fleet.identities import CertificateRecord, ClaimRecord
 
 _RELOAD: Final = {
     "mosquitto": "let mosquitto read them: copy them to its machine, then `systemctl reload mosquitto`, or SIGHUP",
-    "emqx": "let EMQX read them: copy them to its machine, then `emqx ctl conf reload`",
+    "emqx": "let EMQX read them: copy them to its machine, and restart it",
 }
 _NO_BROKER: Final = "no broker was configured here (`whimbrel broker config`): tell yours by other means"
 

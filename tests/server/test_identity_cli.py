@@ -297,7 +297,8 @@ def test_emqx_gets_the_same_rules_and_limits() -> None:
     assert conf.count("fail_if_no_peer_cert = true") == 2
     assert "no_match = deny" in conf
     assert "peer_cert_as_clientid = cn" in conf
-    assert f'max_packet_size = "{BUNDLE_BYTES_MAX + 4096}B"' in conf
+    assert f"max_packet_size = {BUNDLE_BYTES_MAX // 1024 + 4}KB" in conf
+    assert "cache.enable = false" in conf  # a revocation must not wait for one
     rules = rule_files("emqx", FleetId("lab"), ["server.lab"], ["stolen"])["acl.conf"].splitlines()
     assert '{deny, {username, "stolen"}, all, ["#"]}.' in rules
     assert rules.index('{deny, {username, "stolen"}, all, ["#"]}.') < rules.index(
