@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from device.adapters.disk import RealDisk
@@ -210,8 +211,8 @@ def read_credentials(files: TlsConfig) -> Credentials:
         raise RequestError(
             f"{files.certificate} or {files.key} is damaged: {error}", hint="enroll the device anew"
         ) from error
-    if not isinstance(key, PrivateKey):
-        raise RequestError(f"{files.key} is not a key on P-256")
+    if not isinstance(key, PrivateKey) or not isinstance(key.curve, SECP256R1):
+        raise RequestError(f"{files.key} is not a key on P-256", hint="other kinds sign no reports")
     if not _belong_together(certificate, key):
         raise RequestError(f"{files.key} is not the key of {files.certificate}")
     return Credentials(key, certificate)

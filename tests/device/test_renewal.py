@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from device.adapters.clock import SystemClock
 from device.adapters.disk import RealDisk
 from device.adapters.identity import (
+    CA_FILE,
     IDENTITY_FILE,
     NEW_KEY_FILE,
     Identity,
@@ -167,3 +170,21 @@ def test_the_certificate_of_another_key_is_found_out(identity: Identity, tmp_pat
     path.write_bytes(key_pem(make_key()) + certificate)
     with pytest.raises(RequestError, match="is not the key of"):
         read_credentials(enrolled(tmp_path / "state"))
+
+
+def test_files_that_cannot_be_used_are_named(identity: Identity, tmp_path: Path) -> None:
+    path, ca = tmp_path / "state" / IDENTITY_FILE, tmp_path / "state" / CA_FILE
+    pem = path.read_bytes()
+    for key in (ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate()):
+        other = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        path.write_bytes(other + pem[pem.index(b"-----BEGIN CERT") :])
+        with pytest.raises(RequestError, match="not a key on P-256"):
+            identity.tls()
+    path.write_bytes(pem)
+    ca.unlink()
+    with pytest.raises(RequestError, match=r"ca\.pem.*doctor"):
+        identity.tls()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RequestError, match=r"identity\.pem: Is a directory"):
+        identity.tls()

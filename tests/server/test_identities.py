@@ -191,6 +191,13 @@ def test_a_device_that_has_a_certificate_or_waits_for_one_gets_no_second_claim(
     assert open_claim(book.now, DEVICE, book.claim, NOW_MS)
 
 
+def test_claims_do_not_pile_up(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.fleet.identities.CLAIMS_OPEN_MAX", 1)
+    with pytest.raises(RequestError, match="1 claims are open, allowed are 1"):
+        open_claim(book.now, OTHER, lambda: book.claim(OTHER, ClaimId("b" * 16)), NOW_MS)
+    assert open_claim(book.now, OTHER, lambda: book.claim(OTHER, ClaimId("b" * 16)), NOW_MS + HOUR_MS)
+
+
 def test_a_new_claim_voids_the_one_before(book: Book) -> None:
     book.take(open_claim(book.now, DEVICE, lambda: book.claim(number=ClaimId("b" * 16)), NOW_MS))
     with pytest.raises(EnrolmentError, match="withdrawn"):
