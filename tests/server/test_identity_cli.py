@@ -247,6 +247,8 @@ def test_a_passphrase_encrypts_the_keys_of_the_authorities(
         secret.write_text(wrong)
         monkeypatch.setenv(PASSPHRASE_VARIABLE, str(secret))
         assert said in run("devices", "accept", "shelf-7", "--yes", code=1)
+    secret.unlink()
+    assert "passphrase: No such file" in run("devices", "accept", "shelf-7", "--yes", code=1)
     secret.write_text("correct horse\n")
     assert run("devices", "accept", "shelf-7", "--yes")["name"] == "shelf-7"
 
@@ -265,6 +267,9 @@ def test_an_authority_is_made_once_and_damage_is_named(home: Path, tmp_path: Pat
         key.write_bytes(data)
         with pytest.raises(MissingKeyError, match=said):
             Authority(tmp_path / "ca").check_key()
+    (tmp_path / "ca/claims.pem").write_bytes(b"nonsense")
+    with pytest.raises(RequestError, match=r"claims\.pem.*from your copy"):
+        Authority(tmp_path / "ca").pem("claims")
     key.unlink()
     with pytest.raises(MissingKeyError, match=r"devices\.key"):
         Authority(tmp_path / "ca").issue_device(DeviceId("a"), make_key().public_key(), 0, 1)
