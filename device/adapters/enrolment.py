@@ -5,7 +5,6 @@ import os
 import random
 import ssl
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from cryptography import x509
@@ -84,10 +83,10 @@ def enroll(
     disk = RealDisk(config.folder)
     key = new_key(disk)
     tell(f"key of {agent.device}: {fingerprint(key.public_key())}")
-    authority = x509.load_der_x509_certificate(claim.authority).public_bytes(Encoding.PEM)
-    write_private(disk, CA_FILE, authority)
     data = _Conversation(config, claim, key, rng, tell).run(wait_s)
-    certificate = checked_certificate(data, key, agent.device, Path(disk.path(CA_FILE)))
+    authority = x509.load_der_x509_certificate(claim.authority).public_bytes(Encoding.PEM)
+    certificate = checked_certificate(data, key, agent.device, authority)
+    write_private(disk, CA_FILE, authority)  # not before there is a certificate of it
     install(disk, key, certificate)
     return certificate
 

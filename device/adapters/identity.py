@@ -162,7 +162,13 @@ class Identity:
             return ""
         if answer.code:
             return f"no new certificate yet: {answer.detail or answer.code}"
-        certificate = checked_certificate(answer.certificate, key, self._device, self._files.ca)
+        try:
+            authorities = self._files.ca.read_bytes()
+        except OSError as error:
+            raise RequestError(
+                f"{self._files.ca}: {error.strerror}", hint="whimbrel-device doctor"
+            ) from error
+        certificate = checked_certificate(answer.certificate, key, self._device, authorities)
         install(self._disk, key, certificate)
         with self._lock:
             self._read = Credentials(key, certificate)
@@ -218,22 +224,30 @@ def read_credentials(files: TlsConfig) -> Credentials:
     return Credentials(key, certificate)
 
 
-def checked_certificate(data: bytes, key: PrivateKey, device: DeviceId, ca: Path) -> x509.Certificate:
+def checked_certificate(
+    data: bytes, key: PrivateKey, device: DeviceId, authorities: bytes
+) -> x509.Certificate:
     """A certificate in DER, if it is the one that was asked for.
+
+    Args:
+        data: The certificate.
+        key: For which it was asked.
+        device: Whom it should be for.
+        authorities: Who vouches for the broker, PEM.
 
     Raises:
         MessageError: It is for another name or key, or of another authority than the one that vouches for the broker.
     """
     try:
         certificate = x509.load_der_x509_certificate(data)
-        authorities = x509.load_pem_x509_certificates(ca.read_bytes())
-    except (ValueError, OSError) as error:
+        issuers = x509.load_pem_x509_certificates(authorities)
+    except ValueError as error:
         raise MessageError(f"the certificate cannot be judged: {error}") from error
     if common_name(certificate) != device:
         raise MessageError(f"the certificate is for {common_name(certificate)[:80]!r}, and not for {device}")
     if not _belong_together(certificate, key):
         raise MessageError("the certificate is for another key")
-    if not any(is_issued_by(certificate, authority) for authority in authorities):
+    if not any(is_issued_by(certificate, issuer) for issuer in issuers):
         raise MessageError("the certificate is not of the authority that vouches for the broker")
     return certificate
 

@@ -272,7 +272,7 @@ def test_a_claim_that_was_used_is_refused_for_another_key(lab: Lab, server: Serv
     error = capsys.readouterr().err
     assert "this claim was used with another key" in error
     assert "enroll.used" in error
-    assert not (other / "state/identity/identity.pem").exists()
+    assert {path.name for path in (other / "state/identity").iterdir()} == {"new.key"}
 
 
 def test_a_claim_of_a_device_that_has_a_certificate_is_not_given_and_not_asked_for(
