@@ -30,6 +30,9 @@ from server.fleet.identities import (
 from server.identity import AUTHORITY_FOLDER, RENEW_MS, issuer
 from server.ports import Clock
 
+WARNED_MAX: Final = 1_000
+"""Devices and claims of which is remembered what was logged; of more nothing is."""
+
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -50,6 +53,7 @@ class Enrolment:
         self._changes = -1
         self._identities = Identities()
         self._read()
+        self._warned: dict[str, str] = {}
         self._published: dict[str, str] = {}  # state of each claim of which the answer is retained
         for record in self._identities.expiring(clock.now_ms(), RENEW_MS):
             _LOG.warning(
@@ -88,7 +92,7 @@ class Enrolment:
         try:
             key = key_digest(read_request(event.request.csr).key)
         except MessageError as error:
-            _LOG.warning("%s: %s", who, error)
+            self._warn(who, str(error))
             return
         self._read()
         try:
@@ -99,11 +103,18 @@ class Enrolment:
         except EnrolmentError as error:
             self._reply(transport, event, refusal(key, error))
             if not isinstance(error, PendingError):
-                _LOG.warning("%s gets no certificate: %s", who, error)
+                self._warn(who, f"gets no certificate: {error}")
             return
+        self._warned.pop(who, None)
         found = answer(self._identities, key)
         revoked = EnrolmentError("the certificate was revoked", hint="ask the operator for a new claim")
         self._reply(transport, event, found or refusal(key, revoked))
+
+    def _warn(self, who: str, text: str) -> None:
+        """Say something once, until it is something else."""
+        if self._warned.get(who) != text and (who in self._warned or len(self._warned) < WARNED_MAX):
+            self._warned[who] = text
+            _LOG.warning("%s: %s", who, text)
 
     def refresh(self, transport: MqttTransport) -> None:
         """Commands of other processes may have changed how things stand."""
