@@ -10,7 +10,7 @@ from typing import Final, Literal
 from protocol.constants import FLEET_TOPIC_PREFIX
 from protocol.ids import NAME_PATTERN, FleetId
 from protocol.messages import BUNDLE_BYTES_MAX
-from protocol.topics import CLAIM_PREFIX
+from protocol.topics import CLAIM_PREFIX, REQUEST_SHARDS
 
 BrokerKind = Literal["mosquitto", "emqx"]
 
@@ -51,7 +51,13 @@ _DEVICE_READS: Final = (
     "dev/{me}/metadata",
     "dev/{me}/certificate",
 )
-_DEVICE_WRITES: Final = ("dev/{me}/report", "dev/{me}/link", "dev/{me}/renewal", "req/+/{me}")
+_DEVICE_WRITES: Final = (
+    "dev/{me}/report",
+    "dev/{me}/link",
+    "dev/{me}/renewal",
+    # One by one: with a wildcard, a device could fill the broker's memory with what it retains on topics without end.
+    *(f"req/{shard}/{{me}}" for shard in range(REQUEST_SHARDS)),
+)
 _CLAIM_READS: Final = ("enroll/{me}/answer",)
 _CLAIM_WRITES: Final = ("enroll/{me}/request",)
 

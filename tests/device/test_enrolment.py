@@ -393,6 +393,27 @@ def test_a_certificate_is_renewed_during_an_update_without_losing_the_connection
     assert server.counters()["reports_forged"] == 0
 
 
+def test_a_server_without_the_key_of_the_authority_renews_nothing_and_the_device_asks_again_later(
+    lab: Lab, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, claim = lab.device(), lab.claim()
+    lab.enroll(path, claim)
+    config = load_config(path)
+    old = age_certificate(lab, config, days=64)
+    key = lab.home / "ca/devices.key"
+    hidden = key.rename(lab.folder / "hidden.key")
+    caplog.set_level("INFO")
+    with running(path) as (loop, runtime):
+        assert loop.run_until(lambda: "cannot issue certificates now" in caplog.text, WAIT_S)
+        assert runtime.transport.is_connected
+        assert certificate(config) == old
+    assert "devices.key" in caplog.text
+    hidden.rename(key)
+    with running(path) as (loop, _):
+        assert loop.run_until(lambda: certificate(config) != old, WAIT_S)
+    assert server.failure is None
+
+
 def certificate(config: DeviceConfig) -> x509.Certificate:
     return read_credentials(enrolled(config.folder)).certificate
 

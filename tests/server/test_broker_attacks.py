@@ -378,6 +378,21 @@ def test_41_the_longest_messages_of_the_protocol_pass(
     victim.close()
 
 
+def test_41_a_device_cannot_fill_the_broker_with_topics_that_it_makes_up(
+    server: Peer, attacker: Peer
+) -> None:
+    for number in range(50):
+        attacker.say(f"wb1.lab/req/{number + 16}/{ATTACKER}", bytes(1000), retain=True)
+        attacker.say(f"wb1.lab/dev/{ATTACKER}/{number}", bytes(1000), retain=True)
+    attacker.say(TOPICS.request(ATTACKER), b"chunks, please")
+    assert server.has(TOPICS.request(ATTACKER), b"chunks, please")
+    server.heard.clear()
+    server.listen("wb1.lab/req/#", f"wb1.lab/dev/{ATTACKER}/#")  # everything that is retained there
+    server.say(TOPICS.desired(ATTACKER), b"marker")
+    assert server.has(TOPICS.desired(ATTACKER), b"marker")
+    assert not [topic for topic, payload in server.heard if len(payload) == 1000]
+
+
 def test_41_connections_beyond_the_limit_are_refused_and_those_that_are_there_stay(tmp_path: Path) -> None:
     init_repository(tmp_path / "server", FLEET)
     with secured_mosquitto(tmp_path / "server", tmp_path / "broker", devices_max=1) as broker:

@@ -16,7 +16,7 @@ from protocol.errors import MissingKeyError, RequestError
 from protocol.identity import certificate_request, decode_claim, fingerprint, make_key
 from protocol.ids import DeviceId, FleetId
 from protocol.messages import BUNDLE_BYTES_MAX
-from protocol.topics import Topics
+from protocol.topics import REQUEST_SHARDS, Topics
 from server import operations
 from server.adapters.authority import PASSPHRASE_VARIABLE, Authority
 from server.adapters.clock import SystemClock
@@ -312,4 +312,6 @@ def test_emqx_gets_the_same_rules_and_limits() -> None:
     assert rules[-1] == "{deny, all}."
     device = next(line for line in rules if "publish" in line and "report" in line)
     assert "wb1.lab/dev/${username}/report" in device
-    assert not any("+" in topic and "req/" not in topic for topic in re.findall(r'"(wb1[^"]*)"', device))
+    topics = re.findall(r'"(wb1[^"]*)"', device)
+    assert len(topics) == 3 + REQUEST_SHARDS
+    assert not any("+" in topic or "#" in topic for topic in topics)
