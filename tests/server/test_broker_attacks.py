@@ -78,7 +78,7 @@ class Lab:
         tls = self.home / "tls"
         path = self.folder / f"{next(_serial)}.pem"
         path.write_bytes((tls / "server.key").read_bytes() + (tls / "server.pem").read_bytes())
-        return Peer(self, path)
+        return Peer(self, path, client_id="server.lab")
 
 
 class Peer:
@@ -314,9 +314,9 @@ def test_34_what_a_device_retained_goes_unread_once_it_is_revoked(lab: Lab, serv
 def test_36_the_client_id_of_another_device_takes_nothing_over(
     lab: Lab, server: Peer, certificates: dict[str, Path]
 ) -> None:
-    victim = Peer(lab, certificates[VICTIM]).listen(TOPICS.desired(VICTIM))
+    victim = Peer(lab, certificates[VICTIM], client_id=VICTIM).listen(TOPICS.desired(VICTIM))
     thief = Peer(lab, certificates[ATTACKER], client_id=VICTIM).listen(TOPICS.desired(VICTIM))
-    for client_id in ("server.lab", ""):
+    for client_id in ("server.lab", "claim.0123456789abcdef"):
         Peer(lab, certificates[ATTACKER], client_id=client_id).close()
     server.say(TOPICS.desired(VICTIM), b"for the victim")
     assert victim.has(TOPICS.desired(VICTIM), b"for the victim")
