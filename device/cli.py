@@ -114,7 +114,9 @@ def _add_enroll(commands: Any, common: argparse.ArgumentParser) -> None:
         help="get a certificate: make a key, and ask with a claim of the operator's",
     )
     enroll.add_argument(
-        "--claim", type=Path, required=True, help="file with what `whimbrel devices claim` gave; - for input"
+        "--claim",
+        required=True,
+        help="what `whimbrel devices claim` gave: a file, - for input, or the text itself, which others can see in the process list",
     )
     enroll.add_argument(
         "--wait", type=_seconds, default=900, help="seconds for the operator to accept (default: %(default)s)"
@@ -188,14 +190,11 @@ def _become_owner(folder: Path) -> None:
 
 def _enroll(arguments: argparse.Namespace) -> int:
     from device.adapters.enrolment import enroll  # noqa: PLC0415 - an agent does without
-    from protocol.identity import CLAIM_CHARS_MAX, decode_claim  # noqa: PLC0415 - likewise
+    from protocol.identity import CLAIM_HEAD, decode_claim  # noqa: PLC0415 - likewise
 
     config = load_config(arguments.config)
-    try:
-        with nullcontext(sys.stdin) if str(arguments.claim) == "-" else arguments.claim.open() as file:
-            claim = decode_claim(file.read(CLAIM_CHARS_MAX + 1))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{arguments.claim}: {getattr(error, 'strerror', None) or error}") from error
+    named: str = arguments.claim
+    claim = decode_claim(named if named.startswith(CLAIM_HEAD) else _claim_text(named))
     _become_owner(config.folder)
     certificate = enroll(
         config,
@@ -209,6 +208,16 @@ def _enroll(arguments: argparse.Namespace) -> int:
     if config.tls is None:
         print(f"to use it, add a line [tls] to {arguments.config} or a drop-in, and restart the agent")
     return 0
+
+
+def _claim_text(name: str) -> str:
+    from protocol.identity import CLAIM_CHARS_MAX  # noqa: PLC0415 - an agent does without
+
+    try:
+        with nullcontext(sys.stdin) if name == "-" else Path(name).open() as file:
+            return file.read(CLAIM_CHARS_MAX + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{name[:200]}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -39,7 +39,9 @@ PublicKey = EllipticCurvePublicKey
 CLAIM_CHARS_MAX: Final = 8192
 """A claim has about 1,300."""
 
-_CLAIM_HEAD: Final = "whimbrel-claim-1."
+CLAIM_HEAD: Final = "whimbrel-claim-1."
+"""The text of a claim begins so."""
+
 _FINGERPRINT_BYTES: Final = 16
 """Two keys with one fingerprint take 2^64 steps to make, another key with a given one 2^128."""
 
@@ -86,7 +88,7 @@ class Claim(Struct, frozen=True, kw_only=True):
 
 def encode_claim(claim: Claim) -> str:
     """A claim as one line of text."""
-    return _CLAIM_HEAD + base64.urlsafe_b64encode(msgspec.msgpack.encode(claim)).decode()
+    return CLAIM_HEAD + base64.urlsafe_b64encode(msgspec.msgpack.encode(claim)).decode()
 
 
 def decode_claim(text: str) -> Claim:
@@ -95,7 +97,7 @@ def decode_claim(text: str) -> Claim:
     Raises:
         RequestError: The text is none, or not all of it.
     """
-    head, _, body = text.strip().partition(_CLAIM_HEAD)
+    head, _, body = text.strip().partition(CLAIM_HEAD)
     try:
         claim = msgspec.msgpack.decode(
             base64.b64decode(

@@ -55,6 +55,9 @@ BROKER_FILE: Final = "broker.json"
 SERVER_PREFIX: Final = "server."
 """Before the name of a server in its certificate: no device id has a dot."""
 
+_COMMON_NAME_CHARS_MAX: Final = 64
+"""X.520 allows no more (ub-common-name)."""
+
 CLAIM_HOURS: Final = 72
 CLAIM_HOURS_MAX: Final = 24 * 90
 _HOUR_MS: Final = 3_600_000
@@ -229,8 +232,8 @@ def revoke_name(folder: Path, name: str, role: Role = "device") -> list[Path]:
     """
     if role == "device":
         parse_device_id(name)
-    elif not name.startswith(SERVER_PREFIX):
-        name = SERVER_PREFIX + name
+    else:
+        name = server_name(name)
     with opened(folder) as home:
         now_ms = home.clock.now_ms()
         identities = home.store.change_identities(lambda before: revoke(before, name, role, now_ms))
@@ -294,7 +297,7 @@ def make_server_certificate(folder: Path, output: Path, name: str) -> list[Path]
     """
     with opened(folder) as home:
         authority, now_ms = ensure_authority(home), home.clock.now_ms()
-        written = issue_server(home, authority, output, parse_device_id(name)[:50], now_ms)
+        written = issue_server(home, authority, output, parse_device_id(name), now_ms)
         write_file(output / CA_FILE, authority.pem())
         broker = read_broker(folder)
         rules = [] if broker is None else _write_rules(home, broker, home.store.identities(), now_ms)
@@ -328,6 +331,11 @@ def read_broker(folder: Path) -> BrokerRecord | None:
 def authority_of(folder: Path) -> Authority:
     """The authority in a server's folder, whether there is one or not."""
     return Authority(folder / AUTHORITY_FOLDER)
+
+
+def server_name(name: str) -> str:
+    """What a server is called in its certificate; a name that has the prefix keeps it, a long one is cut."""
+    return (SERVER_PREFIX + name.removeprefix(SERVER_PREFIX))[:_COMMON_NAME_CHARS_MAX]
 
 
 def ensure_authority(home: Home) -> Authority:
@@ -367,7 +375,7 @@ def issue_broker(
 
 def issue_server(home: Home, authority: Authority, output: Path, name: str, now_ms: int) -> list[Path]:
     """Make a key and a certificate for a server, and note it."""
-    key, full = make_key(), SERVER_PREFIX + name[:50]
+    key, full = make_key(), server_name(name)
     issued = authority.issue_server(full, key.public_key(), now_ms)
     home.store.change_identities(lambda _: [_record("server", full, issued, now_ms)])
     return _write_pair(output / "server.pem", output / "server.key", issued, key_pem(key))

@@ -362,9 +362,15 @@ def test_a_claim_for_another_device_is_refused_before_a_byte_is_sent(lab: Lab, c
     path, claim = lab.device(), lab.claim("shelf-8")
     assert cli.main(["enroll", "--config", str(path), "--claim", str(claim)]) == 1
     assert "the claim is for shelf-8 of lab, and this is shelf-7 of lab" in capsys.readouterr().err
-    (path.parent / "half.claim").write_text(claim.read_text()[:200])
-    assert cli.main(["enroll", "--config", str(path), "--claim", str(path.parent / "half.claim")]) == 1
-    assert "no claim, or not all of it" in capsys.readouterr().err
+    text = claim.read_text()
+    assert cli.main(["enroll", "--config", str(path), "--claim", text]) == 1
+    assert "the claim is for shelf-8 of lab" in capsys.readouterr().err
+    (path.parent / "half.claim").write_text(text[:200])
+    for half in (str(path.parent / "half.claim"), text[:200]):
+        assert cli.main(["enroll", "--config", str(path), "--claim", half]) == 1
+        assert "no claim, or not all of it" in capsys.readouterr().err
+    assert cli.main(["enroll", "--config", str(path), "--claim", "nowhere.claim"]) == 1
+    assert "nowhere.claim: No such file" in capsys.readouterr().err
 
 
 def test_a_certificate_is_renewed_during_an_update_without_losing_the_connection(
