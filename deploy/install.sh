@@ -2,21 +2,23 @@
 # Installs the Whimbrel agent on Debian, Raspberry Pi OS or Ubuntu, from the folder that `make deb` filled. Read it before you run it.
 #
 #   sudo sh install.sh --from DIRECTORY_OR_URL [--sha256 DIGEST] [--device NAME --fleet NAME --family NAME --broker HOST:PORT] [--factory DIRECTORY]
+#                      [--claim FILE]
 #
 # It takes the package for this processor and this Python, compares it with SHA256SUMS of the same place (or with DIGEST, which you
 # had on another way), and installs it with apt. With --device and the others it writes /etc/whimbrel/device.d/50-local.toml; with
-# --factory it provisions the device with the folder that `whimbrel release export` wrote, and starts it. Nothing else is changed.
+# --factory it provisions the device with the folder that `whimbrel release export` wrote, and starts it; with --claim it writes
+# /etc/whimbrel/device.d/51-tls.toml, and gets a certificate with what `whimbrel devices claim` gave. Nothing else is changed.
 set -eu
 
 say() { printf '%s\n' "install.sh: $*"; }
 fail() { say "$*" >&2; exit 1; }
 
 main() {
-    from='' digest='' device='' fleet='' family='' broker='' factory=''
+    from='' digest='' device='' fleet='' family='' broker='' factory='' claim=''
     while [ $# -gt 0 ]; do
         case "$1" in
-            --from | --sha256 | --device | --fleet | --family | --broker | --factory) [ $# -ge 2 ] || fail "$1 needs a value" ;;
-            -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+            --from | --sha256 | --device | --fleet | --family | --broker | --factory | --claim) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+            -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
             *) fail "unknown option $1 (see --help)" ;;
         esac
         case "$1" in
@@ -27,6 +29,7 @@ main() {
             --family) family=$2 ;;
             --broker) broker=$2 ;;
             --factory) factory=$2 ;;
+            --claim) claim=$2 ;;
         esac
         shift 2
     done
@@ -34,6 +37,7 @@ main() {
     [ "$(id -u)" = 0 ] || fail "run it as root: sudo sh install.sh ..."
     command -v dpkg >/dev/null || fail "this is no Debian, Raspberry Pi OS or Ubuntu; docs/device.md shows the way with pip"
     [ -z "$factory" ] || [ -f "$factory/release.json" ] || fail "$factory has no release.json: give what 'whimbrel release export' wrote"
+    [ -z "$claim" ] || [ -f "$claim" ] || fail "$claim is not there: give what 'whimbrel devices claim DEVICE -o FILE' wrote"
     names="$device$fleet$family$broker"
     if [ -n "$names" ]; then
         for value in "$device" "$fleet" "$family" "$broker"; do
@@ -57,6 +61,10 @@ main() {
             >/etc/whimbrel/device.d/50-local.toml
         say "wrote /etc/whimbrel/device.d/50-local.toml"
     fi
+    if [ -n "$claim" ]; then
+        printf '[tls]\n' >/etc/whimbrel/device.d/51-tls.toml
+        say "wrote /etc/whimbrel/device.d/51-tls.toml"
+    fi
     if [ -n "$factory" ]; then
         if [ -e /var/lib/whimbrel/root.json ]; then
             say "this device is provisioned, its version stays"
@@ -67,6 +75,13 @@ main() {
             systemctl enable --quiet whimbrel-device
             systemctl restart whimbrel-device
             say "it runs: journalctl -u whimbrel-device -f"
+        fi
+    fi
+    if [ -n "$claim" ]; then
+        if [ -e /var/lib/whimbrel/identity/identity.pem ]; then
+            say "this device has a certificate, which stays"
+        else # the agent, where it runs, takes it by itself
+            whimbrel-device enroll --claim "$claim" || fail "no certificate yet; go on with: sudo whimbrel-device enroll --claim $claim"
         fi
     fi
     say "done; look at it with: sudo whimbrel-device doctor"

@@ -1,4 +1,4 @@
-"""The `whimbrel-device` command: provision a device, run its agent, look at it, steer it, ask its model.
+"""The `whimbrel-device` command: provision and enroll a device, run its agent, look at it, steer it, ask its model.
 
 Exit codes: 0 done, 1 it could not be done (one line says why), 2 wrong usage, 130 interrupted.
 """
@@ -11,7 +11,7 @@ import pwd
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -39,6 +39,8 @@ CONFIG: Final = Path("/etc/whimbrel/device.toml")
 _LOG: Final = logging.getLogger("device")
 _TELL_S: Final = 5.0
 """How often the service manager hears how things stand, at least; and that the loop turns, where it waits for that."""
+
+_ENROLL_S_MAX: Final = 7 * 24 * 3600
 
 _LISTEN_S: Final = 10.0
 """Until another try to listen for applications."""
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     provision.add_argument("--root", type=Path, help="the server's 1.root.json")
     provision.set_defaults(command=_provision, refuse=provision.error)
+    _add_enroll(commands, common)
     run = commands.add_parser("run", parents=[common], help="run the agent until it is stopped")
     run.add_argument("--trace", type=Path, help="append a line of JSON per transition and stored chunk")
     run.set_defaults(command=_run)
@@ -102,6 +105,33 @@ def _parser() -> argparse.ArgumentParser:
     question.add_argument("--input", type=Path, help="file with a JSON list of numbers")
     infer.set_defaults(command=_infer)
     return parser
+
+
+def _add_enroll(commands: Any, common: argparse.ArgumentParser) -> None:
+    enroll = commands.add_parser(
+        "enroll",
+        parents=[common],
+        help="get a certificate: make a key, and ask with a claim of the operator's",
+    )
+    enroll.add_argument(
+        "--claim",
+        required=True,
+        help="what `whimbrel devices claim` gave: a file, - for input, or the text itself, which others can see in the process list",
+    )
+    enroll.add_argument(
+        "--wait", type=_seconds, default=900, help="seconds for the operator to accept (default: %(default)s)"
+    )
+    enroll.add_argument(
+        "--again", action="store_true", help="although there is a certificate: it was revoked"
+    )
+    enroll.set_defaults(command=_enroll)
+
+
+def _seconds(text: str) -> float:
+    value = float(text) if text.isascii() and text.isdigit() else -1.0
+    if not 1 <= value <= _ENROLL_S_MAX:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not between 1 and {_ENROLL_S_MAX}")
+    return value
 
 
 def _provision(arguments: argparse.Namespace) -> int:
@@ -156,6 +186,38 @@ def _become_owner(folder: Path) -> None:
         os.setgroups([])
     os.setgid(status.st_gid)
     os.setuid(status.st_uid)
+
+
+def _enroll(arguments: argparse.Namespace) -> int:
+    from device.adapters.enrolment import enroll  # noqa: PLC0415 - an agent does without
+    from protocol.identity import CLAIM_HEAD, decode_claim  # noqa: PLC0415 - likewise
+
+    config = load_config(arguments.config)
+    named: str = arguments.claim
+    claim = decode_claim(named if named.startswith(CLAIM_HEAD) else _claim_text(named))
+    _become_owner(config.folder)
+    certificate = enroll(
+        config,
+        claim,
+        wait_s=arguments.wait,
+        rng=system_rng(),
+        tell=partial(print, flush=True),
+        is_again=arguments.again,
+    )
+    print(f"{config.agent.device} has a certificate until {certificate.not_valid_after_utc:%Y-%m-%d}")
+    if config.tls is None:
+        print(f"to use it, add a line [tls] to {arguments.config} or a drop-in, and restart the agent")
+    return 0
+
+
+def _claim_text(name: str) -> str:
+    from protocol.identity import CLAIM_CHARS_MAX  # noqa: PLC0415 - an agent does without
+
+    try:
+        with nullcontext(sys.stdin) if name == "-" else Path(name).open() as file:
+            return file.read(CLAIM_CHARS_MAX + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{name[:200]}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ field by field, so that a package brings the file and its owner adds others.
 import ipaddress
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -30,6 +30,9 @@ _KB = 1000
 CONFIG_BYTES_MAX: Final = 1 << 16
 DROP_INS_MAX: Final = 64
 """A configuration is read as a whole: a file that is none must not fill the memory."""
+
+IDENTITY_FOLDER: Final = "identity"
+"""Below the state folder: key and certificate that `enroll` got."""
 
 _PLACEHOLDERS: Final = dict.fromkeys(("device", "fleet", "family", "state_folder"), "placeholder")
 """For what another file may still bring, while one is judged."""
@@ -135,6 +138,14 @@ class PolicySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     metered_file: str = ""
 
 
+class TlsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[tls]`."""
+
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
+
+
 class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A configuration file, `device.toml`."""
 
@@ -152,6 +163,7 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     bandwidth_kb_per_s_max: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
     runtime_folder: str = ""
+    tls: TlsSettings | None = None
     slots: SlotSettings = SlotSettings()
     serving: ServingSettings = ServingSettings()
     hooks: HookSettings = HookSettings()
@@ -159,6 +171,23 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     priority: PrioritySettings = PrioritySettings()
     onnx: OnnxSettings = OnnxSettings()
     llama: LlamaSettings = LlamaSettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """How to prove to the broker who this is.
+
+    Attributes:
+        ca: Certificates of who vouches for the broker, PEM.
+        certificate: Of this device, PEM.
+        key: Its private key, PEM; in the same file where that is the one of the certificate.
+        is_enrolled: Key and certificate are what `enroll` left in the state folder; the agent renews them.
+    """
+
+    ca: Path
+    certificate: Path
+    key: Path
+    is_enrolled: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +251,7 @@ class DeviceConfig:
         broker_host: Name or address of the broker.
         broker_port: Its port.
         runtime_folder: Where the running agent has its control socket; the state folder where there is none.
+        tls: How to speak to the broker with certificates; plainly where there is none.
         serving: The local endpoint; `None` for none.
         hooks: Commands of the owner.
         sources: Where to look for what the policy asks about.
@@ -234,6 +264,7 @@ class DeviceConfig:
     broker_host: str
     broker_port: int
     runtime_folder: Path | None = None
+    tls: TlsConfig | None = None
     serving: ServingConfig | None = None
     hooks: HookConfig = HookConfig()
     sources: ConditionSources = ConditionSources()
@@ -292,6 +323,7 @@ def load_config(path: Path) -> DeviceConfig:
         broker_host=host,
         broker_port=port,
         runtime_folder=home / settings.runtime_folder if settings.runtime_folder else None,
+        tls=checked("tls", lambda tls: _tls(tls, home, home / settings.state_folder)),
         serving=_serving(settings.serving, home, origins.get("serving", path)),
         hooks=HookConfig(
             after_swap=tuple(settings.hooks.after_swap), timeout_s=float(settings.hooks.timeout_s)
@@ -303,6 +335,33 @@ def load_config(path: Path) -> DeviceConfig:
         ),
         priority=settings.priority,
         compute=Compute(onnx=checked("onnx", check_onnx), llama=checked("llama", check_llama)),
+    )
+
+
+def enrolled(folder: Path) -> TlsConfig:
+    """Where `enroll` keeps the identity of a device.
+
+    Args:
+        folder: Its state folder.
+    """
+    home = folder / IDENTITY_FOLDER
+    pair = home / "identity.pem"
+    return TlsConfig(ca=home / "ca.pem", certificate=pair, key=pair, is_enrolled=True)
+
+
+def _tls(settings: TlsSettings | None, home: Path, folder: Path) -> TlsConfig | None:
+    if settings is None:
+        return None
+    if bool(settings.certificate) != bool(settings.key):
+        raise RequestError(
+            "[tls] has only one of certificate and key", hint="give both, or none for those of `enroll`"
+        )
+    own = enrolled(folder)
+    ca = home / settings.ca if settings.ca else own.ca
+    if not settings.certificate:
+        return replace(own, ca=ca)
+    return TlsConfig(
+        ca=ca, certificate=home / settings.certificate, key=home / settings.key, is_enrolled=False
     )
 
 
@@ -414,16 +473,20 @@ def parse_listen(text: str, home: Path) -> Path | tuple[str, int]:
             f"[serving] listen = {text!r} is not of the form host:port or unix:PATH",
             hint='for example "127.0.0.1:8091"',
         )
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback:
+    if not is_loopback(host):
         raise RequestError(
             f"[serving] listen = {text!r} is not an address of loopback, and the endpoint asks nobody who they are",
             hint="use 127.0.0.1, and a reverse proxy with authentication for other machines",
         )
     return ("127.0.0.1" if host == "localhost" else host), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address stays on this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_address(text: str) -> tuple[str, int]:

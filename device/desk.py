@@ -159,4 +159,5 @@ class Desk:
         """Tell the server how things stand; not before it was measured which files are there: it plans by them."""
         if self.is_connected and self.ledger.files is not None:
             payload = encode_message(self.ledger.report(self.state, self.held))
-            self.emit(Publish(self.topics.report(self.config.device), payload, 1, retain=True))
+            topic = self.topics.report(self.config.device)
+            self.emit(Publish(topic, payload, 1, retain=True, is_signed=True))

@@ -48,12 +48,13 @@ class Unsubscribe:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Send a message."""
+    """Send a message; `is_signed` with the key of the device beside it, where it has one."""
 
     topic: str
     payload: bytes
     qos: int
     retain: bool
+    is_signed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

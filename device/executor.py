@@ -43,6 +43,7 @@ class Executor:
         leases: Of the model that answers; its own where none are given.
         decoder: Applies deltas.
         gently: Does what takes processor and disk and can wait, at a lower priority.
+        seal: Signs what is sent on a topic, where the device has a key.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Executor:
         leases: Leases | None = None,
         decoder: Decoder = IN_PROCESS,
         gently: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+        seal: Callable[[str, bytes], bytes] | None = None,
     ) -> None:
         self._disk = disk
         self._transport = transport
@@ -64,6 +66,7 @@ class Executor:
         self._post = post
         self._gently = gently
         self._decoder = decoder
+        self._seal = seal
         self._journal = Journal(disk)
         self.leases: Final = leases or Leases()
         self._actions: Final[dict[type, Callable[[Any], None]]] = {
@@ -145,7 +148,10 @@ class Executor:
             self._post(answer)
 
     def _publish(self, effect: effects.Publish) -> None:
-        self._transport.publish(effect.topic, effect.payload, effect.qos, retain=effect.retain)
+        payload = effect.payload
+        if effect.is_signed and self._seal is not None:
+            payload = self._seal(effect.topic, payload)
+        self._transport.publish(effect.topic, payload, effect.qos, retain=effect.retain)
 
     def _save_root(self, effect: effects.SaveRoot) -> None:
         self._disk.create(_ROOT_TEMPORARY, len(effect.root))

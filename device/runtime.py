@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 from device import effects, events
 from device.adapters.conditions import PERIOD_S, MachineConditions
@@ -36,6 +36,10 @@ from protocol.messages import Link, encode_message
 from protocol.release import Prompt, Release, ReleaseFile, release_digest
 from protocol.topics import Topics
 from protocol.trust import check_root
+
+if TYPE_CHECKING:
+    from device.adapters.identity import Identity
+    from device.adapters.renewer import Renewer
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -103,16 +107,18 @@ class DeviceRuntime:
         self._answers: dict[int, Callable[[str, str], None]] = {}
         topics = Topics(config.agent.fleet)
         self._link_topic = topics.link(config.agent.device)
+        identity = self._make_identity()
         self.transport = MqttTransport(
             loop,
-            BrokerAddress(config.broker_host, config.broker_port),
+            BrokerAddress(config.broker_host, config.broker_port, identity.tls if identity else None),
             config.agent.device,
             rng,
             will=Will(self._link_topic, encode_message(Link(online=False))),
             on_connected=self._connected,
-            on_disconnected=lambda: self.handle(events.Disconnected()),
-            on_message=lambda topic, payload: self.handle(events.MessageReceived(topic, payload)),
+            on_disconnected=self._disconnected,
+            on_message=self._heard,
         )
+        self._renewer = None if identity is None else self._make_renewer(identity, topics, rng)
         self.executor = Executor(
             disk=self.disk,
             transport=self.transport,
@@ -121,7 +127,25 @@ class DeviceRuntime:
             post=self._post,
             decoder=decoder or self._decoding,
             gently=partial(gently, priority),
+            seal=identity.seal if identity else None,
         )
+
+    def _make_identity(self) -> "Identity | None":
+        if self.config.tls is None:
+            return None
+        # Only here, since it loads much: a device without certificates does without.
+        from device.adapters.identity import Identity  # noqa: PLC0415
+
+        return Identity(self.config.agent.device, self.config.tls, self.disk, self._clock)
+
+    def _make_renewer(self, identity: "Identity", topics: Topics, rng: random.Random) -> "Renewer | None":
+        """What keeps the certificate fresh; somebody else's is their own business."""
+        if self.config.tls is None or not self.config.tls.is_enrolled:
+            return None
+        from device.adapters.renewer import Renewer  # noqa: PLC0415 - as above
+
+        device = self.config.agent.device
+        return Renewer(identity, device, topics, self._loop, self.transport, self._clock, rng)
 
     def start(self) -> None:
         """Boot the agent from what the disk knows, and connect.
@@ -134,6 +158,8 @@ class DeviceRuntime:
         self._note("boot", {})
         self.handle(event)
         self._look_around()
+        if self._renewer is not None:
+            self._renewer.start()
         self.transport.start()
 
     def stop(self) -> None:
@@ -142,6 +168,8 @@ class DeviceRuntime:
         Work under way is broken off, so that another agent can start on the folder at once.
         """
         self._is_stopped = True
+        if self._renewer is not None:
+            self._renewer.stop()
         # A farewell keeps the broker from saying the Will; QoS 0, since nobody waits here for an acknowledgement.
         self.transport.publish(self._link_topic, encode_message(Link(online=False)), 0, retain=True)
         self.transport.close()
@@ -218,6 +246,17 @@ class DeviceRuntime:
     def _connected(self) -> None:
         self.transport.publish(self._link_topic, encode_message(Link(online=True)), 1, retain=True)
         self.handle(events.Connected())
+        if self._renewer is not None:
+            self._renewer.connected()
+
+    def _disconnected(self) -> None:
+        if self._renewer is not None:
+            self._renewer.disconnected()
+        self.handle(events.Disconnected())
+
+    def _heard(self, topic: str, payload: bytes) -> None:
+        if self._renewer is None or not self._renewer.heard(topic, payload):
+            self.handle(events.MessageReceived(topic, payload))
 
     def _post(self, event: events.Event) -> None:
         if threading.get_ident() == self._thread:  # workers post too, but only from their own threads

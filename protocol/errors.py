@@ -44,6 +44,12 @@ class MessageError(WhimbrelError):
     code = "message.invalid"
 
 
+class ForgedReportError(MessageError):
+    """A report is not signed with a certificate that the server issued to the device, and should be."""
+
+    code = "message.forged"
+
+
 class TopicError(WhimbrelError):
     """A name cannot be a topic level, or a topic is none of ours."""
 

@@ -18,9 +18,14 @@ Version = NewType("Version", str)
 Digest = NewType("Digest", str)
 """SHA-256 in 64 lower-case hexadecimal digits."""
 
-_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+ClaimId = NewType("ClaimId", str)
+"""16 lower-case hexadecimal digits (SPEC section 10.2)."""
+
+NAME_PATTERN: Final = r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?"
+_NAME: Final = re.compile(NAME_PATTERN)
 _VERSION: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_CLAIM: Final = re.compile(r"[0-9a-f]{16}")
 
 NAME_RULE: Final = "lower-case letters, digits and inner hyphens, 1 to 64 characters"
 VERSION_RULE: Final = "lower-case letters, digits and inner dots, hyphens or underscores, 1 to 64 characters"
@@ -69,6 +74,15 @@ def parse_digest(text: str) -> Digest:
         TopicError: The text is no digest.
     """
     return Digest(_checked(text, "digest", _DIGEST, "64 lower-case hexadecimal digits"))
+
+
+def parse_claim_id(text: str) -> ClaimId:
+    """Check the number of a claim.
+
+    Raises:
+        TopicError: The text is none.
+    """
+    return ClaimId(_checked(text, "claim", _CLAIM, "16 lower-case hexadecimal digits"))
 
 
 def digest_of(data: bytes | bytearray | memoryview) -> Digest:

@@ -5,10 +5,11 @@ new protocol version. Chunks are binary and live in `chunks.py`.
 """
 
 import base64
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from protocol.constants import MESSAGE_BYTES_MAX, PROTOCOL_VERSION
 from protocol.errors import MessageError
@@ -138,6 +139,49 @@ class MetadataBundle(Struct, frozen=True, kw_only=True):
     targets: bytes
 
 
+class CertificateRequest(Struct, frozen=True, kw_only=True):
+    """Asks for a certificate, the first one with a claim or the next one; see `identity.py` for what is signed."""
+
+    v: int = PROTOCOL_VERSION
+    csr: Annotated[bytes, Meta(max_length=2048)]  # PKCS #10, DER
+    signature: Annotated[
+        bytes, Meta(max_length=128)
+    ]  # by the key of the claim, or of the present certificate
+
+
+class CertificateAnswer(Struct, frozen=True, kw_only=True):
+    """What became of a `CertificateRequest`."""
+
+    v: int = PROTOCOL_VERSION
+    key: DigestText  # SHA-256 of the public key that was asked about, as SubjectPublicKeyInfo
+    code: ShortText = ""  # stable code of why there is no certificate (yet)
+    detail: Text = ""
+    certificate: Annotated[bytes, Meta(max_length=4096)] = b""  # X.509, DER
+
+
+class _Envelope(Struct, frozen=True, kw_only=True):
+    """A report with its signature beside it; both are absent where a device has no certificate."""
+
+    v: int = PROTOCOL_VERSION
+    report: msgspec.Raw | UnsetType = UNSET
+    signature: Annotated[bytes, Meta(max_length=128)] = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedReport:
+    """A report as it arrived.
+
+    Attributes:
+        report: What it says.
+        signed: The bytes that are signed.
+        signature: Empty where there is none.
+    """
+
+    report: Report
+    signed: bytes
+    signature: bytes
+
+
 REQUEST_WINDOW_CHUNKS_MAX: Final = 64
 """Chunks that one request may name: 4 MiB of answers."""
 
@@ -148,7 +192,17 @@ Request = ChunkRequest | MetadataRequest
 _Message = TypeVar("_Message", bound=Struct)
 _encoder = msgspec.json.Encoder()
 _decoders: Final[dict[Any, msgspec.json.Decoder[Any]]] = {
-    kind: msgspec.json.Decoder(kind) for kind in (Desired, Report, Link, Request, MetadataBundle)
+    kind: msgspec.json.Decoder(kind)
+    for kind in (
+        Desired,
+        Report,
+        Link,
+        Request,
+        MetadataBundle,
+        CertificateRequest,
+        CertificateAnswer,
+        _Envelope,
+    )
 }
 
 
@@ -166,6 +220,22 @@ def decode_message(kind: type[_Message], payload: bytes) -> _Message:
     message = _decode(kind, payload, BUNDLE_BYTES_MAX if kind is MetadataBundle else MESSAGE_BYTES_MAX)
     assert isinstance(message, kind)
     return message
+
+
+def sealed_report(report: bytes, signature: bytes) -> bytes:
+    """An encoded report, with its signature beside it."""
+    return encode_message(_Envelope(report=msgspec.Raw(report), signature=signature))
+
+
+def decode_report(payload: bytes) -> ReceivedReport:
+    """Decode a report, signed or not; whether the signature is right is for `identity.py` to say.
+
+    Raises:
+        MessageError: As for `decode_message`.
+    """
+    envelope = decode_message(_Envelope, payload)
+    signed = payload if envelope.report is UNSET else bytes(envelope.report)
+    return ReceivedReport(decode_message(Report, signed), signed, envelope.signature)
 
 
 def decode_request(payload: bytes) -> Request:

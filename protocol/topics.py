@@ -8,6 +8,10 @@
     wb1.<fleet>/dev/<id>/metadata              answers to metadata requests
     wb1.<fleet>/b/<digest>.<group>/<chunk>     chunks, retained
     wb1.<fleet>/req/<shard>/<id>               requests
+    wb1.<fleet>/dev/<id>/renewal               a device asks for its next certificate
+    wb1.<fleet>/dev/<id>/certificate           the answer
+    wb1.<fleet>/enroll/claim.<claim>/request   a claim is made good: asks for a first certificate
+    wb1.<fleet>/enroll/claim.<claim>/answer    the answer, retained
 
 The three levels that differ between artifacts come first, because brokers index retained topics by them.
 """
@@ -19,10 +23,13 @@ from typing import Final
 
 from protocol.constants import FLEET_TOPIC_PREFIX, GROUP_CHUNKS
 from protocol.errors import TopicError
-from protocol.ids import DeviceId, Digest, FleetId, parse_device_id, parse_digest
+from protocol.ids import ClaimId, DeviceId, Digest, FleetId, parse_claim_id, parse_device_id, parse_digest
 
 REQUEST_SHARDS: Final = 16
 """Requests are spread over topics, since three brokers grant `$share` and deliver nothing (SPEC section 4.4)."""
+
+CLAIM_PREFIX: Final = "claim."
+"""Before the number of a claim, as a topic level and as a name on the broker: no device id has a dot (SPEC section 10.2)."""
 
 _DOCUMENTS: Final = ("timestamp", "snapshot", "targets")
 
@@ -70,6 +77,34 @@ class MetadataAnswerTopic:
 
 
 @dataclass(frozen=True, slots=True)
+class RenewalTopic:
+    """`dev/<id>/renewal`."""
+
+    device: DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateTopic:
+    """`dev/<id>/certificate`."""
+
+    device: DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequestTopic:
+    """`enroll/claim.<claim>/request`."""
+
+    claim: ClaimId
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimAnswerTopic:
+    """`enroll/claim.<claim>/answer`."""
+
+    claim: ClaimId
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkTopic:
     """`b/<digest>.<group>/<chunk>`."""
 
@@ -91,6 +126,10 @@ Topic = (
     | DesiredTopic
     | ChunkAnswerTopic
     | MetadataAnswerTopic
+    | RenewalTopic
+    | CertificateTopic
+    | ClaimRequestTopic
+    | ClaimAnswerTopic
     | ChunkTopic
     | MetadataTopic
 )
@@ -134,6 +173,22 @@ class Topics:
         """Where answers to metadata requests of `device` arrive."""
         return f"{self._first}/dev/{device}/metadata"
 
+    def renewal(self, device: DeviceId) -> str:
+        """Where `device` asks for its next certificate."""
+        return f"{self._first}/dev/{device}/renewal"
+
+    def certificate(self, device: DeviceId) -> str:
+        """Where answers to that arrive."""
+        return f"{self._first}/dev/{device}/certificate"
+
+    def claim_request(self, claim: ClaimId) -> str:
+        """Where a claim is made good."""
+        return f"{self._first}/enroll/{CLAIM_PREFIX}{claim}/request"
+
+    def claim_answer(self, claim: ClaimId) -> str:
+        """What came of it."""
+        return f"{self._first}/enroll/{CLAIM_PREFIX}{claim}/answer"
+
     def chunk(self, blob: Digest, index: int) -> str:
         """Topic of one chunk."""
         return f"{self._first}/b/{blob}.{index // GROUP_CHUNKS}/{index}"
@@ -150,6 +205,10 @@ class Topics:
         """Filters of a server that answers the requests of `shards`."""
         reports = (f"{self._first}/dev/+/report", f"{self._first}/dev/+/link")
         return reports + tuple(f"{self._first}/req/{shard}/+" for shard in shards)
+
+    def identity_filters(self) -> tuple[str, ...]:
+        """Filters of a server that issues certificates."""
+        return f"{self._first}/dev/+/renewal", f"{self._first}/enroll/+/request"
 
     def parse(self, topic: str) -> Topic:
         """Take a topic apart.
@@ -176,6 +235,8 @@ _DEVICE_TOPICS: Final[dict[str, Callable[[DeviceId], Topic]]] = {
     "desired": DesiredTopic,
     "chunk": ChunkAnswerTopic,
     "metadata": MetadataAnswerTopic,
+    "renewal": RenewalTopic,
+    "certificate": CertificateTopic,
 }
 
 
@@ -183,6 +244,10 @@ def _parse_levels(levels: list[str]) -> Topic | None:
     match levels:
         case ["dev", device, leaf] if leaf in _DEVICE_TOPICS:
             return _DEVICE_TOPICS[leaf](parse_device_id(device))
+        case ["enroll", claim, "request"] if claim.startswith(CLAIM_PREFIX):
+            return ClaimRequestTopic(parse_claim_id(claim.removeprefix(CLAIM_PREFIX)))
+        case ["enroll", claim, "answer"] if claim.startswith(CLAIM_PREFIX):
+            return ClaimAnswerTopic(parse_claim_id(claim.removeprefix(CLAIM_PREFIX)))
         case ["req", shard, device] if shard == str(request_shard(DeviceId(device))):
             return RequestTopic(parse_device_id(device))
         case ["b", blob_group, index] if (

@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
-from server import delta_cli, operations, provenance_cli
+from server import delta_cli, identity_cli, operations, provenance_cli
 from server.config import (
     DEFAULT_FLEET,
     DEFAULT_FOLDER,
@@ -80,22 +80,32 @@ def _parser() -> argparse.ArgumentParser:
         prog="whimbrel", description="Ships model updates to a fleet of devices as signed deltas over MQTT."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    common = _common(Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER), as_json=False)
+    _add_init(commands)
+    _add_release(commands, common)
+    _add_rollout(commands, common)
+    devices = commands.add_parser(
+        "devices", parents=[common], help="list the devices and what they run; see to their certificates"
+    )
+    devices.set_defaults(run=_devices)
+    identity_cli.add_device_actions(devices, _common(argparse.SUPPRESS, as_json=argparse.SUPPRESS), _print)
+    identity_cli.add_broker_parser(commands, common, _print)
+    _add_serve(commands, common)
+    delta_cli.add_parser(commands, common)
+    return parser
+
+
+def _common(folder: Path | str, *, as_json: bool | str) -> argparse.ArgumentParser:
+    """Options of every command, with their defaults; suppressed ones leave what was given before the action."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--dir",
         type=Path,
-        default=Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER),
+        default=folder,
         help=f"folder of the server (default: ${FOLDER_VARIABLE}, else ./{DEFAULT_FOLDER})",
     )
-    common.add_argument("--json", action="store_true", help="print JSON for programs")
-    _add_init(commands)
-    _add_release(commands, common)
-    _add_rollout(commands, common)
-    devices = commands.add_parser("devices", parents=[common], help="list the devices and what they run")
-    devices.set_defaults(run=_devices)
-    _add_serve(commands, common)
-    delta_cli.add_parser(commands, common)
-    return parser
+    common.add_argument("--json", action="store_true", default=as_json, help="print JSON for programs")
+    return common
 
 
 def _add_init(commands: Any) -> None:

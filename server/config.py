@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from protocol.errors import RequestError
 from protocol.ids import FleetId, parse_fleet_id
 from server.display import address_text
+from server.fleet.identities import DEVICE_DAYS
 
 CONFIG_FILE: Final = "whimbrel.toml"
 DATABASE_FILE: Final = "whimbrel.sqlite"
@@ -22,7 +23,22 @@ DEFAULT_FOLDER: Final = "whimbrel"
 FOLDER_VARIABLE: Final = "WHIMBREL_DIR"
 
 _Port = Annotated[int, Meta(ge=0, le=65_535)]
+_Days = Annotated[int, Meta(ge=1, le=3_650)]
 _Seconds = Annotated[int, Meta(ge=1, le=604_800)]
+
+
+class TlsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[tls]`: how this server proves to the broker who it is. Relative paths count from the server's folder.
+
+    Attributes:
+        ca: Certificates of who vouches for the broker, PEM.
+        certificate: Of this server, PEM.
+        key: Its private key, PEM.
+    """
+
+    ca: str
+    certificate: str
+    key: str
 
 
 class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +50,8 @@ class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     delta_workers: Annotated[int, Meta(ge=1, le=64)] = 1
     delta_timeout_s: _Seconds = 3_600
     delta_grace_hours: Annotated[int, Meta(ge=1, le=87_600)] = DEFAULT_GRACE_HOURS
+    certificate_days: _Days = DEVICE_DAYS
+    tls: TlsSettings | None = None
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -49,6 +67,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
         delta_workers: Deltas built at the same time.
         delta_timeout_s: After which a build is given up.
         delta_grace_hours: How long a delta stays that no device and no rollout needs.
+        certificate_days: Life of a device's certificate.
+        tls: How to speak to the broker with certificates; plainly where there is none.
     """
 
     folder: Path
@@ -60,6 +80,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     delta_workers: int = 1
     delta_timeout_s: int = 3_600
     delta_grace_hours: int = DEFAULT_GRACE_HOURS
+    certificate_days: int = DEVICE_DAYS
+    tls: TlsSettings | None = None
 
     @property
     def delta_grace_ms(self) -> int:
@@ -115,7 +137,11 @@ def read_config(folder: Path) -> ServerConfig:
         raise RequestError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise RequestError(f"{path}: {error}", hint="correct the file") from error
-    parse_broker(file.broker)
+    if parse_broker(file.broker) == EMBEDDED and file.tls is not None:
+        raise RequestError(
+            f"{path}: [tls] with the embedded broker, which speaks plainly and on loopback only",
+            hint='set broker = "HOST:PORT"',
+        )
     return ServerConfig(
         folder=folder,
         fleet=parse_fleet_id(file.fleet),
@@ -126,6 +152,8 @@ def read_config(folder: Path) -> ServerConfig:
         delta_workers=file.delta_workers,
         delta_timeout_s=file.delta_timeout_s,
         delta_grace_hours=file.delta_grace_hours,
+        certificate_days=file.certificate_days,
+        tls=file.tls,
     )
 
 
@@ -140,10 +168,23 @@ def config_text(config: ServerConfig) -> str:
         f"delta_workers = {config.delta_workers}  # deltas built at the same time",
         f"delta_timeout_s = {config.delta_timeout_s}",
         f"delta_grace_hours = {config.delta_grace_hours}  # then deltas go that nobody needs",
+        f"certificate_days = {config.certificate_days}  # life of a device's certificate",
     ]
     if config.database:
         lines.append(f"database = {_quoted(config.database)}")
+    if config.tls is not None:
+        lines += ["", *tls_lines(config.tls)]
     return "\n".join(lines) + "\n"
+
+
+def tls_lines(tls: TlsSettings) -> list[str]:
+    """The table `[tls]` as it stands in the file."""
+    return [
+        "[tls]",
+        f"ca = {_quoted(tls.ca)}  # vouches for the broker",
+        f"certificate = {_quoted(tls.certificate)}",
+        f"key = {_quoted(tls.key)}",
+    ]
 
 
 def _quoted(text: str) -> str:

@@ -1,5 +1,12 @@
 """What people are shown: tables, sizes and addresses as text."""
 
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+Printer = Callable[[argparse.Namespace, Any, list[str]], None]
+"""Shows a value to programs, or lines to people, as the arguments of a command ask for."""
+
 
 def table(titles: list[str], rows: list[list[str]]) -> list[str]:
     """Left-aligned columns; nothing at all without rows."""

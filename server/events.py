@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from protocol.ids import DeviceId, Digest
-from protocol.messages import Report, Request
+from protocol.ids import ClaimId, DeviceId, Digest
+from protocol.messages import CertificateRequest, Report, Request
 from protocol.release import DeltaName, InPlaceNeeds
 from server.fleet.registry import DeviceRecord
 from server.ports import CacheEntry, DeltaRefusal, IdleDelta, StoredBlob
@@ -127,3 +127,37 @@ Event = (
     | BlobsRemoved
     | DeadlineReached
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimUsed:
+    """A claim is made good.
+
+    Attributes:
+        claim: Its number.
+        topic: On which the request arrived.
+        request: What is asked for.
+    """
+
+    claim: ClaimId
+    topic: str
+    request: CertificateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalRequested:
+    """A device asks for its next certificate.
+
+    Attributes:
+        device: Which.
+        topic: On which the request arrived.
+        request: What is asked for.
+    """
+
+    device: DeviceId
+    topic: str
+    request: CertificateRequest
+
+
+IdentityEvent = ClaimUsed | RenewalRequested
+"""What the coordinator does not hear of: `enrolment.py` sees to it."""

@@ -9,6 +9,7 @@ import random
 import secrets
 import threading
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final, Self
 
 import msgspec
@@ -23,6 +24,7 @@ from server.adapters.keys import KeyFolder
 from server.adapters.lock import FolderLock
 from server.adapters.mqtt import MqttTransport
 from server.adapters.store import SqlStore
+from server.adapters.tls import client_context
 from server.broker.tcp import EmbeddedBroker
 from server.config import ServerConfig
 from server.coordinator import Coordinator, CoordinatorLimits
@@ -39,10 +41,13 @@ from server.effects import (
     SignMetadata,
     UncacheBlob,
 )
+from server.enrolment import Enrolment
 from server.events import (
     BlobsRemoved,
+    BrokerConnected,
     DeadlineReached,
     Event,
+    IdentityEvent,
     MetadataChanged,
     RolloutRequested,
     SigningFailed,
@@ -85,7 +90,7 @@ class Server:
         self.config = config
         self._clock = clock or SystemClock()
         self._rng = random.Random(secrets.randbits(64) if seed is None else seed)  # noqa: S311 - waits, no secrets
-        self._events: queue.Queue[Event] = queue.Queue(EVENTS_MAX)
+        self._events: queue.Queue[Event | IdentityEvent] = queue.Queue(EVENTS_MAX)
         self._is_stopping = threading.Event()
         self._has_stopped = threading.Event()
         self._lock = threading.Lock()  # around the coordinator
@@ -130,6 +135,7 @@ class Server:
             self._blobs = FolderBlobs(folder / BLOBS_FOLDER)
             self._blobs.sweep(self._clock.now_ms())
             self._publisher = Publisher(KeyFolder(folder / KEYS_FOLDER).load())
+            self._enrolment = Enrolment(self._store, self.config, self._clock)
             started = self._load()
             if address == "embedded":
                 self._broker = EmbeddedBroker(port=self.config.port)
@@ -147,6 +153,9 @@ class Server:
             self._blobs.read_chunk,
             self._post,
             random.Random(self._rng.random()),  # noqa: S311 - waits, no secrets
+            tls=None if self.config.tls is None else partial(client_context, folder, self.config.tls),
+            open_report=self._enrolment.open_report,
+            certify=self._post,
         )
         self._thread = threading.Thread(
             target=self._run, args=(started,), name="whimbrel-server", daemon=True
@@ -256,7 +265,7 @@ class Server:
 
     # The loop
 
-    def _post(self, event: Event) -> None:
+    def _post(self, event: Event | IdentityEvent) -> None:
         while not self._is_stopping.is_set():
             try:
                 self._events.put(event, timeout=POLL_S)
@@ -270,7 +279,8 @@ class Server:
             while not self._is_stopping.is_set():
                 events = self._take()
                 if events:
-                    self._handle(events)
+                    self._handle([event for event in events if not isinstance(event, IdentityEvent)])
+                    self._see_to_identities(events)
                 self._poll_store()
         except BaseException as error:  # noqa: BLE001 - shown by whoever waits for the server
             self._failure = error
@@ -280,12 +290,12 @@ class Server:
         finally:
             self._has_stopped.set()
 
-    def _take(self) -> list[Event]:
+    def _take(self) -> list[Event | IdentityEvent]:
         """Events that wait, or one that comes before the next deadline or poll."""
         now_ms = self._clock.now_ms()
         deadline_ms = self._coordinator.deadline()
         wait_s = POLL_S if deadline_ms is None else min(POLL_S, (deadline_ms - now_ms) / 1000)
-        events: list[Event] = []
+        events: list[Event | IdentityEvent] = []
         try:
             if wait_s <= 0:
                 events.append(DeadlineReached())
@@ -296,6 +306,15 @@ class Server:
         except queue.Empty:
             pass
         return events
+
+    def _see_to_identities(self, events: list[Event | IdentityEvent]) -> None:
+        """Answer those who ask for certificates; after a connect, what came of claims is retained again."""
+        assert self._transport is not None
+        for event in events:
+            if isinstance(event, IdentityEvent):
+                self._enrolment.handle(event, self._transport)
+            elif isinstance(event, BrokerConnected):
+                self._enrolment.publish(self._transport)
 
     def _handle(self, events: list[Event]) -> None:
         """Decide a batch and carry it out; all records are durable before anything leaves."""
@@ -411,6 +430,8 @@ class Server:
         if changes == self._changes:
             return
         self._changes = changes
+        assert self._transport is not None
+        self._enrolment.refresh(self._transport)
         events: list[Event] = []
         repository = self._opened.repository()
         if repository is not None and repository != self._repository:

@@ -180,6 +180,8 @@ def test_the_installer_refuses_what_it_cannot_check_or_does_not_fit(tmp_path: Pa
     assert "SHA256SUMS is missing" in run("sh", INSTALL, "--from", tmp_path / "nowhere", code=1)
     assert "has no release.json" in run("sh", INSTALL, "--from", folder, "--factory", tmp_path, code=1)
     assert "together" in run("sh", INSTALL, "--from", folder, "--device", "pi", code=1)
+    lost = tmp_path / "lost.claim"
+    assert "whimbrel devices claim" in run("sh", INSTALL, "--from", folder, "--claim", lost, code=1)
     words = ["--device", 'a"b', "--fleet", "f", "--family", "f", "--broker", "b:1"]
     assert "has characters that no name" in run("sh", INSTALL, "--from", folder, *words, code=1)
     assert not Path("/etc/whimbrel/device.d/50-local.toml").exists()

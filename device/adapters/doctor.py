@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, get_args
 
 import msgspec
+from cryptography import x509
 from msgspec import Struct
 
 from device.adapters.clock import SystemClock, system_rng
@@ -29,16 +30,18 @@ from device.adapters.confinement import Confinement
 from device.adapters.control import AgentNotRunningError, Status, ask_agent
 from device.adapters.disk import RealDisk
 from device.adapters.engines import LocalEngine
+from device.adapters.identity import Credentials, Identity, is_issued_by, read_credentials
 from device.adapters.mqtt import BrokerAddress, MqttLoop, MqttTransport
 from device.adapters.runtime_check import CheckOrder, CheckResult
 from device.compute import ON_PROCESSOR, Compute
-from device.config import DeviceConfig, ServingConfig, load_config
+from device.config import DeviceConfig, ServingConfig, is_loopback, load_config
 from device.executor import ROOT_FILE
 from device.journal import Journal, Record
 from device.slots import slot_bytes
 from protocol.constants import METADATA_BYTES_MAX
 from protocol.delta.native import library
 from protocol.errors import StorageError, WhimbrelError
+from protocol.identity import fingerprint
 from protocol.release import RuntimeName
 from protocol.trust import check_root
 
@@ -54,6 +57,9 @@ CLOCK_BACK_MS_MAX: Final = 24 * 3600 * 1000
 
 SYNC_S_MAX: Final = 2.0
 """One megabyte should be on the medium by then; a card that takes longer is worn out or counterfeit."""
+
+OVERDUE_PART: Final = 6
+"""In the last sixth of its life a certificate should have been renewed for long: that begins after two thirds."""
 
 CONNECT_S_MAX: Final = 15.0
 IMPORT_S_MAX: Final = 120.0
@@ -142,7 +148,7 @@ def examine(path: Path, clock: SystemClock | None = None) -> list[Finding]:
     findings += [asked, look_at_broker(patient)]
     if config.serving is not None:
         findings.append(look_at_endpoint(config.serving, is_running=is_running))
-    findings.append(Finding("certificates", Level.NOTE, "not configured: this version uses none"))
+    findings.append(look_at_certificates(config, now_ms))
     return findings
 
 
@@ -519,10 +525,13 @@ def _endpoint_status(listen: Path | tuple[str, int]) -> int:
 
 def _connect_trouble(config: DeviceConfig) -> str:
     """Why there is no connection, empty where there is one."""
+    tls = None
+    if config.tls is not None:
+        tls = Identity(config.agent.device, config.tls, RealDisk(config.folder), SystemClock()).tls
     with contextlib.closing(MqttLoop()) as loop:
         transport = MqttTransport(
             loop,
-            BrokerAddress(config.broker_host, config.broker_port),
+            BrokerAddress(config.broker_host, config.broker_port, tls),
             config.agent.device,
             system_rng(),
             will=None,
@@ -535,3 +544,57 @@ def _connect_trouble(config: DeviceConfig) -> str:
         if transport.is_connected:
             return ""
         return transport.error or f"no answer after {CONNECT_S_MAX:.0f} s"
+
+
+def look_at_certificates(config: DeviceConfig, now_ms: int) -> Finding:
+    """Key and certificate are there, belong together, are for this device, valid, and nobody else's to read."""
+    name, where = "certificates", f"{config.broker_host}:{config.broker_port}"
+    if config.tls is None:
+        if is_loopback(config.broker_host):
+            return Finding(name, Level.NOTE, "not configured: the broker is on this machine")
+        text = f"not configured: whoever is on the way to {where} can read and forge everything"
+        return Finding(name, Level.WARNING, text, "whimbrel-device enroll, see docs/device.md")
+    try:
+        mode = config.tls.key.stat().st_mode
+        credentials = read_credentials(config.tls)
+        authorities = x509.load_pem_x509_certificates(config.tls.ca.read_bytes())
+    except FileNotFoundError as error:
+        advice = "whimbrel-device enroll" if config.tls.is_enrolled else "see [tls] in the configuration"
+        return Finding(name, Level.FAILED, f"{error.filename} is missing", advice)
+    except OSError as error:
+        return Finding(name, Level.FAILED, f"{error.filename}: {error.strerror}", "use sudo")
+    except ValueError:
+        return Finding(name, Level.FAILED, f"{config.tls.ca} holds no certificate", "enroll the device anew")
+    except WhimbrelError as error:
+        return Finding(name, Level.FAILED, error.message, error.hint)
+    if mode & 0o077:
+        text = f"{config.tls.key} can be read by others than its owner"
+        return Finding(
+            name, Level.FAILED, text, f"chmod 600 {config.tls.key}, and have the certificate revoked"
+        )
+    if not any(is_issued_by(credentials.certificate, authority) for authority in authorities):
+        text = f"{config.tls.ca} does not vouch for {config.tls.certificate}"
+        return Finding(name, Level.FAILED, text, "enroll the device anew")
+    return _judged(config, credentials, now_ms)
+
+
+def _judged(config: DeviceConfig, credentials: Credentials, now_ms: int) -> Finding:
+    """Name and dates of a certificate that belongs to its key and to its authority."""
+    name, device, life = "certificates", config.agent.device, credentials.life
+    anew = f"whimbrel devices claim {device} on the server, whimbrel-device enroll here"
+    if credentials.name != device:
+        text = f"the certificate is for {credentials.name!r}, and this is {device}"
+        return Finding(name, Level.FAILED, text, anew)
+    start, end = (datetime.fromtimestamp(at_ms / 1000, UTC) for at_ms in (life.start_ms, life.end_ms))
+    if now_ms >= life.end_ms:
+        return Finding(name, Level.FAILED, f"the certificate expired on {end:%Y-%m-%d}", anew)
+    if now_ms < life.start_ms:
+        text = f"the certificate is valid from {start:%Y-%m-%d} on: the clock is wrong"
+        return Finding(name, Level.WARNING, text, "see the clock")
+    text = f"{device} until {end:%Y-%m-%d}, key {fingerprint(credentials.key.public_key())}"
+    if now_ms > life.end_ms - (life.end_ms - life.start_ms) // OVERDUE_PART:
+        advice = "let the agent reach the server, and look at both logs"
+        if not config.tls or not config.tls.is_enrolled:
+            advice = "renew it: the agent renews only what `enroll` got"
+        return Finding(name, Level.WARNING, f"{text}, and not renewed", advice)
+    return Finding(name, Level.OK, text)

@@ -27,6 +27,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from device.reconnect import Backoff
+from protocol.errors import WhimbrelError
 
 KEEPALIVE_S: Final = 30
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -43,11 +44,17 @@ _POLL_MAX_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
-    """Where the broker is, and how to speak to it."""
+    """Where the broker is, and how to speak to it.
+
+    Attributes:
+        host: Its name or address.
+        port: Its port.
+        tls: Gives what a connection is made with, for each anew and on a thread of its own; plain connections where there is none.
+    """
 
     host: str
     port: int
-    tls: ssl.SSLContext | None = None
+    tls: Callable[[], ssl.SSLContext] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +236,7 @@ class MqttTransport:
         self._is_connected = False
         self._connected_at = 0.0
         self._wants_write = False
+        self._refusal = ""  # what the broker said in its answer
         self._generation = 0  # of the wish to connect: a timer of an earlier one is void
         self._client_id = client_id
         self._will = will
@@ -317,8 +325,6 @@ class MqttTransport:
         )
         client.max_queued_messages_set(QUEUED_MESSAGES_MAX)
         client.connect_timeout = CONNECT_TIMEOUT_S
-        if self._address.tls is not None:
-            client.tls_set_context(self._address.tls)
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, qos=1, retain=True)
         client.on_connect = self._paho_connected
@@ -337,6 +343,7 @@ class MqttTransport:
             return
         self._is_connecting = True
         self._wants_write = False
+        self._refusal = ""
         client = self._client = self._make_client()
         arguments = (client, self._address.host, self._address.port)
         self._loop.run_connector(partial(self._connect_blocking, *arguments))
@@ -344,8 +351,10 @@ class MqttTransport:
     def _connect_blocking(self, client: Client, host: str, port: int) -> None:
         reason = ""
         try:
+            if self._address.tls is not None:
+                client.tls_set_context(self._address.tls())
             client.connect(host, port, KEEPALIVE_S)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, WhimbrelError) as error:
             reason = f"{host}:{port}: {error}"
         self._loop.call_soon_threadsafe(lambda: self._connect_ended(client, reason))
 
@@ -393,6 +402,15 @@ class MqttTransport:
             self._on_disconnected()
         self._reconnect_later()
 
+    def _suspected(self) -> str:
+        """TLS 1.3 lets a client in before its certificate was looked at: a broker that does not like it hangs up then."""
+        if self._address.tls is None or self._is_connected:
+            return ""
+        return (
+            f"{self._address.host}:{self._address.port}: the broker hangs up; it may not accept this certificate "
+            "(expired, revoked, or of another authority)"
+        )
+
     def _watch(self) -> None:
         if self._socket is not None:
             mask = selectors.EVENT_READ
@@ -411,7 +429,7 @@ class MqttTransport:
         if client is not self._client:
             return
         if code.is_failure:
-            self.error = f"the broker refuses the connection: {code}"
+            self.error = self._refusal = f"the broker refuses the connection: {code}"
             return
         self._is_connected = True
         self._connected_at = time.monotonic()
@@ -428,7 +446,7 @@ class MqttTransport:
         _properties: Properties | None,
     ) -> None:
         if client is self._client and self._socket is not None:
-            self._lost(self.error or str(code))
+            self._lost(self._refusal or self._suspected() or self.error or str(code))
 
     def _paho_subscribed(
         self,

@@ -14,6 +14,7 @@ connection, what is handed over is dropped, see `server.ports.Transport`.
 
 import logging
 import random
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +26,31 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from protocol.chunks import encode_chunk
-from protocol.errors import StorageError, TransportError, WhimbrelError
-from protocol.ids import DeviceId, Digest, FleetId
-from protocol.messages import Desired, Link, Report, decode_message, decode_request, encode_message
-from protocol.topics import LinkTopic, ReportTopic, RequestTopic, Topics
-from server.events import BlobUncached, BrokerConnected, Event, LinkReceived, ReportReceived, RequestReceived
+from protocol.errors import ForgedReportError, StorageError, TransportError, WhimbrelError
+from protocol.ids import ClaimId, DeviceId, Digest, FleetId
+from protocol.messages import (
+    CertificateAnswer,
+    CertificateRequest,
+    Desired,
+    Link,
+    Report,
+    decode_message,
+    decode_report,
+    decode_request,
+    encode_message,
+)
+from protocol.topics import ClaimRequestTopic, LinkTopic, RenewalTopic, ReportTopic, RequestTopic, Topics
+from server.events import (
+    BlobUncached,
+    BrokerConnected,
+    ClaimUsed,
+    Event,
+    IdentityEvent,
+    LinkReceived,
+    RenewalRequested,
+    ReportReceived,
+    RequestReceived,
+)
 from server.ports import Repository
 
 _LOG: Final = logging.getLogger(__name__)
@@ -50,6 +71,9 @@ BACKOFF_MS: Final = 200
 BACKOFF_MS_MAX: Final = 10_000
 """Full jitter: a wait between 0 and twice the last bound, up to this."""
 
+DOUBTED_MAX: Final = 1_000
+"""Devices of which is remembered that somebody else spoke for them; of more nothing is logged."""
+
 DRAIN_TIMEOUT_S: Final = 5.0
 """How long `stop` waits for the broker to confirm what was sent."""
 
@@ -66,6 +90,7 @@ class TransportCounters:
     answers_dropped: int = 0
     messages_received: int = 0
     messages_invalid: int = 0
+    reports_forged: int = 0
     connections: int = 0
 
 
@@ -74,6 +99,7 @@ class _Message:
     topic: str
     payload: bytes
     is_chunk: bool = False
+    is_retained: bool = True  # in the ordered lane
 
 
 @dataclass(slots=True)
@@ -115,6 +141,9 @@ class MqttTransport:
         read_chunk: Payload of a chunk, from the blob store.
         post: Takes events; may block for a while, which slows the broker down. Called from threads of this class.
         rng: For the client id and the waits between attempts.
+        tls: Gives what a connection is made with, each time anew; plain connections where there is none.
+        open_report: Checks who a report comes from; by default every report is believed.
+        certify: Takes requests for certificates, as `post` takes events; a server without it hears of none.
     """
 
     def __init__(
@@ -125,12 +154,20 @@ class MqttTransport:
         read_chunk: Callable[[Digest, int], bytes],
         post: Callable[[Event], None],
         rng: random.Random,
+        *,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        open_report: Callable[[DeviceId, str, bytes], Report] | None = None,
+        certify: Callable[[IdentityEvent], None] | None = None,
     ) -> None:
         self.counters = TransportCounters()
         self._host, self._port = host, port
         self._topics = Topics(fleet)
         self._read_chunk = read_chunk
         self._post = post
+        self._tls = tls
+        self._open_report = open_report or (lambda _device, _topic, payload: decode_report(payload).report)
+        self._certify = certify
+        self._doubted: set[DeviceId] = set()  # whose last report was forged
         self._rng = rng
         self._client_id = f"whimbrel-server-{rng.getrandbits(48):012x}"
         self._condition = threading.Condition()
@@ -228,6 +265,17 @@ class MqttTransport:
                 self.counters.answers_dropped += 1
             self._condition.notify_all()
 
+    def answer_claim(self, claim: ClaimId, answer: CertificateAnswer | None, *, is_retained: bool) -> None:
+        """Tell a device what came of its claim; None takes the answer away."""
+        payload = encode_message(answer) if answer is not None else b""
+        message = _Message(self._topics.claim_answer(claim), payload, is_retained=is_retained)
+        self._send(iter([message]))
+
+    def answer_renewal(self, device: DeviceId, answer: CertificateAnswer) -> None:
+        """Tell a device what came of its wish for the next certificate."""
+        message = _Message(self._topics.certificate(device), encode_message(answer), is_retained=False)
+        self._send(iter([message]))
+
     # Sending
 
     def _send(self, messages: Iterator[_Message], confirmation: Event | None = None) -> None:
@@ -284,15 +332,17 @@ class MqttTransport:
         client.on_message = lambda _c, _u, message: self._received(message)
         client.on_subscribe = lambda _c, _u, mid, reasons, _p: self._granted(connection, mid, reasons)
         try:
+            if self._tls is not None:
+                client.tls_set_context(self._tls())
             client.connect(self._host, self._port, KEEP_ALIVE_S)
-        except OSError as error:
-            self._failed(error.strerror or str(error))
+        except (OSError, WhimbrelError) as error:
+            self._failed(getattr(error, "strerror", None) or str(error))
             return None
         client.loop_start()
         is_accepted = self._wait(connection, lambda: connection.is_accepted, CONNECT_TIMEOUT_S)
         if not (is_accepted and self._subscribe(connection)):
             if not self._is_stopping:
-                self._failed(connection.reason or "no answer in time")
+                self._failed(self._explained(connection))
             _close(client)
             return None
         with self._condition:
@@ -305,8 +355,17 @@ class MqttTransport:
         self._post(BrokerConnected())
         return connection
 
+    def _explained(self, connection: _Connection) -> str:
+        """Why there is no connection. TLS 1.3 lets a client in before its certificate was looked at, and hangs up then."""
+        if self._tls is not None and not connection.is_accepted and connection.reason:
+            return "it does not accept this server's certificate (expired, revoked, or of another authority)"
+        return connection.reason or "no answer in time"
+
     def _subscribe(self, connection: _Connection) -> bool:
-        filters = [(name, 1) for name in self._topics.server_filters()]
+        names = self._topics.server_filters()
+        if self._certify is not None:
+            names += self._topics.identity_filters()
+        filters = [(name, 1) for name in names]
         wanted = set()
         for at in range(0, len(filters), FILTERS_PER_SUBSCRIBE):
             code, mid = connection.client.subscribe(filters[at : at + FILTERS_PER_SUBSCRIBE])
@@ -394,7 +453,10 @@ class MqttTransport:
     def _publish(self, connection: _Connection, message: _Message, item: _Ordered | None) -> None:
         is_ordered = item is not None
         info = connection.client.publish(
-            message.topic, message.payload, qos=1 if is_ordered else 0, retain=is_ordered
+            message.topic,
+            message.payload,
+            qos=1 if is_ordered else 0,
+            retain=is_ordered and message.is_retained,
         )
         self.counters.messages_published += 1
         self.counters.bytes_published += len(message.payload)
@@ -444,12 +506,27 @@ class MqttTransport:
         self.counters.messages_received += 1
         try:
             event = self._decoded(message)
+            asked = self._asked(message) if event is None and self._certify is not None else None
+        except ForgedReportError as error:
+            self.counters.reports_forged += 1
+            self._doubt(message.topic, error)
+            return
         except WhimbrelError as error:
             self.counters.messages_invalid += 1
             _LOG.debug("%s: %s", message.topic[:200], error)
             return
         if event is not None:
             self._post(event)
+        if asked is not None and self._certify is not None:
+            self._certify(asked)
+
+    def _doubt(self, topic: str, error: ForgedReportError) -> None:
+        """Say once that somebody speaks for a device, until it speaks for itself again."""
+        parsed = self._topics.parse(topic)
+        assert isinstance(parsed, ReportTopic)
+        if parsed.device not in self._doubted and len(self._doubted) < DOUBTED_MAX:
+            self._doubted.add(parsed.device)
+            _LOG.warning("%s; ignored", error)
 
     def _decoded(self, message: MQTTMessage) -> Event | None:
         payload = bytes(message.payload)
@@ -457,11 +534,23 @@ class MqttTransport:
             return None  # a retained message was deleted: unknown is not the same as gone
         match self._topics.parse(message.topic):
             case ReportTopic(device):
-                return ReportReceived(device, decode_message(Report, payload))
+                report = self._open_report(device, message.topic, payload)
+                self._doubted.discard(device)
+                return ReportReceived(device, report)
             case LinkTopic(device):
                 return LinkReceived(device, decode_message(Link, payload).online)
             case RequestTopic(device):
                 return RequestReceived(device, decode_request(payload))
+        return None
+
+    def _asked(self, message: MQTTMessage) -> IdentityEvent | None:
+        match self._topics.parse(message.topic):
+            case RenewalTopic(device):
+                request = decode_message(CertificateRequest, bytes(message.payload))
+                return RenewalRequested(device, message.topic, request)
+            case ClaimRequestTopic(claim):
+                request = decode_message(CertificateRequest, bytes(message.payload))
+                return ClaimUsed(claim, message.topic, request)
         return None
 
     def _lose(self, connection: _Connection, reason: str) -> None:

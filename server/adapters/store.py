@@ -36,6 +36,14 @@ from protocol.errors import AlreadyPublishedError, RequestError, StorageError, S
 from protocol.ids import Family, Version
 from protocol.trust import Documents
 from server.display import address_text
+from server.fleet.identities import (
+    CertificateRecord,
+    CertificateRemoval,
+    ClaimRecord,
+    ClaimRemoval,
+    Identities,
+    IdentityRecord,
+)
 from server.fleet.registry import DeviceRecord
 from server.ports import (
     CacheEntry,
@@ -90,6 +98,10 @@ _IDLE = Table("idle_deltas", _schema, Column("path", _PATH, primary_key=True), C
 _CACHED = Table(
     "cached_blobs", _schema, Column("name", String(64), primary_key=True), Column("body", LargeBinary)
 )
+_CLAIMS = Table("claims", _schema, Column("claim", _NAME, primary_key=True), Column("body", LargeBinary))
+_CERTIFICATES = Table(
+    "certificates", _schema, Column("serial", String(64), primary_key=True), Column("body", LargeBinary)
+)
 
 _KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
     DeviceRecord: (_DEVICES, ("device",)),
@@ -97,6 +109,8 @@ _KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
     DeltaRefusal: (_REFUSALS, ("path",)),
     IdleDelta: (_IDLE, ("path",)),
     CacheEntry: (_CACHED, ("name",)),
+    ClaimRecord: (_CLAIMS, ("claim",)),
+    CertificateRecord: (_CERTIFICATES, ("serial",)),
 }
 _Kind = TypeVar("_Kind", bound=Struct)
 _encode: Final = msgspec.json.Encoder().encode
@@ -163,6 +177,10 @@ class SqlStore:
 
     def save(self, records: Sequence[Record]) -> None:
         """Write all records in one transaction; a record replaces the one with its key."""
+        with self._writing() as connection:
+            self._write(connection, records)
+
+    def _write(self, connection: Connection, records: Sequence[Record | IdentityRecord]) -> None:
         rows: dict[Table, dict[tuple[str, ...], dict[str, Any] | None]] = {}
         rollouts = []
         for record in records:
@@ -172,17 +190,20 @@ class SqlStore:
                 rows.setdefault(_CACHED, {})[record.name,] = None
             elif isinstance(record, IdleDeltaRemoval):
                 rows.setdefault(_IDLE, {})[record.path,] = None
+            elif isinstance(record, ClaimRemoval):
+                rows.setdefault(_CLAIMS, {})[record.claim,] = None
+            elif isinstance(record, CertificateRemoval):
+                rows.setdefault(_CERTIFICATES, {})[record.serial,] = None
             else:
                 table, names = _KEYS[type(record)]
                 key = tuple(getattr(record, name) for name in names)
                 row = dict(zip(names, key, strict=True)) | {"body": _encode(record)}
                 rows.setdefault(table, {})[key] = row
-        with self._writing() as connection:
-            for table, by_key in rows.items():
-                _replace(connection, table, by_key)
-            for rollout in rollouts:
-                body = _encode(rollout)
-                connection.execute(update(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id).values(body=body))
+        for table, by_key in rows.items():
+            _replace(connection, table, by_key)
+        for rollout in rollouts:
+            body = _encode(rollout)
+            connection.execute(update(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id).values(body=body))
 
     def devices(self) -> list[DeviceRecord]:
         """Every device that ever reported."""
@@ -266,6 +287,21 @@ class SqlStore:
             _count_change(connection)
             return record
 
+    def identities(self) -> Identities:
+        """Every claim and every certificate."""
+        with self._reading() as connection:
+            return _read_identities(connection)
+
+    def change_identities(self, change: Callable[[Identities], Sequence[IdentityRecord]]) -> Identities:
+        """Write what `change` decides, in one transaction that excludes every other change; returns how things stand then."""
+        with self._writing() as connection:
+            connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
+            records = change(_read_identities(connection))
+            if records:
+                self._write(connection, records)
+                _count_change(connection)
+            return _read_identities(connection)
+
     def changes(self) -> int:
         """Grows with everything that other processes want noticed."""
         return int(self._scalar(select(_CONSTANTS.c.value).where(_CONSTANTS.c.name == "changes")) or 0)
@@ -346,6 +382,15 @@ def _refuse_published(connection: Connection, family: Family, version: Version) 
 def _count_change(connection: Connection) -> None:
     row = _CONSTANTS.c.name == "changes"
     connection.execute(update(_CONSTANTS).where(row).values(value=_CONSTANTS.c.value + 1))
+
+
+def _read_identities(connection: Connection) -> Identities:
+    claims = connection.execute(select(_CLAIMS.c.body)).scalars()
+    certificates = connection.execute(select(_CERTIFICATES.c.body)).scalars()
+    return Identities(
+        [_decoded(ClaimRecord, body) for body in claims],
+        [_decoded(CertificateRecord, body) for body in certificates],
+    )
 
 
 def _read_repository(connection: Connection) -> Repository | None:

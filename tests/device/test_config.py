@@ -1,6 +1,8 @@
 """A configuration and its drop-ins."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,9 @@ def test_only_files_of_the_right_name_count(folder: Path) -> None:
         ('broker = "nowhere"\n', "not of the form host:port"),
         ('fleet = "#"\n', "fleet '#'"),
         ("state_folder = 7\n", "state_folder"),
+        ('[tls]\ncertificate = "a.pem"\n', "only one of certificate and key"),
+        ('[tls]\npassword = "x"\n', "unknown field `password`"),
+        ("tls = true\n", "tls"),
         ('[serving]\nlisten = "0.0.0.0:8091"\n', "not an address of loopback"),
         ('[serving]\nlisten = "192.168.1.10:8091"\n', "use 127.0.0.1"),
         ('[serving]\nlisten = "pi.local:8091"\n', "not an address of loopback"),
@@ -136,3 +141,39 @@ def test_a_relative_socket_and_a_hook_are_taken_as_they_stand(folder: Path) -> N
     assert config.serving.listen == folder / "model.sock"
     assert config.hooks.after_swap == ("systemctl", "--user", "reload", "app")
     assert config.hooks.timeout_s == 30
+
+
+def test_without_a_table_tls_a_device_speaks_plainly(folder: Path) -> None:
+    assert load_config(folder / "device.toml").tls is None
+
+
+def test_an_empty_table_tls_takes_what_enroll_left_in_the_state_folder(folder: Path) -> None:
+    (folder / "device.d" / "51-tls.toml").write_text("[tls]\n")
+    tls = load_config(folder / "device.toml").tls
+    assert tls is not None
+    assert tls.is_enrolled
+    assert (tls.ca, tls.certificate) == (
+        folder / "state/identity/ca.pem",
+        folder / "state/identity/identity.pem",
+    )
+    assert tls.key == tls.certificate
+
+
+def test_certificates_of_another_authority_are_named_and_not_renewed(folder: Path) -> None:
+    (folder / "device.d" / "51-tls.toml").write_text(
+        '[tls]\nca = "/etc/ssl/site.pem"\ncertificate = "own.pem"\nkey = "own.key"\n'
+    )
+    tls = load_config(folder / "device.toml").tls
+    assert tls is not None
+    assert not tls.is_enrolled
+    assert (tls.ca, tls.certificate, tls.key) == (
+        Path("/etc/ssl/site.pem"),
+        folder / "own.pem",
+        folder / "own.key",
+    )
+
+
+def test_an_agent_without_certificates_loads_nothing_for_them() -> None:
+    code = "import sys, device.cli; print(sorted(set(sys.modules) & {'protocol.identity', 'cryptography.x509', 'device.adapters.identity'}))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"

@@ -13,21 +13,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from msgspec.structs import replace
 
+from device.adapters.clock import SystemClock
 from device.adapters.control import ask_agent
 from device.adapters.disk import RealDisk
-from device.adapters.doctor import EARLIEST_MS, Level, examine, look_at_clock, memory_bytes
+from device.adapters.doctor import (
+    EARLIEST_MS,
+    Level,
+    examine,
+    look_at_certificates,
+    look_at_clock,
+    memory_bytes,
+)
+from device.adapters.identity import install
 from device.cli import main
 from device.config import load_config
 from device.journal import Journal
 from protocol.errors import RequestError
+from protocol.identity import make_key
+from protocol.ids import DeviceId, FleetId
+from server.adapters.authority import Authority
 from server.operations import add_release, export_release, init_repository, publish_release
 from tests.models import write_classifier, write_health_plan
 from tests.server.brokers import embedded_broker, free_port, stop, wait_until
 
 WAIT_S = 30.0
 NOBODY = 65534
+DAY_MS = 24 * 3600 * 1000
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts and other users need root")
 
 
@@ -77,7 +91,10 @@ def test_a_healthy_device_has_no_failure_and_nothing_is_left_behind(device: Path
         before = sorted(device.rglob("*"))
         findings = found(device)
         assert {name for name, (level, _, _) in findings.items() if level is Level.FAILED} == set()
-        assert findings["certificates"][:2] == (Level.NOTE, "not configured: this version uses none")
+        assert findings["certificates"][:2] == (
+            Level.NOTE,
+            "not configured: the broker is on this machine",
+        )
         assert findings["broker"][1].endswith("lets pi-1 in")
         assert findings["record"][1] == "slot a with v1 is active, 0 starts"
         assert sorted(device.rglob("*")) == before
@@ -375,3 +392,96 @@ def is_serving(device: Path) -> Callable[[], bool]:
         return False
 
     return asked
+
+
+@pytest.fixture
+def enrolled_device(device: Path, tmp_path: Path) -> tuple[Path, Authority]:
+    """A device with a certificate of a server's."""
+    (device / "device.toml").write_text((device / "device.toml").read_text() + "[tls]\n")
+    authority = Authority(tmp_path / "ca")
+    authority.create(FleetId("lab"), now_ms())
+    (device / "state/identity").mkdir()
+    (device / "state/identity/ca.pem").write_bytes(authority.pem())
+    give_certificate(device, authority)
+    return device, authority
+
+
+def now_ms() -> int:
+    return SystemClock().now_ms()
+
+
+def give_certificate(device: Path, authority: Authority, *, name: str = "pi-1", days_ago: int = 0) -> None:
+    key = make_key()
+    issued = authority.issue_device(DeviceId(name), key.public_key(), now_ms() - days_ago * DAY_MS, 90)
+    install(RealDisk(device / "state"), key, x509.load_der_x509_certificate(issued.certificate))
+
+
+def certificates(device: Path) -> tuple[Level, str, str]:
+    return found(device)["certificates"]
+
+
+def test_a_good_certificate_is_found_good(enrolled_device: tuple[Path, Authority]) -> None:
+    level, text, _ = certificates(enrolled_device[0])
+    assert (level, text[:11]) == (Level.OK, "pi-1 until ")
+
+
+def test_a_plain_connection_to_another_machine_is_worth_a_warning(device: Path) -> None:
+    write_config(device, broker="192.0.2.1:1883")
+    assert look_at_certificates(load_config(device / "device.toml"), now_ms()).level is Level.WARNING
+
+
+@pytest.mark.parametrize(
+    ("days_ago", "level", "text"),
+    [
+        (91, Level.FAILED, "the certificate expired on "),
+        (-2, Level.WARNING, "the clock is wrong"),
+        (80, Level.WARNING, "and not renewed"),
+        (70, Level.OK, "pi-1 until"),
+    ],
+)
+def test_the_dates_of_a_certificate_are_judged(
+    enrolled_device: tuple[Path, Authority], days_ago: int, level: Level, text: str
+) -> None:
+    give_certificate(*enrolled_device, days_ago=days_ago)
+    shown = certificates(enrolled_device[0])
+    assert shown[0] is level
+    assert text in shown[1]
+
+
+def test_a_certificate_for_another_name_or_of_another_authority_is_found(
+    enrolled_device: tuple[Path, Authority], tmp_path: Path
+) -> None:
+    device, authority = enrolled_device
+    give_certificate(device, authority, name="pi-2")
+    assert certificates(device)[:2] == (Level.FAILED, "the certificate is for 'pi-2', and this is pi-1")
+    foreign = Authority(tmp_path / "foreign")
+    foreign.create(FleetId("lab"), now_ms())
+    give_certificate(device, foreign)
+    level, text, _ = certificates(device)
+    assert level is Level.FAILED
+    assert "does not vouch for" in text
+
+
+def test_a_key_that_others_can_read_is_found(enrolled_device: tuple[Path, Authority]) -> None:
+    device, _ = enrolled_device
+    (device / "state/identity/identity.pem").chmod(0o640)
+    level, text, advice = certificates(device)
+    assert level is Level.FAILED
+    assert "can be read by others" in text
+    assert "chmod 600" in advice
+
+
+def test_a_missing_or_damaged_certificate_is_found(enrolled_device: tuple[Path, Authority]) -> None:
+    device, _ = enrolled_device
+    identity = device / "state/identity/identity.pem"
+    pem = identity.read_bytes()
+    identity.write_bytes(pem[:200])
+    assert "is damaged" in certificates(device)[1]
+    identity.unlink()
+    level, text, advice = certificates(device)
+    assert (level, advice) == (Level.FAILED, "whimbrel-device enroll")
+    assert "identity.pem is missing" in text
+    assert found(device)["broker"][0] is Level.FAILED
+    identity.write_bytes(pem)
+    (device / "state/identity/ca.pem").write_bytes(b"nonsense")
+    assert "holds no certificate" in certificates(device)[1]

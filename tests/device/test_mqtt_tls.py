@@ -9,6 +9,7 @@ import ssl
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,8 @@ def address(tmp_path: Path) -> Iterator[BrokerAddress]:
     server_side.load_cert_chain(certificate, key)
     with embedded_broker() as broker:
         terminator = Terminator(broker.port, server_side)
-        yield BrokerAddress("127.0.0.1", terminator.port, ssl.create_default_context(cafile=certificate))
+        client_side = partial(ssl.create_default_context, cafile=certificate)
+        yield BrokerAddress("127.0.0.1", terminator.port, client_side)
         terminator.close()
 
 
@@ -127,7 +129,7 @@ def test_every_message_of_a_burst_arrives_over_tls(address: BrokerAddress) -> No
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_broker_that_nobody_vouches_for_is_not_talked_to(address: BrokerAddress) -> None:
     loop = MqttLoop()
-    stranger = BrokerAddress(address.host, address.port, ssl.create_default_context())
+    stranger = BrokerAddress(address.host, address.port, ssl.create_default_context)
     connects: list[int] = []
     transport = MqttTransport(
         loop,

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from server.broker.limits import BrokerLimits
 from server.broker.packets import Connack, Connect, Packet, PacketReader, Received, encode
 from server.broker.tcp import EmbeddedBroker
+from server.identity import BrokerRecord, configure_broker
 
 MOSQUITTO_PATH = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 MOSQUITTO_MISSING = "mosquitto is not installed (apt-get install mosquitto)"
@@ -108,6 +110,60 @@ def mosquitto_broker(folder: Path, *settings: str) -> Iterator[Address]:
         yield Address("mosquitto", "127.0.0.1", port, process.pid)
     finally:
         stop(process)
+
+
+@dataclass(frozen=True)
+class SecuredBroker(Address):
+    """mosquitto with the configuration that `whimbrel broker config` wrote."""
+
+    claims_port: int
+    folder: Path
+
+    def reload(self) -> None:
+        """Let it read its rules and its list of revoked certificates again; returns when it has."""
+        count = self._log().count("Reloading config")
+        os.kill(self.pid, signal.SIGHUP)
+        assert wait_until(lambda: self._log().count("Reloading config") > count)
+        with Wire(self) as probe:  # it goes through its loop once more, and hangs up on what is no TLS
+            probe.socket.sendall(bytes(64))
+            assert probe.is_closed_by_broker()
+
+    def _log(self) -> str:
+        return (self.folder / "mosquitto.log").read_text()
+
+
+@contextlib.contextmanager
+def secured_mosquitto(
+    server_folder: Path, folder: Path, *, devices_max: int = 100
+) -> Iterator[SecuredBroker]:
+    """Let a server in `server_folder` configure mosquitto in `folder`, and run it; skip the test where it is not installed."""
+    if MOSQUITTO_PATH is None:
+        pytest.skip(MOSQUITTO_MISSING)
+    for _ in range(5):  # another program may take a port before mosquitto does
+        port, claims_port = free_port(), free_port()
+        record = BrokerRecord(
+            kind="mosquitto",
+            output=str(folder),
+            hosts=("127.0.0.1", "localhost"),
+            installed=str(folder),
+            bind="127.0.0.1",
+            port=port,
+            claims_port=claims_port,
+            devices_max=devices_max,
+        )
+        configure_broker(server_folder, record)
+        configuration = folder / "mosquitto.conf"
+        if os.geteuid() == 0:
+            configuration.write_text(f"user root\n{configuration.read_text()}")
+        with (folder / "mosquitto.log").open("wb") as log:
+            process = subprocess.Popen([MOSQUITTO_PATH, "-c", str(configuration)], stdout=log, stderr=log)
+        try:
+            if _is_up(process, port):
+                yield SecuredBroker("mosquitto", "127.0.0.1", port, process.pid, claims_port, folder)
+                return
+        finally:
+            stop(process)
+    raise AssertionError(f"mosquitto did not start, see the log in {folder}")
 
 
 def _start_mosquitto(folder: Path, settings: tuple[str, ...]) -> "tuple[subprocess.Popen[bytes], int]":
