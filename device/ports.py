@@ -11,7 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 from protocol.errors import EngineError, Fault
 from protocol.messages import TrialEvidence
 from protocol.release import HealthPlan, Prompt, RuntimeName
-from protocol.trust import Documents, Floors, Verified
+from protocol.trust import Documents, Floors, Followed, Verified
 
 
 class Disk(Protocol):
@@ -232,7 +232,17 @@ class Trust(Protocol):
     def check_root(self, root: bytes) -> int:
         """As `protocol.trust.check_root`."""
 
-    def verify(self, root: bytes, documents: Documents, floors: Floors, now_ms: int) -> Verified:
+    def follow(self, root: bytes, successor: bytes, floors: Floors) -> Followed:
+        """As `protocol.trust.follow`."""
+
+    def verify(
+        self,
+        root: bytes,
+        documents: Documents,
+        floors: Floors,
+        now_ms: int,
+        roles: tuple[str, ...] | None = None,
+    ) -> Verified:
         """As `protocol.trust.verify`."""
 
 

@@ -200,7 +200,7 @@ class Coordinator:
     def _on_request(self, event: RequestReceived, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
         request = event.request
         if not isinstance(request, ChunkRequest):
-            self._effects.append(AnswerMetadata(event.device, request.root_version))
+            self._effects.append(AnswerMetadata(event.device, request.root_version, request.roles))
             return
         count = self.catalog.blob_chunks(Digest(request.blob))
         if count is None:

@@ -335,6 +335,8 @@ def write_metadata(folder: Path, repository: Repository) -> None:
         if not path.exists():
             write_file(path, root)
     documents = repository.documents
+    for role, data in documents.delegated:
+        write_file(metadata / f"{role}.json", data)
     write_file(metadata / "targets.json", documents.targets)
     write_file(metadata / "snapshot.json", documents.snapshot)
     write_file(metadata / "timestamp.json", documents.timestamp)

@@ -8,6 +8,7 @@ import queue
 import random
 import secrets
 import threading
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, Final, Self
 
@@ -15,7 +16,7 @@ import msgspec
 
 from protocol.errors import MissingKeyError, RequestError, StorageError, TransportError, WhimbrelError
 from protocol.ids import Digest
-from protocol.messages import MetadataBundle, encode_message
+from protocol.messages import BUNDLE_BYTES_MAX, MetadataBundle, encode_message
 from protocol.trust import Target
 from server.adapters.blobs import FolderBlobs, storage_errors
 from server.adapters.clock import SystemClock
@@ -67,7 +68,7 @@ BATCH_EVENTS_MAX: Final = 256
 """Events whose records share one transaction: a durable write costs milliseconds, a decision microseconds."""
 
 BUNDLE_ROOTS_MAX: Final = 16
-"""Roots in one metadata answer, so that it keeps within its limit; a device asks again for the next."""
+"""Roots in one metadata answer; a device keeps what it could verify, and asks again for the next."""
 
 SIGNING_RETRY_MS: Final = 600_000
 
@@ -327,8 +328,8 @@ class Server:
                 transport.uncache_blob(name, chunk_count)
             case AnswerChunks(device, name, chunks):
                 transport.answer_chunks(device, name, chunks)
-            case AnswerMetadata(device, root_version):
-                transport.answer_metadata(device, bundle(self._repository, root_version))
+            case AnswerMetadata(device, root_version, roles):
+                transport.answer_metadata(device, bundle(self._repository, root_version, roles))
             case BuildDelta(name, base_files, result_files):
                 self._builds.build(name, base_files, result_files)
             case RemoveBlobs(path, names):
@@ -433,14 +434,21 @@ class Server:
         self._folder_lock = None
 
 
-def bundle(repository: Repository, root_version: int) -> bytes:
-    """The answer to a device whose newest trusted root is `root_version`."""
+def bundle(repository: Repository, root_version: int, roles: Collection[str] = ()) -> bytes:
+    """The answer to a device whose newest trusted root is `root_version`; as many roots as fit, and at least one."""
     documents = repository.documents
-    return encode_message(
-        MetadataBundle(
-            roots=list(repository.roots[root_version : root_version + BUNDLE_ROOTS_MAX]),
-            timestamp=documents.timestamp,
-            snapshot=documents.snapshot,
-            targets=documents.targets,
+    delegated = {role: data for role, data in documents.delegated if role in roles}
+    roots = list(repository.roots[root_version : root_version + BUNDLE_ROOTS_MAX])
+    while True:
+        payload = encode_message(
+            MetadataBundle(
+                roots=roots,
+                timestamp=documents.timestamp,
+                snapshot=documents.snapshot,
+                targets=documents.targets,
+                delegated=delegated,
+            )
         )
-    )
+        if len(payload) <= BUNDLE_BYTES_MAX or len(roots) <= 1:
+            return payload
+        roots = roots[: len(roots) // 2]

@@ -90,6 +90,9 @@ _CACHED = Table(
     "cached_blobs", _schema, Column("name", String(64), primary_key=True), Column("body", LargeBinary)
 )
 
+_DELEGATED: Final = "delegated."
+"""Before the name of a delegated role, in the names of documents."""
+
 _KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
     DeviceRecord: (_DEVICES, ("device",)),
     MemberRecord: (_MEMBERS, ("rollout", "device")),
@@ -357,7 +360,14 @@ def _read_repository(connection: Connection) -> Repository | None:
     return Repository(
         roots=tuple(roots),
         documents=Documents(
-            timestamp=bodies["timestamp"], snapshot=bodies["snapshot"], targets=bodies["targets"]
+            timestamp=bodies["timestamp"],
+            snapshot=bodies["snapshot"],
+            targets=bodies["targets"],
+            delegated=tuple(
+                (name.removeprefix(_DELEGATED), bodies[name])
+                for name in sorted(bodies)
+                if name.startswith(_DELEGATED)
+            ),
         ),
     )
 
@@ -370,6 +380,7 @@ def _write_repository(connection: Connection, repository: Repository) -> None:
         "snapshot": documents.snapshot,
         "targets": documents.targets,
     }
+    bodies |= {_DELEGATED + role: data for role, data in documents.delegated}
     _replace(connection, _DOCUMENTS, {(name,): {"name": name, "body": body} for name, body in bodies.items()})
 
 

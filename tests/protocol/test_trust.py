@@ -64,7 +64,7 @@ def test_flipping_any_byte_of_the_root_never_lets_another_key_in(cache: Cache) -
 
 @pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
 def test_a_version_below_its_floor_is_refused(cache: Cache, role: str) -> None:
-    floors = Floors(**{role: 4})
+    floors = replace(Floors(), **{role: 4})
     with pytest.raises(RollbackAttackError):
         verify(cache.root, documents(cache), floors, START_MS)
 
