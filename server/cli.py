@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
-from server import delta_cli, operations
+from server import ceremony, delta_cli, keys_cli, operations
 from server.config import (
     DEFAULT_FLEET,
     DEFAULT_FOLDER,
@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     devices.set_defaults(run=_devices)
     _add_serve(commands, common)
     delta_cli.add_parser(commands, common)
+    keys_cli.add_parser(commands, common)
     return parser
 
 
@@ -230,6 +231,13 @@ def _release_publish(arguments: argparse.Namespace) -> int:
     record = operations.publish_release(arguments.dir, arguments.family, arguments.version)
     name = f"{arguments.family} {arguments.version}"
     lines = [f"Published {name}", f"Bring it to the fleet with `whimbrel rollout start {name}`"]
+    if record.published_ms is None:
+        waiting = [each.standing for each in ceremony.status(arguments.dir).pending]
+        lines = [
+            f"{name} waits for signatures:",
+            *keys_cli.waiting_text(waiting),
+            "Each signs with `whimbrel keys sign`",
+        ]
     _print(arguments, _release_json(record), lines)
     return 0
 

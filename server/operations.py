@@ -4,7 +4,7 @@ Each call opens the folder, acts in one transaction and closes it. A running ser
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,23 @@ import msgspec
 from msgspec import Struct
 
 from protocol.errors import RequestError
-from protocol.ids import Digest, Family, Version, parse_digest, parse_family, parse_fleet_id, parse_version
-from protocol.release import RuntimeName, encode_release, file_target, release_target
+from protocol.ids import (
+    Digest,
+    Family,
+    Version,
+    digest_of,
+    parse_digest,
+    parse_family,
+    parse_fleet_id,
+    parse_version,
+)
+from protocol.release import ARTIFACTS_ROLE, RuntimeName, encode_release, file_target, release_target
+from protocol.trust import Target
 from server.adapters.blobs import FolderBlobs, storage_errors, write_file
 from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
 from server.adapters.lock import is_locked
+from server.adapters.pending import PendingFolder
 from server.adapters.store import SqlStore
 from server.config import (
     CONFIG_FILE,
@@ -35,6 +46,7 @@ from server.fleet.registry import DeviceRecord
 from server.ports import Clock, ReleaseRecord, Repository
 from server.releases.catalog import blob_target
 from server.releases.importer import import_release
+from server.releases.metadata import Draft, Standing
 from server.releases.publisher import Publisher
 from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
@@ -169,6 +181,9 @@ def add_release(
 def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
     """Sign a draft: from now on it can be rolled out, and never changes.
 
+    Returns:
+        The release. It stays a draft while its family's role lacks signatures; see `server.ceremony`.
+
     Raises:
         RequestError: There is no such draft.
         AlreadyPublishedError: It is published.
@@ -179,21 +194,77 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         record = _release(home, parse_family(family), parse_version(version))
         if record.published_ms is not None:
             home.store.add_release(record)  # raises the error that says so
-        publisher = home.publisher()
         release = record.release
         description = home.blobs.put(encode_release(release))
-        path = release_target(Family(release.family), Version(release.version))
-        targets = [blob_target(path, description)]
         for file in release.files:
-            blob = home.blobs.describe(parse_digest(file.sha256))
-            targets.append(blob_target(file_target(blob.digest), blob))
-        now_ms = home.clock.now_ms()
-        published = msgspec.structs.replace(record, published_ms=now_ms)
-        repository = home.store.sign(
-            lambda before: publisher.publish(before, targets, (), now_ms).repository, published
-        )
-        write_metadata(folder, repository)
-        return published
+            home.blobs.describe(parse_digest(file.sha256))
+        path = release_target(Family(release.family), Version(release.version))
+        change_signed(home, added=[blob_target(path, description)])
+        return _release(home, Family(release.family), Version(release.version))
+
+
+def change_signed(
+    home: Home, change: Callable[[Draft], None] = lambda _: None, added: Sequence[Target] = ()
+) -> list[Standing]:
+    """Change what is signed, and publish it once nothing lacks a signature; until then it waits in the folder.
+
+    Args:
+        home: The open folder.
+        change: Changes keys, roles or lives of documents.
+        added: Targets to list, which need the signatures of others.
+
+    Returns:
+        What waits for signatures; nothing if it was published.
+
+    Raises:
+        MissingKeyError: Everything is signed, and the key of snapshot or timestamp is not here.
+        RequestError: The change cannot be made.
+    """
+    publisher, now_ms = home.publisher(), home.clock.now_ms()
+    pending = PendingFolder(home.config.folder)
+    waiting = pending.read()
+
+    def prepared(repository: Repository) -> tuple[dict[str, bytes], Draft]:
+        # What the server signs by itself may have changed since: it is signed again where that is needed.
+        known = {role for role, _ in repository.documents.delegated}
+        kept = {role: data for role, data in waiting.items() if role != ARTIFACTS_ROLE or role not in known}
+
+        def both(draft: Draft) -> None:
+            change(draft)
+            publisher.list_targets(draft, added)
+
+        documents = publisher.change(repository, kept, both, now_ms)
+        return documents, Draft(repository, documents)
+
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    documents, draft = prepared(repository)
+    standings = [draft.standing(role) for role in documents]
+    if any(standing.missing for standing in standings):
+        pending.write(documents)
+        return standings
+    records, files = _newly_listed(home, draft)
+    published = [msgspec.structs.replace(record, published_ms=now_ms) for record in records]
+    repository = home.store.sign(
+        lambda before: publisher.submit(before, prepared(before)[0], files, now_ms).repository, *published
+    )
+    write_metadata(home.config.folder, repository)
+    pending.write({})
+    return []
+
+
+def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[Target]]:
+    """Drafts of releases that will be listed, and the targets of their files."""
+    records = [
+        record
+        for record in home.store.releases()
+        if record.published_ms is None
+        and draft.digest(release_target(Family(record.release.family), Version(record.release.version)))
+        == digest_of(encode_release(record.release))
+    ]
+    files = {file.sha256 for record in records for file in record.release.files}
+    blobs = [home.blobs.describe(parse_digest(sha256)) for sha256 in sorted(files)]
+    return records, [blob_target(file_target(blob.digest), blob) for blob in blobs]
 
 
 def list_releases(folder: Path) -> list[ReleaseRecord]:

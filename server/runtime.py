@@ -355,6 +355,7 @@ class Server:
             assert repository is not None
             catalog = self._catalog(repository)  # refuses what has expired
             _LOG.warning("metadata is not signed again: %s", error)
+        self._remind()
         return Started(
             catalog=catalog,
             devices=store.devices(),
@@ -371,9 +372,26 @@ class Server:
         except (RequestError, StorageError) as error:
             _LOG.error("metadata cannot be signed: %s", error)
             return SigningFailed(effect.deltas, self._clock.now_ms() + SIGNING_RETRY_MS)
+        if not (effect.added or effect.retired):
+            self._remind()
         self._deltas_signed += len(effect.deltas)
         self._deltas_retired += len(effect.retired)
         return MetadataChanged(self._catalog(repository))
+
+    def _reload_keys(self) -> None:
+        """What another process signed may have changed who signs."""
+        try:
+            self._publisher = Publisher(KeyFolder(self.config.folder / KEYS_FOLDER).load())
+        except WhimbrelError as error:
+            _LOG.warning("keys are not read again: %s", error)
+
+    def _remind(self) -> None:
+        """Say which documents end soon that only people can sign."""
+        for role, at_ms in self._publisher.due_elsewhere(self._repository, self._clock.now_ms()).items():
+            days = (at_ms - self._clock.now_ms()) / 86_400_000
+            _LOG.warning(
+                "the document of role %s ends in %.0f days: run `whimbrel keys renew %s`", role, days, role
+            )
 
     def _remove(self, path: str, names: tuple[Digest, ...]) -> Event | None:
         """Remove blobs that nothing signed needs; what cannot be removed now is removed after the next start."""
@@ -415,6 +433,7 @@ class Server:
         events: list[Event] = []
         repository = self._opened.repository()
         if repository is not None and repository != self._repository:
+            self._reload_keys()
             events.append(MetadataChanged(self._catalog(repository)))
         known = self._coordinator.campaigns
         events += [

@@ -235,7 +235,7 @@ class SqlStore:
             return _read_repository(connection)
 
     def sign(
-        self, update_repository: Callable[[Repository], Repository], published: ReleaseRecord | None = None
+        self, update_repository: Callable[[Repository], Repository], *published: ReleaseRecord
     ) -> Repository:
         """Replace the repository in one transaction that excludes every other signer."""
         with self._writing() as connection:
@@ -244,10 +244,10 @@ class SqlStore:
             before = _read_repository(connection)
             if before is None:
                 raise RequestError("there is no repository here", hint="run `whimbrel init`")
-            if published is not None:
-                family, version = Family(published.release.family), Version(published.release.version)
+            for record in published:
+                family, version = Family(record.release.family), Version(record.release.version)
                 _refuse_published(connection, family, version)
-                body = _encode(published)
+                body = _encode(record)
                 connection.execute(update(_RELEASES).where(_named(family, version)).values(body=body))
             after = update_repository(before)
             if after != before:

@@ -72,7 +72,7 @@ class World:
     def renew_root(self) -> None:
         """Sign a successor of the root."""
         cache = self.cache
-        cache.repository = cache.publisher._renew_root(cache.repository, START_MS)
+        cache.repository = cache.publisher.renew(cache.repository, "root", START_MS).repository
         cache.publish_metadata()
 
 
