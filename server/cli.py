@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
-from server import ceremony, delta_cli, keys_cli, operations
+from server import ceremony, delta_cli, keys_cli, operations, verify_cli
 from server.config import (
     DEFAULT_FLEET,
     DEFAULT_FOLDER,
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands, common)
     delta_cli.add_parser(commands, common)
     keys_cli.add_parser(commands, common)
+    verify_cli.add_parser(commands, common)
     return parser
 
 

@@ -3,6 +3,7 @@
 Each call opens the folder, acts in one transaction and closes it. A running server on the same folder notices.
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from server.adapters.blobs import FolderBlobs, storage_errors, write_file
 from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
 from server.adapters.lock import is_locked
-from server.adapters.pending import PendingFolder
+from server.adapters.pending import PendingFolder, read_document
 from server.adapters.store import SqlStore
 from server.config import (
     CONFIG_FILE,
@@ -45,6 +46,7 @@ from server.config import (
 from server.fleet.registry import DeviceRecord
 from server.ports import Clock, ReleaseRecord, Repository
 from server.releases.catalog import blob_target
+from server.releases.chain import Chain, explain
 from server.releases.importer import import_release
 from server.releases.metadata import Draft, Standing
 from server.releases.publisher import Publisher
@@ -301,6 +303,31 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
             raise RequestError(
                 f"{target}: {error.strerror or error}", hint="choose another folder"
             ) from error
+
+
+def explain_file(folder: Path, file: Path, root: Path | None = None) -> Chain:
+    """Why a file may run on devices, or why not.
+
+    Args:
+        folder: The server's.
+        file: For example a model.
+        root: The root document that devices start from; None takes the first one.
+
+    Raises:
+        RequestError: A file is not there.
+        TrustError: The root is none of this repository.
+    """
+    with opened(folder) as home:
+        repository = home.store.repository()
+        assert repository is not None, "an open folder has been signed"
+        try:
+            with file.open("rb") as source:
+                digest = Digest(hashlib.file_digest(source, "sha256").hexdigest())
+                length = source.tell()
+        except OSError as error:
+            raise RequestError(f"{file}: {error.strerror}") from error
+        start = None if root is None else read_document(root)
+        return explain(repository, home.store.releases(), digest, length, home.clock.now_ms(), start)
 
 
 def start_rollout(

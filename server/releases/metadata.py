@@ -5,7 +5,7 @@ A `Draft` is a repository with changes on top that may still wait for signatures
 """
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -24,6 +24,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, but with
     TargetFile,
     Targets,
     Timestamp,
+    VerificationResult,
 )
 from tuf.api.serialization.json import JSONSerializer
 
@@ -164,17 +165,13 @@ class Draft:
                 results.append(
                     before.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
                 )
-        signed = {keyid: key for result in results for keyid, key in result.signed.items()}
-        unsigned = {keyid: key for result in results for keyid, key in result.unsigned.items()}
-        return Standing(
-            role=role,
-            version=metadata.signed.version,
-            expires_ms=milliseconds(metadata.signed.expires),
-            threshold=names.threshold,
-            signed=tuple(key_info(key) for key in signed.values()),
-            unsigned=tuple(key_info(key) for key in unsigned.values()),
-            missing=max(result.missing for result in results),
-        )
+        return _standing(role, metadata, names.threshold, results)
+
+    def files(self) -> Iterator[tuple[str, str, str]]:
+        """Role, path and SHA-256 of every target."""
+        for role, document in self.documents.items():
+            for path, file in document.targets.items():
+                yield role, path, str(file.hashes.get("sha256"))
 
     def listed(self, role: str) -> set[str]:
         """Targets of a role, with their digests so that a change shows; nothing for roles that list none."""
@@ -363,6 +360,31 @@ def lifetime_ms(role: str) -> int:
 def milliseconds(instant: dt.datetime) -> int:
     """Since 1970."""
     return (instant - _EPOCH) // dt.timedelta(milliseconds=1)
+
+
+def root_standing(roots: Sequence[bytes], at: int) -> Standing:
+    """How one root of a chain is signed: by its own keys, and by those of the one before (5.3.4)."""
+    metadata = _read(roots[at])
+    root = parse(Root, roots[at])
+    before = parse(Root, roots[at - 1]) if at else None
+    result = root.get_root_verification_result(before, metadata.signed_bytes, metadata.signatures)
+    return _standing("root", metadata, root.roles["root"].threshold, [result.first, result.second])
+
+
+def _standing(
+    role: str, metadata: Metadata[Any], threshold: int, results: Sequence[VerificationResult]
+) -> Standing:
+    signed = {keyid: key for result in results for keyid, key in result.signed.items()}
+    unsigned = {keyid: key for result in results for keyid, key in result.unsigned.items()}
+    return Standing(
+        role=role,
+        version=metadata.signed.version,
+        expires_ms=milliseconds(metadata.signed.expires),
+        threshold=threshold,
+        signed=tuple(key_info(key) for key in signed.values()),
+        unsigned=tuple(key_info(key) for key in unsigned.values()),
+        missing=max(result.missing for result in results),
+    )
 
 
 def version_of(data: bytes) -> int:
