@@ -162,6 +162,7 @@ class Fetching:
             return
         # The floors are durable before anything is done with what the metadata says.
         self._ledger.change(floors=verified.floors)
+        self._ledger.note(current_until_ms=verified.until_ms)
         self._desk.persist()
         self._desk.extend(self._sync.end())
         self.targets = verified.targets

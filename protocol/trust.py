@@ -38,6 +38,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, but with
     Root,
     Snapshot,
     Targets,
+    Timestamp,
 )
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
@@ -49,6 +50,9 @@ from protocol.release import ArtifactCustom
 
 ROOT_ROTATIONS_MAX: Final = 256
 """Roots that one refresh walks through (5.3.3): a device that was offline for years still arrives."""
+
+TIME_FIELD: Final = "x-whimbrel-time-ms"
+"""When a timestamp was signed, milliseconds since 1970 (SPEC 8.3): the only time that a device without a clock can believe."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -64,12 +68,13 @@ class DelegatedFloor(Struct, frozen=True, kw_only=True):
 
 
 class Floors(Struct, frozen=True, kw_only=True):
-    """Lowest versions still acceptable. They only grow, but for keys that were rotated (5.3.11, see `follow`)."""
+    """Lowest versions, and the earliest time, still acceptable. They only grow, but for keys that were rotated (5.3.11, see `follow`)."""
 
     root: int = 1
     timestamp: int = 0
     snapshot: int = 0
     targets: int = 0
+    time_ms: int = 0  # the latest instant that a timestamp was signed for: it is at least as late as that
     delegated: tuple[DelegatedFloor, ...] = ()  # by role; empty in records of older agents
 
 
@@ -114,11 +119,13 @@ class Verified:
         root: The newest trusted root document, to be kept as the next start of trust.
         floors: What the durable record has to hold before anything is done with the targets.
         targets: By path.
+        until_ms: When the first of the documents ends.
     """
 
     root: bytes
     floors: Floors
     targets: dict[str, Target]
+    until_ms: int
 
 
 def check_root(root: bytes) -> int:
@@ -172,7 +179,8 @@ def verify(
         root: The newest root document that is already trusted.
         documents: What arrived.
         floors: From the durable record.
-        now_ms: Trusted time, milliseconds since 1970; fixed for the whole refresh (5.1).
+        now_ms: What the device takes for the time, milliseconds since 1970; fixed for the whole refresh (5.1). A clock that is
+            behind what was signed does not count: metadata that is known to have expired stays so.
         roles: Delegated roles whose targets are wanted; None for all that targets delegates to.
 
     Raises:
@@ -184,10 +192,9 @@ def verify(
     for successor in documents.roots[:ROOT_ROTATIONS_MAX]:
         followed = follow(root, successor, floors)
         root, floors = followed.root, followed.floors
-    trusted = _start(root, now_ms)
-    if (
-        trusted.root.version < floors.root
-    ):  # the document that was kept is gone, its successors have to come first
+    trusted = _start(root, max(now_ms, floors.time_ms))
+    # A kept document that is gone: its successors have to come first, or the world before a rotation would be back.
+    if trusted.root.version < floors.root:
         raise RollbackAttackError(
             f"root version {trusted.root.version} is older than {floors.root}, which this device has seen"
         )
@@ -214,9 +221,26 @@ def verify(
         timestamp=timestamp.version,
         snapshot=snapshot.version,
         targets=targets.version,
+        time_ms=max(floors.time_ms, _signed_time_ms(timestamp)),
         delegated=_delegated_floors(floors, targets, loaded),
     )
-    return Verified(root, seen, _found_targets(targets, loaded))
+    ends = [document.expires for document in (trusted.root, timestamp, snapshot, targets, *loaded.values())]
+    return Verified(root, seen, _found_targets(targets, loaded), _milliseconds(min(ends)))
+
+
+def _signed_time_ms(timestamp: Timestamp) -> int:
+    """When a timestamp says that it was signed; 0 if it does not say so. Nothing is taken from the device's own clock.
+
+    Later than its own end it cannot have been, or a mistake would keep this device from everything that is signed afterwards.
+    """
+    signed_ms = timestamp.unrecognized_fields.get(TIME_FIELD)
+    if type(signed_ms) is not int or signed_ms < 0:
+        return 0
+    return min(signed_ms, _milliseconds(timestamp.expires))
+
+
+def _milliseconds(instant: datetime) -> int:
+    return (instant - _EPOCH) // timedelta(milliseconds=1)
 
 
 # --- the chain of roots -----------------------------------------------------------------------------------------
@@ -241,7 +265,8 @@ def _check_root_keys(root: Root) -> None:
 def _after_rotation(floors: Floors, before: Root, after: Root) -> Floors:
     """5.3.11: whoever had stolen keys may have signed version 2^63, and no honest one would ever be newer.
 
-    Keys of timestamp or snapshot that changed in any way let both floors go, as the specification has it. The floor of
+    Keys of timestamp or snapshot that changed in any way let both floors go, as the specification has it, and the floor of time
+    with them: the same thief may have signed a year that never comes. The floor of
     targets stays, which is stricter: a floor is only ever taken from a document that its own keys signed, so the
     online keys cannot have raised it. It goes once the keys that are left of those before are below the threshold, so
     that nothing that was signed under the old root would be accepted anyway. Floors of delegated roles have their own keys.
@@ -251,7 +276,7 @@ def _after_rotation(floors: Floors, before: Root, after: Root) -> Floors:
         return _fingerprints(name, root.roles[name], root.keys)
 
     if any(keys(before, name) != keys(after, name) for name in ("timestamp", "snapshot")):
-        floors = replace(floors, timestamp=0, snapshot=0)
+        floors = replace(floors, timestamp=0, snapshot=0, time_ms=0)
     if not _counts(keys(before, "targets"), keys(after, "targets"), after.roles["targets"]):
         floors = replace(floors, targets=0)
     return floors

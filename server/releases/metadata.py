@@ -31,7 +31,7 @@ from tuf.api.serialization.json import JSONSerializer
 from protocol.constants import metadata_bytes_max
 from protocol.errors import MissingKeyError, RequestError, TrustError
 from protocol.release import role_paths
-from protocol.trust import Target
+from protocol.trust import TIME_FIELD, Target
 from server.ports import Repository
 
 TOP_ROLES: Final = ("root", "targets", "snapshot", "timestamp")
@@ -325,7 +325,7 @@ def snapshot_of(version: int, documents: Mapping[str, bytes], now_ms: int) -> Sn
 def timestamp_of(version: int, snapshot: bytes, now_ms: int) -> Timestamp:
     """A timestamp over a snapshot."""
     meta = MetaFile.from_data(parse(Snapshot, snapshot).version, snapshot, ["sha256"])
-    return Timestamp(version, _SPEC_VERSION, expires("timestamp", now_ms), meta)
+    return Timestamp(version, _SPEC_VERSION, expires("timestamp", now_ms), meta, {TIME_FIELD: now_ms})
 
 
 def delegations_of(targets: Targets) -> dict[str, DelegatedRole]:
