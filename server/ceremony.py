@@ -14,7 +14,7 @@ from securesystemslib.signer import Key, Signer  # type: ignore[attr-defined]  #
 from protocol.errors import RequestError, TrustError
 from server.adapters.blobs import write_file
 from server.adapters.pending import PendingFolder, read_document
-from server.operations import Home, change_signed, opened
+from server.operations import Home, change_signed, opened, read_waiting
 from server.ports import Repository
 from server.releases.metadata import (
     TOP_ROLES,
@@ -96,8 +96,7 @@ def status(folder: Path) -> Status:
             )
             for role in draft.roles()
         ]
-        waiting = PendingFolder(folder).read()
-        after = _waiting_draft(home, waiting)
+        waiting, after = read_waiting(home)
         pending = [
             Waiting(standing=after.standing(role), changes=_changes(draft, after, role))
             for role in sorted(waiting, key=_order)
@@ -189,8 +188,7 @@ def sign_pending(folder: Path, signer: Signer) -> tuple[list[str], list[Standing
     """
     with opened(folder) as home:
         pending = PendingFolder(folder)
-        waiting = pending.read()
-        draft = _waiting_draft(home, waiting)
+        waiting, draft = read_waiting(home)
         wanted = {role: {key.keyid for key in draft.standing(role).unsigned} for role in waiting}
         signed = [role for role, keyids in wanted.items() if signer.public_key.keyid in keyids]
         if not signed:
@@ -227,7 +225,7 @@ def publish(folder: Path) -> list[Standing]:
         RequestError: Nothing waits.
     """
     with opened(folder) as home:
-        if not PendingFolder(folder).read():
+        if not read_waiting(home)[0]:
             raise RequestError("nothing waits for signatures")
         return change_signed(home)
 
@@ -240,14 +238,13 @@ def drop(folder: Path) -> list[str]:
     """
     with opened(folder):
         pending = PendingFolder(folder)
-        roles = list(pending.read())
+        roles = pending.roles()
         pending.write({})
         return roles
 
 
 def _changed(folder: Path, change: Callable[[Draft], None]) -> list[Standing]:
     with opened(folder) as home:
-        _waiting_draft(home, PendingFolder(folder).read())
         return change_signed(home, change)
 
 
@@ -255,28 +252,6 @@ def _repository(home: Home) -> Repository:
     repository = home.store.repository()
     assert repository is not None, "an open folder has been signed"
     return repository
-
-
-def _waiting_draft(home: Home, waiting: dict[str, bytes]) -> Draft:
-    """What waits, on top of what is published; files that nobody should have touched are told by name."""
-    repository = _repository(home)
-    for role, data in waiting.items():
-        try:
-            Draft(repository, {role: data})
-        except TrustError as error:
-            raise RequestError(
-                f"{PendingFolder(home.config.folder).path(role)}: {error.message}",
-                hint="restore it, or give up what waits with `whimbrel keys drop`",
-            ) from error
-    draft = Draft(repository, waiting)
-    known = {"root", "targets", *delegations_of(draft.targets)}
-    for role in waiting:
-        if role not in known:
-            raise RequestError(
-                f"{PendingFolder(home.config.folder).path(role)} is the document of no role",
-                hint="remove the file",
-            )
-    return draft
 
 
 def _changes(before: Draft, after: Draft, role: str) -> list[str]:

@@ -201,14 +201,12 @@ def _signer(arguments: argparse.Namespace) -> Signer:
     """The key that signs: a file, or something that is reached by its URI."""
     text, ask = arguments.key, asker(arguments.passphrase_file)
     path = Path(text)
-    if path.suffix == ".pem" or path.exists():
+    if ":" not in text or path.exists():
         pem = read_key(path)
         secret = ask(f"Passphrase of {path.stem}") if b"ENCRYPTED" in pem else None
         return signer_of(path.stem, pem, secret)
     if arguments.public is None:
-        raise RequestError(
-            f"{text[:200]} is no file", hint="with the URI of a token or key service, give --public NAME.pub"
-        )
+        raise RequestError(f"{text[:200]}: its public key is missing", hint="give --public NAME.pub")
     return remote_signer(text, _public(arguments.public), ask)
 
 

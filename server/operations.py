@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from protocol.errors import RequestError
+from protocol.errors import RequestError, TrustError
 from protocol.ids import (
     Digest,
     Family,
@@ -224,7 +224,7 @@ def change_signed(
     """
     publisher, now_ms = home.publisher(), home.clock.now_ms()
     pending = PendingFolder(home.config.folder)
-    waiting = pending.read()
+    waiting, _ = read_waiting(home)
 
     def prepared(repository: Repository) -> tuple[dict[str, bytes], Draft]:
         # What the server signs by itself may have changed since: it is signed again where that is needed.
@@ -253,6 +253,31 @@ def change_signed(
     write_metadata(home.config.folder, repository)
     pending.write({})
     return []
+
+
+def read_waiting(home: Home) -> tuple[dict[str, bytes], Draft]:
+    """What waits for signatures, and that on top of what is published.
+
+    Raises:
+        RequestError: A file is no document of a role; names the file.
+    """
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    pending = PendingFolder(home.config.folder)
+    waiting = pending.read()
+    for role, data in waiting.items():
+        try:
+            Draft(repository, {role: data})
+        except TrustError as error:
+            raise RequestError(
+                f"{pending.path(role)}: {error.message}",
+                hint="restore it, or give up what waits with `whimbrel keys drop`",
+            ) from error
+    draft = Draft(repository, waiting)
+    for role in waiting:
+        if role in {"snapshot", "timestamp"} or role not in draft.roles():
+            raise RequestError(f"{pending.path(role)} is the document of no role", hint="remove the file")
+    return waiting, draft
 
 
 def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[Target]]:

@@ -34,12 +34,18 @@ class PendingFolder:
         with storage_errors(self._folder):
             return {path.name.removesuffix(_SUFFIX): read_document(path) for path in self._paths()}
 
+    def roles(self) -> list[str]:
+        """Whose documents wait, whatever they hold."""
+        return [path.name.removesuffix(_SUFFIX) for path in self._paths()]
+
     def write(self, documents: dict[str, bytes]) -> None:
         """Let these wait, and nothing else.
 
         Raises:
             StorageError: The folder cannot be written.
         """
+        if not documents and not self._folder.exists():
+            return
         with storage_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
             for role, data in documents.items():

@@ -19,7 +19,7 @@ from protocol.release import delta_target, file_target, release_target
 from protocol.trust import Documents, Floors, Target, Verified, verify
 from server.ports import Repository
 from server.releases.catalog import blob_target
-from server.releases.metadata import expires, sign, snapshot_of, timestamp_of
+from server.releases.metadata import Draft, expires, sign, snapshot_of, timestamp_of
 from server.releases.publisher import ROLES, Publisher
 from tests.server.samples import DAY_MS, NOW_MS, stored
 
@@ -102,21 +102,46 @@ def test_a_family_without_keys_is_refused_with_advice(empty: Repository) -> None
     assert "keys assign releases.digits" in caught.value.hint
 
 
-def test_a_repository_from_before_delegations_goes_on_as_it_is() -> None:
+@pytest.fixture
+def before() -> tuple[Publisher, Repository]:
+    """A repository as it was made before targets delegated anything."""
     keys = {name: pem for name, pem in _keys().items() if name not in {"artifacts", "releases"}}
-    publisher, old = Publisher(keys), Publisher(_keys()).create(NOW_MS).repository
-    root = old.roots[0]
-    signer = publisher._named["targets"]
-    targets = sign("targets", Targets(1, "1.0.31", expires("targets", NOW_MS)), [signer])
-    snapshot = sign("snapshot", snapshot_of(1, {"targets": targets}, NOW_MS), [publisher._named["snapshot"]])
-    timestamp = sign("timestamp", timestamp_of(1, snapshot, NOW_MS), [publisher._named["timestamp"]])
+    publisher = Publisher(keys)
+    root = Publisher(_keys()).create(NOW_MS).repository.roots[0]
+    signer = publisher._named
+    targets = sign("targets", Targets(1, "1.0.31", expires("targets", NOW_MS)), [signer["targets"]])
+    snapshot = sign("snapshot", snapshot_of(1, {"targets": targets}, NOW_MS), [signer["snapshot"]])
+    timestamp = sign("timestamp", timestamp_of(1, snapshot, NOW_MS), [signer["timestamp"]])
     documents = Documents(timestamp=timestamp, snapshot=snapshot, targets=targets)
-    before = Repository(roots=(root,), documents=documents)
+    return publisher, Repository(roots=(root,), documents=documents)
+
+
+def test_a_repository_from_before_delegations_goes_on_as_it_is(before: tuple[Publisher, Repository]) -> None:
+    publisher, repository = before
     added = [_release("digits", "v1"), _file("one")]
-    published = publisher.publish(before, added, (), NOW_MS)
+    published = publisher.publish(repository, added, (), NOW_MS)
     verified = _device(published.repository)
     assert set(verified.targets) == {target.path for target in added}
     assert _versions(verified) == {"root": 1, "timestamp": 2, "snapshot": 2, "targets": 2}
+
+
+def test_a_repository_from_before_delegations_moves_to_them(before: tuple[Publisher, Repository]) -> None:
+    publisher, repository = before
+    added = [_release("digits", "v1"), _file("one")]
+    repository = publisher.publish(repository, added, (), NOW_MS).repository
+    seen = _device(repository)
+    publisher = Publisher(_keys())
+
+    def change(draft: Draft) -> None:
+        draft.assign("artifacts", [publisher._named["artifacts"].public_key], 1)
+        draft.assign("releases.digits", [publisher._named["releases"].public_key], 1)
+
+    documents = publisher.change(repository, {}, change, NOW_MS)
+    moved = publisher.submit(repository, documents, (), NOW_MS)
+    assert moved.targets == seen.targets
+    assert _versions(_device(moved.repository, floors=seen.floors)).keys() >= {"artifacts", "releases.digits"}
+    targets = Draft(moved.repository, {})
+    assert targets.listed("targets") == set()
 
 
 def test_a_family_whose_document_has_expired_is_left_out_and_stops_no_other(empty: Repository) -> None:
