@@ -384,13 +384,17 @@ def test_a_document_that_was_signed_for_another_version_is_refused_with_advice(h
     run("release", "publish", "digits", "v2")
     waiting = home / "pending/releases.digits.json"
     old = waiting.read_bytes()
-    sign(run, "builder", "approver")
+    run("keys", "drop")
+    for version in ("v3", "v4"):
+        add_release(version, 3)
+        run("release", "publish", "digits", version)
+        sign(run, "builder", "approver")
     waiting.write_bytes(old)
     run("keys", "sign", "--key", "builder.pem", "--passphrase-file", "secret")
     words = ("keys", "sign", "--key", "approver.pem", "--passphrase-file", "secret")
-    assert "releases.digits version 3 waits for signatures, but 3 is published" in run(*words, code=1)
+    assert "releases.digits version 3 waits for signatures, but 4 is published" in run(*words, code=1)
     run("keys", "drop")
-    assert Device(home).versions() == {"v1", "v2"}
+    assert Device(home).versions() == {"v1", "v3", "v4"}
 
 
 # --- keys
