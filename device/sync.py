@@ -95,8 +95,8 @@ class MetadataSync:
             return
         if document in _ROLES or document in self._delegated:
             self._collected[document] = data
-        elif document.startswith("root."):
-            self._roots[int(document.removeprefix("root."))] = data
+        elif document == f"root.{self._root_version + 1}":
+            self._roots[self._root_version + 1] = data
 
     def receive_bundle(self, bundle: MetadataBundle) -> None:
         """Keep the documents that answer a request."""

@@ -54,6 +54,12 @@ ROOT_ROTATIONS_MAX: Final = 256
 TIME_FIELD: Final = "x-whimbrel-time-ms"
 """When a timestamp was signed, milliseconds since 1970 (SPEC 8.3): the only time that a device without a clock can believe."""
 
+VERSION_MAX: Final = 1 << 63
+"""A higher version would not fit into the durable record. A thief may sign it; nobody has to believe it."""
+
+_TIME_MAX_MS: Final = 253_370_764_800_000
+"""The year 9999, where dates end; whatever a broken clock says."""
+
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 logging.getLogger("tuf").setLevel(logging.ERROR)  # its debug lines repeat what the errors say
@@ -76,6 +82,11 @@ class Floors(Struct, frozen=True, kw_only=True):
     targets: int = 0
     time_ms: int = 0  # the latest instant that a timestamp was signed for: it is at least as late as that
     delegated: tuple[DelegatedFloor, ...] = ()  # by role; empty in records of older agents
+
+    def numbers(self) -> dict[str, int]:
+        """Every floor by name, for whoever compares two records."""
+        top = {name: getattr(self, name) for name in ("root", "timestamp", "snapshot", "targets", "time_ms")}
+        return top | {floor.role: floor.version for floor in self.delegated}
 
 
 class Documents(Struct, frozen=True, kw_only=True):
@@ -159,10 +170,8 @@ def follow(root: bytes, successor: bytes, floors: Floors) -> Followed:
     except exceptions.RepositoryError as error:
         raise TrustError(f"root: {error}") from error
     _check_root_keys(after)
-    if (
-        after.version <= floors.root
-    ):  # this step was taken before, and the document lost: its floors are younger
-        return Followed(successor, floors)
+    if after.version <= floors.root:
+        return Followed(successor, floors)  # taken before, and the document lost: the floors are younger
     return Followed(successor, replace(_after_rotation(floors, before, after), root=after.version))
 
 
@@ -192,7 +201,7 @@ def verify(
     for successor in documents.roots[:ROOT_ROTATIONS_MAX]:
         followed = follow(root, successor, floors)
         root, floors = followed.root, followed.floors
-    trusted = _start(root, max(now_ms, floors.time_ms))
+    trusted = _start(root, min(max(now_ms, floors.time_ms), _TIME_MAX_MS))
     # A kept document that is gone: its successors have to come first, or the world before a rotation would be back.
     if trusted.root.version < floors.root:
         raise RollbackAttackError(
@@ -340,8 +349,8 @@ def _load_delegated(
             raise TrustError(f"the document of role {name[:80]} is missing")
         document = trusted.update_delegated_targets(data, name, "targets")
         floor = known.get(name)
-        if floor is not None and _counts(floor.keys, keys, role):
-            _check_floor(name, document.version, floor.version)
+        is_kept = floor is not None and _counts(floor.keys, keys, role)
+        _check_floor(name, document.version, floor.version if floor is not None and is_kept else 0)
         loaded[name] = document
     return loaded
 
@@ -412,6 +421,9 @@ def _check_listed(snapshot: Snapshot, floors: Floors) -> None:
 
 
 def _check_floor(role: str, version: int, floor: int) -> None:
+    """5.4.3, 5.5.5."""
+    if version > VERSION_MAX:
+        raise TrustError(f"{role} has a version of more than 63 bits")
     if version < floor:
         raise RollbackAttackError(
             f"{role} version {version} is older than {floor}, which this device has seen"

@@ -23,7 +23,7 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, but with
 from protocol.chunks import build_tree
 from protocol.ids import Family, digest_of
 from protocol.release import ARTIFACTS_ROLE, releases_role, role_paths
-from protocol.trust import Documents, Floors, Verified, verify
+from protocol.trust import TIME_FIELD, Documents, Floors, Verified, verify
 
 NOW_MS: Final = 1_800_000_000_000
 DAY_MS: Final = 86_400_000
@@ -82,6 +82,7 @@ class Author:
         }
         self.terminating = True
         self.unlisted: set[str] = set()
+        self.time_ms: Any = None
         self.roots: list[bytes] = []
         self.rotate()
 
@@ -163,7 +164,8 @@ class Author:
 
     def timestamp(self, snapshot: bytes, by: Iterable[CryptoSigner] | None = None) -> bytes:
         meta = MetaFile.from_data(self.versions["snapshot"], snapshot, ["sha256"])
-        timestamp = Timestamp(self.versions["timestamp"], SPEC, expiry(self.days["timestamp"]), meta)
+        fields = {} if self.time_ms is None else {TIME_FIELD: self.time_ms}
+        timestamp = Timestamp(self.versions["timestamp"], SPEC, expiry(self.days["timestamp"]), meta, fields)
         return signed(timestamp, self.signers["timestamp"] if by is None else by)
 
     def delegated(self) -> list[str]:

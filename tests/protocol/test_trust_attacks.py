@@ -218,6 +218,19 @@ def test_7_fast_forward_ends_with_the_keys_that_were_stolen(
     assert device.floors.snapshot < VERSION_MAX
 
 
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets", DIGITS])
+def test_7_a_version_that_no_record_could_hold_is_refused(
+    author: Author, device: Believer, role: str
+) -> None:
+    author.documents()
+    author.versions[role] = VERSION_MAX
+    device.refresh(author.assembled())
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(device.floors), type=Floors) == device.floors
+    author.versions[role] = VERSION_MAX + 1
+    with pytest.raises(TrustError, match="63 bits"):
+        device.refresh(author.assembled())
+
+
 def test_7_a_rotation_of_online_keys_keeps_the_floor_of_targets(author: Author, device: Believer) -> None:
     author.documents()
     device.refresh(author.documents())
@@ -360,6 +373,30 @@ def test_11_endless_delegations_are_refused_before_they_are_parsed(author: Autho
     many = tuple((f"role-{number}", b"") for number in range(DELEGATED_MAX + 1))
     with pytest.raises(TrustError, match=f"allowed are {DELEGATED_MAX}"):
         device.refresh(replace(author.documents(), delegated=many))
+
+
+@pytest.mark.parametrize("now_ms", [-(1 << 45), 0, 1 << 48, 1 << 62])
+def test_28_no_clock_is_too_wrong(author: Author, device: Believer, now_ms: int) -> None:
+    device.now_ms = now_ms
+    if now_ms > NOW_MS:
+        with pytest.raises(ExpiredMetadataError):
+            device.refresh(author.documents())
+    else:
+        assert V1 in device.refresh(author.documents()).targets
+
+
+def test_28_the_time_that_was_signed_only_grows_and_ends_with_its_document(
+    author: Author, device: Believer
+) -> None:
+    for value, floor in [(5, 5), (3, 5), (NOW_MS, NOW_MS), (1 << 62, NOW_MS + 7 * DAY_MS)]:
+        author.time_ms = value
+        device.floors = replace(device.floors, time_ms=min(device.floors.time_ms, NOW_MS))
+        assert device.refresh(author.documents()).floors.time_ms == floor
+    nonsense: list[Any] = ["x", -1, True, None, []]
+    for value in nonsense:
+        author.time_ms = value
+        device.floors = replace(device.floors, time_ms=0)
+        assert device.refresh(author.documents()).floors.time_ms == 0
 
 
 # --- 15 to 17: stolen and lost keys
@@ -523,12 +560,14 @@ def test_25_parser_bombs_are_refused_and_never_crash(
         device.refresh(author.assembled(**{role: bomb}))
 
 
-@pytest.mark.parametrize("field", ["targets", "delegations", "version", "expires", "spec_version", "_type"])
+@pytest.mark.parametrize(
+    "field", ["targets", "delegations", "version", "expires", "spec_version", "_type", "extra"]
+)
 def test_25_signed_nonsense_is_refused_and_never_crashes(
     author: Author, device: Believer, field: str
 ) -> None:
     author.documents()
-    values: list[Any] = [None, -1, [], {}, "x", 1 << 70, True]
+    values: list[Any] = [None, -1, 1.5, [], {}, "x", 1 << 70, True]
     for value in values:
         data = json.loads(author.targets(DIGITS))
         data["signed"][field] = value
