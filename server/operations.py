@@ -321,7 +321,7 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
         try:
             target.mkdir(parents=True, exist_ok=True)
             (target / "release.json").write_bytes(encode_release(record.release))
-            (target / "root.json").write_bytes(repository.roots[0])
+            (target / "root.json").write_bytes(repository.roots[-1])  # older keys may be anywhere by now
             for file in record.release.files:
                 shutil.copyfile(home.blobs.path(Digest(file.sha256)), target / file.name)
         except OSError as error:

@@ -146,6 +146,8 @@ def test_a_release_waits_for_its_approver(home: Path, run: Run) -> None:
     assert device.versions() == {"v1", "v2"}
     assert run("release", "list")[1]["published_ms"] > 0
     assert run("rollout", "start", "digits", "v2")["id"] == "r1"
+    run("release", "export", "digits", "v2", "-o", "factory")
+    assert Path("factory/root.json").read_bytes() == repository(home).roots[-1] != repository(home).roots[0]
 
 
 def test_a_builder_key_on_the_server_signs_without_being_asked(home: Path, run: Run) -> None:
