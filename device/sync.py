@@ -59,6 +59,7 @@ class MetadataSync:
         self._delegated = roles
         self._root_version = trust.check_root(root)
         self._collected: dict[str, bytes] = {}
+        self._is_answered = False
         self._roots: dict[int, bytes] = {}
         self._filters: tuple[str, ...] = ()
         self._requests = 0
@@ -66,6 +67,7 @@ class MetadataSync:
     def begin(self, now_ms: int) -> Iterator[Effect]:
         """The connection is up: subscribe to the documents."""
         self._collected.clear()
+        self._is_answered = False
         self._roots.clear()
         self._requests = 0
         self.last_error = None
@@ -100,6 +102,7 @@ class MetadataSync:
 
     def receive_bundle(self, bundle: MetadataBundle) -> None:
         """Keep the documents that answer a request."""
+        self._is_answered = True
         wanted = {role: data for role, data in bundle.delegated.items() if role in self._delegated}
         self._collected.update(
             wanted, timestamp=bundle.timestamp, snapshot=bundle.snapshot, targets=bundle.targets
@@ -134,8 +137,12 @@ class MetadataSync:
             yield Subscribe(successor, 1)
 
     def documents(self) -> Documents | None:
-        """What has been collected, if it can be a complete set."""
-        if any(role not in self._collected for role in _ROLES):
+        """What has been collected, if it can be a complete set.
+
+        Retained documents come one by one, so all that are wanted are waited for; an answer has what there is.
+        """
+        wanted = _ROLES if self._is_answered else (*_ROLES, *self._delegated)
+        if any(role not in self._collected for role in wanted):
             return None
         return Documents(
             timestamp=self._collected["timestamp"],

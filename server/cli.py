@@ -201,8 +201,8 @@ def _init(arguments: argparse.Namespace) -> int:
     lines = [
         f"Repository of fleet {arguments.fleet} in {arguments.folder}",
         f"Devices start their trust from {root}",
-        f"Keys are in {arguments.folder / operations.KEYS_FOLDER}: whoever reads them decides what devices run. Keep a copy;"
-        " `whimbrel keys` gives them to several people",
+        f"Keys are in {arguments.folder / operations.KEYS_FOLDER}: whoever reads them decides what devices run",
+        "Keep a copy; `whimbrel keys` gives them to several people",
     ]
     _print(arguments, {"folder": str(arguments.folder), "fleet": arguments.fleet, "root": str(root)}, lines)
     return 0

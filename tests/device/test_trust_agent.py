@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 from securesystemslib.signer import Signer  # type: ignore[attr-defined]  # public, but without __all__
+from tuf.api.metadata import Targets  # type: ignore[attr-defined]  # public, but without __all__
 
 from device import events
 from device.states import State
@@ -12,9 +13,9 @@ from protocol.errors import MissingKeyError, TrustError
 from protocol.ids import digest_of
 from protocol.messages import MetadataRequest, decode_request
 from protocol.release import ArtifactCustom, delta_target, file_target
-from protocol.trust import Target, verify
+from protocol.trust import Documents, Target, verify
 from server.ports import Repository
-from server.releases.metadata import Draft, sign, snapshot_of, timestamp_of
+from server.releases.metadata import Draft, expires, sign, snapshot_of, timestamp_of
 from server.releases.publisher import ROLES, Publisher
 from server.releases.signers import make_key, public_key_of
 from server.runtime import BUNDLE_ROOTS_MAX, bundle
@@ -372,6 +373,27 @@ def test_1_a_file_that_only_the_artifacts_key_vouches_for_is_never_run(cache: Ca
     assert device.answer() == digest_of(V1)
     assert device.engine.loads.count(digest_of(EVIL)) == 0
     assert device.engine.trials == []
+
+
+def test_a_repository_from_before_delegations_is_believed_as_it_is(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    keys = cache.publisher._named
+    everything = Draft(cache.repository, {}).documents
+    targets = Targets(1, "1.0.31", expires("targets", START_MS))
+    for document in everything.values():
+        targets.targets |= document.targets
+    signed = {"targets": sign("targets", targets, [keys["targets"]])}
+    snapshot = signed_by(snapshot_of(9, signed, START_MS), keys["snapshot"])
+    timestamp = signed_by(timestamp_of(9, snapshot, START_MS), keys["timestamp"])
+    documents = Documents(timestamp=timestamp, snapshot=snapshot, targets=signed["targets"])
+    cache.repository = replace(cache.repository, documents=documents)
+    cache.retained = {topic: data for topic, data in cache.retained.items() if "/md/" not in topic}
+    cache.publish_metadata()
+    device.answer_requests = answering(cache, device)
+    ask(device, "v2")
+    assert device.answer() == digest_of(V2)
+    assert device.record.floors.delegated == ()
 
 
 def test_the_keys_of_a_new_repository_are_all_different() -> None:

@@ -274,11 +274,12 @@ def test_7_a_rotation_that_was_followed_before_never_lowers_a_floor_again(
     first = device.root
     author.documents()
     root = author.rotate(timestamp=[key("t2")])
-    author.documents()
     old = author.assembled()
-    device.refresh(author.documents(), [root])
+    for role in ("timestamp", "snapshot"):
+        author.versions[role] += 1
+    device.refresh(author.assembled(), [root])
     device.root = first
-    with pytest.raises(RollbackAttackError):
+    with pytest.raises(RollbackAttackError, match="timestamp"):
         device.refresh(old, [root])
 
 
