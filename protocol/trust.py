@@ -243,7 +243,7 @@ def _signed_time_ms(timestamp: Timestamp) -> int:
     Later than its own end it cannot have been, or a mistake would keep this device from everything that is signed afterwards.
     """
     signed_ms = timestamp.unrecognized_fields.get(TIME_FIELD)
-    if type(signed_ms) is not int or signed_ms < 0:
+    if type(signed_ms) is not int:
         return 0
     return min(signed_ms, _milliseconds(timestamp.expires))
 

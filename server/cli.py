@@ -133,6 +133,11 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
     publish = actions.add_parser("publish", parents=[common], help="sign a draft, for good")
     _add_name(publish)
     publish.set_defaults(run=_release_publish)
+    withdraw = actions.add_parser(
+        "withdraw", parents=[common], help="take a published release out of the signed metadata"
+    )
+    _add_name(withdraw)
+    withdraw.set_defaults(run=_release_withdraw)
     export = actions.add_parser(
         "export", parents=[common], help="write what a new device is provisioned with into a folder"
     )
@@ -244,6 +249,21 @@ def _release_publish(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _release_withdraw(arguments: argparse.Namespace) -> int:
+    waiting = operations.withdraw_release(arguments.dir, arguments.family, arguments.version)
+    name = f"{arguments.family} {arguments.version}"
+    lines = [f"Withdrawn {name}", "Devices that run it go on until a rollout leads them to another version"]
+    if waiting:
+        lines = [
+            f"{name} is withdrawn once it is signed:",
+            *keys_cli.waiting_text(waiting),
+            "Each signs with `whimbrel keys sign`",
+        ]
+    value = {"is_published": not waiting, "waiting": msgspec.to_builtins(waiting)}
+    _print(arguments, value, lines)
+    return 0
+
+
 def _release_export(arguments: argparse.Namespace) -> int:
     operations.export_release(arguments.dir, arguments.family, arguments.version, arguments.output)
     lines = [
@@ -256,19 +276,30 @@ def _release_export(arguments: argparse.Namespace) -> int:
 
 def _release_list(arguments: argparse.Namespace) -> int:
     records = operations.list_releases(arguments.dir)
+    withdrawn = operations.is_withdrawn(arguments.dir, records)
     rows = [
         [
             record.release.family,
             record.release.version,
             record.release.runtime,
             bytes_text(record.release.bytes_total),
-            "draft" if record.published_ms is None else f"published {_instant(record.published_ms)}",
+            _release_state(record, is_withdrawn=is_withdrawn),
         ]
-        for record in records
+        for record, is_withdrawn in zip(records, withdrawn, strict=True)
     ]
     lines = table(["FAMILY", "VERSION", "RUNTIME", "SIZE", "STATE"], rows)
-    _print(arguments, [_release_json(record) for record in records], lines or ["No release yet"])
+    values = [
+        _release_json(record) | {"is_withdrawn": is_withdrawn}
+        for record, is_withdrawn in zip(records, withdrawn, strict=True)
+    ]
+    _print(arguments, values, lines or ["No release yet"])
     return 0
+
+
+def _release_state(record: ReleaseRecord, *, is_withdrawn: bool) -> str:
+    if record.published_ms is None:
+        return "draft"
+    return "withdrawn" if is_withdrawn else f"published {_instant(record.published_ms)}"
 
 
 def _rollout_start(arguments: argparse.Namespace) -> int:

@@ -205,6 +205,33 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         return _release(home, Family(release.family), Version(release.version))
 
 
+def withdraw_release(folder: Path, family: str, version: str) -> list[Standing]:
+    """Take a release out of the signed metadata: no device installs it any more; one that runs it goes on until it is led away.
+
+    The version stays taken, so that no other bytes ever get its name.
+
+    Returns:
+        What waits for the signatures of others; nothing if it is done.
+
+    Raises:
+        RequestError: It is not published, or was withdrawn before.
+    """
+    with opened(folder) as home:
+        record = _release(home, parse_family(family), parse_version(version))
+        path = release_target(Family(record.release.family), Version(record.release.version))
+        if record.published_ms is None:
+            raise RequestError(f"{family} {version} is not published", hint="a draft reaches no device")
+        if path not in _signed_paths(home):
+            raise RequestError(f"{family} {version} was withdrawn before")
+        return change_signed(home, lambda draft: draft.drop(path))
+
+
+def _signed_paths(home: Home) -> set[str]:
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    return {path for _, path, _ in Draft(repository, {}).files()}
+
+
 def change_signed(
     home: Home, change: Callable[[Draft], None] = lambda _: None, added: Sequence[Target] = ()
 ) -> list[Standing]:
@@ -300,6 +327,17 @@ def list_releases(folder: Path) -> list[ReleaseRecord]:
         return home.store.releases()
 
 
+def is_withdrawn(folder: Path, records: Sequence[ReleaseRecord]) -> list[bool]:
+    """Which releases were published and are not in the signed metadata any more."""
+    with opened(folder) as home:
+        signed = _signed_paths(home)
+    return [
+        record.published_ms is not None
+        and release_target(Family(record.release.family), Version(record.release.version)) not in signed
+        for record in records
+    ]
+
+
 def export_release(folder: Path, family: str, version: str, target: Path) -> None:
     """Write what a device is provisioned with: the signed description, the files, and the start of trust.
 
@@ -378,6 +416,8 @@ def start_rollout(
                 f"{family} {version} is not published",
                 hint=f"run `whimbrel release publish {family} {version}`",
             )
+        if release_target(Family(family), Version(version)) not in _signed_paths(home):
+            raise RequestError(f"{family} {version} was withdrawn", hint="publish it under another version")
         now_ms = home.clock.now_ms()
 
         def make(number: int, before: list[RolloutRecord]) -> RolloutRecord:

@@ -393,7 +393,7 @@ def test_28_the_time_that_was_signed_only_grows_and_ends_with_its_document(
         author.time_ms = value
         device.floors = replace(device.floors, time_ms=min(device.floors.time_ms, NOW_MS))
         assert device.refresh(author.documents()).floors.time_ms == floor
-    nonsense: list[Any] = ["x", -1, True, None, []]
+    nonsense: list[Any] = ["x", -1, -NOW_MS, True, None, []]
     for value in nonsense:
         author.time_ms = value
         device.floors = replace(device.floors, time_ms=0)

@@ -301,6 +301,25 @@ def test_a_version_that_was_withdrawn_stays_so_for_devices_that_saw_it_go(home: 
         verify(device.root, documents, device.floors, server.clock.now_ms())
 
 
+def test_a_release_is_withdrawn_by_those_who_sign_for_it(home: Path, run: Run) -> None:
+    to_thresholds(run)
+    device = Device(home)
+    add_release("v2", 2)
+    assert "is not published" in run("release", "withdraw", "digits", "v2", code=1)
+    run("release", "publish", "digits", "v2")
+    sign(run, "builder", "approver")
+    assert device.versions() == {"v1", "v2"}
+    assert run("release", "withdraw", "digits", "v2")["waiting"][0]["role"] == "releases.digits"
+    assert device.versions() == {"v1", "v2"}
+    assert sign(run, "approver", "builder")["is_published"]
+    assert device.versions() == {"v1"}
+    assert "withdrawn before" in run("release", "withdraw", "digits", "v2", code=1)
+    assert "was withdrawn" in run("rollout", "start", "digits", "v2", code=1)
+    assert "cannot change" in run("release", "publish", "digits", "v2", code=1)
+    assert [each["is_withdrawn"] for each in run("release", "list")] == [False, True]
+    assert not Path("fleet/pending/releases.digits.json").exists()
+
+
 # --- what is refused
 
 
