@@ -32,7 +32,8 @@ from server.releases.metadata import NAME_FIELD
 KEY_BYTES_MAX: Final = 65_536
 """A key file; real ones are below 4 KiB."""
 
-PASSPHRASE_CHARS_MIN: Final = 8
+PASSPHRASE_CHARS_MIN: Final = 12
+"""Trying one takes little time, as such files are made (PKCS #8 with PBKDF2): a short one would not hold a thief up."""
 
 
 class LockedKeyError(MissingKeyError):

@@ -345,13 +345,13 @@ def test_a_release_is_withdrawn_by_those_who_sign_for_it(home: Path, run: Run) -
         (["sign", "health.json", "--key", "ana.pem", "--passphrase-file", "secret"], "health.json"),
         (["make", "../x", "--no-passphrase"], "cannot be called '../x'"),
         (["make", "ana", "--no-passphrase"], "ana.pem exists and is never overwritten"),
-        (["make", "x", "--passphrase-file", "short"], "at least 8 characters"),
+        (["make", "x", "--passphrase-file", "short"], "at least 12 characters"),
         (["make", "x", "--passphrase-file", "empty"], "its first line is empty"),
         (["show", "health.json"], "holds no public key"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(home: Path, run: Run, words: list[str], said: str) -> None:
-    Path("short").write_text("seven77\n")
+    Path("short").write_text("eleven_char\n")
     Path("empty").write_text("\n")
     before = repository(home)
     error = run("keys", *words, code=1)
