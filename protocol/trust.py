@@ -383,8 +383,8 @@ def _speaks_for(name: str, path: str, targets: Targets, loaded: Mapping[str, Tar
             continue
         if other.name == name:
             return True
-        if other.terminating or other.name not in loaded or path in loaded[other.name].targets:
-            return False  # 5.6.7.2.1; or what stands there is unknown; or it was found there
+        if other.terminating or other.name not in loaded:
+            return False  # 5.6.7.2.1; or what stands there is not known
     return False
 
 

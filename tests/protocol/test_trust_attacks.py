@@ -325,6 +325,14 @@ def test_9_expired_roots_on_the_way_never_keep_newer_metadata_out(author: Author
     assert V1 in device.refresh(author.documents(), [second, third]).targets
 
 
+@pytest.mark.parametrize("role", ["root", "timestamp", "snapshot", "targets", DIGITS, ARTIFACTS_ROLE])
+def test_9_what_was_verified_holds_until_the_first_document_ends(author: Author, role: str) -> None:
+    author.days |= {"timestamp": 300, "snapshot": 300, DIGITS: 300, ARTIFACTS_ROLE: 300, role: 3}
+    author.roots = []
+    device = Believer(author.rotate())
+    assert device.refresh(author.documents()).until_ms == NOW_MS + 3 * DAY_MS
+
+
 def test_9_an_old_set_that_was_refused_leaves_nothing_behind(author: Author, device: Believer) -> None:
     stale = author.documents()
     device.now_ms = NOW_MS + 30 * DAY_MS
