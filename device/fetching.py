@@ -17,7 +17,7 @@ from protocol.chunks import Chunk
 from protocol.errors import ReleaseError
 from protocol.ids import Digest, Family, Version
 from protocol.messages import MetadataBundle
-from protocol.release import release_target
+from protocol.release import ARTIFACTS_ROLE, release_target, releases_role
 from protocol.trust import Target
 
 
@@ -40,7 +40,8 @@ class Fetching:
         self._ledger = desk.ledger
         self._on_described = on_described
         self._on_fetched = on_fetched
-        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust)
+        roles = (releases_role(config.family), ARTIFACTS_ROLE)
+        self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust, roles)
         self._requester = Requester(
             desk.topics,
             config.device,
@@ -116,7 +117,7 @@ class Fetching:
 
     def document_received(self, document: str, data: bytes) -> None:
         """A signed document arrived."""
-        self._desk.extend(self._sync.receive(document, data))
+        self._sync.receive(document, data)
         self._try_metadata()
 
     def bundle_received(self, bundle: MetadataBundle) -> None:
@@ -145,6 +146,7 @@ class Fetching:
         """Believe a set of documents once it verifies and names the release; wait for more until then."""
         if self._desk.state is not State.SYNCING or self._transfer is not None:
             return
+        self._follow_roots()
         documents = self._sync.documents()
         if documents is None:
             return
@@ -159,15 +161,23 @@ class Fetching:
             )
             return
         # The floors are durable before anything is done with what the metadata says.
-        is_newer_root = verified.floors.root > self._ledger.record.floors.root
         self._ledger.change(floors=verified.floors)
+        self._ledger.note(current_until_ms=verified.until_ms)
         self._desk.persist()
-        if is_newer_root:
-            self._desk.emit(SaveRoot(verified.root))
         self._desk.extend(self._sync.end())
         self.targets = verified.targets
         description = Artifact(target.digest, target.length, target.custom.chunks)
         self._begin([description], read_last=True)
+
+    def _follow_roots(self) -> None:
+        """Keep every step along the chain of roots, even if nothing else verifies (5.3.8 of TUF)."""
+        floors = self._sync.follow(self._ledger.record.floors)
+        if floors is None:
+            return
+        self._ledger.change(floors=floors)
+        self._desk.persist()
+        self._desk.emit(SaveRoot(self._sync.root))
+        self._desk.extend(self._sync.await_successor())
 
     def _begin(self, artifacts: list[Artifact], *, read_last: bool) -> None:
         self._transfer = Transfer(

@@ -117,6 +117,9 @@ class UpdateRecord(Struct, frozen=True, kw_only=True):
     slot: SlotName | None = None  # where it is built; of a recall, what is given up
     is_recall: bool = False  # no update: the operator goes back to the version before
     items: tuple[InstallItem, ...] = ()
+    current_until_ms: int = (
+        0  # when the first of the documents ends that the plan relies on; 0 in older records
+    )
     full_only: bool = False  # a delta proved unusable; whole files from now on
     tries: int = 0  # trials begun; counted before each start
     attempts: int = 1  # times the update was begun, after retryable failures

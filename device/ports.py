@@ -13,7 +13,7 @@ from protocol.messages import TrialEvidence
 from protocol.release import HealthPlan, Prompt, RuntimeName
 
 if TYPE_CHECKING:  # children that decode or try a model do without tuf: half of the time in which they start
-    from protocol.trust import Documents, Floors, Verified
+    from protocol.trust import Documents, Floors, Followed, Verified
 
 
 class Disk(Protocol):
@@ -234,7 +234,17 @@ class Trust(Protocol):
     def check_root(self, root: bytes) -> int:
         """As `protocol.trust.check_root`."""
 
-    def verify(self, root: bytes, documents: "Documents", floors: "Floors", now_ms: int) -> "Verified":
+    def follow(self, root: bytes, successor: bytes, floors: "Floors") -> "Followed":
+        """As `protocol.trust.follow`."""
+
+    def verify(
+        self,
+        root: bytes,
+        documents: "Documents",
+        floors: "Floors",
+        now_ms: int,
+        roles: tuple[str, ...] | None = None,
+    ) -> "Verified":
         """As `protocol.trust.verify`."""
 
 

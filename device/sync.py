@@ -37,10 +37,17 @@ class MetadataSync:
         rng: Source of jitter.
         root: The newest trusted root document.
         trust: Verifies what was collected.
+        roles: Delegated roles whose targets are wanted.
     """
 
     def __init__(
-        self, topics: Topics, device: DeviceId, rng: random.Random, root: bytes, trust: Trust
+        self,
+        topics: Topics,
+        device: DeviceId,
+        rng: random.Random,
+        root: bytes,
+        trust: Trust,
+        roles: tuple[str, ...] = (),
     ) -> None:
         self.root = root
         self.deadline_ms: int | None = None
@@ -49,8 +56,10 @@ class MetadataSync:
         self._device = device
         self._rng = rng
         self._trust = trust
+        self._delegated = roles
         self._root_version = trust.check_root(root)
         self._collected: dict[str, bytes] = {}
+        self._is_answered = False
         self._roots: dict[int, bytes] = {}
         self._filters: tuple[str, ...] = ()
         self._requests = 0
@@ -58,11 +67,15 @@ class MetadataSync:
     def begin(self, now_ms: int) -> Iterator[Effect]:
         """The connection is up: subscribe to the documents."""
         self._collected.clear()
+        self._is_answered = False
         self._roots.clear()
         self._requests = 0
         self.last_error = None
         successor = self._topics.root(self._root_version + 1)
-        self._filters = (*(self._topics.metadata(role) for role in _ROLES), successor)
+        self._filters = (
+            *(self._topics.metadata(role) for role in (*_ROLES, *self._delegated)),
+            successor,
+        )
         yield Subscribe(self._filters, 1)
         self._wait(now_ms)
 
@@ -78,49 +91,76 @@ class MetadataSync:
             yield Unsubscribe(self._filters)
             self._filters = ()
 
-    def receive(self, document: str, data: bytes) -> Iterator[Effect]:
+    def receive(self, document: str, data: bytes) -> None:
         """Keep a document that the broker delivered."""
         if not self._filters:
             return
-        if document in _ROLES:
+        if document in _ROLES or document in self._delegated:
             self._collected[document] = data
-            return
-        version = int(document.removeprefix("root."))
-        self._roots[version] = data
-        successor = (self._topics.root(version + 1),)
-        if successor[0] not in self._filters and len(self._roots) == version - self._root_version:
-            self._filters += successor
-            yield Subscribe(successor, 1)
+        elif document == f"root.{self._root_version + 1}":
+            self._roots[self._root_version + 1] = data
 
     def receive_bundle(self, bundle: MetadataBundle) -> None:
         """Keep the documents that answer a request."""
-        self._collected.update(timestamp=bundle.timestamp, snapshot=bundle.snapshot, targets=bundle.targets)
+        self._is_answered = True
+        wanted = {role: data for role, data in bundle.delegated.items() if role in self._delegated}
+        self._collected.update(
+            wanted, timestamp=bundle.timestamp, snapshot=bundle.snapshot, targets=bundle.targets
+        )
         self._roots.update(enumerate(bundle.roots, start=self._root_version + 1))
 
-    def documents(self) -> Documents | None:
-        """What has been collected, if it can be a complete set."""
-        if any(role not in self._collected for role in _ROLES):
+    def follow(self, floors: Floors) -> Floors | None:
+        """Take all steps along the chain of roots for which documents are there.
+
+        Returns:
+            What has to be durable before `root` is kept; None if there was no step.
+        """
+        before = self._root_version
+        while (data := self._roots.pop(self._root_version + 1, None)) is not None:
+            try:
+                followed = self._trust.follow(self.root, data, floors)
+            except TrustError as error:
+                self.last_error = error  # a false one; the true one may still come
+                break
+            self.root, floors = followed.root, followed.floors
+            self._root_version += 1
+        if self._root_version == before:
             return None
-        roots: list[bytes] = []
-        while (version := self._root_version + 1 + len(roots)) in self._roots:
-            roots.append(self._roots[version])
+        self._requests = 0  # somebody answers, and it leads on
+        return floors
+
+    def await_successor(self) -> Iterator[Effect]:
+        """Subscribe to the root that would come next."""
+        successor = (self._topics.root(self._root_version + 1),)
+        if self._filters and successor[0] not in self._filters:
+            self._filters += successor
+            yield Subscribe(successor, 1)
+
+    def documents(self) -> Documents | None:
+        """What has been collected, if it can be a complete set.
+
+        Retained documents come one by one, so all that are wanted are waited for; an answer has what there is.
+        """
+        wanted = _ROLES if self._is_answered else (*_ROLES, *self._delegated)
+        if any(role not in self._collected for role in wanted):
+            return None
         return Documents(
-            roots=tuple(roots),
             timestamp=self._collected["timestamp"],
             snapshot=self._collected["snapshot"],
             targets=self._collected["targets"],
+            delegated=tuple(
+                (role, self._collected[role]) for role in self._delegated if role in self._collected
+            ),
         )
 
     def verify(self, documents: Documents, floors: Floors, now_ms: int) -> Verified | None:
         """Verify a set; what does not verify may be half of a publication, so the rest is waited for."""
         try:
-            verified = self._trust.verify(self.root, documents, floors, now_ms)
+            verified = self._trust.verify(self.root, documents, floors, now_ms, self._delegated)
         except TrustError as error:
             self.last_error = error
             return None
         self.last_error = None
-        self.root = verified.root
-        self._root_version = verified.floors.root
         return verified
 
     def timeout(self, now_ms: int) -> Iterator[Effect]:
@@ -134,7 +174,7 @@ class MetadataSync:
             raise self.last_error or MetadataUnavailableError(
                 f"no metadata came after {REQUESTS_MAX} requests", hint="is a server running?"
             )
-        request = MetadataRequest(root_version=self._root_version)
+        request = MetadataRequest(root_version=self._root_version, roles=self._delegated)
         yield Publish(self._topics.request(self._device), encode_message(request), 1, retain=False)
         self._wait(now_ms)
 

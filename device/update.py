@@ -99,12 +99,17 @@ class Update:
             return
         self._desk.is_fetched = False
         self._ledger.tally.resumes += 1
-        if self._ledger.record.state is State.DOWNLOADING:
+        if self._ledger.record.state is State.DOWNLOADING and self._is_current():
             self._desk.move(Trigger.DOWNLOAD_RESUMED)
             self.fetching.download(self._ledger.update.items)
         else:
             self._desk.move(Trigger.SYNC_RESUMED)
             self._begin_sync()
+
+    def _is_current(self) -> bool:
+        """Whether the metadata that a plan was made from still holds; what was away for longer looks again (SPEC 8, 2)."""
+        now_ms = max(self._desk.now_ms, self._ledger.record.floors.time_ms)
+        return now_ms < self._ledger.update.current_until_ms
 
     def disconnected(self) -> None:
         """Wait; the disk keeps what came."""

@@ -41,11 +41,26 @@ INDEX_LEVELS_MAX: Final = 4
 MESSAGE_BYTES_MAX: Final = 65_536
 """A JSON message (reports, desired states, requests); real ones are below 4 KiB."""
 
-METADATA_BYTES_MAX: Final = {"root": 32_768, "timestamp": 4_096, "snapshot": 65_536, "targets": 262_144}
-"""Signed metadata documents; the caps that the TUF client would use."""
+METADATA_BYTES_MAX: Final = {
+    "root": 32_768,
+    "timestamp": 4_096,
+    "snapshot": 65_536,
+    "targets": 262_144,
+    "artifacts": 262_144,
+    "releases": 131_072,
+}
+"""Signed metadata documents. Together, with one root, they fit into one answer to a device (`BUNDLE_BYTES_MAX`)."""
+
+DELEGATED_MAX: Final = 512
+"""Delegated roles that are looked at: as many as a snapshot of the largest size lists (5.6.7.1 of TUF)."""
 
 RELEASE_BYTES_MAX: Final = 1 << 20
 """A release description with its golden prompts."""
 
 FLEET_TOPIC_PREFIX: Final = "wb1"
 """First level of every topic is `wb1.<fleet>` (section 4)."""
+
+
+def metadata_bytes_max(role: str) -> int:
+    """Longest document of a role; `releases.<family>` and delegated roles of other names share a limit."""
+    return METADATA_BYTES_MAX.get(role, METADATA_BYTES_MAX["releases"])

@@ -20,6 +20,11 @@ DigestText = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Sequence = Annotated[int, Meta(ge=0, lt=1 << 53)]
 
+ROLES_MAX: Final = 4
+"""Delegated roles that a device may ask for: that of its family, and the one of the artifacts."""
+
+RoleText = Annotated[str, Meta(min_length=1, max_length=80)]
+
 Outcome = Literal["running", "committed", "rolled_back", "rejected", "failed"]
 
 
@@ -127,6 +132,7 @@ class MetadataRequest(Struct, frozen=True, kw_only=True, tag_field="type", tag="
 
     v: int = PROTOCOL_VERSION
     root_version: Count  # the newest root that the device trusts
+    roles: Annotated[tuple[RoleText, ...], Meta(max_length=ROLES_MAX)] = ()  # delegated ones that it needs
 
 
 class MetadataBundle(Struct, frozen=True, kw_only=True):
@@ -137,6 +143,7 @@ class MetadataBundle(Struct, frozen=True, kw_only=True):
     timestamp: bytes
     snapshot: bytes
     targets: bytes
+    delegated: dict[RoleText, bytes] = msgspec.field(default_factory=dict)  # of the roles that were asked for
 
 
 class CertificateRequest(Struct, frozen=True, kw_only=True):

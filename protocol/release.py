@@ -23,6 +23,9 @@ PROMPTS_MAX: Final = 256
 
 RuntimeName = Literal["onnx", "llama"]
 
+ARTIFACTS_ROLE: Final = "artifacts"
+"""Name of the TUF role that lists whole files and deltas: how devices get to what a release names, never what they may run."""
+
 _PROFILE_SUFFIXES: Final = {Profile.SMALL: "", Profile.FAST: "/fast"}
 
 
@@ -179,6 +182,30 @@ def check_release(release: Release) -> None:
             f"release description: {release.bytes_total} bytes in all, allowed are {BLOB_BYTES_MAX}"
         )
     _check_health(release.health)
+
+
+def releases_role(family: Family) -> str:
+    """Name of the TUF role whose keys say which versions of a family may run (SPEC section 8.1)."""
+    return f"releases.{family}"
+
+
+def role_paths(role: str) -> tuple[str, ...]:
+    """Path patterns that are delegated to a role of ours, so that no family can speak for another.
+
+    Raises:
+        ReleaseError: Nothing is delegated to a role of this name.
+    """
+    kind, _, family = role.partition(".")
+    if role == ARTIFACTS_ROLE:
+        return ("files/*", "deltas/*/*", "deltas/*/*/fast")
+    try:
+        if kind == "releases":
+            return (f"releases/{parse_family(family)}/*",)
+    except TopicError as error:
+        raise ReleaseError(f"role {role[:80]}: {error}") from error
+    raise ReleaseError(
+        f"nothing is delegated to a role {role[:80]!r}", hint="use artifacts or releases.FAMILY"
+    )
 
 
 def release_target(family: Family, version: Version) -> str:

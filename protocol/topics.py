@@ -23,7 +23,17 @@ from typing import Final
 
 from protocol.constants import FLEET_TOPIC_PREFIX, GROUP_CHUNKS
 from protocol.errors import TopicError
-from protocol.ids import ClaimId, DeviceId, Digest, FleetId, parse_claim_id, parse_device_id, parse_digest
+from protocol.ids import (
+    ClaimId,
+    DeviceId,
+    Digest,
+    FleetId,
+    parse_claim_id,
+    parse_device_id,
+    parse_digest,
+    parse_family,
+)
+from protocol.release import ARTIFACTS_ROLE, releases_role
 
 REQUEST_SHARDS: Final = 16
 """Requests are spread over topics, since three brokers grant `$share` and deliver nothing (SPEC section 4.4)."""
@@ -31,7 +41,7 @@ REQUEST_SHARDS: Final = 16
 CLAIM_PREFIX: Final = "claim."
 """Before the number of a claim, as a topic level and as a name on the broker: no device id has a dot (SPEC section 10.2)."""
 
-_DOCUMENTS: Final = ("timestamp", "snapshot", "targets")
+_DOCUMENTS: Final = ("timestamp", "snapshot", "targets", ARTIFACTS_ROLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +124,7 @@ class ChunkTopic:
 
 @dataclass(frozen=True, slots=True)
 class MetadataTopic:
-    """`md/<document>`: `root.<version>`, `timestamp`, `snapshot` or `targets`."""
+    """`md/<document>`: `root.<version>`, `timestamp`, `snapshot`, `targets`, or the name of a delegated role."""
 
     document: str
 
@@ -146,7 +156,7 @@ class Topics:
         self._first = f"{FLEET_TOPIC_PREFIX}.{fleet}"
 
     def metadata(self, document: str) -> str:
-        """Topic of a signed document: `timestamp`, `snapshot`, `targets` or `root.<version>`."""
+        """Topic of a signed document: `timestamp`, `snapshot`, `targets`, `root.<version>`, or a delegated role."""
         return f"{self._first}/md/{document}"
 
     def root(self, version: int) -> str:
@@ -256,9 +266,14 @@ def _parse_levels(levels: list[str]) -> Topic | None:
             blob, _, group = blob_group.partition(".")
             if group == str(int(index) // GROUP_CHUNKS):
                 return ChunkTopic(parse_digest(blob), int(index))
-        case ["md", document] if document in _DOCUMENTS or _is_root(document):
+        case ["md", document] if document in _DOCUMENTS or _is_root(document) or _is_releases(document):
             return MetadataTopic(document)
     return None
+
+
+def _is_releases(document: str) -> bool:
+    family = document.removeprefix("releases.")
+    return family != document and releases_role(parse_family(family)) == document
 
 
 def _is_root(document: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
-from server import delta_cli, identity_cli, operations, provenance_cli
+from server import ceremony, delta_cli, identity_cli, keys_cli, operations, provenance_cli, verify_cli
 from server.config import (
     DEFAULT_FLEET,
     DEFAULT_FOLDER,
@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     identity_cli.add_broker_parser(commands, common, _print)
     _add_serve(commands, common)
     delta_cli.add_parser(commands, common)
+    keys_cli.add_parser(commands, common)
+    verify_cli.add_parser(commands, common)
     return parser
 
 
@@ -147,6 +149,11 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
     publish = actions.add_parser("publish", parents=[common], help="sign a draft, for good")
     _add_name(publish)
     publish.set_defaults(run=_release_publish)
+    withdraw = actions.add_parser(
+        "withdraw", parents=[common], help="take a published release out of the signed metadata"
+    )
+    _add_name(withdraw)
+    withdraw.set_defaults(run=_release_withdraw)
     export = actions.add_parser(
         "export", parents=[common], help="write what a new device is provisioned with into a folder"
     )
@@ -215,7 +222,8 @@ def _init(arguments: argparse.Namespace) -> int:
     lines = [
         f"Repository of fleet {arguments.fleet} in {arguments.folder}",
         f"Devices start their trust from {root}",
-        f"Keys are in {arguments.folder / operations.KEYS_FOLDER}: keep a copy where no one else reads it",
+        f"Keys are in {arguments.folder / operations.KEYS_FOLDER}: whoever reads them decides what devices run",
+        "Keep a copy; `whimbrel keys` gives them to several people",
     ]
     _print(arguments, {"folder": str(arguments.folder), "fleet": arguments.fleet, "root": str(root)}, lines)
     return 0
@@ -247,19 +255,42 @@ def _release_publish(arguments: argparse.Namespace) -> int:
     record = operations.publish_release(arguments.dir, arguments.family, arguments.version)
     name = f"{arguments.family} {arguments.version}"
     lines = [f"Published {name}", f"Bring it to the fleet with `whimbrel rollout start {name}`"]
+    if record.published_ms is None:
+        waiting = [each.standing for each in ceremony.status(arguments.dir).pending]
+        lines = [
+            f"{name} waits for signatures:",
+            *keys_cli.waiting_text(waiting),
+            "Each signs with `whimbrel keys sign`",
+        ]
     _print(arguments, _release_json(record), lines)
     return 0
 
 
 def _release_show(arguments: argparse.Namespace) -> int:
     details = operations.show_release(arguments.dir, arguments.family, arguments.version)
-    state = _release_state(details.record)
+    (is_withdrawn,) = operations.is_withdrawn(arguments.dir, [details.record])
+    state = _release_state(details.record, is_withdrawn=is_withdrawn)
     value = {
         **_release_json(details.record),
         "digest": details.digest,
         "provenance": msgspec.to_builtins(details.provenance),
     }
     _print(arguments, value, provenance_cli.details_lines(details, state))
+    return 0
+
+
+def _release_withdraw(arguments: argparse.Namespace) -> int:
+    waiting = operations.withdraw_release(arguments.dir, arguments.family, arguments.version)
+    name = f"{arguments.family} {arguments.version}"
+    lines = [f"Withdrawn {name}", "Devices that run it go on until a rollout leads them to another version"]
+    if waiting:
+        lines = [
+            f"{name} is withdrawn once it is signed:",
+            *keys_cli.waiting_text(waiting),
+            "Each signs with `whimbrel keys sign`",
+        ]
+    value = {"is_published": not waiting, "waiting": msgspec.to_builtins(waiting)}
+    _print(arguments, value, lines)
     return 0
 
 
@@ -275,19 +306,30 @@ def _release_export(arguments: argparse.Namespace) -> int:
 
 def _release_list(arguments: argparse.Namespace) -> int:
     records = operations.list_releases(arguments.dir)
+    withdrawn = operations.is_withdrawn(arguments.dir, records)
     rows = [
         [
             record.release.family,
             record.release.version,
             record.release.runtime,
             bytes_text(record.release.bytes_total),
-            _release_state(record),
+            _release_state(record, is_withdrawn=is_withdrawn),
         ]
-        for record in records
+        for record, is_withdrawn in zip(records, withdrawn, strict=True)
     ]
     lines = table(["FAMILY", "VERSION", "RUNTIME", "SIZE", "STATE"], rows)
-    _print(arguments, [_release_json(record) for record in records], lines or ["No release yet"])
+    values = [
+        _release_json(record) | {"is_withdrawn": is_withdrawn}
+        for record, is_withdrawn in zip(records, withdrawn, strict=True)
+    ]
+    _print(arguments, values, lines or ["No release yet"])
     return 0
+
+
+def _release_state(record: ReleaseRecord, *, is_withdrawn: bool) -> str:
+    if record.published_ms is None:
+        return "draft"
+    return "withdrawn" if is_withdrawn else f"published {_instant(record.published_ms)}"
 
 
 def _rollout_start(arguments: argparse.Namespace) -> int:
@@ -397,10 +439,6 @@ def _release_json(record: ReleaseRecord) -> dict[str, Any]:
     value: dict[str, Any] = msgspec.to_builtins(record)
     value["release"]["health"]["prompts"] = len(record.release.health.prompts)
     return value
-
-
-def _release_state(record: ReleaseRecord) -> str:
-    return "draft" if record.published_ms is None else f"published {_instant(record.published_ms)}"
 
 
 def _status_json(status: RolloutStatus) -> dict[str, Any]:

@@ -200,7 +200,7 @@ class Coordinator:
     def _on_request(self, event: RequestReceived, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
         request = event.request
         if not isinstance(request, ChunkRequest):
-            self._effects.append(AnswerMetadata(event.device, request.root_version))
+            self._effects.append(AnswerMetadata(event.device, request.root_version, request.roles))
             return
         count = self.catalog.blob_chunks(Digest(request.blob))
         if count is None:
@@ -270,6 +270,9 @@ class Coordinator:
         before = None
         while campaign.state is not before and campaign.state not in FINAL:
             before = campaign.state
+            if before in ACTIVE and not self._is_signed(campaign):
+                self._stop(campaign, now_ms, "its release is no longer in the signed metadata")
+                return
             match campaign.state:
                 case RolloutState.CREATED:
                     self._take_up(campaign, now_ms)
@@ -342,12 +345,16 @@ class Coordinator:
         if failures <= campaign.record.failures_max:
             return False
         reason = f"{failures} failed in the {campaign.wave} wave, allowed are {campaign.record.failures_max}"
+        self._stop(campaign, now_ms, reason)
+        return True
+
+    def _stop(self, campaign: Campaign, now_ms: int, reason: str) -> None:
+        """Ask nobody else, and let devices that have not begun keep what they run."""
         self._move(campaign, RolloutTrigger.STOP, now_ms, reason)
         for member in campaign.withdraw(now_ms):
             self._effects.append(Save(member))
             self._withdraw(campaign, self.registry.get(member.device))
         self._plan_cache()
-        return True
 
     def _withdraw(self, campaign: Campaign, device: DeviceRecord) -> None:
         """Let a device that has not begun keep what it runs."""
@@ -390,8 +397,11 @@ class Coordinator:
 
     def _release(self, campaign: Campaign) -> Release:
         release = self.catalog.release(campaign.record.family, campaign.record.version)
-        assert release is not None, "published releases stay"
+        assert release is not None, "a rollout whose release has left the metadata was stopped"
         return release
+
+    def _is_signed(self, campaign: Campaign) -> bool:
+        return self.catalog.release(campaign.record.family, campaign.record.version) is not None
 
     def _candidates(self, campaign: Campaign) -> list[DeviceRecord]:
         if self.registry.count(campaign.record.family) == len(campaign.members):

@@ -65,6 +65,7 @@ class AnswerMetadata:
 
     device: DeviceId
     root_version: int
+    roles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

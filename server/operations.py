@@ -3,9 +3,10 @@
 Each call opens the folder, acts in one transaction and closes it. A running server on the same folder notices.
 """
 
+import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Final
 import msgspec
 from msgspec import UNSET, Struct
 
-from protocol.errors import RequestError, StorageError
+from protocol.errors import RequestError, StorageError, TrustError
 from protocol.ids import (
     Digest,
     Family,
@@ -26,6 +27,7 @@ from protocol.ids import (
     parse_version,
 )
 from protocol.release import (
+    ARTIFACTS_ROLE,
     Release,
     RuntimeName,
     encode_release,
@@ -33,10 +35,12 @@ from protocol.release import (
     release_digest,
     release_target,
 )
+from protocol.trust import Target
 from server.adapters.blobs import FolderBlobs, storage_errors, write_file
 from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
 from server.adapters.lock import is_locked
+from server.adapters.pending import PendingFolder, read_document
 from server.adapters.store import SqlStore
 from server.config import (
     CONFIG_FILE,
@@ -51,7 +55,9 @@ from server.config import (
 from server.fleet.registry import DeviceRecord
 from server.ports import Clock, ReleaseRecord, Repository
 from server.releases.catalog import blob_target
+from server.releases.chain import Chain, explain
 from server.releases.importer import import_release
+from server.releases.metadata import Draft, Standing
 from server.releases.provenance import (
     PROVENANCE_BYTES_MAX,
     Origin,
@@ -226,6 +232,9 @@ def add_release(
 def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
     """Sign a draft: from now on it can be rolled out, and never changes.
 
+    Returns:
+        The release. It stays a draft while its family's role lacks signatures; see `server.ceremony`.
+
     Raises:
         RequestError: There is no such draft.
         AlreadyPublishedError: It is published.
@@ -236,24 +245,136 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         record = _release(home, parse_family(family), parse_version(version))
         if record.published_ms is not None:
             home.store.add_release(record)  # raises the error that says so
-        publisher = home.publisher()
         release = record.release
         description = home.blobs.put(encode_release(release))
-        path = release_target(Family(release.family), Version(release.version))
-        targets = [blob_target(path, description)]
         for file in release.files:
-            blob = home.blobs.describe(parse_digest(file.sha256))
-            targets.append(blob_target(file_target(blob.digest), blob))
+            home.blobs.describe(parse_digest(file.sha256))
         if release.provenance_sha256 is not UNSET:
-            blob = home.blobs.describe(parse_digest(release.provenance_sha256))
-            targets.append(blob_target(file_target(blob.digest), blob))
-        now_ms = home.clock.now_ms()
-        published = msgspec.structs.replace(record, published_ms=now_ms)
-        repository = home.store.sign(
-            lambda before: publisher.publish(before, targets, (), now_ms).repository, published
-        )
-        write_metadata(folder, repository)
-        return published
+            home.blobs.describe(parse_digest(release.provenance_sha256))
+        path = release_target(Family(release.family), Version(release.version))
+        change_signed(home, added=[blob_target(path, description)])
+        return _release(home, Family(release.family), Version(release.version))
+
+
+def withdraw_release(folder: Path, family: str, version: str) -> list[Standing]:
+    """Take a release out of the signed metadata: no device installs it any more; one that runs it goes on until it is led away.
+
+    The version stays taken, so that no other bytes ever get its name.
+
+    Returns:
+        What waits for the signatures of others; nothing if it is done.
+
+    Raises:
+        RequestError: It is not published, or was withdrawn before.
+    """
+    with opened(folder) as home:
+        record = _release(home, parse_family(family), parse_version(version))
+        path = release_target(Family(record.release.family), Version(record.release.version))
+        if record.published_ms is None:
+            raise RequestError(f"{family} {version} is not published", hint="a draft reaches no device")
+        if path not in _signed_paths(home):
+            raise RequestError(f"{family} {version} was withdrawn before")
+        return change_signed(home, lambda draft: draft.drop(path))
+
+
+def _signed_paths(home: Home) -> set[str]:
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    return {path for _, path, _ in Draft(repository, {}).files()}
+
+
+def change_signed(
+    home: Home, change: Callable[[Draft], None] = lambda _: None, added: Sequence[Target] = ()
+) -> list[Standing]:
+    """Change what is signed, and publish it once nothing lacks a signature; until then it waits in the folder.
+
+    Args:
+        home: The open folder.
+        change: Changes keys, roles or lives of documents.
+        added: Targets to list, which need the signatures of others.
+
+    Returns:
+        What waits for signatures; nothing if it was published.
+
+    Raises:
+        MissingKeyError: Everything is signed, and the key of snapshot or timestamp is not here.
+        RequestError: The change cannot be made.
+    """
+    publisher, now_ms = home.publisher(), home.clock.now_ms()
+    pending = PendingFolder(home.config.folder)
+    waiting, _ = read_waiting(home)
+
+    def prepared(repository: Repository) -> tuple[dict[str, bytes], Draft]:
+        # What the server signs by itself may have changed since: it is signed again where that is needed.
+        known = {role for role, _ in repository.documents.delegated}
+        kept = {role: data for role, data in waiting.items() if role != ARTIFACTS_ROLE or role not in known}
+
+        def both(draft: Draft) -> None:
+            change(draft)
+            publisher.list_targets(draft, added)
+
+        documents = publisher.change(repository, kept, both, now_ms)
+        return documents, Draft(repository, documents)
+
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    documents, draft = prepared(repository)
+    standings = [draft.standing(role) for role in documents]
+    if any(standing.missing for standing in standings):
+        pending.write(documents)
+        return standings
+    records, files = _newly_listed(home, draft)
+    published = [msgspec.structs.replace(record, published_ms=now_ms) for record in records]
+    repository = home.store.sign(
+        lambda before: publisher.submit(before, prepared(before)[0], files, now_ms).repository, *published
+    )
+    write_metadata(home.config.folder, repository)
+    pending.write({})
+    return []
+
+
+def read_waiting(home: Home) -> tuple[dict[str, bytes], Draft]:
+    """What waits for signatures, and that on top of what is published.
+
+    Raises:
+        RequestError: A file is no document of a role; names the file.
+    """
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    pending = PendingFolder(home.config.folder)
+    waiting = pending.read()
+    for role, data in waiting.items():
+        try:
+            Draft(repository, {role: data})
+        except TrustError as error:
+            raise RequestError(
+                f"{pending.path(role)}: {error.message}",
+                hint="restore it, or give up what waits with `whimbrel keys drop`",
+            ) from error
+    draft = Draft(repository, waiting)
+    for role in waiting:
+        if role in {"snapshot", "timestamp"} or role not in draft.roles():
+            raise RequestError(f"{pending.path(role)} is the document of no role", hint="remove the file")
+    return waiting, draft
+
+
+def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[Target]]:
+    """Drafts of releases that will be listed, and the targets of their files."""
+    records = [
+        record
+        for record in home.store.releases()
+        if record.published_ms is None
+        and draft.digest(release_target(Family(record.release.family), Version(record.release.version)))
+        == digest_of(encode_release(record.release))
+    ]
+    files = {file.sha256 for record in records for file in record.release.files}
+    files |= {
+        record.release.provenance_sha256
+        for record in records
+        if record.release.provenance_sha256 is not UNSET
+    }
+    blobs = [home.blobs.describe(parse_digest(sha256)) for sha256 in sorted(files)]
+    return records, [blob_target(file_target(blob.digest), blob) for blob in blobs]
 
 
 def show_release(folder: Path, family: str, version: str) -> ReleaseDetails:
@@ -274,6 +395,17 @@ def list_releases(folder: Path) -> list[ReleaseRecord]:
     """All releases, in the order in which they were added."""
     with opened(folder) as home:
         return home.store.releases()
+
+
+def is_withdrawn(folder: Path, records: Sequence[ReleaseRecord]) -> list[bool]:
+    """Which releases were published and are not in the signed metadata any more."""
+    with opened(folder) as home:
+        signed = _signed_paths(home)
+    return [
+        record.published_ms is not None
+        and release_target(Family(record.release.family), Version(record.release.version)) not in signed
+        for record in records
+    ]
 
 
 def export_release(folder: Path, family: str, version: str, target: Path) -> None:
@@ -298,7 +430,7 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
         try:
             target.mkdir(parents=True, exist_ok=True)
             (target / "release.json").write_bytes(encode_release(record.release))
-            (target / "root.json").write_bytes(repository.roots[0])
+            (target / "root.json").write_bytes(repository.roots[-1])  # older keys may be anywhere by now
             if record.release.provenance_sha256 is not UNSET:
                 path = home.blobs.path(Digest(record.release.provenance_sha256))
                 shutil.copyfile(path, target / "provenance.json")
@@ -308,6 +440,31 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
             raise RequestError(
                 f"{target}: {error.strerror or error}", hint="choose another folder"
             ) from error
+
+
+def explain_file(folder: Path, file: Path, root: Path | None = None) -> Chain:
+    """Why a file may run on devices, or why not.
+
+    Args:
+        folder: The server's.
+        file: For example a model.
+        root: The root document that devices start from; None takes the first one.
+
+    Raises:
+        RequestError: A file is not there.
+        TrustError: The root is none of this repository.
+    """
+    with opened(folder) as home:
+        repository = home.store.repository()
+        assert repository is not None, "an open folder has been signed"
+        try:
+            with file.open("rb") as source:
+                digest = Digest(hashlib.file_digest(source, "sha256").hexdigest())
+                length = source.tell()
+        except OSError as error:
+            raise RequestError(f"{file}: {error.strerror}") from error
+        start = None if root is None else read_document(root)
+        return explain(repository, home.store.releases(), digest, length, home.clock.now_ms(), start)
 
 
 def start_rollout(
@@ -333,6 +490,8 @@ def start_rollout(
                 f"{family} {version} is not published",
                 hint=f"run `whimbrel release publish {family} {version}`",
             )
+        if release_target(Family(family), Version(version)) not in _signed_paths(home):
+            raise RequestError(f"{family} {version} was withdrawn", hint="publish it under another version")
         now_ms = home.clock.now_ms()
 
         def make(number: int, before: list[RolloutRecord]) -> RolloutRecord:
@@ -413,6 +572,8 @@ def write_metadata(folder: Path, repository: Repository) -> None:
         if not path.exists():
             write_file(path, root)
     documents = repository.documents
+    for role, data in documents.delegated:
+        write_file(metadata / f"{role}.json", data)
     write_file(metadata / "targets.json", documents.targets)
     write_file(metadata / "snapshot.json", documents.snapshot)
     write_file(metadata / "timestamp.json", documents.timestamp)

@@ -200,16 +200,16 @@ class Store(Protocol):
     def sign(
         self,
         update: Callable[[Repository], Repository],
-        published: ReleaseRecord | None = None,
+        *published: ReleaseRecord,
     ) -> Repository:
         """Replace the repository by `update(repository)` in one transaction that excludes every other signer.
 
         Args:
             update: Signs; what it raises leaves everything as it was.
-            published: A release that becomes published in the same transaction.
+            published: Releases that become published in the same transaction.
 
         Raises:
-            AlreadyPublishedError: `published` has been published before.
+            AlreadyPublishedError: One of them has been published before.
         """
         ...
 

@@ -8,6 +8,7 @@ import queue
 import random
 import secrets
 import threading
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Final, Self
@@ -16,7 +17,7 @@ import msgspec
 
 from protocol.errors import MissingKeyError, RequestError, StorageError, TransportError, WhimbrelError
 from protocol.ids import Digest
-from protocol.messages import MetadataBundle, encode_message
+from protocol.messages import BUNDLE_BYTES_MAX, MetadataBundle, encode_message
 from protocol.trust import Target
 from server.adapters.blobs import FolderBlobs, storage_errors
 from server.adapters.clock import SystemClock
@@ -72,7 +73,7 @@ BATCH_EVENTS_MAX: Final = 256
 """Events whose records share one transaction: a durable write costs milliseconds, a decision microseconds."""
 
 BUNDLE_ROOTS_MAX: Final = 16
-"""Roots in one metadata answer, so that it keeps within its limit; a device asks again for the next."""
+"""Roots in one metadata answer; a device keeps what it could verify, and asks again for the next."""
 
 SIGNING_RETRY_MS: Final = 600_000
 
@@ -346,8 +347,8 @@ class Server:
                 transport.uncache_blob(name, chunk_count)
             case AnswerChunks(device, name, chunks):
                 transport.answer_chunks(device, name, chunks)
-            case AnswerMetadata(device, root_version):
-                transport.answer_metadata(device, bundle(self._repository, root_version))
+            case AnswerMetadata(device, root_version, roles):
+                transport.answer_metadata(device, bundle(self._repository, root_version, roles))
             case BuildDelta(name, base_files, result_files):
                 self._builds.build(name, base_files, result_files)
             case RemoveBlobs(path, names):
@@ -373,6 +374,7 @@ class Server:
             assert repository is not None
             catalog = self._catalog(repository)  # refuses what has expired
             _LOG.warning("metadata is not signed again: %s", error)
+        self._remind()
         return Started(
             catalog=catalog,
             devices=store.devices(),
@@ -389,9 +391,26 @@ class Server:
         except (RequestError, StorageError) as error:
             _LOG.error("metadata cannot be signed: %s", error)
             return SigningFailed(effect.deltas, self._clock.now_ms() + SIGNING_RETRY_MS)
+        if not (effect.added or effect.retired):
+            self._remind()
         self._deltas_signed += len(effect.deltas)
         self._deltas_retired += len(effect.retired)
         return MetadataChanged(self._catalog(repository))
+
+    def _reload_keys(self) -> None:
+        """What another process signed may have changed who signs."""
+        try:
+            self._publisher = Publisher(KeyFolder(self.config.folder / KEYS_FOLDER).load())
+        except WhimbrelError as error:
+            _LOG.warning("keys are not read again: %s", error)
+
+    def _remind(self) -> None:
+        """Say which documents end soon that only people can sign."""
+        for role, at_ms in self._publisher.due_elsewhere(self._repository, self._clock.now_ms()).items():
+            days = (at_ms - self._clock.now_ms()) / 86_400_000
+            _LOG.warning(
+                "the document of role %s ends in %.0f days: run `whimbrel keys renew %s`", role, days, role
+            )
 
     def _remove(self, path: str, names: tuple[Digest, ...]) -> Event | None:
         """Remove blobs that nothing signed needs; what cannot be removed now is removed after the next start."""
@@ -435,6 +454,7 @@ class Server:
         events: list[Event] = []
         repository = self._opened.repository()
         if repository is not None and repository != self._repository:
+            self._reload_keys()
             events.append(MetadataChanged(self._catalog(repository)))
         known = self._coordinator.campaigns
         events += [
@@ -454,14 +474,21 @@ class Server:
         self._folder_lock = None
 
 
-def bundle(repository: Repository, root_version: int) -> bytes:
-    """The answer to a device whose newest trusted root is `root_version`."""
+def bundle(repository: Repository, root_version: int, roles: Collection[str] = ()) -> bytes:
+    """The answer to a device whose newest trusted root is `root_version`; as many roots as fit, and at least one."""
     documents = repository.documents
-    return encode_message(
-        MetadataBundle(
-            roots=list(repository.roots[root_version : root_version + BUNDLE_ROOTS_MAX]),
-            timestamp=documents.timestamp,
-            snapshot=documents.snapshot,
-            targets=documents.targets,
+    delegated = {role: data for role, data in documents.delegated if role in roles}
+    roots = list(repository.roots[root_version : root_version + BUNDLE_ROOTS_MAX])
+    while True:
+        payload = encode_message(
+            MetadataBundle(
+                roots=roots,
+                timestamp=documents.timestamp,
+                snapshot=documents.snapshot,
+                targets=documents.targets,
+                delegated=delegated,
+            )
         )
-    )
+        if len(payload) <= BUNDLE_BYTES_MAX or len(roots) <= 1:
+            return payload
+        roots = roots[: len(roots) // 2]

@@ -50,6 +50,8 @@ class Attacker:
         recent = history[-RECENT:] if stream.chance(RECENT_SHARE) else history
         documents = stream.choice(recent).documents
         topics = self._world.topics
+        for role, data in documents.delegated:
+            self._publish(topics.metadata(role), data)
         self._publish(topics.metadata("targets"), documents.targets)
         self._publish(topics.metadata("snapshot"), documents.snapshot)
         self._publish(topics.metadata("timestamp"), documents.timestamp)

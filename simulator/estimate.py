@@ -23,10 +23,10 @@ DAYS_PER_MONTH: Final = 30
 CHUNK_ENVELOPE_BYTES: Final = CHUNK_HEADER_BYTES + 100
 """The chunk's own header, and MQTT's: 5 bytes, and a topic of 90 to 100 (SPEC section 4.3)."""
 
-DOCUMENT_BYTES: Final = 4_600
-"""Timestamp, snapshot, targets, the desired state and the release's description with a few prompts, headers included."""
+DOCUMENT_BYTES: Final = 6_700
+"""Timestamp, snapshot, targets, the documents of the family and of the artifacts, the desired state and the release's description with a few prompts, headers included."""
 
-DOCUMENT_MESSAGES: Final = 5
+DOCUMENT_MESSAGES: Final = 7
 """As many messages."""
 
 DESCRIPTION_MESSAGES: Final = 1

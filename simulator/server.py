@@ -322,8 +322,8 @@ class SimulatedServer:
                     return BlobUncached(name)
             case AnswerChunks(device, name, chunks):
                 self._answer_chunks(device, name, chunks)
-            case AnswerMetadata(device, root_version):
-                payload = bundle(self.store.repository, root_version)
+            case AnswerMetadata(device, root_version, roles):
+                payload = bundle(self.store.repository, root_version, roles)
                 self._add("metadata_answered")
                 self._answer(self._topics.metadata_answer(device), payload)
             case BuildDelta():
@@ -440,6 +440,8 @@ class SimulatedServer:
         for version, root in enumerate(repository.roots, start=1):
             self._retain(self._topics.root(version), root)
         documents = repository.documents
+        for role, data in documents.delegated:
+            self._retain(self._topics.metadata(role), data)
         self._retain(self._topics.metadata("targets"), documents.targets)
         self._retain(self._topics.metadata("snapshot"), documents.snapshot)
         self._retain(self._topics.metadata("timestamp"), documents.timestamp)

@@ -219,6 +219,7 @@ class MqttTransport:
             _Message(self._topics.root(version), root)
             for version, root in enumerate(repository.roots, start=1)
         ]
+        messages += [_Message(self._topics.metadata(role), data) for role, data in documents.delegated]
         messages.append(_Message(self._topics.metadata("targets"), documents.targets))
         messages.append(_Message(self._topics.metadata("snapshot"), documents.snapshot))
         messages.append(_Message(self._topics.metadata("timestamp"), documents.timestamp))

@@ -103,6 +103,9 @@ _CERTIFICATES = Table(
     "certificates", _schema, Column("serial", String(64), primary_key=True), Column("body", LargeBinary)
 )
 
+_DELEGATED: Final = "delegated."
+"""Before the name of a delegated role, in the names of documents."""
+
 _KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
     DeviceRecord: (_DEVICES, ("device",)),
     MemberRecord: (_MEMBERS, ("rollout", "device")),
@@ -255,7 +258,7 @@ class SqlStore:
             return _read_repository(connection)
 
     def sign(
-        self, update_repository: Callable[[Repository], Repository], published: ReleaseRecord | None = None
+        self, update_repository: Callable[[Repository], Repository], *published: ReleaseRecord
     ) -> Repository:
         """Replace the repository in one transaction that excludes every other signer."""
         with self._writing() as connection:
@@ -264,10 +267,10 @@ class SqlStore:
             before = _read_repository(connection)
             if before is None:
                 raise RequestError("there is no repository here", hint="run `whimbrel init`")
-            if published is not None:
-                family, version = Family(published.release.family), Version(published.release.version)
+            for record in published:
+                family, version = Family(record.release.family), Version(record.release.version)
                 _refuse_published(connection, family, version)
-                body = _encode(published)
+                body = _encode(record)
                 connection.execute(update(_RELEASES).where(_named(family, version)).values(body=body))
             after = update_repository(before)
             if after != before:
@@ -404,7 +407,14 @@ def _read_repository(connection: Connection) -> Repository | None:
     return Repository(
         roots=tuple(roots),
         documents=Documents(
-            timestamp=bodies["timestamp"], snapshot=bodies["snapshot"], targets=bodies["targets"]
+            timestamp=bodies["timestamp"],
+            snapshot=bodies["snapshot"],
+            targets=bodies["targets"],
+            delegated=tuple(
+                (name.removeprefix(_DELEGATED), bodies[name])
+                for name in sorted(bodies)
+                if name.startswith(_DELEGATED)
+            ),
         ),
     )
 
@@ -417,6 +427,7 @@ def _write_repository(connection: Connection, repository: Repository) -> None:
         "snapshot": documents.snapshot,
         "targets": documents.targets,
     }
+    bodies |= {_DELEGATED + role: data for role, data in documents.delegated}
     _replace(connection, _DOCUMENTS, {(name,): {"name": name, "body": body} for name, body in bodies.items()})
 
 

@@ -40,11 +40,16 @@ TRANSITIONS: Final = (
     Transition(_S.CREATED, _T.PREPARE, _S.PREPARING, "the server took it up"),
     Transition(_S.CREATED, _T.STOP, _S.STOPPED, "its release is unknown, or the family is busy"),
     Transition(_S.PREPARING, _T.BEGIN, _S.CANARY, "every delta is built and signed, a device is there"),
+    Transition(_S.PREPARING, _T.STOP, _S.STOPPED, "its release is no longer signed"),
     Transition(_S.CANARY, _T.WIDEN, _S.REST, "every canary is decided, at least one committed"),
     Transition(_S.CANARY, _T.FINISH, _S.FINISHED, "every device was a canary and is decided"),
-    Transition(_S.CANARY, _T.STOP, _S.STOPPED, "more failures than allowed"),
+    Transition(
+        _S.CANARY, _T.STOP, _S.STOPPED, "more failures than allowed, or its release is no longer signed"
+    ),
     Transition(_S.REST, _T.FINISH, _S.FINISHED, "every device is decided"),
-    Transition(_S.REST, _T.STOP, _S.STOPPED, "more failures than allowed"),
+    Transition(
+        _S.REST, _T.STOP, _S.STOPPED, "more failures than allowed, or its release is no longer signed"
+    ),
 )
 
 ACTIVE: Final = frozenset({_S.PREPARING, _S.CANARY, _S.REST})

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from protocol.errors import EngineError, TransportError, WhimbrelError
 from protocol.ids import Digest, digest_of
-from protocol.release import Prompt, TextPrompt, delta_target
+from protocol.release import ARTIFACTS_ROLE, Prompt, TextPrompt, delta_target
 from server import operations
 from server.operations import RolloutStatus
 from server.rollouts.states import FINAL
@@ -288,7 +288,7 @@ class World:
 
     def _delta_bytes(self, base: str, result: str) -> int:
         """Length of a signed delta; 0 where there is none."""
-        documents = self._folder / operations.METADATA_FOLDER / "targets.json"
+        documents = self._folder / operations.METADATA_FOLDER / f"{ARTIFACTS_ROLE}.json"
         try:
             targets = json.loads(documents.read_bytes())["signed"]["targets"]
         except (OSError, ValueError):

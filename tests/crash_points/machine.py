@@ -72,7 +72,7 @@ class World:
     def renew_root(self) -> None:
         """Sign a successor of the root."""
         cache = self.cache
-        cache.repository = cache.publisher._renew_root(cache.repository, START_MS)
+        cache.repository = cache.publisher.renew(cache.repository, "root", START_MS).repository
         cache.publish_metadata()
 
 
@@ -260,10 +260,10 @@ def _wrong_model(machine: Machine, record: Record) -> str:
 
 def gone_back(start: Start, acknowledged: Record) -> str:
     """What a start found to be less than was written down, and perhaps relied on, before the power went."""
-    before, now = acknowledged.floors, start.floors
-    for name in ("root", "timestamp", "snapshot", "targets"):
-        if getattr(now, name) < getattr(before, name):
-            return f"floor of {name} went back from {getattr(before, name)} to {getattr(now, name)}"
+    floors = start.floors.numbers()
+    for name, before in acknowledged.floors.numbers().items():
+        if floors.get(name, 0) < before:
+            return f"floor of {name} went back from {before} to {floors.get(name, 0)}"
     if start.desired_sequence < acknowledged.desired_sequence:
         return f"request {acknowledged.desired_sequence} was forgotten for {start.desired_sequence}"
     if start.boots <= acknowledged.boots:

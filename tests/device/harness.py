@@ -163,6 +163,8 @@ class Cache:
         self.retained[TOPICS.metadata("timestamp")] = documents.timestamp
         self.retained[TOPICS.metadata("snapshot")] = documents.snapshot
         self.retained[TOPICS.metadata("targets")] = documents.targets
+        for role, data in documents.delegated:
+            self.retained[TOPICS.metadata(role)] = data
         for number, root in enumerate(self.repository.roots, start=1):
             self.retained[TOPICS.root(number)] = root
 

@@ -15,15 +15,14 @@ from protocol.ids import DeviceId, digest_of
 from protocol.messages import (
     ChunkRequest,
     LatencySummary,
-    MetadataBundle,
     MetadataRequest,
     TrialEvidence,
     decode_request,
     decode_window,
-    encode_message,
 )
 from protocol.release import Resources
 from protocol.topics import ChunkTopic
+from server.runtime import bundle
 from simulator.power import PowerCutError
 from tests.device.harness import (
     DEVICE,
@@ -348,14 +347,8 @@ def test_metadata_comes_by_request_where_the_broker_keeps_nothing(cache: Cache) 
     def serve(_topic: str, payload: bytes) -> None:
         request = decode_request(payload)
         assert isinstance(request, MetadataRequest)
-        signed = cache.repository.documents
-        bundle = MetadataBundle(
-            roots=list(cache.repository.roots[request.root_version :]),
-            timestamp=signed.timestamp,
-            snapshot=signed.snapshot,
-            targets=signed.targets,
-        )
-        device.deliver(TOPICS.metadata_answer(DEVICE), encode_message(bundle))
+        answer = bundle(cache.repository, request.root_version, request.roles)
+        device.deliver(TOPICS.metadata_answer(DEVICE), answer)
 
     device.answer_requests = serve
     ask(device, "v2")

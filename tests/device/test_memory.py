@@ -157,7 +157,7 @@ def test_a_delta_whose_decoder_does_not_fit_beside_the_old_version_gives_way_to_
     cache: Cache,
 ) -> None:
     cache.publish_delta(V1, V2)
-    signed = json.loads(cache.repository.documents.targets)["signed"]["targets"]
+    signed = json.loads(dict(cache.repository.documents.delegated)["artifacts"])["signed"]["targets"]
     needed = signed[delta_target(digest_of(V1), digest_of(V2))]["custom"]["memory_bytes"]
     assert needed > 1000
     device = updated(cache, "v2", memory_total_bytes_max=len(V1) + needed)

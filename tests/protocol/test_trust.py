@@ -27,7 +27,11 @@ def documents(cache: Cache) -> Documents:
 def test_signed_targets_are_believed_and_floors_follow(cache: Cache) -> None:
     verified = verify(cache.root, documents(cache), Floors(), START_MS)
     assert "releases/digits/v2.json" in verified.targets
-    assert verified.floors == Floors(root=1, timestamp=3, snapshot=3, targets=3)
+    versions = {floor.role: floor.version for floor in verified.floors.delegated}
+    assert versions == {"artifacts": 3, "releases.digits": 2}
+    assert verified.floors.time_ms == START_MS
+    top = replace(verified.floors, delegated=(), time_ms=0)
+    assert top == Floors(root=1, timestamp=3, snapshot=3, targets=2)
     assert verify(cache.root, documents(cache), verified.floors, START_MS) == verified
 
 
@@ -64,7 +68,7 @@ def test_flipping_any_byte_of_the_root_never_lets_another_key_in(cache: Cache) -
 
 @pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
 def test_a_version_below_its_floor_is_refused(cache: Cache, role: str) -> None:
-    floors = Floors(**{role: 4})
+    floors = replace(Floors(), **{role: 4})
     with pytest.raises(RollbackAttackError):
         verify(cache.root, documents(cache), floors, START_MS)
 
@@ -78,7 +82,7 @@ def test_documents_of_two_publications_do_not_mix(cache: Cache) -> None:
     old = documents(cache)
     cache.publish("v3", model_bytes(3, 1000))
     new = documents(cache)
-    for role in ("snapshot", "targets"):
+    for role in ("snapshot", "delegated"):
         with pytest.raises(TrustError):
             verify(cache.root, replace(new, **{role: getattr(old, role)}), Floors(), START_MS)
 

@@ -15,7 +15,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from protocol.chunks import child_plan, decode_chunk, root_plan
 from protocol.errors import TransportError
-from protocol.ids import DeviceId, Digest, FleetId, digest_of
+from protocol.ids import DeviceId, Digest, Family, FleetId, digest_of
 from protocol.messages import (
     ChunkRequest,
     Desired,
@@ -28,7 +28,7 @@ from protocol.messages import (
     encode_message,
     encode_window,
 )
-from protocol.release import delta_target, file_target
+from protocol.release import ARTIFACTS_ROLE, delta_target, file_target, releases_role
 from protocol.topics import Topics
 from protocol.trust import Documents, Floors, Target, Verified, verify
 from server import operations
@@ -130,17 +130,26 @@ def radio(server: Server) -> Iterator[Radio]:
     radio.close()
 
 
+ROLES = (releases_role(Family("digits")), ARTIFACTS_ROLE)
+
+
 def _serving(home: Path, port: int) -> Server:
     return Server(msgspec.structs.replace(read_config(home), broker=f"127.0.0.1:{port}"), seed=1)
 
 
 def _verified(home: Path, radio: Radio) -> Verified | None:
     """What a device believes of the metadata that it heard."""
-    heard = [radio.last.get(TOPICS.metadata(name)) for name in ("timestamp", "snapshot", "targets")]
-    timestamp, snapshot, targets = heard
-    if timestamp is None or snapshot is None or targets is None:
+    names = ("timestamp", "snapshot", "targets", *ROLES)
+    heard = {name: data for name in names if (data := radio.last.get(TOPICS.metadata(name))) is not None}
+    if len(heard) < len(names):
         return None
-    documents = Documents(timestamp=timestamp, snapshot=snapshot, targets=targets)
+    timestamp, snapshot, targets, *delegated = (heard[name] for name in names)
+    documents = Documents(
+        timestamp=timestamp,
+        snapshot=snapshot,
+        targets=targets,
+        delegated=tuple(zip(ROLES, delegated, strict=True)),
+    )
     root = (home / "metadata" / "1.root.json").read_bytes()
     with operations.opened(home) as opened:
         return verify(root, documents, Floors(), opened.clock.now_ms())
@@ -182,12 +191,17 @@ def test_a_device_that_hears_no_retained_messages_can_ask_for_metadata(
 ) -> None:
     assert server.status()["is_connected"]
     topic = TOPICS.metadata_answer(DEVICE)
-    radio.say(TOPICS.request(DEVICE), MetadataRequest(root_version=1))
+    radio.say(TOPICS.request(DEVICE), MetadataRequest(root_version=1, roles=ROLES))
     assert wait_until(lambda: topic in radio.last)
     bundle = decode_message(MetadataBundle, radio.last[topic])
     assert bundle.roots == []
     root = (tmp_path / "server/metadata/1.root.json").read_bytes()
-    documents = Documents(timestamp=bundle.timestamp, snapshot=bundle.snapshot, targets=bundle.targets)
+    documents = Documents(
+        timestamp=bundle.timestamp,
+        snapshot=bundle.snapshot,
+        targets=bundle.targets,
+        delegated=tuple(bundle.delegated.items()),
+    )
     with operations.opened(tmp_path / "server") as opened:
         assert len(verify(root, documents, Floors(), opened.clock.now_ms()).targets) == 4
 
@@ -396,7 +410,7 @@ def test_a_release_that_is_published_while_the_server_runs_is_noticed(tmp_path: 
         operations.publish_release(home, "digits", "1b")
 
         def versions() -> set[str]:
-            targets = json.loads(radio.last[TOPICS.metadata("targets")])["signed"]["targets"]
+            targets = json.loads(radio.last[TOPICS.metadata(ROLES[0])])["signed"]["targets"]
             return {path.split("/")[2] for path in targets if path.startswith("releases/")}
 
         _until(lambda: versions() == {"1.json", "1b.json"})

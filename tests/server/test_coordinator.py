@@ -1,5 +1,6 @@
 """The coordinator's decisions as transcripts, see `transcript.py`, and what must hold whatever happens."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -627,6 +628,36 @@ def test_whatever_happens_requests_are_numbered_saved_first_and_never_sent_for_a
                 assert saved[effect.device] > highest.get(effect.device, 0), "a number was used twice"
                 highest[effect.device] = saved[effect.device]
                 assert effect.desired is None or effect.desired.rollout not in stopped
+
+
+@pytest.mark.parametrize(
+    ("before", "withdrawn"),
+    [
+        ("> report a 1\n> rollout r1 2", []),
+        ("> report a 1\n> report b 1\n> rollout r1 2 canary=1\n> failed 1-2", ["a canary"]),
+        (
+            "> report a 1\n> report b 1\n> rollout r1 2 canary=1\n> failed 1-2\n> report a 2 committed r1",
+            ["b rest"],
+        ),
+    ],
+    ids=["preparing", "canary", "rest"],
+)
+def test_a_rollout_whose_release_leaves_the_metadata_stops_and_asks_nobody_else(
+    before: str, withdrawn: list[str]
+) -> None:
+    """An operator withdrew it, or the document of its family has expired."""
+    play = Play()
+    play.play(before)
+    lines = play.play("> withdrawn 2").splitlines()
+    assert lines[1:3] == [
+        "publish metadata",
+        "save rollout r1 stopped (its release is no longer in the signed metadata)",
+    ]
+    assert [line for line in lines if "withdrawn" in line][1:] == [
+        f"save member {member} withdrawn" for member in withdrawn
+    ]
+    after = play.play("> report d 1\n> report a 2 committed r1\n> wait 100000\n> restart")
+    assert "desired" not in after
 
 
 HOUR = 3_600_000

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from tuf.api.metadata import Targets  # type: ignore[attr-defined]  # public, but without __all__
 
 from protocol.constants import METADATA_BYTES_MAX
 from protocol.errors import (
@@ -13,16 +14,17 @@ from protocol.errors import (
     RollbackAttackError,
     TrustError,
 )
-from protocol.ids import Digest, digest_of
-from protocol.release import delta_target, file_target
+from protocol.ids import Digest, Family, Version, digest_of
+from protocol.release import delta_target, file_target, release_target
 from protocol.trust import Documents, Floors, Target, Verified, verify
 from server.ports import Repository
 from server.releases.catalog import blob_target
-from server.releases.publisher import ROLES, Publisher, Role
+from server.releases.metadata import Draft, expires, sign, snapshot_of, timestamp_of
+from server.releases.publisher import ROLES, Publisher
 from tests.server.samples import DAY_MS, NOW_MS, stored
 
 
-def _keys(first: int = 1) -> dict[Role, bytes]:
+def _keys(first: int = 1) -> dict[str, bytes]:
     return {role: _pem(bytes([first + place]) * 32) for place, role in enumerate(ROLES)}
 
 
@@ -44,6 +46,18 @@ def _device(
     return verify(root or repository.roots[0], documents, floors or Floors(), now_ms)
 
 
+def _release(family: str, version: str) -> Target:
+    return blob_target(
+        release_target(Family(family), Version(version)), stored(f"{family} {version}".encode())
+    )
+
+
+def _versions(verified: Verified) -> dict[str, int]:
+    floors = verified.floors
+    top = {name: getattr(floors, name) for name in ("root", "timestamp", "snapshot", "targets")}
+    return top | {floor.role: floor.version for floor in floors.delegated}
+
+
 @pytest.fixture(scope="module")
 def publisher() -> Publisher:
     return Publisher(_keys())
@@ -57,7 +71,7 @@ def empty(publisher: Publisher) -> Repository:
 def test_a_device_accepts_a_new_repository_without_targets(empty: Repository) -> None:
     verified = _device(empty)
     assert verified.targets == {}
-    assert verified.floors == Floors(root=1, timestamp=1, snapshot=1, targets=1)
+    assert _versions(verified) == {"root": 1, "timestamp": 1, "snapshot": 1, "targets": 1, "artifacts": 1}
 
 
 def test_a_device_gets_the_targets_that_were_published(publisher: Publisher, empty: Repository) -> None:
@@ -65,7 +79,80 @@ def test_a_device_gets_the_targets_that_were_published(publisher: Publisher, emp
     published = publisher.publish(empty, [target], (), NOW_MS)
     verified = _device(published.repository)
     assert verified.targets == {target.path: target} == published.targets
-    assert verified.floors == Floors(root=1, timestamp=2, snapshot=2, targets=2)
+    assert _versions(verified) == {"root": 1, "timestamp": 2, "snapshot": 2, "targets": 1, "artifacts": 2}
+
+
+def test_the_first_release_of_a_family_gets_a_role_of_its_own(
+    publisher: Publisher, empty: Repository
+) -> None:
+    release = _release("digits", "v1")
+    published = publisher.publish(empty, [release, _file("one")], (), NOW_MS)
+    verified = _device(published.repository)
+    assert verified.targets[release.path] == release
+    assert _versions(verified)["releases.digits"] == 1
+    again = publisher.publish(published.repository, [_release("digits", "v2")], (), NOW_MS)
+    assert _versions(_device(again.repository))["targets"] == _versions(verified)["targets"]
+
+
+def test_a_family_without_keys_is_refused_with_advice(empty: Repository) -> None:
+    keys = _keys()
+    del keys["releases"]
+    with pytest.raises(RequestError, match="releases of digits") as caught:
+        Publisher(keys).publish(empty, [_release("digits", "v1")], (), NOW_MS)
+    assert "keys assign releases.digits" in caught.value.hint
+
+
+@pytest.fixture
+def before() -> tuple[Publisher, Repository]:
+    """A repository as it was made before targets delegated anything."""
+    keys = {name: pem for name, pem in _keys().items() if name not in {"artifacts", "releases"}}
+    publisher = Publisher(keys)
+    root = Publisher(_keys()).create(NOW_MS).repository.roots[0]
+    signer = publisher._named
+    targets = sign("targets", Targets(1, "1.0.31", expires("targets", NOW_MS)), [signer["targets"]])
+    snapshot = sign("snapshot", snapshot_of(1, {"targets": targets}, NOW_MS), [signer["snapshot"]])
+    timestamp = sign("timestamp", timestamp_of(1, snapshot, NOW_MS), [signer["timestamp"]])
+    documents = Documents(timestamp=timestamp, snapshot=snapshot, targets=targets)
+    return publisher, Repository(roots=(root,), documents=documents)
+
+
+def test_a_repository_from_before_delegations_goes_on_as_it_is(before: tuple[Publisher, Repository]) -> None:
+    publisher, repository = before
+    added = [_release("digits", "v1"), _file("one")]
+    published = publisher.publish(repository, added, (), NOW_MS)
+    verified = _device(published.repository)
+    assert set(verified.targets) == {target.path for target in added}
+    assert _versions(verified) == {"root": 1, "timestamp": 2, "snapshot": 2, "targets": 2}
+
+
+def test_a_repository_from_before_delegations_moves_to_them(before: tuple[Publisher, Repository]) -> None:
+    publisher, repository = before
+    added = [_release("digits", "v1"), _file("one")]
+    repository = publisher.publish(repository, added, (), NOW_MS).repository
+    seen = _device(repository)
+    publisher = Publisher(_keys())
+
+    def change(draft: Draft) -> None:
+        draft.assign("artifacts", [publisher._named["artifacts"].public_key], 1)
+        draft.assign("releases.digits", [publisher._named["releases"].public_key], 1)
+
+    documents = publisher.change(repository, {}, change, NOW_MS)
+    moved = publisher.submit(repository, documents, (), NOW_MS)
+    assert moved.targets == seen.targets
+    assert _versions(_device(moved.repository, floors=seen.floors)).keys() >= {"artifacts", "releases.digits"}
+    targets = Draft(moved.repository, {})
+    assert targets.listed("targets") == set()
+
+
+def test_a_family_whose_document_has_expired_is_left_out_and_stops_no_other(empty: Repository) -> None:
+    publisher, keys = Publisher(_keys()), _keys()
+    del keys["releases"]
+    both = publisher.publish(empty, [_release("digits", "v1")], (), NOW_MS).repository
+    later_ms = NOW_MS + 80 * DAY_MS
+    both = publisher.publish(both, [_release("speech", "v1")], (), later_ms).repository
+    now_ms = NOW_MS + 91 * DAY_MS
+    published = Publisher(keys).refresh(Publisher(keys).refresh(both, now_ms).repository, now_ms)
+    assert set(published.targets) == {"releases/speech/v1.json"}
 
 
 def test_a_retired_target_is_gone_and_the_others_stay(publisher: Publisher, empty: Repository) -> None:
@@ -89,7 +176,7 @@ def test_a_repository_that_other_keys_signed_is_refused(empty: Repository) -> No
         _device(stranger, root=empty.roots[0])
 
 
-@pytest.mark.parametrize("document", ["timestamp", "snapshot", "targets"])
+@pytest.mark.parametrize("document", ["timestamp", "snapshot", "delegated"])
 def test_a_document_of_another_publication_is_refused(
     publisher: Publisher, empty: Repository, document: str
 ) -> None:
@@ -128,17 +215,17 @@ def test_nothing_is_signed_again_before_it_is_due(publisher: Publisher, empty: R
 
 def test_each_role_is_signed_again_when_its_time_has_come(publisher: Publisher, empty: Repository) -> None:
     cases = [
-        (5, {"timestamp"}, Floors(root=1, timestamp=2, snapshot=1, targets=1)),
-        (10, {"timestamp", "snapshot"}, Floors(root=1, timestamp=2, snapshot=2, targets=1)),
-        (61, {"timestamp", "snapshot", "targets"}, Floors(root=1, timestamp=2, snapshot=2, targets=2)),
+        (5, {"timestamp"}),
+        (10, {"timestamp", "snapshot"}),
+        (61, {"timestamp", "snapshot", "artifacts"}),
+        (244, {"timestamp", "snapshot", "artifacts", "targets", "root"}),
     ]
-    for days, changed, floors in cases:
+    before = _versions(_device(empty))
+    for days, changed in cases:
         now_ms = NOW_MS + days * DAY_MS
         after = publisher.refresh(empty, now_ms)
-        assert _device(after.repository, now_ms=now_ms).floors == floors
-        before, documents = empty.documents, after.repository.documents
-        names = ("timestamp", "snapshot", "targets")
-        assert {name for name in names if getattr(before, name) != getattr(documents, name)} == changed
+        versions = _versions(_device(after.repository, now_ms=now_ms))
+        assert {role for role, version in versions.items() if version != before[role]} == changed
         assert after.refresh_ms > now_ms
 
 
@@ -160,8 +247,8 @@ def test_the_targets_survive_every_refresh(publisher: Publisher, empty: Reposito
     assert _device(repository, now_ms=NOW_MS + 396 * DAY_MS).targets == {target.path: target}
 
 
-@pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
-def test_a_missing_key_is_named(empty: Repository, role: Role) -> None:
+@pytest.mark.parametrize("role", ["timestamp", "snapshot", "artifacts"])
+def test_a_missing_key_is_named(empty: Repository, role: str) -> None:
     keys = _keys()
     del keys[role]
     with pytest.raises(MissingKeyError, match=role):
@@ -187,8 +274,8 @@ def test_a_key_file_that_is_no_key_is_refused(pem: bytes) -> None:
 
 
 def test_a_key_that_the_root_does_not_name_cannot_publish(empty: Repository) -> None:
-    keys = _keys() | {"targets": _pem(b"x" * 32)}
-    with pytest.raises(TrustError):
+    keys = _keys() | {"artifacts": _pem(b"x" * 32)}
+    with pytest.raises(MissingKeyError, match="artifacts"):
         Publisher(keys).publish(empty, [_file("one")], (), NOW_MS)
 
 

@@ -73,8 +73,11 @@ def test_a_release_goes_from_a_file_to_a_rollout(run: Run, files: tuple[str, str
     assert [rollout["id"] for rollout in run("rollout", "list")] == ["r1"]
     assert run("rollout", "status") == run("rollout", "list")
     assert run("devices") == []
-    targets = json.loads((tmp_path / "server/metadata/targets.json").read_bytes())["signed"]["targets"]
-    assert "releases/digits/1.0.json" in targets
+    metadata = tmp_path / "server/metadata"
+    assert list(json.loads((metadata / "releases.digits.json").read_bytes())["signed"]["targets"]) == [
+        "releases/digits/1.0.json"
+    ]
+    assert json.loads((metadata / "targets.json").read_bytes())["signed"]["targets"] == {}
 
 
 @pytest.mark.usefixtures("run")
@@ -202,7 +205,7 @@ def test_a_missing_or_damaged_key_is_named(run: Run, files: tuple[str, str], tmp
     key.unlink()
     assert "role snapshot is missing" in run("release", "publish", "digits", "1", code=1)
     key.write_bytes(b"nonsense")
-    assert "role snapshot cannot be read" in run("release", "publish", "digits", "1", code=1)
+    assert "key snapshot cannot be read" in run("release", "publish", "digits", "1", code=1)
     assert run("release", "list")[0]["published_ms"] is None
     key.write_bytes(pem)
     run("release", "publish", "digits", "1")

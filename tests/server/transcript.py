@@ -173,6 +173,9 @@ class Play:
                 for path in self.signing.retired:
                     self.deltas.pop(path, None)
                 return MetadataChanged(paper_catalog(*self.releases, extra=tuple(self.deltas.values())))
+            case ["withdrawn", version]:
+                self.releases = [each for each in self.releases if each.version != version]
+                return MetadataChanged(paper_catalog(*self.releases, extra=tuple(self.deltas.values())))
             case ["unsigned"]:
                 assert self.signing is not None
                 return SigningFailed(self.signing.deltas, self.now_ms + 1000)
