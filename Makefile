@@ -20,6 +20,7 @@ DEB_OPTIONS ?=
 AT_REST_OPTIONS ?=
 SWAP_OPTIONS ?=
 ACCELERATORS ?= openvino cuda
+SUITE ?=
 
 # The environment is known by the lock file that it was made from.
 define environment
@@ -103,6 +104,12 @@ sim-agreement: setup ## run three scenarios in virtual time and live, 100 device
 .PHONY: sim-defects
 sim-defects: setup ## plant defects in the device's code, and count the seeds until the simulator finds each
 	$(BIN)/python -m tests.defects
+
+.PHONY: conformance
+conformance: setup ## run the public tuf-conformance suite over the device's verification: SUITE=its checkout (needs faketime)
+	@command -v faketime >/dev/null || { echo "whimbrel: faketime is missing (apt-get install faketime)" >&2; exit 1; }
+	@[ -d "$(SUITE)/tuf_conformance" ] || { echo "whimbrel: SUITE=$(SUITE) is no checkout of github.com/theupdateframework/tuf-conformance" >&2; exit 1; }
+	cd "$(SUITE)" && "$(CURDIR)/$(BIN)/python" -m pytest -q -c pyproject.toml -p no:cacheprovider tuf_conformance --entrypoint "$(CURDIR)/tests/conformance/whimbrel"
 
 .PHONY: fuzz
 fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 1); fails on a finding

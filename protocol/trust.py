@@ -123,6 +123,16 @@ class Followed:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifiedFiles:
+    """As `Verified`, with targets as python-tuf has them (`tuf.api.metadata.TargetFile`)."""
+
+    root: bytes
+    floors: Floors
+    files: dict[str, Any]
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Verified:
     """Metadata that passed every check.
 
@@ -197,6 +207,23 @@ def verify(
         ExpiredMetadataError: The newest document of a role is past its date.
         TrustError: Anything else: signatures, hashes, sizes, versions, shapes.
     """
+    verified = verify_files(root, documents, floors, now_ms, roles)
+    targets = {path: _target(path, file) for path, file in verified.files.items()}
+    return Verified(verified.root, verified.floors, targets, verified.until_ms)
+
+
+def verify_files(
+    root: bytes,
+    documents: Documents,
+    floors: Floors,
+    now_ms: int,
+    roles: Collection[str] | None = None,
+) -> VerifiedFiles:
+    """As `verify`, of a repository whose targets need not be artifacts of ours.
+
+    Raises:
+        TrustError: As `verify`.
+    """
     _check_sizes(documents)
     for successor in documents.roots[:ROOT_ROTATIONS_MAX]:
         followed = follow(root, successor, floors)
@@ -234,7 +261,7 @@ def verify(
         delegated=_delegated_floors(floors, targets, loaded),
     )
     ends = [document.expires for document in (trusted.root, timestamp, snapshot, targets, *loaded.values())]
-    return Verified(root, seen, _found_targets(targets, loaded), _milliseconds(min(ends)))
+    return VerifiedFiles(root, seen, _found_targets(targets, loaded), _milliseconds(min(ends)))
 
 
 def _signed_time_ms(timestamp: Timestamp) -> int:
@@ -366,14 +393,14 @@ def _delegated_floors(
     return tuple(delegated[name] for name in sorted(delegated))
 
 
-def _found_targets(targets: Targets, loaded: Mapping[str, Targets]) -> dict[str, Target]:
+def _found_targets(targets: Targets, loaded: Mapping[str, Targets]) -> dict[str, Any]:
     """What the search of 5.6.7 would find for each path: targets itself first, then its delegations in order."""
     found = dict(targets.targets)
     for name, document in loaded.items():
         for path, file in document.targets.items():
             if path not in found and _speaks_for(name, path, targets, loaded):
                 found[path] = file
-    return {path: _target(path, file) for path, file in found.items()}
+    return found
 
 
 def _speaks_for(name: str, path: str, targets: Targets, loaded: Mapping[str, Targets]) -> bool:

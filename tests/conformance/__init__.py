@@ -1,0 +1,1 @@
+"""The public tuf-conformance suite over the device's verification: `make conformance SUITE=FOLDER`."""
