@@ -21,7 +21,6 @@ to a minor release; the tests would notice a change.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -336,9 +335,9 @@ def _fingerprints(name: str, role: Role, keys: Mapping[str, Any]) -> frozenset[s
 
 
 def _fingerprint(key: Any) -> str:
-    """16 hexadecimal digits for the key itself; its id is only a name that the signer chose."""
+    """16 hexadecimal digits for the key itself; its id is only a name that the signer chose, its scheme a way to use it."""
     public = "".join(str(key.keyval.get("public", "")).split()).lower()  # however it is spelled
-    return hashlib.sha256(json.dumps([key.keytype, key.scheme, public]).encode()).hexdigest()[:16]
+    return hashlib.sha256(public.encode()).hexdigest()[:16]
 
 
 # --- delegations ------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from msgspec.structs import replace
+from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]  # public, but without __all__
 
 from protocol.constants import DELEGATED_MAX, METADATA_BYTES_MAX
 from protocol.errors import ExpiredMetadataError, RollbackAttackError, TrustError
@@ -89,7 +91,8 @@ def test_2_a_root_below_the_threshold_of_either_side(author: Author) -> None:
     for by in ([ana, ben], [ana, ben, dora], [cem, dora, emil], [ana, dora, emil]):
         with pytest.raises(TrustError, match="signed by"):
             follow(first, author.root(by), Floors())
-    assert check_root(follow(first, author.root([ana, ben, dora, emil]), Floors()).root) == 2
+    followed = follow(first, author.root([ana, ben, dora, emil]), Floors())
+    assert (check_root(followed.root), followed.floors.root) == (2, 2)
     assert check_root(follow(first, author.root([ana, cem, dora]), Floors()).root) == 2
 
 
@@ -120,6 +123,16 @@ def test_3_one_key_under_two_ids_does_not_make_two(author: Author, spelling: Any
     again = renamed(builder, "f" * 64)
     again.public_key.keyval["public"] = spelling(again.public_key.keyval["public"])
     author.signers[DIGITS] = [builder, again]
+    with pytest.raises(TrustError, match="one key under two ids"):
+        Believer(author.roots[0]).refresh(author.documents())
+
+
+def test_3_one_key_under_two_schemes_does_not_make_two(author: Author) -> None:
+    private = generate_private_key(65_537, 2048)
+    schemes = ("rsassa-pss-sha256", "rsassa-pss-sha512")
+    author.signers[DIGITS] = [
+        CryptoSigner(private, SSlibKey.from_crypto(private.public_key(), None, scheme)) for scheme in schemes
+    ]
     with pytest.raises(TrustError, match="one key under two ids"):
         Believer(author.roots[0]).refresh(author.documents())
 
@@ -281,6 +294,19 @@ def test_7_a_rotation_that_was_followed_before_never_lowers_a_floor_again(
     device.root = first
     with pytest.raises(RollbackAttackError, match="timestamp"):
         device.refresh(old, [root])
+
+
+def test_7_a_floor_of_a_role_that_is_not_looked_at_stays(author: Author, device: Believer) -> None:
+    device.refresh(author.documents())
+    old = author.documents()
+    device.refresh(author.documents())
+    device.roles = (DIGITS,)
+    device.refresh(author.documents())
+    device.roles = None
+    device.floors = replace(device.floors, timestamp=0, snapshot=0, targets=0)
+    with pytest.raises(RollbackAttackError):
+        device.refresh(old)
+    assert {floor.role: floor.version for floor in device.floors.delegated} == {DIGITS: 4, ARTIFACTS_ROLE: 3}
 
 
 def test_7_a_record_of_an_older_agent_keeps_its_floors() -> None:
