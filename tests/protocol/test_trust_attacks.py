@@ -309,7 +309,7 @@ def test_7_a_floor_of_a_role_that_is_not_looked_at_stays(author: Author, device:
     assert {floor.role: floor.version for floor in device.floors.delegated} == {DIGITS: 4, ARTIFACTS_ROLE: 3}
 
 
-def test_7_a_record_of_an_older_agent_keeps_its_floors() -> None:
+def test_a_record_of_an_older_agent_keeps_its_floors() -> None:
     old = msgspec.msgpack.encode({"root": 3, "timestamp": 7, "snapshot": 6, "targets": 5})
     assert msgspec.msgpack.decode(old, type=Floors) == Floors(root=3, timestamp=7, snapshot=6, targets=5)
     new = Floors(delegated=(DelegatedFloor(role=DIGITS, version=4, keys=("a" * 16,)),))

@@ -1,0 +1,78 @@
+"""The tables of attacks in docs/security: each test that they name exists, no row is without one, and no attack test is left out."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "security"
+TABLES = sorted(FOLDER.glob("*.md"))
+ROWS = {
+    "metadata.md": {*range(1, 21), *range(25, 30)},
+    "transport.md": set(range(30, 47)),
+    "input.md": {*range(21, 25), *range(58, 72)},
+}
+"""Of the project's list of faults and attacks; those between are storage and power, in docs/durability.md."""
+
+NAME = re.compile(r"(?<![/\w])(test_\w+)(?!\w*\.py)(…?)")
+
+
+@cache
+def functions_of(path: Path) -> frozenset[str]:
+    return frozenset(
+        node.name
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    )
+
+
+@cache
+def functions() -> frozenset[str]:
+    return frozenset().union(*(functions_of(path) for path in (ROOT / "tests").rglob("test_*.py")))
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.name)
+def test_every_test_that_a_table_names_is_there(table: Path) -> None:
+    text = table.read_text("utf-8")
+    names = set(NAME.findall(text))
+    assert names
+    for name, more in names:
+        found = any(each.startswith(name) for each in functions()) if more else name in functions()
+        assert found, f"{table.name} names {name}{more}"
+    for path in re.findall(r"tests/[\w/]+\.py", text):
+        assert (ROOT / path).exists(), f"{table.name} names {path}"
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text):
+        assert name in functions_of(ROOT / path), f"{table.name}: {path} has no {name}"
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.name)
+def test_every_row_is_there_and_names_a_test(table: Path) -> None:
+    rows: dict[int, list[str]] = {}
+    for line in table.read_text("utf-8").splitlines():
+        if found := re.match(r"\| (\d+) \|", line):
+            rows.setdefault(int(found[1]), []).append(line)
+    assert set(rows) == ROWS[table.name]
+    for number, lines in rows.items():
+        assert all(NAME.search(line) for line in lines), f"{table.name}: row {number} names no test"
+
+
+@pytest.mark.parametrize(
+    ("table", "paths", "pattern"),
+    [
+        ("metadata.md", ["protocol/test_trust_attacks.py", "device/test_trust_agent.py"], r"test_\d+_"),
+        ("transport.md", ["server/test_broker_attacks.py"], r"test_\d+_"),
+        ("input.md", ["security/test_hostile_models.py", "security/test_hostile_deltas.py"], r"test_row_"),
+    ],
+)
+def test_no_attack_test_is_left_out(table: str, paths: list[str], pattern: str) -> None:
+    text = (FOLDER / table).read_text("utf-8")
+    named = NAME.findall(text)
+    for path in paths:
+        for name in functions_of(ROOT / "tests" / path):
+            if re.match(pattern, name):
+                assert any(name == each or (more and name.startswith(each)) for each, more in named), (
+                    f"{path}::{name}"
+                )
