@@ -136,13 +136,13 @@ def usable_providers(settings: OnnxSettings) -> tuple[tuple[str, ...], str]:
 def _usable_providers(encoded: bytes) -> tuple[tuple[str, ...], str]:
     settings = msgspec.json.decode(encoded, type=OnnxSettings)  # which has tables, and so is no key itself
     onnxruntime = _onnxruntime()
-    available = onnxruntime.get_available_providers()
     usable: list[str] = []
     troubles: list[str] = []
     for name in settings.providers:
         if name == PROCESSOR:
             usable.append(name)
             continue
+        available = onnxruntime.get_available_providers()
         if name not in available:
             troubles.append(
                 f"onnxruntime {onnxruntime.__version__} has no {name}, it has {', '.join(available)}"
