@@ -14,7 +14,7 @@ from securesystemslib.signer import Key, Signer  # type: ignore[attr-defined]  #
 from protocol.errors import RequestError, TrustError
 from server.adapters.blobs import write_file
 from server.adapters.pending import PendingFolder, read_document
-from server.operations import Home, change_signed, opened, read_waiting
+from server.home import Home, opened
 from server.ports import Repository
 from server.releases.metadata import (
     TOP_ROLES,
@@ -29,6 +29,7 @@ from server.releases.metadata import (
     version_of,
 )
 from server.releases.publisher import REFRESH_SHARE
+from server.signing import change_signed, read_waiting
 
 KEYID_CHARS_MIN: Final = 6
 """So much of an id names a key, unless two begin alike."""

@@ -31,6 +31,7 @@ from server.config import (
     read_config,
 )
 from server.display import bytes_text, table
+from server.home import KEYS_FOLDER
 from server.operations import RolloutStatus
 from server.ports import ReleaseRecord
 from server.runtime import Server
@@ -222,7 +223,7 @@ def _init(arguments: argparse.Namespace) -> int:
     lines = [
         f"Repository of fleet {arguments.fleet} in {arguments.folder}",
         f"Devices start their trust from {root}",
-        f"Keys are in {arguments.folder / operations.KEYS_FOLDER}: whoever reads them decides what devices run",
+        f"Keys are in {arguments.folder / KEYS_FOLDER}: whoever reads them decides what devices run",
         "Keep a copy; `whimbrel keys` gives them to several people",
     ]
     _print(arguments, {"folder": str(arguments.folder), "fleet": arguments.fleet, "root": str(root)}, lines)

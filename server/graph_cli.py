@@ -16,8 +16,8 @@ from protocol.errors import RequestError
 from protocol.ids import Digest, parse_family
 from protocol.messages import Capacity
 from protocol.release import Release, parse_delta_target
-from server import operations
 from server.display import bytes_text, table
+from server.home import Home, opened
 from server.releases.catalog import Catalog
 from server.releases.delta_garbage import head_releases, is_absent, needed_deltas
 from server.releases.delta_graph import FleetGraph
@@ -101,7 +101,7 @@ def graph_report(folder: Path, family: str = "") -> GraphReport:
     Raises:
         RequestError: There is no repository, or no such family.
     """
-    with operations.opened(folder) as home:
+    with opened(folder) as home:
         repository = home.store.repository()
         assert repository is not None, "`init` signs one"
         now_ms = home.clock.now_ms()
@@ -165,7 +165,7 @@ def _way(row: WayRow) -> str:
 class _View:
     """The graph of an open folder with names that people know."""
 
-    def __init__(self, home: operations.Home, catalog: Catalog, now_ms: int) -> None:
+    def __init__(self, home: Home, catalog: Catalog, now_ms: int) -> None:
         self._graph = FleetGraph(catalog)
         self._devices = [device for device in home.store.devices() if not is_absent(device, now_ms)]
         self._idle = {idle.path: idle.since_ms for idle in home.store.idle_deltas()}

@@ -45,7 +45,7 @@ from server.fleet.identities import (
     revoke,
     waiting_claim,
 )
-from server.operations import Home, opened
+from server.home import Home, opened
 
 AUTHORITY_FOLDER: Final = "ca"
 TLS_FOLDER: Final = "tls"

@@ -6,16 +6,14 @@ Each call opens the folder, acts in one transaction and closes it. A running ser
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import msgspec
 from msgspec import UNSET, Struct
 
-from protocol.errors import RequestError, StorageError, TrustError
+from protocol.errors import RequestError, StorageError
 from protocol.ids import (
     Digest,
     Family,
@@ -27,20 +25,17 @@ from protocol.ids import (
     parse_version,
 )
 from protocol.release import (
-    ARTIFACTS_ROLE,
     Release,
     RuntimeName,
     encode_release,
-    file_target,
     release_digest,
     release_target,
 )
-from protocol.trust import Target
 from server.adapters.blobs import FolderBlobs, storage_errors, write_file
 from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
 from server.adapters.lock import is_locked
-from server.adapters.pending import PendingFolder, read_document
+from server.adapters.pending import read_document
 from server.adapters.store import SqlStore
 from server.config import (
     CONFIG_FILE,
@@ -50,14 +45,14 @@ from server.config import (
     ServerConfig,
     config_text,
     parse_broker,
-    read_config,
 )
 from server.fleet.registry import DeviceRecord
-from server.ports import Clock, ReleaseRecord, Repository
+from server.home import BLOBS_FOLDER, KEYS_FOLDER, LOCK_FILE, METADATA_FOLDER, Home, opened, write_metadata
+from server.ports import Clock, ReleaseRecord
 from server.releases.catalog import blob_target
 from server.releases.chain import Chain, explain
 from server.releases.importer import import_release
-from server.releases.metadata import Draft, Standing
+from server.releases.metadata import Standing
 from server.releases.provenance import (
     PROVENANCE_BYTES_MAX,
     Origin,
@@ -69,30 +64,7 @@ from server.releases.provenance import (
 from server.releases.publisher import Publisher
 from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
-
-KEYS_FOLDER: Final = "keys"
-METADATA_FOLDER: Final = "metadata"
-BLOBS_FOLDER: Final = "blobs"
-LOCK_FILE: Final = "serve.lock"
-
-
-@dataclass(frozen=True, slots=True)
-class Home:
-    """An open folder of a server."""
-
-    config: ServerConfig
-    store: SqlStore
-    blobs: FolderBlobs
-    clock: Clock
-
-    def publisher(self) -> Publisher:
-        """Signs with the keys that are there."""
-        return Publisher(KeyFolder(self.config.folder / KEYS_FOLDER).load())
-
-    @property
-    def is_served(self) -> bool:
-        """Whether a server runs on this folder, and will notice what changes."""
-        return is_locked(self.config.folder / LOCK_FILE)
+from server.signing import change_signed, signed_paths
 
 
 class RolloutStatus(Struct, frozen=True, kw_only=True):
@@ -115,22 +87,6 @@ class ReleaseDetails(Struct, frozen=True, kw_only=True):
     record: ReleaseRecord
     digest: Digest
     provenance: Statement | None
-
-
-@contextmanager
-def opened(folder: Path, config: ServerConfig | None = None, clock: Clock | None = None) -> Iterator[Home]:
-    """Open a folder that `init_repository` made.
-
-    Raises:
-        RequestError: There is no repository, or not one that this version understands.
-    """
-    config = config or read_config(folder)
-    store = SqlStore(config.database_url)
-    try:
-        store.check()
-        yield Home(config, store, FolderBlobs(folder / BLOBS_FOLDER), clock or SystemClock())
-    finally:
-        store.close()
 
 
 def init_repository(
@@ -272,109 +228,9 @@ def withdraw_release(folder: Path, family: str, version: str) -> list[Standing]:
         path = release_target(Family(record.release.family), Version(record.release.version))
         if record.published_ms is None:
             raise RequestError(f"{family} {version} is not published", hint="a draft reaches no device")
-        if path not in _signed_paths(home):
+        if path not in signed_paths(home):
             raise RequestError(f"{family} {version} was withdrawn before")
         return change_signed(home, lambda draft: draft.drop(path))
-
-
-def _signed_paths(home: Home) -> set[str]:
-    repository = home.store.repository()
-    assert repository is not None, "an open folder has been signed"
-    return {path for _, path, _ in Draft(repository, {}).files()}
-
-
-def change_signed(
-    home: Home, change: Callable[[Draft], None] = lambda _: None, added: Sequence[Target] = ()
-) -> list[Standing]:
-    """Change what is signed, and publish it once nothing lacks a signature; until then it waits in the folder.
-
-    Args:
-        home: The open folder.
-        change: Changes keys, roles or lives of documents.
-        added: Targets to list, which need the signatures of others.
-
-    Returns:
-        What waits for signatures; nothing if it was published.
-
-    Raises:
-        MissingKeyError: Everything is signed, and the key of snapshot or timestamp is not here.
-        RequestError: The change cannot be made.
-    """
-    publisher, now_ms = home.publisher(), home.clock.now_ms()
-    pending = PendingFolder(home.config.folder)
-    waiting, _ = read_waiting(home)
-
-    def prepared(repository: Repository) -> tuple[dict[str, bytes], Draft]:
-        # What the server signs by itself may have changed since: it is signed again where that is needed.
-        known = {role for role, _ in repository.documents.delegated}
-        kept = {role: data for role, data in waiting.items() if role != ARTIFACTS_ROLE or role not in known}
-
-        def both(draft: Draft) -> None:
-            change(draft)
-            publisher.list_targets(draft, added)
-
-        documents = publisher.change(repository, kept, both, now_ms)
-        return documents, Draft(repository, documents)
-
-    repository = home.store.repository()
-    assert repository is not None, "an open folder has been signed"
-    documents, draft = prepared(repository)
-    standings = [draft.standing(role) for role in documents]
-    if any(standing.missing for standing in standings):
-        pending.write(documents)
-        return standings
-    records, files = _newly_listed(home, draft)
-    published = [msgspec.structs.replace(record, published_ms=now_ms) for record in records]
-    repository = home.store.sign(
-        lambda before: publisher.submit(before, prepared(before)[0], files, now_ms).repository, *published
-    )
-    write_metadata(home.config.folder, repository)
-    pending.write({})
-    return []
-
-
-def read_waiting(home: Home) -> tuple[dict[str, bytes], Draft]:
-    """What waits for signatures, and that on top of what is published.
-
-    Raises:
-        RequestError: A file is no document of a role; names the file.
-    """
-    repository = home.store.repository()
-    assert repository is not None, "an open folder has been signed"
-    pending = PendingFolder(home.config.folder)
-    waiting = pending.read()
-    for role, data in waiting.items():
-        try:
-            Draft(repository, {role: data})
-        except TrustError as error:
-            raise RequestError(
-                f"{pending.path(role)}: {error.message}",
-                hint="restore it, or give up what waits with `whimbrel keys drop`",
-            ) from error
-    draft = Draft(repository, waiting)
-    for role in waiting:
-        if role in {"snapshot", "timestamp"} or role not in draft.roles():
-            raise RequestError(f"{pending.path(role)} is the document of no role", hint="remove the file")
-    return waiting, draft
-
-
-def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[Target]]:
-    """Drafts of releases that will be listed, and the targets of their files."""
-    records = [
-        record
-        for record in home.store.releases()
-        if record.published_ms is None
-        and draft.digest(release_target(Family(record.release.family), Version(record.release.version)))
-        == digest_of(encode_release(record.release))
-    ]
-    files = {file.sha256 for record in records for file in record.release.files}
-    files |= {
-        record.release.provenance_sha256
-        for record in records
-        if record.release.provenance_sha256 is not UNSET
-    }
-    blobs = [home.blobs.describe(parse_digest(sha256)) for sha256 in sorted(files)]
-    return records, [blob_target(file_target(blob.digest), blob) for blob in blobs]
 
 
 def show_release(folder: Path, family: str, version: str) -> ReleaseDetails:
@@ -400,7 +256,7 @@ def list_releases(folder: Path) -> list[ReleaseRecord]:
 def is_withdrawn(folder: Path, records: Sequence[ReleaseRecord]) -> list[bool]:
     """Which releases were published and are not in the signed metadata any more."""
     with opened(folder) as home:
-        signed = _signed_paths(home)
+        signed = signed_paths(home)
     return [
         record.published_ms is not None
         and release_target(Family(record.release.family), Version(record.release.version)) not in signed
@@ -490,7 +346,7 @@ def start_rollout(
                 f"{family} {version} is not published",
                 hint=f"run `whimbrel release publish {family} {version}`",
             )
-        if release_target(Family(family), Version(version)) not in _signed_paths(home):
+        if release_target(Family(family), Version(version)) not in signed_paths(home):
             raise RequestError(f"{family} {version} was withdrawn", hint="publish it under another version")
         now_ms = home.clock.now_ms()
 
@@ -562,21 +418,6 @@ def _lay_out(config: ServerConfig, now_ms: int) -> None:
     write_metadata(config.folder, published.repository)
     # Last: its presence says that all the rest is there.
     write_file(config.folder / CONFIG_FILE, config_text(config).encode())
-
-
-def write_metadata(folder: Path, repository: Repository) -> None:
-    """Copy the signed documents into the folder, for people and installers; the database is what counts."""
-    metadata = folder / METADATA_FOLDER
-    for version, root in enumerate(repository.roots, start=1):
-        path = metadata / f"{version}.root.json"
-        if not path.exists():
-            write_file(path, root)
-    documents = repository.documents
-    for role, data in documents.delegated:
-        write_file(metadata / f"{role}.json", data)
-    write_file(metadata / "targets.json", documents.targets)
-    write_file(metadata / "snapshot.json", documents.snapshot)
-    write_file(metadata / "timestamp.json", documents.timestamp)
 
 
 def _release(home: Home, family: Family, version: Version) -> ReleaseRecord:

@@ -54,7 +54,7 @@ from server.events import (
     SigningFailed,
     Started,
 )
-from server.operations import BLOBS_FOLDER, KEYS_FOLDER, LOCK_FILE, write_metadata
+from server.home import BLOBS_FOLDER, KEYS_FOLDER, LOCK_FILE, write_metadata
 from server.ports import Clock, Record, Repository
 from server.releases.builders import BuildPool
 from server.releases.catalog import Catalog

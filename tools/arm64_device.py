@@ -193,8 +193,8 @@ class ArmDevice:
     def provision(self, factory: Path, port: int) -> None:
         """Tell it who it is, and give it the first version."""
         (self.root / "etc/whimbrel/device.d/50-local.toml").write_text(CONFIG.format(port=port))
-        shutil.copytree(factory, self.root / "root" / "factory")
-        self("whimbrel-device", "provision", "--from", "/root/factory")
+        shutil.copytree(factory, self.root / "srv" / "factory")
+        self("whimbrel-device", "provision", "--from", "/srv/factory")
 
     def start(self) -> None:
         """Start the agent, as its user."""

@@ -398,17 +398,24 @@ def _is_synchronized() -> bool:
     return bool(adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) != _TIME_ERROR)
 
 
+def _in_child(module: str, given: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
+    """Run a module in a process of its own, which may crash or give up its rights."""
+    return subprocess.run(
+        [sys.executable, "-m", module],
+        input=given,
+        capture_output=True,
+        check=False,
+        timeout=IMPORT_S_MAX,
+        cwd=Path(__file__).resolve().parents[2],  # the child runs the code that this process runs
+    )
+
+
 def look_at_confinement() -> Finding:
     """What the kernel takes from a trial, in a process of its own: rights do not come back."""
     name = "confinement"
     try:
-        result = subprocess.run(
-            [sys.executable, "-m", "device.adapters.confinement"],
-            capture_output=True,
-            check=True,
-            timeout=IMPORT_S_MAX,
-            cwd=Path(__file__).parents[2],
-        )
+        result = _in_child("device.adapters.confinement")
+        result.check_returncode()
         granted = msgspec.json.decode(result.stdout, type=Confinement)
     except (subprocess.SubprocessError, msgspec.MsgspecError) as error:
         return Finding(name, Level.WARNING, f"trials cannot be confined: {error}", "look at the kernel's log")
@@ -451,14 +458,7 @@ def _check_runtime(runtime: RuntimeName, compute: Compute) -> CheckResult:
     """Where a runtime runs; asked in a process of its own, which may crash."""
     order = msgspec.json.encode(CheckOrder(runtime=runtime, compute=compute))
     try:
-        result = subprocess.run(
-            [sys.executable, "-m", "device.adapters.runtime_check"],
-            input=order,
-            capture_output=True,
-            check=False,
-            timeout=IMPORT_S_MAX,
-            cwd=Path(__file__).resolve().parents[2],  # the child runs the code that this process runs
-        )
+        result = _in_child("device.adapters.runtime_check", order)
     except subprocess.TimeoutExpired:
         return CheckResult(places=(), trouble=f"no end after {IMPORT_S_MAX:.0f} s")
     if result.returncode < 0:

@@ -205,11 +205,7 @@ def _llama_cpp() -> Any:
         raise EngineError(
             f"llama-cpp-python is not installed: {error}", hint="install whimbrel with the extra 'llama'"
         ) from error
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # a library that it needs is missing or is another one
+    except (ImportError, OSError, RuntimeError) as error:  # for want of a library, as a rule
         raise EngineError(
             f"llama-cpp-python does not load: {_line(error)}", hint="install it anew"
         ) from error

@@ -168,11 +168,7 @@ def _onnxruntime() -> Any:
         raise EngineError(
             f"onnxruntime is not installed: {error}", hint="install whimbrel with the extra 'onnx'"
         ) from error
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # a library that it needs is missing or is another one
+    except (ImportError, OSError, RuntimeError) as error:  # for want of a library, as a rule
         raise EngineError(f"onnxruntime does not load: {_line(error)}", hint="install it anew") from error
     onnxruntime.set_default_logger_severity(_LOG_ERRORS)
     return onnxruntime

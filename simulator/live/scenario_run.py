@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from protocol.errors import StorageError, TransportError
 from server import operations
+from server.home import METADATA_FOLDER
 from server.operations import RolloutStatus
 from server.rollouts.states import FINAL
 from server.runtime import Server
@@ -134,7 +135,7 @@ class _LiveScenario:
             place = self._folder / "devices" / plan.device
             self._devices.append(HostedDevice(plan, link, place, self._host))
         home = self._folder / "server"
-        root = (home / operations.METADATA_FOLDER / "1.root.json").read_bytes()
+        root = (home / METADATA_FOLDER / "1.root.json").read_bytes()
         release = operations.list_releases(home)[0].release
         for device in self._devices:
             device.provision(FLEET, release, self._folder / "models" / FACTORY / FILE_NAME, root)

@@ -12,6 +12,7 @@ from protocol.errors import EngineError, TransportError, WhimbrelError
 from protocol.ids import Digest, digest_of
 from protocol.release import ARTIFACTS_ROLE, Prompt, TextPrompt, delta_target
 from server import operations
+from server.home import METADATA_FOLDER
 from server.operations import RolloutStatus
 from server.rollouts.states import FINAL
 from server.runtime import Server
@@ -99,7 +100,7 @@ class World:
     def bring_up(self) -> None:
         """Start the fleet, and wait until every device has reported."""
         self._observer.begin_phase("Starting the fleet")
-        root = (self._folder / operations.METADATA_FOLDER / "1.root.json").read_bytes()
+        root = (self._folder / METADATA_FOLDER / "1.root.json").read_bytes()
         release = operations.list_releases(self._folder)[0].release
         self._fleet.provision(FLEET_NAME, release, root)
         self._fleet.start()
@@ -288,7 +289,7 @@ class World:
 
     def _delta_bytes(self, base: str, result: str) -> int:
         """Length of a signed delta; 0 where there is none."""
-        documents = self._folder / operations.METADATA_FOLDER / f"{ARTIFACTS_ROLE}.json"
+        documents = self._folder / METADATA_FOLDER / f"{ARTIFACTS_ROLE}.json"
         try:
             targets = json.loads(documents.read_bytes())["signed"]["targets"]
         except (OSError, ValueError):

@@ -16,8 +16,10 @@ CUDA = "CUDAExecutionProvider"
 BOTH = ("TensorrtExecutionProvider", CUDA)
 SETTINGS = OnnxSettings(providers=(CUDA, PROCESSOR), gpu_memory_mb_max=256)
 STARTS = CUDA in usable_providers(SETTINGS)[0]
-without_gpu = pytest.mark.skipif(STARTS, reason="CUDA starts on this machine")
-with_gpu = pytest.mark.skipif(not STARTS, reason="CUDA does not start on this machine")
+without_gpu = pytest.mark.skipif(
+    STARTS, reason="is about machines without CUDA's libraries or device, and this one has them"
+)
+with_gpu = pytest.mark.skipif(not STARTS, reason="needs an NVIDIA GPU, its driver, CUDA and cuDNN")
 
 
 def test_this_is_the_build_that_is_meant() -> None:

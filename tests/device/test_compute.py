@@ -172,7 +172,7 @@ def test_layers_for_an_accelerator_that_llama_was_built_without_run_on_the_proce
     from device.adapters.engine_llama import gpu_trouble, load_llama  # noqa: PLC0415 - after the skip
 
     if not gpu_trouble():
-        pytest.skip("this llama.cpp has an accelerator")
+        pytest.skip("needs llama.cpp without an accelerator, as the lock file has it compiled")
     with caplog.at_level(logging.WARNING):
         load_llama(str(language_model()), LlamaSettings(gpu_layers="all", gpu_memory_mb_max=1)).close()
     assert "all layers run on the processor: llama-cpp-python" in caplog.text

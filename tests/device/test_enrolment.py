@@ -38,6 +38,7 @@ from protocol.messages import Report, encode_message
 from protocol.topics import Topics
 from server.adapters.authority import Authority
 from server.config import read_config
+from server.home import opened
 from server.identity import (
     accept_device,
     authority_of,
@@ -56,7 +57,6 @@ from server.operations import (
     export_release,
     init_repository,
     list_devices,
-    opened,
     publish_release,
     rollout_status,
     start_rollout,

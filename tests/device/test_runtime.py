@@ -21,11 +21,11 @@ from protocol.errors import RequestError
 from protocol.ids import DeviceId, Family, FleetId, digest_of
 from protocol.release import DeltaName, decode_release, parse_delta_target
 from server.config import read_config
+from server.home import opened
 from server.operations import (
     add_release,
     init_repository,
     list_devices,
-    opened,
     publish_release,
     rollout_status,
     start_rollout,

@@ -19,7 +19,8 @@ from protocol.errors import RequestError
 from server import operations
 from server.cli import main
 from server.display import address_text
-from server.operations import KEYS_FOLDER, rollout_status, start_rollout
+from server.home import KEYS_FOLDER
+from server.operations import rollout_status, start_rollout
 from tests.device.test_runtime import Lab, version_of
 from tests.server.samples import write_health, write_model
 

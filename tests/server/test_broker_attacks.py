@@ -25,8 +25,9 @@ from server.adapters.authority import Authority
 from server.adapters.clock import SystemClock
 from server.broker_files import PACKET_BYTES_MAX, SERVER_CONNECTIONS_MAX
 from server.fleet.identities import use_claim
+from server.home import opened
 from server.identity import accept_device, authority_of, claim_device, revoke_name
-from server.operations import init_repository, opened
+from server.operations import init_repository
 from tests.server.brokers import WAIT_S, SecuredBroker, secured_mosquitto, wait_until
 
 # paho leaves the socket of a handshake that failed to the collector, which closes it, and warns.

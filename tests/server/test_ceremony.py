@@ -18,7 +18,7 @@ from server import operations
 from server.adapters.keys import PASSPHRASE_VARIABLE
 from server.cli import main
 from server.config import read_config
-from server.operations import opened
+from server.home import opened
 from server.ports import Repository
 from server.releases.chain import explain
 from server.releases.signers import make_key, public_key_of, remote_signer, signer_of

@@ -35,6 +35,7 @@ from server import operations
 from server.adapters.clock import SystemClock
 from server.broker.tcp import EmbeddedBroker
 from server.config import read_config
+from server.home import opened
 from server.runtime import Server
 from tests.server.brokers import BROKERS, Address, running_broker, wait_until
 from tests.server.samples import publish_models
@@ -151,8 +152,8 @@ def _verified(home: Path, radio: Radio) -> Verified | None:
         delegated=tuple(zip(ROLES, delegated, strict=True)),
     )
     root = (home / "metadata" / "1.root.json").read_bytes()
-    with operations.opened(home) as opened:
-        return verify(root, documents, Floors(), opened.clock.now_ms())
+    with opened(home) as there:
+        return verify(root, documents, Floors(), there.clock.now_ms())
 
 
 def _ask(radio: Radio, name: Digest, chunks: list[int]) -> list[bytes]:
@@ -202,8 +203,8 @@ def test_a_device_that_hears_no_retained_messages_can_ask_for_metadata(
         targets=bundle.targets,
         delegated=tuple(bundle.delegated.items()),
     )
-    with operations.opened(tmp_path / "server") as opened:
-        assert len(verify(root, documents, Floors(), opened.clock.now_ms()).targets) == 4
+    with opened(tmp_path / "server") as there:
+        assert len(verify(root, documents, Floors(), there.clock.now_ms()).targets) == 4
 
 
 def test_a_rollout_builds_a_signed_delta_retains_it_and_ends_with_a_commit(
@@ -234,8 +235,8 @@ def test_a_rollout_builds_a_signed_delta_retains_it_and_ends_with_a_commit(
     assert operations.rollout_status(home, rollout.id).counts == {"committed": 1}
     # Nobody needs the delta now: the broker is told to forget it, and that is noted.
     assert wait_until(lambda: server.status()["cached_blobs"] == 0)
-    with operations.opened(home) as opened:
-        assert wait_until(lambda: not opened.store.cached())
+    with opened(home) as there:
+        assert wait_until(lambda: not there.store.cached())
 
 
 def test_nothing_but_signed_blobs_is_answered_and_nonsense_is_counted(
@@ -436,11 +437,11 @@ def test_a_delta_that_nobody_needs_leaves_metadata_and_disk_after_its_time_of_gr
     config = msgspec.structs.replace(read_config(home), delta_grace_hours=24)
 
     def signed() -> Target | None:
-        with operations.opened(home) as opened:
-            repository = opened.store.repository()
+        with opened(home) as there:
+            repository = there.store.repository()
             assert repository is not None
             return (
-                opened.publisher().checked(repository, calendar.now_ms()).targets.get(delta_target(old, new))
+                there.publisher().checked(repository, calendar.now_ms()).targets.get(delta_target(old, new))
             )
 
     with Server(config, seed=1, clock=calendar) as server:
@@ -480,8 +481,8 @@ def test_a_delta_that_nobody_needs_leaves_metadata_and_disk_after_its_time_of_gr
 
 
 def _idle(home: Path) -> list[str]:
-    with operations.opened(home) as opened:
-        return [idle.path for idle in opened.store.idle_deltas()]
+    with opened(home) as there:
+        return [idle.path for idle in there.store.idle_deltas()]
 
 
 def test_waiting_for_a_broker_that_is_not_there_ends_with_an_error(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from server import operations
 from server.cli import main
 from server.fleet.registry import DeviceRecord
 from server.graph_cli import graph_report
+from server.home import opened
 from server.ports import IdleDelta
 from server.releases.builders import build_delta
 from server.releases.catalog import blob_target
@@ -25,13 +26,13 @@ CELL = Capacity(link_bytes_per_s=8_192, processor_percent=64, delta_memory_bytes
 
 def sign(home: Path, *names: DeltaName) -> None:
     """Build deltas and sign them, as a server does."""
-    with operations.opened(home) as opened:
+    with opened(home) as there:
         targets = []
         for name in names:
-            built = build_delta(opened.blobs, name, {}, {})
+            built = build_delta(there.blobs, name, {}, {})
             targets.append(blob_target(delta_target(*name), built.blob, built.memory_bytes))
-        publisher, now_ms = opened.publisher(), opened.clock.now_ms()
-        opened.store.sign(lambda before: publisher.publish(before, targets, (), now_ms).repository)
+        publisher, now_ms = there.publisher(), there.clock.now_ms()
+        there.store.sign(lambda before: publisher.publish(before, targets, (), now_ms).repository)
 
 
 @pytest.fixture
@@ -46,9 +47,9 @@ def home(tmp_path: Path) -> Path:
         DeltaName(files["2"], files["3"], Profile.FAST),
         DeltaName(files["3"], files["4"]),
     )
-    with operations.opened(home) as opened:
-        now_ms = opened.clock.now_ms()
-        opened.store.create_rollout(
+    with opened(home) as there:
+        now_ms = there.clock.now_ms()
+        there.store.create_rollout(
             lambda number, _: RolloutRecord(
                 id=f"r{number}", family=Family("digits"), version=Version("3"), created_ms=now_ms
             )
@@ -57,12 +58,12 @@ def home(tmp_path: Path) -> Path:
         for device, version, capacity in devices:
             installed: dict[str, str] = {models[version].name: files[version]} if version else {}
             said = report(device, 1, version, files=installed, capacity=capacity)
-            opened.store.save([DeviceRecord(device=DeviceId(device), report=said, seen_ms=now_ms)])
+            there.store.save([DeviceRecord(device=DeviceId(device), report=said, seen_ms=now_ms)])
         absent = report("gone", 1, "4", files={models["4"].name: files["4"]})
-        opened.store.save([DeviceRecord(device=DeviceId("gone"), report=absent, seen_ms=1)])
+        there.store.save([DeviceRecord(device=DeviceId("gone"), report=absent, seen_ms=1)])
         unneeded = delta_target(files["3"], files["4"])
-        blob = opened.blobs.put(b"x")
-        opened.store.save([IdleDelta(path=unneeded, since_ms=now_ms, blob=blob)])
+        blob = there.blobs.put(b"x")
+        there.store.save([IdleDelta(path=unneeded, since_ms=now_ms, blob=blob)])
     return home
 
 
@@ -129,10 +130,10 @@ def test_a_family_can_be_chosen_and_one_that_is_not_there_is_one_line(
 
 def test_without_a_rollout_the_fleet_is_shown_on_its_way_to_what_was_published_last(tmp_path: Path) -> None:
     models = publish_models(tmp_path, {"1": 1, "2": 2})
-    with operations.opened(tmp_path / "server") as opened:
+    with opened(tmp_path / "server") as there:
         said = report("a", 1, "1", files={"m": digest_of(models["1"].read_bytes())})
-        now_ms = opened.clock.now_ms()
-        opened.store.save([DeviceRecord(device=DeviceId("a"), report=said, seen_ms=now_ms)])
+        now_ms = there.clock.now_ms()
+        there.store.save([DeviceRecord(device=DeviceId("a"), report=said, seen_ms=now_ms)])
     (way,) = graph_report(tmp_path / "server").ways
     assert (way.version, way.to, way.versions) == ("1", "2", ["2"])
 

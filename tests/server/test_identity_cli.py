@@ -25,6 +25,7 @@ from server.broker_files import BrokerLayout, layout_files, rule_files
 from server.cli import main
 from server.config import config_text, read_config
 from server.fleet.identities import use_claim
+from server.home import opened
 from server.identity import tls_settings
 
 Run = Callable[..., Any]
@@ -61,7 +62,7 @@ def ask(home: Path, text: str) -> str:
     claim, key = decode_claim(text), make_key()
     topic = TOPICS.claim_request(claim.claim)
     request = certificate_request(claim.device, key, claim.private_key, topic)
-    with operations.opened(home) as there:
+    with opened(home) as there:
         now_ms = SystemClock().now_ms()
         there.store.change_identities(lambda known: use_claim(known, claim.claim, request, topic, now_ms))
     return fingerprint(key.public_key())

@@ -16,6 +16,7 @@ from protocol.trust import Floors, verify
 from server import operations
 from server.adapters.clock import SystemClock
 from server.cli import main
+from server.home import opened
 from server.releases.provenance import (
     PROVENANCE_BYTES_MAX,
     Origin,
@@ -92,8 +93,8 @@ def test_a_statement_of_a_build_system_is_kept_byte_for_byte_and_signed(
     operations.export_release(home, "digits", "1", tmp_path / "out")
     assert (tmp_path / "out" / "provenance.json").read_bytes() == path.read_bytes()
 
-    with operations.opened(home) as opened:
-        repository = opened.store.repository()
+    with opened(home) as there:
+        repository = there.store.repository()
     assert repository is not None
     documents = msgspec.structs.replace(repository.documents, roots=repository.roots[1:])
     signed = verify(repository.roots[0], documents, Floors(), SystemClock().now_ms()).targets
@@ -294,8 +295,8 @@ def test_a_statement_that_was_damaged_since_is_neither_shown_nor_signed(
     home: Path, model: Path, tmp_path: Path
 ) -> None:
     release = _add(home, model, _written(tmp_path / "a.json", _statement(model)))
-    with operations.opened(home) as opened:
-        path = opened.blobs.path(digest_of((tmp_path / "a.json").read_bytes()))
+    with opened(home) as there:
+        path = there.blobs.path(digest_of((tmp_path / "a.json").read_bytes()))
     path.write_bytes(path.read_bytes() + b" ")
     assert release.provenance_sha256
     with pytest.raises(StorageError, match="damaged"):

@@ -1,0 +1,127 @@
+"""Changes of what is signed: published at once, or waiting in the folder until people have signed (docs/keys.md)."""
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+from msgspec import UNSET
+
+from protocol.errors import RequestError, TrustError
+from protocol.ids import (
+    Family,
+    Version,
+    digest_of,
+    parse_digest,
+)
+from protocol.release import (
+    ARTIFACTS_ROLE,
+    encode_release,
+    file_target,
+    release_target,
+)
+from protocol.trust import Target
+from server.adapters.pending import PendingFolder
+from server.home import Home, write_metadata
+from server.ports import ReleaseRecord, Repository
+from server.releases.catalog import blob_target
+from server.releases.metadata import Draft, Standing
+
+
+def change_signed(
+    home: Home, change: Callable[[Draft], None] = lambda _: None, added: Sequence[Target] = ()
+) -> list[Standing]:
+    """Change what is signed, and publish it once nothing lacks a signature; until then it waits in the folder.
+
+    Args:
+        home: The open folder.
+        change: Changes keys, roles or lives of documents.
+        added: Targets to list, which need the signatures of others.
+
+    Returns:
+        What waits for signatures; nothing if it was published.
+
+    Raises:
+        MissingKeyError: Everything is signed, and the key of snapshot or timestamp is not here.
+        RequestError: The change cannot be made.
+    """
+    publisher, now_ms = home.publisher(), home.clock.now_ms()
+    pending = PendingFolder(home.config.folder)
+    waiting, _ = read_waiting(home)
+
+    def prepared(repository: Repository) -> tuple[dict[str, bytes], Draft]:
+        # What the server signs by itself may have changed since: it is signed again where that is needed.
+        known = {role for role, _ in repository.documents.delegated}
+        kept = {role: data for role, data in waiting.items() if role != ARTIFACTS_ROLE or role not in known}
+
+        def both(draft: Draft) -> None:
+            change(draft)
+            publisher.list_targets(draft, added)
+
+        documents = publisher.change(repository, kept, both, now_ms)
+        return documents, Draft(repository, documents)
+
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    documents, draft = prepared(repository)
+    standings = [draft.standing(role) for role in documents]
+    if any(standing.missing for standing in standings):
+        pending.write(documents)
+        return standings
+    records, files = _newly_listed(home, draft)
+    published = [msgspec.structs.replace(record, published_ms=now_ms) for record in records]
+    repository = home.store.sign(
+        lambda before: publisher.submit(before, prepared(before)[0], files, now_ms).repository, *published
+    )
+    write_metadata(home.config.folder, repository)
+    pending.write({})
+    return []
+
+
+def read_waiting(home: Home) -> tuple[dict[str, bytes], Draft]:
+    """What waits for signatures, and that on top of what is published.
+
+    Raises:
+        RequestError: A file is no document of a role; names the file.
+    """
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    pending = PendingFolder(home.config.folder)
+    waiting = pending.read()
+    for role, data in waiting.items():
+        try:
+            Draft(repository, {role: data})
+        except TrustError as error:
+            raise RequestError(
+                f"{pending.path(role)}: {error.message}",
+                hint="restore it, or give up what waits with `whimbrel keys drop`",
+            ) from error
+    draft = Draft(repository, waiting)
+    for role in waiting:
+        if role in {"snapshot", "timestamp"} or role not in draft.roles():
+            raise RequestError(f"{pending.path(role)} is the document of no role", hint="remove the file")
+    return waiting, draft
+
+
+def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[Target]]:
+    """Drafts of releases that will be listed, and the targets of their files."""
+    records = [
+        record
+        for record in home.store.releases()
+        if record.published_ms is None
+        and draft.digest(release_target(Family(record.release.family), Version(record.release.version)))
+        == digest_of(encode_release(record.release))
+    ]
+    files = {file.sha256 for record in records for file in record.release.files}
+    files |= {
+        record.release.provenance_sha256
+        for record in records
+        if record.release.provenance_sha256 is not UNSET
+    }
+    blobs = [home.blobs.describe(parse_digest(sha256)) for sha256 in sorted(files)]
+    return records, [blob_target(file_target(blob.digest), blob) for blob in blobs]
+
+
+def signed_paths(home: Home) -> set[str]:
+    """Paths of all targets that the published documents list."""
+    repository = home.store.repository()
+    assert repository is not None, "an open folder has been signed"
+    return {path for _, path, _ in Draft(repository, {}).files()}
