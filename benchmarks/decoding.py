@@ -10,11 +10,11 @@ import json
 import multiprocessing
 import resource
 import statistics
-import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from benchmarks.two_files import arguments, profiles
 from device.adapters.decoder import ChildDecoder
 from device.adapters.disk import RealDisk
 from device.decoding import IN_PROCESS
@@ -28,21 +28,13 @@ MEMORY_BYTES = 128 << 20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("--profile", choices=("small", "fast"), action="append")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to work; the disk that is to be measured")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__.splitlines()[0], rounds=5)
     print(
         f"{'profile':<8}{'decoded in':<12}{'wall s':>8}{'ratio':>7}{'CPU s':>8}{'MB/s':>7}"
         f"{'agent after MB':>16}{'agent peak MB':>15}{'child peak MB':>15}"
     )
-    for profile in args.profile or ("fast", "small"):
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            measure(args, Profile[profile.upper()], Path(folder))
+    for profile, folder in profiles(args):
+        measure(args, profile, folder)
     return 0
 
 

@@ -11,12 +11,12 @@ import json
 import multiprocessing
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from benchmarks.two_files import arguments, profiles
 from device.adapters.disk import RealDisk
 from device.blobs import blob_file
 from device.decoding import DiskFile
@@ -37,20 +37,12 @@ KEYS = ("wall_s", "cpu_s", "peak_bytes")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("--profile", choices=("small", "fast"), action="append")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to work; the disk that is to be measured")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = arguments(__doc__.splitlines()[0], rounds=3)
     print(
         f"{'profile':<8}{'what':<10}{'wall s':>8}{'ratio':>7}{'CPU s':>8}{'ratio':>7}{'peak MB':>9}{'inverse MB':>12}"
     )
-    for profile in args.profile or ("fast", "small"):
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            measure_profile(args, Profile[profile.upper()], Path(folder))
+    for profile, folder in profiles(args):
+        measure_profile(args, profile, folder)
     return 0
 
 
