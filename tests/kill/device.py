@@ -136,9 +136,9 @@ class Device:
             wrong.append("the link `current` leads nowhere")
         elif pointed is not record.active and record.state is not State.COMMITTING:
             # It is moved right after the commit is durable. A kill may come in between: then it leads to the version before, as long
-            # as that is whole, and the next start moves it.
+            # as that is whole, and the next start moves it, once the model answers and a wish that has waited was taken up.
             stale = self._examine_slot(self._disk, record, pointed, "the slot that the link names")
-            if record.state is not State.IDLE or stale:
+            if record.state not in {State.IDLE, State.SYNCING} or stale:
                 found = "; ".join(["", *stale])
                 wrong.append(
                     f"the link `current` names slot {pointed.value} in state {record.state.value}{found}"
