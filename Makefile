@@ -51,10 +51,10 @@ setup: ## make the development environment (compiles llama.cpp once: about eight
 	$(call environment,dev)
 
 .PHONY: test
-test: setup ## run all tests
+test: setup ## run all tests, in WORKERS processes (default: as many as there are processors)
 	$(BIN)/python -m examples.smollm2.fetch
 	@command -v mosquitto >/dev/null || echo "note: mosquitto is not installed (apt-get install mosquitto): its tests are skipped"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: lint
 lint: setup ## check style, formatting, types and import rules
@@ -112,9 +112,9 @@ conformance: setup ## run the public tuf-conformance suite over the device's ver
 	cd "$(SUITE)" && "$(CURDIR)/$(BIN)/python" -m pytest -q -c pyproject.toml -p no:cacheprovider tuf_conformance --entrypoint "$(CURDIR)/tests/conformance/whimbrel"
 
 .PHONY: fuzz
-fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 1); fails on a finding
+fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 1), WORKERS at a time; fails on a finding
 	$(call environment,fuzz)
-	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --workers $(WORKERS)
 
 .PHONY: bench-transport
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers

@@ -34,7 +34,6 @@ from server.display import bytes_text, table
 from server.home import KEYS_FOLDER
 from server.operations import RolloutStatus
 from server.ports import ReleaseRecord
-from server.runtime import Server
 
 _INTEGER_MAX: Final = 1 << 44
 """Above every count, size or time that makes sense here, and exact in every program that reads JSON."""
@@ -396,6 +395,8 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from server.runtime import Server  # noqa: PLC0415 - brings the broker, paho and the coder: no other command needs them
+
     logging.basicConfig(format="whimbrel: %(message)s", level=logging.WARNING)
     logging.getLogger("server").setLevel(logging.INFO)
     config = read_config(arguments.dir)

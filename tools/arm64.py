@@ -10,9 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pip
@@ -132,6 +135,7 @@ def pip_install(qemu: str, folder: str, what: Iterable[str | Path]) -> None:
         "install",
         "--quiet",
         "--disable-pip-version-check",
+        "--no-compile",  # in the emulator that takes longer than everything else
         "--no-deps",
         "--target",
         FOLDER / folder,
@@ -155,16 +159,26 @@ def main(modules: list[str]) -> None:
     shutil.rmtree(run_folder, ignore_errors=True)
     shutil.copytree(ROOT / "tests", run_folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", run_folder)
+    with step("the modules with the library and with the reference"), ThreadPoolExecutor() as threads:
+        list(threads.map(partial(run_modules, qemu, run_folder, modules), ("1", "0")))
+
+
+def run_modules(qemu: str, folder: Path, modules: Sequence[str], native: str) -> None:
+    """Run test modules with one value of WHIMBREL_NATIVE, and print all that they say in one piece."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join(str(FOLDER / name) for name in ("whimbrel", "packages", "run")),
+        "PYTHONNOUSERSITE": "1",
+        "WHIMBREL_NATIVE": native,
+    }
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=1800"]
-    for native in ("1", "0"):
-        environment = {
-            "PYTHONPATH": os.pathsep.join(str(FOLDER / name) for name in ("whimbrel", "packages", "run")),
-            "PYTHONNOUSERSITE": "1",
-            "WHIMBREL_NATIVE": native,
-        }
-        with step(f"the modules with WHIMBREL_NATIVE={native}"):
-            run([*interpreter(qemu), "-W", "error", "-c", WHO], cwd=run_folder, environment=environment)
-            run([*interpreter(qemu), *pytest, *modules], cwd=run_folder, environment=environment)
+    commands = (["-W", "error", "-c", WHO], [*pytest, *modules])
+    with tempfile.TemporaryFile() as told:
+        try:
+            for command in commands:
+                run([*interpreter(qemu), *command], cwd=folder, environment=environment, output=told.fileno())
+        finally:
+            told.seek(0)
+            print(told.read().decode(errors="replace"), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "protocol/delta/native/libwhimbrel_delta.so"
+# Neither image input nor the chat programs' library, which nothing here uses: half of what would be compiled.
+LLAMA_OPTIONS = (
+    "-DLLAVA_BUILD=OFF",
+    f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / 'tools' / 'llama.cmake'}",
+)
 STAMP = Path(sys.prefix) / "whimbrel-environment.json"
 
 
@@ -53,7 +59,7 @@ def install_commands(lock: Path) -> list[list[str]]:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if is_missing(lock.read_text(), "llama-cpp-python"):
         print("compiling llama.cpp: about eight minutes on two cores", flush=True)
-        os.environ.setdefault("CMAKE_ARGS", "-DLLAVA_BUILD=OFF")  # image input, which nothing here uses
+        os.environ.setdefault("CMAKE_ARGS", shlex.join(LLAMA_OPTIONS))
     return [
         [*pip, "--require-hashes", "--requirement", str(lock)],
         [*pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)],

@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from msgspec import Struct
 
 from device.adapters.confinement import Confinement
+from device.adapters.foreign_text import one_line
 from device.adapters.priority import DEFAULT_PRIORITY, Priority
 from device.decoding import Decoded, DeltaJob, RewriteJob
 from device.ports import Disk
@@ -54,7 +55,6 @@ MESSAGE_BYTES_MAX: Final = 1 << 20
 LENGTH: Final = struct.Struct("<I")
 """Before each message, in both directions."""
 
-_TEXT_CHARS_MAX: Final = 300
 _STDERR_BYTES_MAX: Final = 4096
 _LOG: Final = logging.getLogger(__name__)
 _ERRORS: Final[dict[str, type[WhimbrelError]]] = {
@@ -277,7 +277,7 @@ class _Child:
             raise PatchError("the process that decoded the delta said what is no answer") from error
         if isinstance(answer, Failed):
             kind = _ERRORS.get(answer.code, PatchError)
-            raise kind(_one_line(answer.message), hint=_one_line(answer.hint))
+            raise kind(one_line(answer.message), hint=one_line(answer.hint))
         return answer
 
     def kill(self) -> None:
@@ -370,7 +370,7 @@ class _Child:
     def _last_words(self) -> str:
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _STDERR_BYTES_MAX))
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f": {_one_line(lines[-1])}" if lines else ""
+        return f": {one_line(lines[-1])}" if lines else ""
 
 
 def _first(received: bytes) -> bytes | None:
@@ -392,7 +392,3 @@ def _file_bytes_max(disk: Disk, job: DeltaJob | RewriteJob) -> int:
     header = Header.unpack(job.header)
     lengths: list[int] = [disk.length(name) or 0 for name in (job.journal, job.inverse)]
     return max(header.base_length, header.result_length, *lengths)
-
-
-def _one_line(text: Any) -> str:
-    return " ".join(str(text).split())[:_TEXT_CHARS_MAX]

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from device.adapters.foreign_text import error_line
 from device.adapters.gpu_layers import layer_costs, layers_that_fit
 from device.adapters.text_stream import TextStream
 from device.compute import ON_PROCESSOR, LlamaSettings
@@ -37,9 +38,6 @@ _ALL_LAYERS: Final = -1  # llama.cpp's word for it
 
 _THREADS_MAX: Final = 2
 """More would take the processor of a small board away from its own work."""
-
-_DETAIL_CHARS_MAX: Final = 300
-"""A report carries one line."""
 
 
 class LlamaModel:
@@ -69,7 +67,7 @@ class LlamaModel:
             try:
                 return _greedy(llama, _tokens(llama, prompt.prompt))
             except (ValueError, RuntimeError, IndexError) as error:
-                raise EngineError(f"llama.cpp gave no answer: {_line(error)}") from error
+                raise EngineError(f"llama.cpp gave no answer: {error_line(error)}") from error
 
     def logprob_mean(self, prompt: str, completion: str) -> float:
         """Mean natural log-probability per token of a completion after a prompt, teacher-forced.
@@ -83,7 +81,7 @@ class LlamaModel:
                 before, after = _tokens(llama, prompt), _tokens(llama, completion)
                 scores = _scores(llama, before + after)[len(before) - 1 : -1].astype(np.float64)
             except (ValueError, RuntimeError, IndexError) as error:
-                raise EngineError(f"llama.cpp gave no answer: {_line(error)}") from error
+                raise EngineError(f"llama.cpp gave no answer: {error_line(error)}") from error
         scores -= scores.max(axis=1, keepdims=True)
         chosen = scores[np.arange(len(after)), after] - np.log(np.exp(scores).sum(axis=1))
         mean = float(chosen.mean())
@@ -106,7 +104,9 @@ class LlamaModel:
             given = [{"role": role, "content": content} for role, content in messages]
             return str(self._chat(messages=given).prompt)
         except Exception as error:  # templates are programs, and may raise anything
-            raise QuestionError(f"the model's chat template refuses the messages: {_line(error)}") from error
+            raise QuestionError(
+                f"the model's chat template refuses the messages: {error_line(error)}"
+            ) from error
 
     def write(self, prompt: str, sampling: Sampling, tell: Callable[[str], None]) -> Written:
         """Continue a text, from an empty context; see `TextModel.write`.
@@ -121,7 +121,7 @@ class LlamaModel:
             try:
                 return _write(llama, prompt, sampling, tell)
             except (ValueError, RuntimeError, IndexError) as error:
-                raise EngineError(f"llama.cpp gave no answer: {_line(error)}") from error
+                raise EngineError(f"llama.cpp gave no answer: {error_line(error)}") from error
 
     def close(self) -> None:
         """Give the memory back, after the answer that is under way; a second call does nothing."""
@@ -158,7 +158,7 @@ def load_llama(path: str, settings: LlamaSettings = ON_PROCESSOR.llama) -> Llama
             verbose=False,
         )
     except Exception as error:
-        raise EngineError(f"llama.cpp cannot load the file: {_line(error)}") from error
+        raise EngineError(f"llama.cpp cannot load the file: {error_line(error)}") from error
     return LlamaModel(llama)
 
 
@@ -186,7 +186,7 @@ def _gpu_layers(path: str, settings: LlamaSettings) -> int:
     try:
         costs = layer_costs(Path(path), CONTEXT_TOKENS)
     except (WhimbrelError, OSError) as error:
-        raise EngineError(f"llama.cpp cannot load the file: {_line(error)}") from error
+        raise EngineError(f"llama.cpp cannot load the file: {error_line(error)}") from error
     wanted = len(costs) if settings.gpu_layers == "all" else min(settings.gpu_layers, len(costs))
     layers = min(wanted, layers_that_fit(costs, settings.gpu_memory_mb_max << 20))
     if layers < wanted:
@@ -207,7 +207,7 @@ def _llama_cpp() -> Any:
         ) from error
     except (ImportError, OSError, RuntimeError) as error:  # for want of a library, as a rule
         raise EngineError(
-            f"llama-cpp-python does not load: {_line(error)}", hint="install it anew"
+            f"llama-cpp-python does not load: {error_line(error)}", hint="install it anew"
         ) from error
     llama_cpp.llama_log_set(_silence(), ctypes.c_void_p())
     return llama_cpp
@@ -319,7 +319,3 @@ def _chat_formatter(llama: Any) -> Any | None:
         return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
     except Exception:  # noqa: BLE001 - the model does without: it can be asked to continue texts
         return None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:_DETAIL_CHARS_MAX] or type(error).__name__

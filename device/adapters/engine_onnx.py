@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from device.adapters.foreign_text import one_line
 from device.compute import ON_PROCESSOR, PROCESSOR, OnnxSettings, provider_options
 from device.ports import Classified, QuestionError
 from protocol.errors import EngineError
@@ -34,9 +35,6 @@ _LOG_ERRORS: Final = 3
 
 _PLACE_IN_SOURCE: Final = re.compile(r"^\S+\.cc:\d+ .*?\([^()]*\) ")
 """Where in onnxruntime an error was raised, file and signature, which stands before what it says."""
-
-_DETAIL_CHARS_MAX: Final = 300
-"""onnxruntime's messages may hold a whole graph; a report carries one line."""
 
 
 class OnnxModel:
@@ -223,5 +221,4 @@ def _class_of(output: object) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = _PLACE_IN_SOURCE.sub("", " ".join(str(error).split()))
-    return text[:_DETAIL_CHARS_MAX] or type(error).__name__
+    return one_line(_PLACE_IN_SOURCE.sub("", " ".join(str(error).split()))) or type(error).__name__

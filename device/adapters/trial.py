@@ -22,6 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from device.adapters.confinement import Confinement
+from device.adapters.foreign_text import one_line
 from device.adapters.priority import DEFAULT_PRIORITY, Priority
 from device.compute import ON_PROCESSOR, Compute
 from device.ports import TrialOrder
@@ -55,7 +56,6 @@ _STDERR_BYTES_MAX: Final = 4096
 
 _STOPPED_DETAIL: Final = "the agent was stopped"
 _DETAIL_CHARS_MAX: Final = 400
-_STDERR_CHARS_MAX: Final = 300
 
 
 class ChildOrder(Struct, frozen=True, kw_only=True):
@@ -264,7 +264,7 @@ class _Watch:
             load_ms=self._load_ms,
             latency=latency,
             memory_peak_bytes=self._memory_peak_bytes,
-            detail=_one_line(self._detail, _DETAIL_CHARS_MAX),
+            detail=one_line(self._detail, _DETAIL_CHARS_MAX),
         )
 
     def _is_over(self) -> bool:
@@ -351,7 +351,7 @@ class _Watch:
             self._detail = f"ended with status {status} and no result"
         lines = self._stderr.decode(errors="replace").strip().splitlines()
         if lines:
-            self._detail += f": {_one_line(lines[-1], _STDERR_CHARS_MAX)}"
+            self._detail += f": {one_line(lines[-1])}"
 
 
 def _start(order: ChildOrder, python: str) -> "subprocess.Popen[bytes]":
@@ -430,11 +430,6 @@ def _summary(measured: Measured) -> LatencySummary:
     ordered = sorted(measured.latencies_ms)
     p50, p95, p99 = (ordered[math.ceil(share * len(ordered) / 100) - 1] for share in (50, 95, 99))
     return LatencySummary(p50_ms=p50, p95_ms=p95, p99_ms=p99)
-
-
-def _one_line(text: str, chars_max: int) -> str:
-    printable = "".join(char if char.isprintable() else " " for char in text)
-    return " ".join(printable.split())[:chars_max]
 
 
 def _now_ms() -> float:

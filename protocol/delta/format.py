@@ -26,6 +26,9 @@ CODEC_REVISION = 2
 SEGMENT_BYTES_MAX = 4 << 20
 """Result of one segment, or of one piece of a copy: what a device redoes at most after a power cut."""
 
+DEFAULT_SEGMENT_BYTES = 1 << 20
+"""A compromise: shorter segments cost headers and statistics, longer ones memory on the device."""
+
 WINDOW_BYTES_MAX = 8 << 20
 """Base window of one segment."""
 

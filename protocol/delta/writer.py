@@ -18,6 +18,7 @@ from protocol.delta.chains import (
 )
 from protocol.delta.context import is_fast
 from protocol.delta.format import (
+    DEFAULT_SEGMENT_BYTES,
     END_BYTES,
     REACH_BYTES_MAX,
     SEGMENT_BYTES_MAX,
@@ -39,9 +40,6 @@ from protocol.delta.tensor import working_bytes
 from protocol.errors import ModelFileError, PatchLimitError
 from protocol.tensors import map_regions
 from protocol.tensors.regions import ReadAt, Region
-
-DEFAULT_SEGMENT_BYTES = 1 << 20
-"""A compromise: shorter segments cost headers and statistics, longer ones memory on the device."""
 
 _READ_BYTES = 1 << 20
 

@@ -4,6 +4,7 @@ The world is single-threaded and runs in virtual time: `settle` carries out ever
 said so far, and moves the clock to the agent's deadlines until the world is quiet.
 """
 
+import functools
 import io
 import random
 from collections import deque
@@ -68,6 +69,21 @@ TOPICS = Topics(FLEET)
 
 def chunks_of(data: bytes) -> list[bytes]:
     return [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
+
+
+@functools.lru_cache(maxsize=16)
+def encoded_delta(base: bytes, result: bytes, profile: Profile, *, in_place: bool) -> tuple[bytes, int]:
+    """A delta and the memory that its decoder needs; many tests publish the same one."""
+    sink = io.BytesIO()
+    stats = make_delta(
+        BytesSource(base),
+        BytesSource(result),
+        sink,
+        profile=profile,
+        segment_bytes=SEGMENT_BYTES,
+        in_place=in_place,
+    )
+    return sink.getvalue(), stats.header.decoder_memory_bytes
 
 
 def health(**changes: object) -> HealthPlan:
@@ -136,15 +152,10 @@ class Cache:
         needs: InPlaceNeeds | None = None,
     ) -> Digest:
         """Sign the delta between two files, or `patch` in its place, with what it needs in place, or `needs` in their place."""
-        old, new = BytesSource(base), BytesSource(result)
         memory_bytes = 0
         if patch is None:
-            sink = io.BytesIO()
-            memory_bytes = make_delta(
-                old, new, sink, profile=profile, segment_bytes=SEGMENT_BYTES, in_place=in_place
-            ).header.decoder_memory_bytes
-            patch = sink.getvalue()
-            needs = needs or in_place_needs(old, new, BytesSource(patch))
+            patch, memory_bytes = encoded_delta(base, result, profile, in_place=in_place)
+            needs = needs or in_place_needs(BytesSource(base), BytesSource(result), BytesSource(patch))
         name, tree = self.add_blob(patch)
         path = delta_target(digest_of(base), digest_of(result), profile)
         custom = ArtifactCustom(chunks=tree, memory_bytes=memory_bytes, in_place=needs)
