@@ -108,6 +108,7 @@ class Report(Struct, frozen=True, kw_only=True):
     disk_free_bytes: Count = 0
     memory_bytes: Count = 0
     capacity: Capacity | None = None  # absent: takes a single delta of profile `small`, or whole files
+    root: Count = 0  # version of the newest root document that it trusts; 0 where it does not say
     desired_sequence: Sequence = 0  # highest of a `Desired` that it has recorded, whoever sent it
     update: UpdateReport | None = None
 
