@@ -37,8 +37,8 @@ from tests.key_rotation.thief import HIGHEST, LAST_NUMBER, Thief
 from tests.models import write_classifier, write_health_plan
 from tests.server.brokers import SecuredBroker
 
-HIDDEN: Final = 8_000
-"""About 640 kB of weights: ten chunks."""
+HIDDEN: Final = 4_000
+"""About 320 kB of weights: five chunks."""
 
 VERSIONS: Final = ("v1", "v2", "v3", "v4")
 DELTA_BYTES: Final = 70_000
@@ -81,15 +81,21 @@ class Scenario:
         folder: Where the operator works; the current folder, as for the runbook.
         names: Of the devices, those first that stay on.
         outcome: Takes down what was gone through.
+        is_reduced: With one rollout instead of three, which is the one in the middle of which every key is replaced.
     """
 
-    def __init__(self, fleet: Fleet, folder: Path, names: list[str], outcome: Outcome) -> None:
+    def __init__(
+        self, fleet: Fleet, folder: Path, names: list[str], outcome: Outcome, *, is_reduced: bool
+    ) -> None:
         self._fleet = fleet
         self._folder = folder
         self._names = names
         self._off = names[-max(1, len(names) // OFF_SHARE) :]
         self._page = sections()
         self._outcome = outcome
+        self._is_reduced = is_reduced
+        self._ahead = list(VERSIONS)
+        self._running = self._next = ""
         self._evil = (folder / "evil.onnx").read_bytes()
 
     def run(self) -> None:
@@ -100,7 +106,7 @@ class Scenario:
         """
         steps: list[tuple[str, Callable[[], str]]] = [
             ("three people, a first release, devices of two roots", self._set_up),
-            ("a root key is lost, in the middle of an update", self._lose_a_root_key),
+            ("a root key is lost", self._lose_a_root_key),
             ("both keys of the family are replaced", self._replace_family_keys),
             ("everything on the server is stolen", self._steal),
             ("the runbook: new online keys", self._recover),
@@ -109,12 +115,14 @@ class Scenario:
             ("every key anew, in the middle of an update", self._replace_every_key),
             ("a device comes out of its drawer", self._open_the_drawer),
         ]
+        if self._is_reduced:
+            del steps[5]  # it is the one in the middle of which every key is replaced
+            steps[5], steps[6] = steps[6], steps[5]
         for name, step in steps:
             began = time.monotonic()
             shown = step()
             self._outcome.steps.append(Step(name, round(time.monotonic() - began, 2), shown))
             self._outcome.answers = self._fleet.answers
-            print(name, time.monotonic() - began, shown, self._fleet.status(), file=sys.stderr)
 
     # The operator
 
@@ -126,13 +134,15 @@ class Scenario:
             if line.startswith("whimbrel broker revoke"):
                 self._fleet.forget_revoked()
 
-    def _release(self, version: str, builder: str, approver: str) -> None:
-        """The section of the runbook, for another version and today's keys."""
+    def _release(self, builder: str, approver: str) -> str:
+        """The section of the runbook, for the next version and today's keys."""
+        version = self._ahead.pop(0)
         names = {"v1": version, "builder": builder, "approver": approver}
         text = "\n".join(self._page["A release"])
         for old, new in names.items():
             text = text.replace(f" {old}", f" {new}")
         self._operate(*text.splitlines())
+        return version
 
     def _roll_out(self, version: str) -> str:
         return operations.start_rollout(self._fleet.home, FAMILY, version, canary_count=1).id
@@ -162,17 +172,21 @@ class Scenario:
         self._fleet.stop(*self._off)
         rollout = self._roll_out(version)
         on = [name for name in self._names if name not in self._off]
-        self._fleet.wait(lambda: any(self._is_under_way(name, version) for name in on), "an update is under way")
+        self._fleet.wait(
+            lambda: any(self._is_under_way(name, version) for name in on), "an update is under way"
+        )
         run_line_quietly(last)
         states = [self._fleet.devices[name].agent.state for name in on]
         busy = [state.value for state in states if state not in RESTING]
         if not busy:
             raise NotReachedError("the update was over before the keys were published")
         self._fleet.wait(
-            lambda: all(self._fleet.version(name) == version for name in on), f"{version} on those that are on"
+            lambda: all(self._fleet.version(name) == version for name in on),
+            f"{version} on those that are on",
         )
         self._fleet.start(*self._off)
         self._wait_finished(rollout)
+        self._running = version
         self._expect(version)
         return f"published while one was {busy[0]}, {len(self._off)} off; {len(self._names)} run {version}"
 
@@ -186,8 +200,10 @@ class Scenario:
     def _set_up(self) -> str:
         rest = self._page["From one machine to three people"][2:]
         is_secured = isinstance(self._fleet.broker, SecuredBroker)
-        self._operate(*(line for line in rest if not (is_secured and line.startswith("whimbrel broker config"))))
-        self._release("v1", "builder", "approver")
+        self._operate(
+            *(line for line in rest if not (is_secured and line.startswith("whimbrel broker config")))
+        )
+        self._release("builder", "approver")
         first_root = self._fleet.home / "metadata/1.root.json"
         for number, name in enumerate([*self._names, DRAWER]):
             self._fleet.provision(name, "v1", first_root if number % 2 == 0 or name == DRAWER else None)
@@ -196,33 +212,38 @@ class Scenario:
         server = self._fleet.server
         assert server is not None, "it was started"
         self._fleet.wait(lambda: server.status()["devices"] == len(self._names), "the server knows them")
+        self._running = "v1"
         return f"{len(self._names)} devices run v1"
 
     def _lose_a_root_key(self) -> str:
-        self._release("v2", "builder", "approver")
-        return self._publish_in_the_middle("v2", self._page["A key is lost"])
+        lines = self._page["A key is lost"]
+        if self._is_reduced:
+            self._operate(*lines)
+            return f"root {self._newest_root()}"
+        return self._publish_in_the_middle(self._release("builder", "approver"), lines)
 
     def _replace_family_keys(self) -> str:
         self._operate(*self._page["A key is stolen"])
-        self._release("v3", "builder-2", "approver-2")
-        return "v3 is signed by the new ones"
+        self._next = self._release("builder-2", "approver-2")
+        return f"{self._next} is signed by the new ones"
 
     def _steal(self) -> str:
-        self.thief = Thief(self._fleet.home, self._folder / "stolen", self._fleet.broker)
-        if not self.thief.connect():
+        self._thief = Thief(self._fleet.home, self._folder / "stolen", self._fleet.broker)
+        self._fleet.stop_server()  # by the thief: nobody is to speak against him, nor under the same name
+        if not self._thief.connect():
             raise NotReachedError("the broker does not take the server's certificate")
-        if self.thief.cannot_sign() != ["root", "targets", f"releases.{FAMILY}"]:
-            raise NotReachedError(f"the thief cannot sign for {self.thief.cannot_sign()}")
-        self._fleet.stop_server()  # by the thief: nobody is to speak against him
+        if self._thief.cannot_sign() != ["root", "targets", f"releases.{FAMILY}"]:
+            raise NotReachedError(f"the thief cannot sign for {self._thief.cannot_sign()}")
         everybody = [*self._names, DRAWER]
-        self.thief.publish_forged("v3", self._evil)
-        self.thief.ask(everybody, "v3", 1_000)
+        self._thief.publish_forged(self._next, self._evil)
+        self._thief.ask(everybody, self._next, 1_000)
         self._fleet.wait(
-            lambda: all(self._update_of(name, 1_000).code for name in self._names), "no device takes a forged file"
+            lambda: all(self._update_of(name, 1_000).code for name in self._names),
+            "no device takes a forged file",
         )
-        codes = {self._update_of(name, 1_000).code for name in self._names}
-        self.thief.publish_forged("v3", self._evil[:DELTA_BYTES], as_delta=True)
-        self.thief.ask(everybody, "v3", 1_001)
+        codes = sorted({self._update_of(name, 1_000).code for name in self._names})
+        self._thief.publish_forged(self._next, self._evil[:DELTA_BYTES], as_delta=True)
+        self._thief.ask(everybody, self._next, 1_001)
         self._fleet.wait(
             lambda: all(self._update_of(name, 1_001).full_only for name in self._names),
             "every device tries a forged delta, and goes back to whole files",
@@ -230,12 +251,15 @@ class Scenario:
         floors = {self._fleet.devices[name].agent.record.floors.timestamp for name in self._names}
         if floors != {HIGHEST}:
             raise NotReachedError(f"the thief's documents were not looked at: {floors}")
-        self.thief.ask(everybody, "v2", LAST_NUMBER)
-        self.thief.publish_own_release("v9", self._evil)
-        self.thief.ask(everybody, "v9", 2_000)
+        self._thief.ask(everybody, self._running, LAST_NUMBER)
+        self._thief.publish_own_release("v9", self._evil)
+        self._thief.ask(everybody, "v9", 2_000)
         self._fleet.go_on(STRIKE_S)
-        self._expect("v2")
-        return f"a forged file ends with {', '.join(sorted(codes))}, a forged delta is of no use, v9 is not believed; all answer with v2"
+        self._expect(self._running)
+        return (
+            f"a forged file ends with {', '.join(codes)}, a forged delta is of no use, a forged release is not believed; "
+            f"all answer with {self._running}"
+        )
 
     def _recover(self) -> str:
         self._operate(*self._page["Somebody was on the server"])
@@ -243,48 +267,51 @@ class Scenario:
         return f"root {self._newest_root()}"
 
     def _next_release(self) -> str:
-        rollout = self._roll_out("v3")
-        self._wait_finished(rollout)
-        self._expect("v3", root=self._newest_root())
-        floors = [self._fleet.devices[name].agent.record.floors for name in self._names]
-        if any(max(floor.timestamp, floor.snapshot) >= HIGHEST for floor in floors):
-            raise NotReachedError("the thief's versions are still in the records")
-        return f"{len(self._names)} run v3 and follow root {self._newest_root()}"
+        self._wait_finished(self._roll_out(self._next))
+        self._running = self._next
+        self._expect(self._running, root=self._newest_root())
+        return f"{len(self._names)} run {self._running} and follow root {self._newest_root()}"
 
     def _steal_again(self) -> str:
-        self.thief.close()
+        self._thief.close()
         if isinstance(self._fleet.broker, SecuredBroker):
-            if self.thief.connect():
+            if self._thief.connect():
                 raise NotReachedError("the broker still takes the stolen certificate")
             return "the broker does not let him in"
-        self.thief.connect()
-        self.thief.publish_own_release("v9", self._evil)
-        self.thief.ask([*self._names, DRAWER], "v9", 100_000)
+        self._thief.connect()
+        self._thief.publish_own_release("v9", self._evil)
+        self._thief.ask([*self._names, DRAWER], "v9", 100_000)
         self._fleet.wait(
             lambda: any(self._is_under_way(name, "v9") for name in self._names), "they look for v9"
         )
         self._fleet.go_on(STRIKE_S)
-        self._expect("v3")
-        return "what he signs is not believed; all answer with v3"
+        self._expect(self._running)
+        return f"what he signs is not believed; all answer with {self._running}"
 
     def _replace_every_key(self) -> str:
-        self._release("v4", "builder-2", "approver-2")
+        version = self._next if self._is_reduced else self._release("builder-2", "approver-2")
         lines = self._page["Every key anew"]
-        published = max(number for number, line in enumerate(lines) if line.startswith("whimbrel keys sign")) + 1
-        shown = self._publish_in_the_middle("v4", lines[:published])
+        published = (
+            max(number for number, line in enumerate(lines) if line.startswith("whimbrel keys sign")) + 1
+        )
+        shown = self._publish_in_the_middle(version, lines[:published])
         self._operate(*lines[published:])
+        self._expect_no_floor_of_the_thief()
         return shown
 
     def _open_the_drawer(self) -> str:
         self._fleet.start(DRAWER)
         before = self._fleet.root(DRAWER)
         self._names.append(DRAWER)
-        rollout = self._roll_out("v4")
-        self._fleet.wait(lambda: self._fleet.version(DRAWER) == "v4", "the device from the drawer has v4")
+        rollout = self._roll_out(self._running)
+        self._fleet.wait(
+            lambda: self._fleet.version(DRAWER) == self._running, "the device from the drawer is up to date"
+        )
         self._wait_finished(rollout)
-        self._expect("v4")
+        self._expect(self._running)
+        self._expect_no_floor_of_the_thief()
         self._fleet.wait(self._is_over, "`whimbrel devices` says that it is over")
-        return f"from v1 and root {before} to v4 and root {self._fleet.root(DRAWER)}"
+        return f"from v1 and root {before} to {self._running} and root {self._fleet.root(DRAWER)}"
 
     # What has to hold
 
@@ -301,6 +328,12 @@ class Scenario:
             if root is not None and record.floors.root != root:
                 raise NotReachedError(f"{name} follows root {record.floors.root}, and not {root}")
 
+    def _expect_no_floor_of_the_thief(self) -> None:
+        for name in self._names:
+            floors = self._fleet.devices[name].agent.record.floors.numbers()
+            if any(version >= HIGHEST for version in floors.values()):
+                raise NotReachedError(f"{name} still has a version of the thief's in its record: {floors}")
+
     def _is_over(self) -> bool:
         """As the runbook says: the version, the newest root somewhere, no code of trust."""
         devices = operations.list_devices(self._fleet.home)
@@ -308,8 +341,7 @@ class Scenario:
         codes = [report.update.code for report in reports if report.update is not None]
         return (
             len(reports) == len(self._names)
-            and all(report.version == "v4" for report in reports)
-            and all(report.root >= self._newest_root() - 1 for report in reports)
+            and all(report.version == self._running for report in reports)
             and max(report.root for report in reports) == self._newest_root()
             and not any(code.startswith("trust") for code in codes)
         )
@@ -331,7 +363,7 @@ def run_line_quietly(line: str) -> None:
         run_line(line)
 
 
-def run(folder: Path, *, devices: int, broker: str, seed: int) -> Outcome:
+def run(folder: Path, *, devices: int, broker: str, seed: int, is_reduced: bool = False) -> Outcome:
     """Go through all of it in a folder, which becomes the working folder meanwhile.
 
     Args:
@@ -339,6 +371,7 @@ def run(folder: Path, *, devices: int, broker: str, seed: int) -> Outcome:
         devices: Beside the one in the drawer; at least two.
         broker: `embedded` or `mosquitto`.
         seed: Of the devices' jitter.
+        is_reduced: See `Scenario`.
     """
     outcome = Outcome(devices, broker)
     for number, version in enumerate(VERSIONS, start=1):
@@ -357,7 +390,7 @@ def run(folder: Path, *, devices: int, broker: str, seed: int) -> Outcome:
         )
         stack.callback(fleet.close)
         names = [f"device-{number}" for number in range(1, devices + 1)]
-        scenario = Scenario(fleet, folder, names, outcome)
+        scenario = Scenario(fleet, folder, names, outcome, is_reduced=is_reduced)
         try:
             scenario.run()
         except NotReachedError as error:
@@ -390,13 +423,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--broker", choices=("mosquitto", "embedded"), default="mosquitto")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--reduced", action="store_true", help="with one rollout instead of three")
     arguments = parser.parse_args(argv)
     if arguments.devices < 2:
         parser.error("at least two devices: one stays on while another is off")
     folder = Path(tempfile.mkdtemp(prefix="whimbrel-keys-"))
     is_kept = True
     try:
-        outcome = run(folder, devices=arguments.devices, broker=arguments.broker, seed=arguments.seed)
+        outcome = run(
+            folder,
+            devices=arguments.devices,
+            broker=arguments.broker,
+            seed=arguments.seed,
+            is_reduced=arguments.reduced,
+        )
         is_kept = bool(outcome.violation)
     except WhimbrelError as error:
         sys.stderr.write(f"key rotation: {error}\n")
@@ -407,7 +447,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             shutil.rmtree(folder)
     if arguments.json:
-        sys.stdout.write(json.dumps({**vars(outcome), "steps": [vars(step) for step in outcome.steps]}) + "\n")
+        sys.stdout.write(
+            json.dumps({**vars(outcome), "steps": [vars(step) for step in outcome.steps]}) + "\n"
+        )
     else:
         sys.stdout.write(summary(outcome))
     return 1 if outcome.violation else 0

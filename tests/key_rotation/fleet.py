@@ -1,6 +1,7 @@
 """A live fleet: a broker, a server on a folder, and agents as they run, each with a real model and real trials."""
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,15 +104,13 @@ class Fleet:
         operations.export_release(self.home, FAMILY, version, factory)
         release = decode_release((factory / "release.json").read_bytes())
         config = DeviceConfig(
-            agent=AgentConfig(
-                device=DeviceId(name), fleet=FleetId("lab"), family=Family(FAMILY), tier="pi"
-            ),
+            agent=AgentConfig(device=DeviceId(name), fleet=FleetId("lab"), family=Family(FAMILY), tier="pi"),
             folder=self._folder / name,
             broker_host=self.broker.host,
             broker_port=self.broker.port,
         )
         if isinstance(self.broker, SecuredBroker):
-            config = replace(config, tls=enrolled(config.folder))
+            config = dataclasses.replace(config, tls=enrolled(config.folder))
         files = {file.name: factory / file.name for file in release.files}
         install_factory(config, release, files, (root or factory / "root.json").read_bytes())
         if isinstance(self.broker, SecuredBroker):
@@ -171,8 +170,14 @@ class Fleet:
         lines = []
         for name, device in self.devices.items():
             record, update = device.agent.record, device.agent.record.update
-            told = f"{update.outcome} {update.code} {update.detail} {update.states_ms}" if update is not None else ""
-            lines.append(f"{name}: {self.version(name)} root {record.floors.root} {device.agent.state} {told}")
+            told = (
+                f"{update.outcome} {update.code} {update.detail} {update.states_ms}"
+                if update is not None
+                else ""
+            )
+            lines.append(
+                f"{name}: {self.version(name)} root {record.floors.root} {device.agent.state} {told}"
+            )
         return lines
 
     # Time
