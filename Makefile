@@ -124,6 +124,10 @@ fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport
 
+.PHONY: bench-trust
+bench-trust: setup ## measure what trust costs: bytes of metadata, verification time and memory, certificates, signed reports (BENCH_OPTIONS='--json')
+	$(BIN)/python -m benchmarks.trust $(BENCH_OPTIONS)
+
 .PHONY: wheels
 wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetches a 100 MB compiler once)
 	$(call environment,wheels)
