@@ -25,10 +25,12 @@ def main(arguments: list[str]) -> int:
             folder, now_ms = Path(rest[0]), int(rest[1])
             documents = {path.name: path.read_bytes() for path in folder.iterdir()}
             root = documents.pop("root")
-            top = {role: documents.pop(role) for role in ("timestamp", "snapshot", "targets")}
-            verify(
-                root, Documents(**top, delegated=tuple(documents.items())), Floors(), now_ms, tuple(documents)
+            timestamp, snapshot, targets = (
+                documents.pop(role) for role in ("timestamp", "snapshot", "targets")
             )
+            delegated = tuple(documents.items())
+            found = Documents(timestamp=timestamp, snapshot=snapshot, targets=targets, delegated=delegated)
+            verify(root, found, Floors(), now_ms, tuple(documents))
     sys.stdout.write(f"{peak_bytes()}\n")
     return 0
 

@@ -6,10 +6,11 @@ from typing import Final
 
 from securesystemslib.signer import Signer  # type: ignore[attr-defined]  # public, but without __all__
 
-from protocol.chunks import ChunkTree, tree_levels
+from protocol.chunks import tree_levels
 from protocol.ids import Digest, Family, Version, digest_of
 from protocol.release import (
     ArtifactCustom,
+    ChunkTree,
     delta_target,
     file_target,
     release_target,

@@ -43,7 +43,7 @@ from protocol.trust import Floors
 from server import operations
 from server.adapters.authority import Authority
 from server.adapters.mqtt import MqttTransport as ServerTransport
-from server.broker.packets import PacketReader, Publish, encode
+from server.broker.packets import Malformed, PacketReader, Publish, encode
 from server.config import read_config
 from server.runtime import Server
 from tests.models import write_classifier, write_health_plan
@@ -86,6 +86,8 @@ class Tap(Relay):
         """As `Relay.note`."""
         super().note(source, data)
         for packet in self._readers.setdefault(source, PacketReader()).feed(data):
+            if isinstance(packet, Malformed):
+                continue
             kind = "connection, subscriptions, receipts"
             if isinstance(packet, Publish):
                 parsed = TOPICS.parse(packet.topic)

@@ -35,7 +35,9 @@ class Desired(Struct, frozen=True, kw_only=True):
     """
 
     v: int = PROTOCOL_VERSION
-    sequence: Sequence  # grows with every change for this device; older ones and leaps are ignored (section 3)
+    sequence: (
+        Sequence  # grows with every change for this device; older ones and leaps are ignored (section 3)
+    )
     rollout: ShortText
     family: ShortText
     version: ShortText
