@@ -16,14 +16,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from device.journal import UpdateRecord
 from device.slots import measure_slot
-from device.states import RESTING
+from device.states import RESTING, State
 from protocol.errors import WhimbrelError
 from protocol.ids import digest_of
 from protocol.messages import Desired
@@ -47,6 +47,8 @@ DELTA_BYTES: Final = 70_000
 DRAWER: Final = "drawer"
 OFF_SHARE: Final = 4
 """One device of so many, and at least one, is off while keys are replaced."""
+
+UNDER_WAY: Final = frozenset(State) - frozenset(RESTING)
 
 STRIKE_S: Final = 2.0
 """How long devices are left to what the thief has put before them and they cannot verify."""
@@ -165,19 +167,21 @@ class Scenario:
 
         self._fleet.wait(is_finished, f"rollout {rollout} is finished")
 
-    def _publish_in_the_middle(self, version: str, lines: list[str]) -> str:
-        """Sign the last of what waits while a device is in the middle of an update and others are off; bring all to that version."""
+    def _publish_in_the_middle(
+        self, version: str, lines: list[str], states: Collection[State] = UNDER_WAY
+    ) -> str:
+        """Sign the last of what waits while a device is in one of these states and others are off; bring all to that version."""
         *before, last = lines
         self._operate(*before)
         self._fleet.stop(*self._off)
         rollout = self._roll_out(version)
         on = [name for name in self._names if name not in self._off]
         self._fleet.wait(
-            lambda: any(self._is_under_way(name, version) for name in on), "an update is under way"
+            lambda: any(self._is_under_way(name, version, states) for name in on), "an update is under way"
         )
         run_line_quietly(last)
-        states = [self._fleet.devices[name].agent.state for name in on]
-        busy = [state.value for state in states if state not in RESTING]
+        now = [self._fleet.devices[name].agent.state for name in on]
+        busy = [state.value for state in now if state in states]
         if not busy:
             raise NotReachedError("the update was over before the keys were published")
         self._fleet.wait(
@@ -190,10 +194,10 @@ class Scenario:
         self._expect(version)
         return f"published while one was {busy[0]}, {len(self._off)} off; {len(self._names)} run {version}"
 
-    def _is_under_way(self, name: str, version: str) -> bool:
+    def _is_under_way(self, name: str, version: str, states: Collection[State] = UNDER_WAY) -> bool:
         agent = self._fleet.devices[name].agent
         update = agent.record.update
-        return update is not None and update.desired.version == version and agent.state not in RESTING
+        return update is not None and update.desired.version == version and agent.state in states
 
     # The steps
 
@@ -220,7 +224,8 @@ class Scenario:
         if self._is_reduced:
             self._operate(*lines)
             return f"root {self._newest_root()}"
-        return self._publish_in_the_middle(self._release("builder", "approver"), lines)
+        version = self._release("builder", "approver")
+        return self._publish_in_the_middle(version, lines, (State.INSTALLING, State.VERIFYING, State.TRIAL))
 
     def _replace_family_keys(self) -> str:
         self._operate(*self._page["A key is stolen"])

@@ -183,24 +183,31 @@ class Fleet:
     # Time
 
     def wait(self, is_done: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-        """Let the fleet go on until something is so; meanwhile devices are asked, one after the other, and must answer rightly.
+        """Let the fleet go on until something is so.
 
         Raises:
-            NotReachedError: It was not so in time.
+            NotReachedError: It was not so in time, or a device answered wrongly.
         """
+        if not self._run_until(is_done, timeout_s):
+            lines = "\n".join(self.status())
+            raise NotReachedError(f"not reached within {timeout_s:.0f} s: {what}\n{lines}")
+
+    def go_on(self, seconds: float) -> None:
+        """Let the fleet go on for a while.
+
+        Raises:
+            NotReachedError: A device answered wrongly.
+        """
+        self._run_until(lambda: False, seconds)
+
+    def _run_until(self, is_done: Callable[[], bool], timeout_s: float) -> bool:
+        """Turn the loop; meanwhile devices are asked, one after the other."""
 
         def has_come() -> bool:
             self._ask_one()
             return is_done()
 
-        if not self._loop.run_until(has_come, timeout_s):
-            lines = "\n".join(self.status())
-            raise NotReachedError(f"not reached within {timeout_s:.0f} s: {what}\n{lines}")
-
-    def go_on(self, seconds: float) -> None:
-        """Let the fleet go on for a while."""
-        with contextlib.suppress(NotReachedError):
-            self.wait(lambda: False, "never", seconds)
+        return self._loop.run_until(has_come, timeout_s)
 
     def _ask_one(self) -> None:
         self._turns += 1
