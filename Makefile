@@ -72,6 +72,10 @@ format: setup ## format the code
 kill-test: setup ## kill a live agent at COUNT random instants of an update (default 200); IN_PLACE=1: of one that rewrites its only copy
 	$(BIN)/python -m tests.kill --count $(COUNT) --seed $(SEED) $(if $(IN_PLACE),--in-place)
 
+.PHONY: key-rotation
+key-rotation: setup ## lose, steal and replace keys of a live fleet by the runbook docs/keys.md: 12 devices over mosquitto with certificates (DEVICES=N)
+	$(BIN)/python -m tests.key_rotation --devices $(if $(filter file,$(origin DEVICES)),12,$(DEVICES)) --seed $(SEED)
+
 .PHONY: swap-load
 swap-load: setup ## ask a device's endpoint 10,000 times while 20 updates swap its model: every answer is compared with what its version answers
 	$(BIN)/python -m tests.swap_load --seed $(SEED) $(SWAP_OPTIONS)
@@ -119,6 +123,10 @@ fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 
 .PHONY: bench-transport
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport
+
+.PHONY: bench-trust
+bench-trust: setup ## measure what trust costs: bytes of metadata, verification time and memory, certificates, signed reports (BENCH_OPTIONS='--json')
+	$(BIN)/python -m benchmarks.trust $(BENCH_OPTIONS)
 
 .PHONY: wheels
 wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetches a 100 MB compiler once)

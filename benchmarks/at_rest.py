@@ -78,6 +78,11 @@ class Relay:
         """Everything so far."""
         return Traffic(self._payload_bytes, self._closed_segments + sum(map(segments_of, tuple(self._ends))))
 
+    def note(self, source: socket.socket, data: bytes) -> None:
+        """Take down what came; in the relay's thread."""
+        del source
+        self._payload_bytes += len(data)
+
     def close(self) -> None:
         self._is_closing = True
         self._thread.join()
@@ -105,7 +110,7 @@ class Relay:
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             if data := source.recv(1 << 16):
-                self._payload_bytes += len(data)
+                self.note(source, data)
                 target.sendall(data)
                 return
         for end in (source, target):

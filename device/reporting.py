@@ -50,6 +50,8 @@ def build_report(
         disk_free_bytes=disk_free_bytes,
         memory_bytes=memory_bytes,
         capacity=config.capacity,
+        root=record.floors.root,
+        desired_sequence=record.desired_sequence,
         update=None if record.update is None else update_report(record.update, held),
     )
 

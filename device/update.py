@@ -36,6 +36,7 @@ from device.serving import Serving
 from device.slots import SlotHealth, SlotName
 from device.states import RESTING, REVOCABLE, State, Trigger
 from device.trial import TRIES_MAX, Verdict, judge
+from protocol.constants import DESIRED_LEAP_MAX
 from protocol.errors import ReleaseError, WhimbrelError
 from protocol.messages import Desired, TrialEvidence
 from protocol.release import decode_release, release_digest
@@ -175,8 +176,8 @@ class Update:
     # --- what should run -----------------------------------------------------------------------------------
 
     def request(self, desired: Desired) -> None:
-        """A wish arrived; older and repeated ones change nothing."""
-        if desired.sequence <= self._ledger.record.desired_sequence:
+        """A wish arrived; older and repeated ones change nothing, and neither do leaps (`DESIRED_LEAP_MAX`)."""
+        if not 0 < desired.sequence - self._ledger.record.desired_sequence <= DESIRED_LEAP_MAX:
             return
         if self._desk.state not in RESTING + REVOCABLE or self._desk.is_paused:
             self._pending = desired

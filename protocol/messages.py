@@ -35,7 +35,9 @@ class Desired(Struct, frozen=True, kw_only=True):
     """
 
     v: int = PROTOCOL_VERSION
-    sequence: Sequence  # grows with every change for this device; older ones are ignored
+    sequence: (
+        Sequence  # grows with every change for this device; older ones and leaps are ignored (section 3)
+    )
     rollout: ShortText
     family: ShortText
     version: ShortText
@@ -108,6 +110,8 @@ class Report(Struct, frozen=True, kw_only=True):
     disk_free_bytes: Count = 0
     memory_bytes: Count = 0
     capacity: Capacity | None = None  # absent: takes a single delta of profile `small`, or whole files
+    root: Count = 0  # version of the newest root document that it trusts; 0 where it does not say
+    desired_sequence: Sequence = 0  # highest of a `Desired` that it has recorded, whoever sent it
     update: UpdateReport | None = None
 
 

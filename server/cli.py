@@ -385,11 +385,13 @@ def _devices(arguments: argparse.Namespace) -> int:
             device.family,
             device.version or "-",
             device.report.state if device.report else "-",
+            (device.report.update.code if device.report and device.report.update else "") or "-",
+            str(device.report.root) if device.report and device.report.root else "-",
             _instant(device.seen_ms),
         ]
         for device in devices
     ]
-    lines = table(["DEVICE", "LINK", "FAMILY", "VERSION", "STATE", "LAST SEEN"], rows)
+    lines = table(["DEVICE", "LINK", "FAMILY", "VERSION", "STATE", "CODE", "ROOT", "LAST SEEN"], rows)
     _print(arguments, msgspec.to_builtins(devices), lines or ["No device has reported yet"])
     return 0
 

@@ -12,7 +12,7 @@ import msgspec
 
 from protocol.chunks import chunk_count
 from protocol.errors import MessageError
-from protocol.ids import Digest
+from protocol.ids import DeviceId, Digest
 from protocol.messages import ChunkRequest, Desired, decode_window
 from protocol.release import Release
 from server.effects import (
@@ -48,7 +48,7 @@ from server.releases.catalog import Catalog
 from server.releases.delta_garbage import head_releases
 from server.releases.delta_planner import plan_cache
 from server.releases.delta_stock import GRACE_MS, DeltaStock
-from server.rollouts.campaign import Campaign, MemberRecord, canary_rank
+from server.rollouts.campaign import UNDECIDED, Campaign, MemberRecord, canary_rank
 from server.rollouts.states import ACTIVE, FINAL, RolloutState, RolloutTrigger
 
 RETAINED_BYTES_MAX: Final = 512 << 20
@@ -163,6 +163,25 @@ class Coordinator:
                 self._effects.append(Save(member))
                 self._advance(campaign, now_ms)
         self._reconsider(before, record, now_ms)
+        self._speak_above(event.device)
+
+    def _speak_above(self, device: DeviceId) -> None:
+        """Ask again for what a rollout under way wants: somebody else has asked since, and the device ignores numbers below that one.
+
+        Nothing else is repeated: a server whose store is older than its devices must not lead them back by itself.
+        """
+        record = self.registry.get(device)
+        if record.report is None or record.report.desired_sequence <= record.desired_sequence:
+            return
+        campaign = self.campaigns.get(record.desired.rollout) if record.desired is not None else None
+        member = campaign.members.get(device) if campaign is not None else None
+        if record.desired is None or campaign is None or campaign.state not in ACTIVE or member is None:
+            return
+        if member.status in UNDECIDED:
+            sequence = next_desired_sequence(record)
+            desired = msgspec.structs.replace(record.desired, sequence=sequence)
+            self._put_device(msgspec.structs.replace(record, desired=desired, desired_sequence=sequence))
+            self._effects.append(PublishDesired(device, desired))
 
     def _is_credible(self, campaign: Campaign, device: DeviceRecord) -> bool:
         """A commit counts only with the measured files of the release."""

@@ -76,9 +76,15 @@ def is_news(record: DeviceRecord, report: Report) -> bool:
 
 
 def next_desired_sequence(record: DeviceRecord) -> int:
-    """A number above every one that the device has seen, also when this server's store is younger than the device."""
-    reported = record.report.update.sequence if record.report and record.report.update else 0
-    return max(record.desired_sequence, reported) + 1
+    """A number above every one that the device has seen, also when this server's store is younger than the device.
+
+    Somebody else may have spoken for this server meanwhile, and told the device to keep what it runs: no update is reported then.
+    """
+    report = record.report
+    if report is None:
+        return record.desired_sequence + 1
+    updated = report.update.sequence if report.update else 0
+    return max(record.desired_sequence, report.desired_sequence, updated) + 1
 
 
 def runs(device: DeviceRecord, release: Release) -> bool:

@@ -9,11 +9,13 @@ from tuf.api.metadata import Targets  # type: ignore[attr-defined]  # public, bu
 
 from device import events
 from device.states import State
+from protocol.constants import DESIRED_LEAP_MAX
 from protocol.errors import MissingKeyError, TrustError
 from protocol.ids import digest_of
 from protocol.messages import MetadataRequest, decode_request
 from protocol.release import ArtifactCustom, delta_target, file_target
 from protocol.trust import Documents, Target, verify
+from server.fleet.registry import DeviceRecord, next_desired_sequence
 from server.ports import Repository
 from server.releases.metadata import Draft, expires, sign, snapshot_of, timestamp_of
 from server.releases.publisher import ROLES, Publisher
@@ -209,6 +211,34 @@ def test_19_a_power_cut_on_the_way_along_the_roots_loses_none_that_was_followed(
     assert device.record.floors.root == 4
     device.connect()
     cache.retained[TOPICS.metadata("timestamp")] = timestamp
+    device.settle()
+    assert device.answer() == digest_of(V2)
+
+
+# --- wishes, which nobody signs
+
+
+@pytest.mark.parametrize("sequence", [(1 << 53) - 1, DESIRED_LEAP_MAX + 1])
+def test_26_a_wish_with_the_highest_number_of_all_keeps_no_later_one_out(cache: Cache, sequence: int) -> None:
+    """For what runs already, so that no update would tell the server of it."""
+    device = online(cache)
+    cache.publish("v2", V2)
+    device.deliver(TOPICS.desired(DEVICE), cache.desire("v1", sequence=sequence))
+    device.settle()
+    assert device.record.desired_sequence == 0
+    device.deliver(TOPICS.desired(DEVICE), cache.desire("v2", sequence=1))
+    device.settle()
+    assert device.answer() == digest_of(V2)
+
+
+def test_26_a_server_goes_above_whatever_somebody_else_has_asked_for(cache: Cache) -> None:
+    device = online(cache)
+    cache.publish("v2", V2)
+    device.deliver(TOPICS.desired(DEVICE), cache.desire("v1", sequence=DESIRED_LEAP_MAX))
+    device.settle()
+    known = DeviceRecord(device=DEVICE, report=device.reports[-1], desired_sequence=7)
+    assert device.reports[-1].update is None
+    device.deliver(TOPICS.desired(DEVICE), cache.desire("v2", sequence=next_desired_sequence(known)))
     device.settle()
     assert device.answer() == digest_of(V2)
 

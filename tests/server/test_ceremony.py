@@ -1,7 +1,9 @@
 """Keys of several people, one at a time, over the real folder, the real publisher and the real verification of devices."""
 
 import json
+import re
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,6 +283,22 @@ def test_a_running_server_signs_with_the_new_keys(home: Path, run: Run) -> None:
         signed = server._signed((), ("files/none",))
         assert signatures(signed.documents.timestamp) == 1
     assert Device(home).versions() == {"v1"}
+
+
+def test_8_a_server_says_which_documents_people_have_to_sign_before_devices_stop_believing_them(
+    home: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    to_thresholds(run)
+    (home / "keys/releases.pem").unlink()
+
+    class Later:
+        def now_ms(self) -> int:
+            return int(time.time() * 1000) + 65 * 86_400_000  # documents of families live for 90 days
+
+    with Server(replace(read_config(home), port=0), clock=Later(), seed=1) as server:
+        server.wait_connected(10)
+    assert re.search(r"the document of role releases.digits ends in 2\d days: run", caplog.text)
+    assert "role root" not in caplog.text
 
 
 def test_a_rotation_whose_new_key_is_not_here_changes_nothing(home: Path, run: Run) -> None:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from protocol.ids import DeviceId, digest_of
 from server.coordinator import CoordinatorLimits
@@ -574,6 +575,19 @@ def test_a_repeated_an_overtaken_and_a_forged_report_change_nothing() -> None:
     play.play("> report a 1\n> report a 2")
     for late in (report("a", 2, "1"), report("a", 1, "1"), report("b", 9, "1")):
         assert play.happen(ReportReceived(DeviceId("a"), late)) == []
+
+
+def test_a_member_that_somebody_else_has_asked_for_something_is_asked_again_above_that() -> None:
+    play = Play()
+    play.play("> report a 1\n> rollout r1 2 canary=1\n> failed 1-2")
+    spoken = replace(report("a", 5, "1"), desired_sequence=500)
+    told = [line for line in play.happen(ReportReceived(DeviceId("a"), spoken)) if "desired" in line]
+    assert told == ["desired a 2 for r1 #501"]
+    again = replace(report("a", 6, "1"), desired_sequence=501)
+    assert not [line for line in play.happen(ReportReceived(DeviceId("a"), again)) if "desired" in line]
+    play.play("> report a 2 committed r1 #501")
+    later = replace(report("a", 99, "2"), desired_sequence=900)  # no rollout wants anything of it any more
+    assert not [line for line in play.happen(ReportReceived(DeviceId("a"), later)) if "desired" in line]
 
 
 def test_devices_beyond_the_limit_are_not_taken_notice_of() -> None:
