@@ -130,6 +130,13 @@ class AdmissionError(WhimbrelError):
     code = "admission.refused"
 
 
+class ContentKeyError(WhimbrelError):
+    """A content key cannot be opened, or is not the one that signed metadata names; another answer may bring it."""
+
+    code = "keys.wrong"
+    is_retryable = True
+
+
 class StorageError(WhimbrelError):
     """A disk operation failed; see `code` of the subclass for the reason."""
 
