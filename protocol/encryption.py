@@ -88,4 +88,4 @@ def unwrap_key(
 
 def _bound_to(fleet: FleetId, device: DeviceId, blob: Digest) -> bytes:
     """The `info` of HPKE. None of the names can hold a line feed (SPEC section 2)."""
-    return "\n".join((_WRAPPED, fleet, device, blob)).encode()
+    return f"{_WRAPPED}\n{fleet}\n{device}\n{blob}".encode()

@@ -137,6 +137,26 @@ class ContentKeyError(WhimbrelError):
     is_retryable = True
 
 
+class KeyRefusedError(WhimbrelError):
+    """A server gives no content key: the device was not asked to run what the artifact leads to, or it is not signed any more."""
+
+    code = "keys.refused"
+
+
+class NotCertifiedError(KeyRefusedError):
+    """The device has no valid certificate of that server to wrap a key for; it may have been revoked."""
+
+    code = "keys.no_certificate"
+
+
+class KeysUnavailableError(WhimbrelError):
+    """A server cannot read the content keys that it keeps."""
+
+    code = "keys.unavailable"
+    fault = Fault.ENVIRONMENT
+    is_retryable = True
+
+
 class StorageError(WhimbrelError):
     """A disk operation failed; see `code` of the subclass for the reason."""
 
