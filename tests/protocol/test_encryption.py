@@ -4,7 +4,9 @@ import random
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from tuf.api.metadata import DelegatedRole
+from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, but without __all__
+    DelegatedRole,
+)
 
 from protocol.chunks import build_tree
 from protocol.constants import CHUNK_BYTES

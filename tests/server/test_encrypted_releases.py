@@ -2,6 +2,7 @@
 
 import json
 import queue
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,11 +35,16 @@ from tests.server.samples import NOW_MS, write_health, write_model
 DEVICE, FLEET = DeviceId("pi-1"), FleetId("lab")
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    folder = tmp_path / "server"
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template") / "server"
     operations.init_repository(folder, "lab")
     return folder
+
+
+@pytest.fixture
+def home(template: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(template, tmp_path / "server")
 
 
 def add(
@@ -201,7 +207,8 @@ def test_a_delta_from_or_to_a_secret_is_one(home: Path) -> None:
 
 def test_a_secret_delta_is_stored_encrypted_and_not_as_it_is(home: Path) -> None:
     records = [add(home, str(seed), seed, is_encrypted=True) for seed in (1, 2)]
-    name = DeltaName(*map(file_of, records), is_encrypted=True)
+    first, second = map(file_of, records)
+    name = DeltaName(first, second, is_encrypted=True)
     events: queue.Queue[Event] = queue.Queue()
     with opened(home) as server:
         before = {path for path in (home / "blobs").rglob("*") if path.is_file()}
