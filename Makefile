@@ -120,6 +120,10 @@ fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport
 
+.PHONY: bench-encryption
+bench-encryption: setup ## measure what encrypted artifacts cost a device and a server, beside the same ones as they are
+	$(BIN)/python -m benchmarks.encryption
+
 .PHONY: wheels
 wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetches a 100 MB compiler once)
 	$(call environment,wheels)
