@@ -52,6 +52,7 @@ class ContentKeys:
             StorageError: The blob is not there, or there is no room.
             MissingKeyError: The key that content keys are stored under is damaged.
         """
+        self._vault.prepare(may_create=not self._store.has_content_keys())
         key = make_content_key()
         blob = self._blobs.put_changed(digest, ContentCipher(key))
         self._store.save([ContentKeyRecord(blob=blob.digest, locked=self._vault.lock(blob.digest, key))])

@@ -208,6 +208,10 @@ class Store(Protocol):
         """The key of an encrypted artifact."""
         ...
 
+    def has_content_keys(self) -> bool:
+        """Whether there are any."""
+        ...
+
     def cached(self) -> list[CacheEntry]:
         """Blobs that a broker may retain."""
         ...

@@ -246,6 +246,10 @@ class SqlStore:
         found = self._load(ContentKeyRecord, query)
         return found[0] if found else None
 
+    def has_content_keys(self) -> bool:
+        """Whether there are any."""
+        return self._scalar(select(_CONTENT_KEYS.c.blob).limit(1)) is not None
+
     def cached(self) -> list[CacheEntry]:
         """Blobs that a broker may retain."""
         return self._load(CacheEntry, select(_CACHED.c.body))

@@ -24,7 +24,7 @@ _PURPOSE: Final = "whimbrel content key at rest 1"
 
 
 class Vault:
-    """Locks content keys up; makes its own key when the first one is.
+    """Locks content keys up.
 
     Args:
         folder: Of keys.
@@ -34,16 +34,27 @@ class Vault:
         self._path = folder / VAULT_KEY_FILE
         self._cipher: AESGCM | None = None
 
+    def prepare(self, *, may_create: bool) -> None:
+        """Make sure that keys can be locked up.
+
+        Args:
+            may_create: Make the vault's own key where there is none; not while there are keys that were locked with another.
+
+        Raises:
+            StorageError: The folder cannot be written.
+            MissingKeyError: The vault's key is gone or damaged.
+        """
+        if may_create and not self._path.exists():
+            with suppress(RequestError):  # another process was faster
+                write_private(self._path, os.urandom(_KEY_BYTES).hex().encode() + b"\n")
+        self._opened()
+
     def lock(self, blob: Digest, key: bytes) -> bytes:
         """A content key as it is stored.
 
         Raises:
-            StorageError: The folder cannot be written.
-            MissingKeyError: The vault's key is damaged.
+            MissingKeyError: The vault's key is gone or damaged.
         """
-        if not self._path.exists():
-            with suppress(RequestError):  # another process was faster
-                write_private(self._path, os.urandom(_KEY_BYTES).hex().encode() + b"\n")
         nonce = os.urandom(_NONCE_BYTES)
         return nonce + self._opened().encrypt(nonce, key, _bound_to(blob))
 
@@ -68,7 +79,7 @@ class Vault:
             except (RequestError, ValueError) as error:
                 raise MissingKeyError(
                     f"{self._path} is missing or damaged: keys of encrypted releases cannot be read",
-                    hint="put it back from a copy",
+                    hint="put it back from a copy; where there is none, `openssl rand -hex 32` makes another for further releases",
                 ) from error
             if len(key) != _KEY_BYTES:
                 raise MissingKeyError(f"{self._path} holds no key", hint="put it back from a copy")

@@ -344,13 +344,15 @@ def test_a_vault_that_is_not_what_it_was_gives_a_code_and_no_key(
     assert (said.code, said.keys) == ("keys.unavailable", ())
     assert VAULT_KEY_FILE in caplog.text
     assert before not in caplog.text + said.detail
-    if damage in {"cut", "text"}:
+    if damage != "another":
+        # Nor is another one made in its place: that would have to be put back as well.
         with pytest.raises(MissingKeyError, match=VAULT_KEY_FILE):
             add(home, "2", 2)
 
 
 def test_a_locked_key_opens_for_its_own_artifact_only(tmp_path: Path) -> None:
     vault = Vault(tmp_path)
+    vault.prepare(may_create=True)
     one, other = digest_of(b"1"), digest_of(b"2")
     locked = vault.lock(one, bytes(32))
     assert vault.unlock(one, locked) == bytes(32)
