@@ -60,7 +60,10 @@ def measured(folder: Path, length: int, rounds: int) -> dict[str, tuple[float, f
     disk.prepare()
     blobs = FolderBlobs(folder / "blobs")
     stored = blobs.put(data)
-    plans = [(as_it_is, _plan(data)), (cipher, _plan(cipher(0, data)))]
+    plans: list[tuple[Cipher, tuple[BlobPlan, list[bytes]]]] = [
+        (as_it_is, _plan(data)),
+        (cipher, _plan(cipher(0, data))),
+    ]
     found: dict[str, list[list[float]]] = {}
 
     def note(name: str, way: int, work: Callable[[], object]) -> None:
