@@ -21,7 +21,7 @@ from protocol.chunks import index_lengths
 from protocol.delta.format import Profile
 from protocol.ids import Digest
 from protocol.messages import Capacity
-from protocol.release import InPlaceNeeds, Release, parse_delta_target, parse_file_target
+from protocol.release import Encryption, InPlaceNeeds, Release, parse_delta_target, parse_file_target
 from protocol.trust import Target
 
 LINKS_MAX: Final = 4
@@ -119,8 +119,8 @@ def edges_of(targets: Mapping[str, Target], lengths: Mapping[Digest, int]) -> li
         for path, file in wholes.items()
     ]
     for path, target in targets.items():
-        name, is_encrypted = parse_delta_target(path), target.custom.encryption is not None
-        if name is None or name.result not in sizes or name.is_encrypted != is_encrypted:
+        name, encryption = parse_delta_target(path), target.custom.encryption
+        if name is None or name.result not in sizes or not _agrees(encryption, name.is_encrypted):
             continue
         edges.append(
             Edge(
@@ -132,7 +132,7 @@ def edges_of(targets: Mapping[str, Target], lengths: Mapping[Digest, int]) -> li
                 name.profile,
                 target.custom.memory_bytes,
                 target.custom.in_place,
-                is_encrypted,
+                name.is_encrypted,
             )
         )
     return edges
@@ -141,9 +141,16 @@ def edges_of(targets: Mapping[str, Target], lengths: Mapping[Digest, int]) -> li
 def _whole_file(target: Target) -> Digest | None:
     """Which whole file a target is. Its path and its digest say the same, unless what travels is not the file itself."""
     name = parse_file_target(target.path)
-    if name is None or name.is_encrypted != (target.custom.encryption is not None):
+    if name is None or not _agrees(target.custom.encryption, name.is_encrypted):
         return None
     return name.digest if name.is_encrypted or name.digest == target.digest else None
+
+
+def _agrees(encryption: Encryption | None, is_encrypted: bool) -> bool:  # noqa: FBT001 - what the path says
+    """Whether an artifact is what its path says, and can be read with its key."""
+    if encryption is None:
+        return not is_encrypted
+    return is_encrypted and encryption.is_understood
 
 
 def wire_bytes(length: int) -> int:

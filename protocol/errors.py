@@ -138,15 +138,17 @@ class ContentKeyError(WhimbrelError):
 
 
 class KeyRefusedError(WhimbrelError):
-    """A server gives no content key: the device was not asked to run what the artifact leads to, or it is not signed any more."""
+    """A server gives no content key: as far as it knows, the device was not asked to run what the artifact leads to."""
 
     code = "keys.refused"
+    is_retryable = True
 
 
 class NotCertifiedError(KeyRefusedError):
     """The device has no valid certificate of that server to wrap a key for; it may have been revoked."""
 
     code = "keys.no_certificate"
+    is_retryable = False
 
 
 class KeysUnavailableError(WhimbrelError):

@@ -121,8 +121,15 @@ class InPlaceNeeds(Struct, frozen=True, kw_only=True):
 class Encryption(Struct, frozen=True, kw_only=True):
     """How an artifact is encrypted (SPEC section 5.5). Length and digests of its target are those of what travels."""
 
-    cipher: Literal["aes-256-ctr"] = "aes-256-ctr"
+    cipher: _Name = (
+        "aes-256-ctr"  # another one leads nowhere, and is no reason to believe nothing else that was signed
+    )
     key: _DigestText  # name of the content key, see `encryption.py`
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether this version can decrypt it."""
+        return self.cipher == "aes-256-ctr"
 
 
 class ArtifactCustom(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -138,7 +138,11 @@ def test_an_artifact_whose_path_and_content_do_not_agree_leads_nowhere() -> None
         Target(file_target(RESULT, is_encrypted=True), 10, BLOB, secret),
         Target(delta_target(BASE, RESULT, is_encrypted=True), 5, BLOB, secret),
     ]
+    key = content_key_name(bytes(32))
+    of_the_future = ArtifactCustom(chunks=tree, encryption=Encryption(cipher="aes-512-ctr", key=key))
     wrong = [
+        Target(file_target(RESULT, is_encrypted=True), 10, BLOB, of_the_future),
+        Target(delta_target(BASE, RESULT, is_encrypted=True), 5, BLOB, of_the_future),
         Target(file_target(BASE), 10, BASE, secret),
         Target(file_target(BASE), 10, RESULT, open_to_all),
         Target(file_target(RESULT, is_encrypted=True), 10, BLOB, open_to_all),
