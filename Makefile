@@ -128,6 +128,10 @@ bench-transport: setup ## measure chunk delivery: cached groups against per-devi
 bench-trust: setup ## measure what trust costs: bytes of metadata, verification time and memory, certificates, signed reports (BENCH_OPTIONS='--json')
 	$(BIN)/python -m benchmarks.trust $(BENCH_OPTIONS)
 
+.PHONY: bench-encryption
+bench-encryption: setup ## measure what encrypted artifacts cost a device and a server, beside the same ones as they are
+	$(BIN)/python -m benchmarks.encryption
+
 .PHONY: wheels
 wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetches a 100 MB compiler once)
 	$(call environment,wheels)

@@ -70,6 +70,12 @@ class MissingArtifactError(AdmissionError):
     code = "admission.no_artifact"
 
 
+class EncryptedError(AdmissionError):
+    """What leads to the release is encrypted, and there is no certificate for which its keys could be wrapped."""
+
+    code = "admission.encrypted"
+
+
 class NotInPlaceError(AdmissionError):
     """Nothing that is signed turns the files of this device into the new ones where they are, and there is no room for both."""
 
@@ -184,6 +190,7 @@ def plan_update(
 
     Raises:
         MissingArtifactError: To a file leads nothing that is signed.
+        EncryptedError: Nothing that this device could read does.
         DiskBudgetError: Whatever is chosen, there is no room.
         NotInPlaceError: There would be with a delta to rewrite files with, and there is none.
     """
@@ -233,8 +240,13 @@ def plan_items(
 
     Raises:
         MissingArtifactError: To a file leads nothing that is signed.
+        EncryptedError: Nothing that this device could read does.
     """
     edges = edges_of(targets, {Digest(file.sha256): file.length for file in release.files})
+    unreadable: set[Digest] = set()
+    if not config.can_decrypt:
+        unreadable = {edge.result for edge in edges if edge.is_encrypted}
+        edges = [edge for edge in edges if not edge.is_encrypted]
     if links_max == 0:
         edges = [edge for edge in edges if edge.base is None]
     capacity = replace(config.capacity, links_max=max(links_max, 1))
@@ -242,6 +254,12 @@ def plan_items(
     if config.is_in_place:
         edges = _rewriting_edges(edges, release, measured)
     routes = release_routes(release, edges, held, capacity)
+    for file in release.files:
+        if file.sha256 in unreadable and file.sha256 not in routes:
+            raise EncryptedError(
+                f"file {file.name} is encrypted, and this device has no certificate to get its key by",
+                hint="whimbrel-device enroll",
+            )
     return tuple(_plan_item(file, routes, targets, measured, config) for file in release.files)
 
 
@@ -325,6 +343,7 @@ def _plan_item(
         blob=last.blob,
         blob_length=last.blob_length,
         tree=last.tree,
+        key=last.key,
         earlier=tuple(earlier),
         in_place=route.edges[-1].in_place if config.is_in_place else None,
     )
@@ -338,6 +357,7 @@ def _link(edge: Edge, target: Target) -> InstallLink:
         blob=target.digest,
         blob_length=target.length,
         tree=target.custom.chunks,
+        key="" if target.custom.encryption is None else target.custom.encryption.key,
     )
 
 

@@ -26,8 +26,15 @@ from device.update import Update
 from protocol import trust as trust_module
 from protocol.chunks import Chunk, decode_chunk
 from protocol.errors import ChunkError, WhimbrelError
-from protocol.messages import Desired, MetadataBundle, decode_message
-from protocol.topics import ChunkAnswerTopic, ChunkTopic, DesiredTopic, MetadataAnswerTopic, MetadataTopic
+from protocol.messages import Desired, KeyAnswer, MetadataBundle, decode_message
+from protocol.topics import (
+    ChunkAnswerTopic,
+    ChunkTopic,
+    DesiredTopic,
+    KeysTopic,
+    MetadataAnswerTopic,
+    MetadataTopic,
+)
 
 
 class Agent:
@@ -50,6 +57,7 @@ class Agent:
             events.Connected: self._on_connected,
             events.Disconnected: self._on_disconnected,
             events.MessageReceived: self._on_message,
+            events.KeysOpened: lambda update, event: update.fetching.keys_opened(event),
             events.BlobOpened: lambda update, event: update.fetching.blob_opened(event),
             events.BlobRead: lambda update, event: update.fetching.blob_read(event),
             events.Probed: self._on_probed,
@@ -196,12 +204,14 @@ class Agent:
                 update.request(message)
             case MetadataBundle():
                 update.fetching.bundle_received(message)
+            case KeyAnswer():
+                update.fetching.keys_received(message)
             case (document, data):
                 update.fetching.document_received(document, data)
 
     def _decoded(
         self, event: events.MessageReceived
-    ) -> Chunk | Desired | MetadataBundle | tuple[str, bytes] | None:
+    ) -> Chunk | Desired | MetadataBundle | KeyAnswer | tuple[str, bytes] | None:
         """What a message says; `None` where it is not for us."""
         match self._desk.topics.parse(event.topic):
             case ChunkTopic() | ChunkAnswerTopic():
@@ -212,4 +222,6 @@ class Agent:
                 return document, event.payload
             case MetadataAnswerTopic(device) if device == self.config.device:
                 return decode_message(MetadataBundle, event.payload)
+            case KeysTopic(device) if device == self.config.device:
+                return decode_message(KeyAnswer, event.payload)
         return None

@@ -2,11 +2,14 @@
 
 What is on disk is found out by comparing it with the signed digests. So there is no bitmap that could promise
 more than the disk holds, and a chunk that reached the disk before a power cut or a kill is never fetched again.
+
+An encrypted blob lies here as what it decrypts to: it is complete when it is fetched, takes no room twice, and whoever applies a delta needs
+no key. Signed digests are those of what travels, so that what is found is encrypted again to be compared.
 """
 
 from typing import Final
 
-from device.ports import Disk
+from device.ports import Cipher, Disk
 from protocol.chunks import Bitmap, BlobPlan
 from protocol.constants import CHUNK_BYTES
 from protocol.errors import StorageError
@@ -20,8 +23,18 @@ def blob_file(blob: Digest) -> str:
     return f"{FOLDER}/{blob}"
 
 
-def open_blob(disk: Disk, plan: BlobPlan) -> Bitmap:
+def as_it_is(_offset: int, data: bytes) -> bytes:
+    """The cipher of a blob that is not encrypted."""
+    return data
+
+
+def open_blob(disk: Disk, plan: BlobPlan, cipher: Cipher = as_it_is) -> Bitmap:
     """Prepare the file of a blob and find the chunks that are there.
+
+    Args:
+        disk: Where it lies.
+        plan: The blob and the digests of its chunks.
+        cipher: Of the blob.
 
     Raises:
         StorageFullError: There is no room for the whole blob.
@@ -32,14 +45,16 @@ def open_blob(disk: Disk, plan: BlobPlan) -> Bitmap:
         disk.create(name, plan.length)
         return present
     for index in range(plan.count):
-        if plan.accepts(index, disk.read(name, index * CHUNK_BYTES, plan.chunk_length(index))):
+        offset = index * CHUNK_BYTES
+        if plan.accepts(index, cipher(offset, disk.read(name, offset, plan.chunk_length(index)))):
             present.add(index)
     return present
 
 
-def write_chunk(disk: Disk, blob: Digest, index: int, payload: bytes) -> None:
+def write_chunk(disk: Disk, blob: Digest, index: int, payload: bytes, cipher: Cipher = as_it_is) -> None:
     """Store a chunk that was checked against its digest."""
-    disk.write(blob_file(blob), index * CHUNK_BYTES, payload)
+    offset = index * CHUNK_BYTES
+    disk.write(blob_file(blob), offset, cipher(offset, payload))
 
 
 def read_blob(disk: Disk, blob: Digest, length: int) -> bytes:

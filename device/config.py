@@ -60,6 +60,7 @@ class AgentConfig:
         processor_percent: Speed of one core, with a server's as 100, for the same choice.
         is_in_place: Rewrite the files of the active slot where there is a delta for that, and serve nothing meanwhile: for a disk
             without room for two versions.
+        can_decrypt: Whether there is a certificate for which the keys of encrypted releases can be wrapped.
         policy: When an update may go on.
     """
 
@@ -76,6 +77,7 @@ class AgentConfig:
     bandwidth_bytes_per_s_max: int = 0
     processor_percent: int = 100
     is_in_place: bool = False
+    can_decrypt: bool = False
     policy: Policy = NO_RULES
 
     @property
@@ -313,6 +315,7 @@ def load_config(path: Path) -> DeviceConfig:
         bandwidth_bytes_per_s_max=settings.bandwidth_kb_per_s_max * _KB,
         processor_percent=settings.processor_percent,
         is_in_place=settings.slots.in_place,
+        can_decrypt=settings.tls is not None,
         policy=checked("policy", _policy),
     )
     host, port = checked("broker", parse_address)

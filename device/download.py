@@ -125,6 +125,7 @@ class BlobDownload:
         link_bytes_per_s: What the link carries, by the device's configuration.
         pacer: Shared by all downloads of a device.
         use_cache: Look into the broker's cache first; without it a server is asked at once.
+        key: Name of the content key, where the blob is encrypted; chunks are checked as they travel, without it.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class BlobDownload:
         link_bytes_per_s: int,
         pacer: Pacer | None = None,
         use_cache: bool = True,
+        key: str = "",
     ) -> None:
         self.plan = plan
         self.present = present
@@ -150,6 +152,7 @@ class BlobDownload:
         self._tally = tally
         self._groups_outstanding = groups_outstanding
         self._pacer = pacer or Pacer()
+        self._key = key
         self._groups: dict[int, _Group] = {}
         self._next_group = 0
         chunk_ms = CHUNK_BYTES * 1000 // link_bytes_per_s
@@ -209,7 +212,7 @@ class BlobDownload:
             self._tally.redundant_chunks += 1
             return
         self.present.add(chunk.index)
-        yield WriteChunk(self.plan.name, chunk.index, chunk.payload)
+        yield WriteChunk(self.plan.name, chunk.index, chunk.payload, self._key)
         self._unsynced += 1
         if self._unsynced >= SYNC_CHUNKS or self.is_complete:
             self._unsynced = 0

@@ -14,6 +14,7 @@ from device.slots import SlotName
 from device.states import Row
 from protocol.chunks import BlobPlan
 from protocol.ids import Digest
+from protocol.messages import WrappedKey
 from protocol.release import RuntimeName
 
 
@@ -58,20 +59,38 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenKeys:
+    """Open wrapped content keys with the device's private key, and keep those with one of these names; answers `KeysOpened`."""
+
+    keys: tuple[WrappedKey, ...]
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetKeys:
+    """Keep no content key any longer."""
+
+
+@dataclass(frozen=True, slots=True)
 class OpenBlob:
-    """Prepare storage for a blob and find out which of its chunks are there already; answers `BlobOpened`."""
+    """Prepare storage for a blob and find out which of its chunks are there already; answers `BlobOpened`.
+
+    With the name of a key, what lies on the disk is what the blob decrypts to, and it is encrypted again to be compared.
+    """
 
     serial: int
     plan: BlobPlan
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteChunk:
-    """Store a chunk that was checked against the signed index."""
+    """Store a chunk that was checked against the signed index; with the name of a key, decrypted."""
 
     blob: Digest
     index: int
     payload: bytes
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +220,8 @@ Effect = (
     | Subscribe
     | Unsubscribe
     | Publish
+    | OpenKeys
+    | ForgetKeys
     | OpenBlob
     | WriteChunk
     | SyncBlob

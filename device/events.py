@@ -45,6 +45,19 @@ class MessageReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysOpened:
+    """Content keys are open and kept.
+
+    Attributes:
+        names: Of those that are.
+        trouble: What was wrong with one that is not; empty if nothing was.
+    """
+
+    names: frozenset[str]
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class BlobOpened:
     """Storage for a blob is ready; `present` are the chunks that are on disk and match their digests."""
 
@@ -177,6 +190,7 @@ Event = (
     | Connected
     | Disconnected
     | MessageReceived
+    | KeysOpened
     | BlobOpened
     | BlobRead
     | Probed

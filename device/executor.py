@@ -15,10 +15,20 @@ from device.effects import Effect
 from device.install import discard_installation, install_step
 from device.journal import Journal
 from device.leases import Leases
-from device.ports import Disk, Engine, Model, ModelSource, Transport, TrialOrder, Workers
+from device.ports import (
+    Cipher,
+    Disk,
+    Engine,
+    KeyOpener,
+    Model,
+    ModelSource,
+    Transport,
+    TrialOrder,
+    Workers,
+)
 from device.slots import SlotName, measure_slot, slot_bytes, slot_file, slot_folder
 from protocol.constants import METADATA_BYTES_MAX
-from protocol.errors import TrustError, WhimbrelError
+from protocol.errors import ContentKeyError, TrustError, WhimbrelError
 
 ROOT_FILE: Final = "root.json"
 """The start of trust: put there by the installer, replaced by verified successors."""
@@ -44,6 +54,7 @@ class Executor:
         decoder: Applies deltas.
         gently: Does what takes processor and disk and can wait, at a lower priority.
         seal: Signs what is sent on a topic, where the device has a key.
+        open_key: Opens content keys, likewise. They are kept here, in memory, and nowhere else.
     """
 
     def __init__(
@@ -58,6 +69,7 @@ class Executor:
         decoder: Decoder = IN_PROCESS,
         gently: Callable[[Callable[[], Any]], Any] = lambda work: work(),
         seal: Callable[[str, bytes], bytes] | None = None,
+        open_key: KeyOpener | None = None,
     ) -> None:
         self._disk = disk
         self._transport = transport
@@ -67,6 +79,8 @@ class Executor:
         self._gently = gently
         self._decoder = decoder
         self._seal = seal
+        self._open_key = open_key
+        self._ciphers: dict[str, Cipher] = {}
         self._journal = Journal(disk)
         self.leases: Final = leases or Leases()
         self._actions: Final[dict[type, Callable[[Any], None]]] = {
@@ -75,8 +89,9 @@ class Executor:
             effects.Subscribe: lambda effect: transport.subscribe(effect.filters, effect.qos),
             effects.Unsubscribe: lambda effect: transport.unsubscribe(effect.filters),
             effects.Publish: self._publish,
+            effects.ForgetKeys: lambda _effect: self._ciphers.clear(),
             effects.WriteChunk: lambda effect: blobs.write_chunk(
-                disk, effect.blob, effect.index, effect.payload
+                disk, effect.blob, effect.index, effect.payload, self._cipher(effect.key)
             ),
             effects.SyncBlob: lambda effect: disk.sync(blobs.blob_file(effect.blob)),
             effects.PointCurrent: lambda effect: disk.point(CURRENT_LINK, slot_folder(effect.slot)),
@@ -86,8 +101,9 @@ class Executor:
         self._jobs: Final[dict[type, Callable[[Any], events.Event | None]]] = {
             effects.RemoveBlobs: self._remove_blobs,
             effects.EmptySlot: lambda effect: discard_installation(disk, effect.slot, self._decoder),
+            effects.OpenKeys: self._open_keys,
             effects.OpenBlob: lambda effect: events.BlobOpened(
-                effect.serial, gently(partial(blobs.open_blob, disk, effect.plan))
+                effect.serial, gently(partial(blobs.open_blob, disk, effect.plan, self._cipher(effect.key)))
             ),
             effects.ReadBlob: self._read_blob,
             effects.Probe: self._probe,
@@ -162,6 +178,33 @@ class Executor:
     def _remove_blobs(self, effect: effects.RemoveBlobs) -> None:
         blobs.remove_blobs(self._disk, effect.keep)
         rewriting.remove_leftovers(self._disk)
+
+    def _open_keys(self, effect: effects.OpenKeys) -> events.KeysOpened:
+        """Open what can be opened. Anybody may have sent it, so a false key hides no true one, and is not kept."""
+        trouble = ""
+        found: dict[str, Cipher] = {}
+        for wrapped in effect.keys:
+            try:
+                opened = None if self._open_key is None else self._open_key(wrapped)
+            except WhimbrelError as error:
+                trouble = str(error)
+                continue
+            if opened is None:
+                trouble = trouble or "the keys are wrapped for another certificate than this device has"
+            elif opened.name in effect.names:
+                found[opened.name] = opened.cipher
+            else:
+                trouble = "a content key is not the one that signed metadata names"
+        self._ciphers.update(found)
+        return events.KeysOpened(frozenset(found), trouble)
+
+    def _cipher(self, key: str) -> Cipher:
+        if not key:
+            return blobs.as_it_is
+        try:
+            return self._ciphers[key]
+        except KeyError:
+            raise ContentKeyError("the content key of an encrypted artifact is not at hand") from None
 
     def _read_blob(self, effect: effects.ReadBlob) -> events.BlobRead:
         return events.BlobRead(effect.serial, blobs.read_blob(self._disk, effect.blob, effect.length))

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Iterable
 
 from device import events
+from device.content_keys import ContentKeys
 from device.desk import Desk
 from device.download import Pacer
 from device.effects import Effect, SaveRoot
@@ -14,9 +15,9 @@ from device.states import State
 from device.sync import MetadataSync
 from device.transfer import Artifact, Requester, Transfer
 from protocol.chunks import Chunk
-from protocol.errors import ReleaseError
+from protocol.errors import ReleaseError, WhimbrelError
 from protocol.ids import Digest, Family, Version
-from protocol.messages import MetadataBundle
+from protocol.messages import KeyAnswer, MetadataBundle
 from protocol.release import ARTIFACTS_ROLE, release_target, releases_role
 from protocol.trust import Target
 
@@ -29,10 +30,16 @@ class Fetching:
         root: The newest trusted root document.
         on_described: Told of the signed description of the release.
         on_fetched: Told when all of the plan is on disk.
+        on_refused: Told why no server gives the keys that the plan takes.
     """
 
     def __init__(
-        self, desk: Desk, root: bytes, on_described: Callable[[bytes], None], on_fetched: Callable[[], None]
+        self,
+        desk: Desk,
+        root: bytes,
+        on_described: Callable[[bytes], None],
+        on_fetched: Callable[[], None],
+        on_refused: Callable[[WhimbrelError], None],
     ) -> None:
         config = desk.config
         self.targets: dict[str, Target] = {}  # what the metadata names that was verified last
@@ -40,6 +47,7 @@ class Fetching:
         self._ledger = desk.ledger
         self._on_described = on_described
         self._on_fetched = on_fetched
+        self._on_refused = on_refused
         roles = (releases_role(config.family), ARTIFACTS_ROLE)
         self._sync = MetadataSync(desk.topics, config.device, desk.rng, root, desk.trust, roles)
         self._requester = Requester(
@@ -50,6 +58,8 @@ class Fetching:
             config.link_bytes_per_s,
             Pacer(config.bandwidth_bytes_per_s_max),
         )
+        self._keys = ContentKeys(desk.topics, config.device, desk.rng)
+        self._artifacts: list[Artifact] = []  # what is fetched once its keys are there
         self._transfer: Transfer | None = None
 
     # --- what update.py orders -----------------------------------------------------------------------------
@@ -61,15 +71,20 @@ class Fetching:
         self._desk.extend(self._sync.begin(self._desk.now_ms))
 
     def download(self, items: tuple[InstallItem, ...]) -> None:
-        """Fetch what a plan needs; what is on disk of it is found when each blob is opened."""
+        """Fetch what a plan needs, first the keys; what is on disk of it is found when each blob is opened."""
         if self._transfer is not None:
             self._progress(self._transfer.resume(self._desk.now_ms))
-        else:
-            self._begin(artifacts_of(items), read_last=False)
+            return
+        self._artifacts = artifacts_of(items)
+        wanted = {artifact.name: artifact.key for artifact in self._artifacts if artifact.key}
+        self._desk.extend(self._keys.want(wanted, self._desk.now_ms))
+        if self._keys.is_complete:
+            self._begin(self._artifacts, read_last=False)
 
     def pause(self) -> None:
         """The connection is gone; the disk keeps what came."""
         self._sync.pause()
+        self._keys.pause()
         if self._transfer is not None:
             self._transfer.pause()
 
@@ -77,6 +92,7 @@ class Fetching:
         """Want nothing more for now."""
         if self._desk.state is State.SYNCING:
             self._desk.extend(self._sync.end())
+        self._desk.extend(self._keys.stop())
         if self._transfer is not None:
             self._desk.extend(self._transfer.stop())
 
@@ -85,6 +101,7 @@ class Fetching:
         if self._transfer is not None:
             self._desk.extend(self._transfer.stop())
             self._transfer = None
+        self._forget_keys()
         self._desk.extend(self._sync.end())
 
     # --- time ----------------------------------------------------------------------------------------------
@@ -105,8 +122,8 @@ class Fetching:
             if waiting.deadline_ms is not None and now_ms >= waiting.deadline_ms:
                 self._desk.extend(waiting.timeout(now_ms))
 
-    def _waiting(self) -> list[MetadataSync | Transfer]:
-        waiting: list[MetadataSync | Transfer] = []
+    def _waiting(self) -> list[MetadataSync | ContentKeys | Transfer]:
+        waiting: list[MetadataSync | ContentKeys | Transfer] = [self._keys]
         if self._desk.state is State.SYNCING:
             waiting.append(self._sync)
         if self._transfer is not None:
@@ -124,6 +141,24 @@ class Fetching:
         """A set of signed documents arrived."""
         self._sync.receive_bundle(bundle)
         self._try_metadata()
+
+    def keys_received(self, answer: KeyAnswer) -> None:
+        """Wrapped keys arrived, or why there are none."""
+        try:
+            self._desk.extend(self._keys.receive(answer))
+        except WhimbrelError as error:
+            self._on_refused(error)
+
+    def keys_opened(self, event: events.KeysOpened) -> None:
+        """What could be opened of them is open."""
+        self._desk.extend(self._keys.opened(event))
+        if (
+            self._keys.is_complete
+            and self._artifacts
+            and self._transfer is None
+            and self._desk.state is State.DOWNLOADING
+        ):
+            self._begin(self._artifacts, read_last=False)
 
     def chunk_received(self, chunk: Chunk) -> None:
         """A chunk arrived."""
@@ -185,6 +220,10 @@ class Fetching:
         )
         self._progress(self._transfer.resume(self._desk.now_ms))
 
+    def _forget_keys(self) -> None:
+        self._artifacts = []
+        self._desk.extend(self._keys.forget())
+
     def _progress(self, effects: Iterable[Effect]) -> None:
         """Something of the transfer moved; say so once all of it is there."""
         self._desk.extend(effects)
@@ -192,6 +231,7 @@ class Fetching:
         if transfer is None or not transfer.is_finished or self._desk.state is State.SUSPENDED:
             return
         self._transfer = None
+        self._forget_keys()
         if transfer.content is not None:
             self._on_described(transfer.content)
         else:
@@ -200,4 +240,8 @@ class Fetching:
 
 def artifacts_of(items: tuple[InstallItem, ...]) -> list[Artifact]:
     """What has to be fetched for a plan."""
-    return [Artifact(Digest(link.blob), link.blob_length, link.tree) for item in items for link in item.links]
+    return [
+        Artifact(Digest(link.blob), link.blob_length, link.tree, link.key)
+        for item in items
+        for link in item.links
+    ]

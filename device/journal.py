@@ -61,6 +61,7 @@ class InstallLink(Struct, frozen=True, kw_only=True):
     blob: str
     blob_length: int
     tree: ChunkTree
+    key: str = ""  # name of the content key of the blob, where it is encrypted
 
 
 class InstallItem(Struct, frozen=True, kw_only=True):
@@ -77,6 +78,7 @@ class InstallItem(Struct, frozen=True, kw_only=True):
     blob: str = ""  # what is fetched, for delta and full
     blob_length: int = 0
     tree: ChunkTree | None = None
+    key: str = ""  # name of the content key of the blob, where it is encrypted
     earlier: tuple[InstallLink, ...] = ()  # files on the way, in order; the first is made from the active one
     in_place: InPlaceNeeds | None = None  # for a delta that rewrites the active file itself
 
@@ -92,6 +94,7 @@ class InstallItem(Struct, frozen=True, kw_only=True):
             blob=self.blob,
             blob_length=self.blob_length,
             tree=self.tree,
+            key=self.key,
         )
         return (*self.earlier, last)
 

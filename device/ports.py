@@ -6,10 +6,10 @@ Names of files are relative POSIX paths below the device's state folder, built b
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from protocol.errors import EngineError, Fault
-from protocol.messages import TrialEvidence
+from protocol.messages import TrialEvidence, WrappedKey
 from protocol.release import HealthPlan, Prompt, RuntimeName
 
 if TYPE_CHECKING:  # children that decode or try a model do without tuf: half of the time in which they start
@@ -85,6 +85,29 @@ class Transport(Protocol):
 
     def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
         """Send; dropped silently while there is no connection."""
+
+
+Cipher = Callable[[int, bytes], bytes]
+"""Encrypts the bytes that begin at an offset, or decrypts them: it is the same."""
+
+
+class OpenedKey(NamedTuple):
+    """A content key, by what it does."""
+
+    name: str
+    cipher: Cipher
+
+
+class KeyOpener(Protocol):
+    """Has the private key of the device."""
+
+    def __call__(self, wrapped: WrappedKey) -> OpenedKey | None:
+        """Open a content key; `None` where it was wrapped for another private key.
+
+        Raises:
+            ContentKeyError: It was not made for this device and this artifact.
+            RequestError: The private key cannot be read.
+        """
 
 
 @dataclass(frozen=True, slots=True)

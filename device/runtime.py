@@ -128,6 +128,7 @@ class DeviceRuntime:
             decoder=decoder or self._decoding,
             gently=partial(gently, priority),
             seal=identity.seal if identity else None,
+            open_key=partial(identity.open_key, config.agent.fleet) if identity else None,
         )
 
     def _make_identity(self) -> "Identity | None":

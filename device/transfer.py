@@ -21,6 +21,7 @@ class Artifact(NamedTuple):
     name: Digest
     length: int
     tree: ChunkTree
+    key: str = ""  # name of its content key, where it is encrypted; its indexes are not
 
     @property
     def blobs(self) -> frozenset[Digest]:
@@ -111,6 +112,7 @@ class Transfer:
             groups_outstanding=groups_outstanding,
             link_bytes_per_s=link_bytes_per_s,
             pacer=pacer,
+            key=self._key,
         )
         if self._download.is_complete:
             yield from self._blob_complete()
@@ -153,11 +155,16 @@ class Transfer:
         self._plan = root_plan(artifact.name, artifact.length, artifact.tree)
         yield from self._open_blob()
 
+    @property
+    def _key(self) -> str:
+        """Name of the key of the current blob."""
+        return "" if self._level else self._artifacts[self._at].key
+
     def _open_blob(self) -> Iterator[Effect]:
         assert self._plan is not None
         self._download = None
         self._is_waiting = True
-        yield OpenBlob(self._ask(), self._plan)
+        yield OpenBlob(self._ask(), self._plan, self._key)
 
     def _blob_complete(self) -> Iterator[Effect]:
         assert self._plan is not None

@@ -65,7 +65,7 @@ class Update:
         self._desk = desk
         self._ledger = desk.ledger
         self._serving = serving
-        self.fetching = Fetching(desk, root, self._on_release, self._on_downloaded)
+        self.fetching = Fetching(desk, root, self._on_release, self._on_downloaded, self._on_keys_refused)
         self._retry_ms: int | None = None
         self._told: tuple[int, str, str] | None = None  # trouble that was reported although it is not durable
         self._pending: Desired | None = None  # arrived while the slot could not be given up
@@ -303,6 +303,10 @@ class Update:
         if self._ledger.update.is_in_place:
             self._serving.let_go()
         self._ask_install_step()
+
+    def _on_keys_refused(self, error: WhimbrelError) -> None:
+        """Nothing can be read without its key."""
+        self._fail(error.code, str(error), retryable=error.is_retryable)
 
     # --- installing and verifying --------------------------------------------------------------------------
 

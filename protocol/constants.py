@@ -30,6 +30,9 @@ cloud brokers take."""
 INDEX_FANOUT: Final = CHUNK_BYTES // DIGEST_BYTES
 """Digests in one full chunk of an index blob (section 5.2)."""
 
+CONTENT_KEY_BYTES: Final = 32
+"""AES-256, for artifacts that are encrypted (section 5.5)."""
+
 # --- Implementation limits: each bounds what outsiders can make us do ---------------------------------------
 
 BLOB_BYTES_MAX: Final = 1 << 40

@@ -21,7 +21,7 @@ from protocol.chunks import index_lengths
 from protocol.delta.format import Profile
 from protocol.ids import Digest
 from protocol.messages import Capacity
-from protocol.release import InPlaceNeeds, Release, file_target, parse_delta_target
+from protocol.release import Encryption, InPlaceNeeds, Release, parse_delta_target, parse_file_target
 from protocol.trust import Target
 
 LINKS_MAX: Final = 4
@@ -55,6 +55,7 @@ class Edge:
         profile: Of a delta.
         memory_bytes: What its decoder declares.
         in_place: What it takes where its base is rewritten; None if it was not made for that.
+        is_encrypted: Whether it takes a key.
     """
 
     path: str
@@ -65,6 +66,7 @@ class Edge:
     profile: Profile | None = None
     memory_bytes: int = 0
     in_place: InPlaceNeeds | None = None
+    is_encrypted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +105,22 @@ def edges_of(targets: Mapping[str, Target], lengths: Mapping[Digest, int]) -> li
             how long it is cannot be planned with, and is left out.
     """
     sizes = dict(lengths)
-    wholes = [target for path, target in targets.items() if path == file_target(target.digest)]
-    sizes.update((target.digest, target.length) for target in wholes)
+    wholes = {path: file for path, target in targets.items() if (file := _whole_file(target)) is not None}
+    sizes.update((file, targets[path].length) for path, file in wholes.items())
     edges = [
-        Edge(target.path, None, target.digest, wire_bytes(target.length), target.length) for target in wholes
+        Edge(
+            path,
+            None,
+            file,
+            wire_bytes(targets[path].length),
+            targets[path].length,
+            is_encrypted=targets[path].custom.encryption is not None,
+        )
+        for path, file in wholes.items()
     ]
     for path, target in targets.items():
-        name = parse_delta_target(path)
-        if name is None or name.result not in sizes:
+        name, encryption = parse_delta_target(path), target.custom.encryption
+        if name is None or name.result not in sizes or not _agrees(encryption, name.is_encrypted):
             continue
         edges.append(
             Edge(
@@ -122,9 +132,25 @@ def edges_of(targets: Mapping[str, Target], lengths: Mapping[Digest, int]) -> li
                 name.profile,
                 target.custom.memory_bytes,
                 target.custom.in_place,
+                name.is_encrypted,
             )
         )
     return edges
+
+
+def _whole_file(target: Target) -> Digest | None:
+    """Which whole file a target is. Its path and its digest say the same, unless what travels is not the file itself."""
+    name = parse_file_target(target.path)
+    if name is None or not _agrees(target.custom.encryption, name.is_encrypted):
+        return None
+    return name.digest if name.is_encrypted or name.digest == target.digest else None
+
+
+def _agrees(encryption: Encryption | None, is_encrypted: bool) -> bool:  # noqa: FBT001 - what the path says
+    """Whether an artifact is what its path says, and can be read with its key."""
+    if encryption is None:
+        return not is_encrypted
+    return is_encrypted and encryption.is_understood
 
 
 def wire_bytes(length: int) -> int:

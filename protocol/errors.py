@@ -130,6 +130,35 @@ class AdmissionError(WhimbrelError):
     code = "admission.refused"
 
 
+class ContentKeyError(WhimbrelError):
+    """A content key cannot be opened, or is not the one that signed metadata names; another answer may bring it."""
+
+    code = "keys.wrong"
+    is_retryable = True
+
+
+class KeyRefusedError(WhimbrelError):
+    """A server gives no content key: as far as it knows, the device was not asked to run what the artifact leads to."""
+
+    code = "keys.refused"
+    is_retryable = True
+
+
+class NotCertifiedError(KeyRefusedError):
+    """The device has no valid certificate of that server to wrap a key for; it may have been revoked."""
+
+    code = "keys.no_certificate"
+    is_retryable = False
+
+
+class KeysUnavailableError(WhimbrelError):
+    """A server cannot read the content keys that it keeps."""
+
+    code = "keys.unavailable"
+    fault = Fault.ENVIRONMENT
+    is_retryable = True
+
+
 class StorageError(WhimbrelError):
     """A disk operation failed; see `code` of the subclass for the reason."""
 

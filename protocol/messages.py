@@ -23,6 +23,9 @@ Sequence = Annotated[int, Meta(ge=0, lt=1 << 53)]
 ROLES_MAX: Final = 4
 """Delegated roles that a device may ask for: that of its family, and the one of the artifacts."""
 
+KEYS_MAX: Final = 64
+"""Content keys in one request: a release has at most 8 files, and a way to each of them at most 4 artifacts."""
+
 RoleText = Annotated[str, Meta(min_length=1, max_length=80)]
 
 Outcome = Literal["running", "committed", "rolled_back", "rejected", "failed"]
@@ -150,6 +153,30 @@ class MetadataBundle(Struct, frozen=True, kw_only=True):
     delegated: dict[RoleText, bytes] = msgspec.field(default_factory=dict)  # of the roles that were asked for
 
 
+class KeyRequest(Struct, frozen=True, kw_only=True, tag_field="type", tag="keys"):
+    """Asks for the content keys of artifacts that are encrypted (section 5.5)."""
+
+    v: int = PROTOCOL_VERSION
+    blobs: Annotated[tuple[DigestText, ...], Meta(min_length=1, max_length=KEYS_MAX)]
+
+
+class WrappedKey(Struct, frozen=True, kw_only=True):
+    """A content key that one private key opens; see `encryption.py`."""
+
+    blob: DigestText  # the artifact
+    recipient: DigestText  # SHA-256 of the public key that it is wrapped for, as SubjectPublicKeyInfo
+    wrapped: Annotated[bytes, Meta(max_length=256)]
+
+
+class KeyAnswer(Struct, frozen=True, kw_only=True):
+    """Answer to a `KeyRequest`: all keys, once for every valid certificate of the device, or the reason why there is none."""
+
+    v: int = PROTOCOL_VERSION
+    code: ShortText = ""
+    detail: Text = ""
+    keys: Annotated[tuple[WrappedKey, ...], Meta(max_length=2 * KEYS_MAX)] = ()
+
+
 class CertificateRequest(Struct, frozen=True, kw_only=True):
     """Asks for a certificate, the first one with a claim or the next one; see `identity.py` for what is signed."""
 
@@ -199,7 +226,7 @@ REQUEST_WINDOW_CHUNKS_MAX: Final = 64
 BUNDLE_BYTES_MAX: Final = 1 << 20
 """A metadata bundle: the caps of the documents, several roots, base64."""
 
-Request = ChunkRequest | MetadataRequest
+Request = ChunkRequest | MetadataRequest | KeyRequest
 _Message = TypeVar("_Message", bound=Struct)
 _encoder = msgspec.json.Encoder()
 _decoders: Final[dict[Any, msgspec.json.Decoder[Any]]] = {
@@ -210,6 +237,7 @@ _decoders: Final[dict[Any, msgspec.json.Decoder[Any]]] = {
         Link,
         Request,
         MetadataBundle,
+        KeyAnswer,
         CertificateRequest,
         CertificateAnswer,
         _Envelope,
@@ -256,7 +284,7 @@ def decode_request(payload: bytes) -> Request:
         MessageError: As for `decode_message`.
     """
     message = _decode(Request, payload, MESSAGE_BYTES_MAX)
-    assert isinstance(message, ChunkRequest | MetadataRequest)
+    assert isinstance(message, Request)
     return message
 
 

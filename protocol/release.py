@@ -28,6 +28,9 @@ ARTIFACTS_ROLE: Final = "artifacts"
 
 _PROFILE_SUFFIXES: Final = {Profile.SMALL: "", Profile.FAST: "/fast"}
 
+_ENCRYPTED_SUFFIX: Final = ".encrypted"
+"""After the digest of the file that an artifact leads to. Agents that cannot decrypt do not know such a path, and take no such artifact for another."""
+
 
 class ClassPrompt(
     Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="class"
@@ -115,12 +118,27 @@ class InPlaceNeeds(Struct, frozen=True, kw_only=True):
     inverse_bytes: _Length  # length of the inverse, about
 
 
+class Encryption(Struct, frozen=True, kw_only=True):
+    """How an artifact is encrypted (SPEC section 5.5). Length and digests of its target are those of what travels."""
+
+    cipher: _Name = (
+        "aes-256-ctr"  # another one leads nowhere, and is no reason to believe nothing else that was signed
+    )
+    key: _DigestText  # name of the content key, see `encryption.py`
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether this version can decrypt it."""
+        return self.cipher == "aes-256-ctr"
+
+
 class ArtifactCustom(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a TUF target of ours says beside length and digest."""
 
     chunks: ChunkTree
     memory_bytes: Annotated[int, Meta(ge=0)] = 0  # a delta's declared decoder memory
     in_place: InPlaceNeeds | None = None  # of a delta that was made for application in place
+    encryption: Encryption | None = None  # of an artifact that only devices with its key can read
 
 
 _encoder = msgspec.json.Encoder(order="deterministic")
@@ -213,22 +231,47 @@ def release_target(family: Family, version: Version) -> str:
     return f"releases/{family}/{version}.json"
 
 
-def file_target(digest: Digest) -> str:
-    """Path of the TUF target of a whole file."""
-    return f"files/{digest}"
+def file_target(digest: Digest, *, is_encrypted: bool = False) -> str:
+    """Path of the TUF target of a whole file; `digest` is that of the file itself."""
+    return f"files/{digest}{_ENCRYPTED_SUFFIX if is_encrypted else ''}"
+
+
+class FileName(NamedTuple):
+    """A whole file."""
+
+    digest: Digest
+    is_encrypted: bool
+
+
+def parse_file_target(path: str) -> FileName | None:
+    """Which whole file a TUF target is; None for every other target."""
+    folder, _, name = path.partition("/")
+    if folder != "files":
+        return None
+    try:
+        digest = parse_digest(name.removesuffix(_ENCRYPTED_SUFFIX))
+    except TopicError:
+        return None
+    return FileName(digest, is_encrypted=name != digest)
 
 
 class DeltaName(NamedTuple):
-    """A delta between two files: there may be one of each profile."""
+    """A delta between two files: there may be one of each profile. It is encrypted if one of the files is a secret."""
 
     base: Digest
     result: Digest
     profile: Profile = Profile.SMALL
+    is_encrypted: bool = False
 
 
-def delta_target(base: Digest, result: Digest, profile: Profile = Profile.SMALL) -> str:
+def delta_target(
+    base: Digest,
+    result: Digest,
+    profile: Profile = Profile.SMALL,
+    is_encrypted: bool = False,  # noqa: FBT001, FBT002 - a `DeltaName`, taken apart
+) -> str:
     """Path of the TUF target of the delta between two files."""
-    return f"deltas/{base}/{result}{_PROFILE_SUFFIXES[profile]}"
+    return f"deltas/{base}/{result}{_ENCRYPTED_SUFFIX if is_encrypted else ''}{_PROFILE_SUFFIXES[profile]}"
 
 
 def parse_delta_target(path: str) -> DeltaName | None:
@@ -237,12 +280,13 @@ def parse_delta_target(path: str) -> DeltaName | None:
     if len(parts) not in {3, 4} or parts[0] != "deltas":
         return None
     try:
-        base, result = parse_digest(parts[1]), parse_digest(parts[2])
+        base, result = parse_digest(parts[1]), parse_digest(parts[2].removesuffix(_ENCRYPTED_SUFFIX))
     except TopicError:
         return None
     for profile in Profile:
-        if path == delta_target(base, result, profile):
-            return DeltaName(base, result, profile)
+        name = DeltaName(base, result, profile, is_encrypted=parts[2] != result)
+        if path == delta_target(*name):
+            return name
     return None
 
 

@@ -87,6 +87,13 @@ class MetadataAnswerTopic:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysTopic:
+    """`dev/<id>/keys`."""
+
+    device: DeviceId
+
+
+@dataclass(frozen=True, slots=True)
 class RenewalTopic:
     """`dev/<id>/renewal`."""
 
@@ -136,6 +143,7 @@ Topic = (
     | DesiredTopic
     | ChunkAnswerTopic
     | MetadataAnswerTopic
+    | KeysTopic
     | RenewalTopic
     | CertificateTopic
     | ClaimRequestTopic
@@ -182,6 +190,10 @@ class Topics:
     def metadata_answer(self, device: DeviceId) -> str:
         """Where answers to metadata requests of `device` arrive."""
         return f"{self._first}/dev/{device}/metadata"
+
+    def keys(self, device: DeviceId) -> str:
+        """Where content keys for `device` arrive, wrapped."""
+        return f"{self._first}/dev/{device}/keys"
 
     def renewal(self, device: DeviceId) -> str:
         """Where `device` asks for its next certificate."""
@@ -245,6 +257,7 @@ _DEVICE_TOPICS: Final[dict[str, Callable[[DeviceId], Topic]]] = {
     "desired": DesiredTopic,
     "chunk": ChunkAnswerTopic,
     "metadata": MetadataAnswerTopic,
+    "keys": KeysTopic,
     "renewal": RenewalTopic,
     "certificate": CertificateTopic,
 }

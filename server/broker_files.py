@@ -49,6 +49,7 @@ _DEVICE_READS: Final = (
     "dev/{me}/desired",
     "dev/{me}/chunk",
     "dev/{me}/metadata",
+    "dev/{me}/keys",
     "dev/{me}/certificate",
 )
 _DEVICE_WRITES: Final = (

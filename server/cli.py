@@ -38,6 +38,8 @@ from server.ports import ReleaseRecord
 _INTEGER_MAX: Final = 1 << 44
 """Above every count, size or time that makes sense here, and exact in every program that reads JSON."""
 
+_DEVICES_SHOWN_MAX: Final = 10
+
 _NOT_SERVED: Final = "no server runs on this folder: this takes effect once `whimbrel serve` does"
 
 
@@ -139,6 +141,11 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--tier", action="append", default=[], help="hardware tier that may take it; repeatable")
     add.add_argument("--runtime-version-min", default="", help="oldest version of the engine")
+    add.add_argument(
+        "--encrypt",
+        action=argparse.BooleanOptionalAction,
+        help="let nobody read the files on the way but devices with a certificate (default: as the last release of the family)",
+    )
     provenance_cli.add_options(add)
     add.set_defaults(run=_release_add)
     show = actions.add_parser(
@@ -241,10 +248,12 @@ def _release_add(arguments: argparse.Namespace) -> int:
         tiers=arguments.tier,
         runtime_version_min=arguments.runtime_version_min,
         provenance=provenance_cli.provenance_of(arguments),
+        is_encrypted=arguments.encrypt,
     )
     name = f"{arguments.family} {arguments.version}"
+    how = ", encrypted" if record.is_encrypted else ""
     lines = [
-        f"Draft {name}: {bytes_text(record.release.bytes_total)} in {len(record.release.files)} file(s)",
+        f"Draft {name}: {bytes_text(record.release.bytes_total)} in {len(record.release.files)} file(s){how}",
         f"Publish it with `whimbrel release publish {name}`",
     ]
     _print(arguments, _release_json(record), lines)
@@ -274,8 +283,10 @@ def _release_show(arguments: argparse.Namespace) -> int:
         **_release_json(details.record),
         "digest": details.digest,
         "provenance": msgspec.to_builtins(details.provenance),
+        "shut_out": operations.devices_shut_out(arguments.dir, arguments.family, arguments.version),
     }
-    _print(arguments, value, provenance_cli.details_lines(details, state))
+    lines = provenance_cli.details_lines(details, state) + _shut_out_lines(value["shut_out"])
+    _print(arguments, value, lines)
     return 0
 
 
@@ -327,9 +338,21 @@ def _release_list(arguments: argparse.Namespace) -> int:
 
 
 def _release_state(record: ReleaseRecord, *, is_withdrawn: bool) -> str:
+    how = ", encrypted" if record.is_encrypted else ""
     if record.published_ms is None:
-        return "draft"
-    return "withdrawn" if is_withdrawn else f"published {_instant(record.published_ms)}"
+        return f"draft{how}"
+    return f"withdrawn{how}" if is_withdrawn else f"published {_instant(record.published_ms)}{how}"
+
+
+def _shut_out_lines(devices: list[str]) -> list[str]:
+    """Who cannot take an encrypted release."""
+    if not devices:
+        return []
+    shown = ", ".join(devices[:_DEVICES_SHOWN_MAX]) + (", …" if len(devices) > _DEVICES_SHOWN_MAX else "")
+    return [
+        f"Without a certificate of this server, {len(devices)} device(s) will refuse it: {shown}",
+        "`whimbrel devices claim` lets a device ask for one",
+    ]
 
 
 def _rollout_start(arguments: argparse.Namespace) -> int:
@@ -346,7 +369,10 @@ def _rollout_start(arguments: argparse.Namespace) -> int:
     lines.append(
         f"Follow it with `whimbrel rollout status {record.id}`" if is_served else f"Note: {_NOT_SERVED}"
     )
-    _print(arguments, {**msgspec.to_builtins(record), "is_served": is_served}, lines)
+    shut_out = operations.devices_shut_out(arguments.dir, record.family, record.version)
+    lines += _shut_out_lines(shut_out)
+    value = {**msgspec.to_builtins(record), "is_served": is_served, "shut_out": shut_out}
+    _print(arguments, value, lines)
     return 0
 
 

@@ -13,10 +13,11 @@ import msgspec
 from protocol.chunks import chunk_count
 from protocol.errors import MessageError
 from protocol.ids import DeviceId, Digest
-from protocol.messages import ChunkRequest, Desired, decode_window
+from protocol.messages import ChunkRequest, Desired, KeyRequest, decode_window
 from protocol.release import Release
 from server.effects import (
     AnswerChunks,
+    AnswerKeys,
     AnswerMetadata,
     CacheBlob,
     Effect,
@@ -48,6 +49,7 @@ from server.releases.catalog import Catalog
 from server.releases.delta_garbage import head_releases
 from server.releases.delta_planner import plan_cache
 from server.releases.delta_stock import GRACE_MS, DeltaStock
+from server.releases.entitlement import readable_blobs
 from server.rollouts.campaign import UNDECIDED, Campaign, MemberRecord, canary_rank
 from server.rollouts.states import ACTIVE, FINAL, RolloutState, RolloutTrigger
 
@@ -218,6 +220,12 @@ class Coordinator:
 
     def _on_request(self, event: RequestReceived, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
         request = event.request
+        if isinstance(request, KeyRequest):
+            readable = readable_blobs(self.deltas.graph, self.registry.get(event.device))
+            is_readable = readable.issuperset(request.blobs)
+            blobs = tuple(Digest(blob) for blob in request.blobs) if is_readable else ()
+            self._effects.append(AnswerKeys(event.device, blobs))
+            return
         if not isinstance(request, ChunkRequest):
             self._effects.append(AnswerMetadata(event.device, request.root_version, request.roles))
             return

@@ -69,8 +69,16 @@ class AnswerMetadata:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerKeys:
+    """Send content keys to one device, if it has a certificate to wrap them for; with no artifacts, that it may not have them."""
+
+    device: DeviceId
+    blobs: tuple[Digest, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BuildDelta:
-    """Build a delta; answered by `DeltaBuilt` or `DeltaFailed`.
+    """Build a delta, and encrypt it where its name says so; answered by `DeltaBuilt` or `DeltaFailed`.
 
     The files are those of releases that hold base and result: they may describe the tensors of these two.
     """
@@ -105,6 +113,7 @@ Effect = (
     | UncacheBlob
     | AnswerChunks
     | AnswerMetadata
+    | AnswerKeys
     | BuildDelta
     | RemoveBlobs
     | SignMetadata

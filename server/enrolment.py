@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from protocol.errors import ForgedReportError, MessageError, MissingKeyError, RequestError
-from protocol.identity import key_digest, read_request
+from protocol.identity import PublicKey, key_digest, read_request
 from protocol.ids import DeviceId, digest_of
 from protocol.messages import CertificateAnswer, Report
 from server.adapters.authority import Authority
@@ -85,6 +85,11 @@ class Enrolment:
             if self._identities is known:
                 raise
             return check(self._identities)  # an operator, or a server on the same store, gave it a moment ago
+
+    def public_keys(self, device: DeviceId) -> list[PublicKey]:
+        """Keys of the certificates with which a device may speak now."""
+        self._read()
+        return [record.public_key for record in self._identities.valid(device, self._clock.now_ms())]
 
     def handle(self, event: IdentityEvent, transport: MqttTransport) -> None:
         """Answer somebody who asks for a certificate."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from protocol.ids import ClaimId, DeviceId, Digest
 from protocol.messages import CertificateRequest, Report, Request
-from protocol.release import DeltaName, InPlaceNeeds
+from protocol.release import DeltaName, Encryption, InPlaceNeeds
 from server.fleet.registry import DeviceRecord
 from server.ports import CacheEntry, DeltaRefusal, IdleDelta, StoredBlob
 from server.releases.catalog import Catalog
@@ -47,7 +47,7 @@ class LinkReceived:
 
 @dataclass(frozen=True, slots=True)
 class RequestReceived:
-    """A device asks for chunks or for metadata."""
+    """A device asks for chunks, for metadata or for keys."""
 
     device: DeviceId
     request: Request
@@ -83,6 +83,7 @@ class DeltaBuilt:
     blob: StoredBlob
     memory_bytes: int  # what a device needs to apply it
     in_place: InPlaceNeeds | None = None  # and what to apply it to the base itself
+    encryption: Encryption | None = None  # of the blob
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from server.config import (
     ServerConfig,
     read_config,
 )
+from server.content_keys import ContentKeys
 from server.ports import Clock, Repository
 from server.releases.publisher import Publisher
 
@@ -36,6 +37,10 @@ class Home:
     def publisher(self) -> Publisher:
         """Signs with the keys that are there."""
         return Publisher(KeyFolder(self.config.folder / KEYS_FOLDER).load())
+
+    def content_keys(self) -> ContentKeys:
+        """Encrypts artifacts, and keeps their keys."""
+        return ContentKeys(self.config.folder / KEYS_FOLDER, self.store, self.blobs)
 
     @property
     def is_served(self) -> bool:

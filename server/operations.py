@@ -49,6 +49,7 @@ from server.config import (
 from server.fleet.registry import DeviceRecord
 from server.home import BLOBS_FOLDER, KEYS_FOLDER, LOCK_FILE, METADATA_FOLDER, Home, opened, write_metadata
 from server.ports import Clock, ReleaseRecord
+from server.releases import encryption
 from server.releases.catalog import blob_target
 from server.releases.chain import Chain, explain
 from server.releases.importer import import_release
@@ -141,6 +142,7 @@ def add_release(
     tiers: list[str] | None = None,
     runtime_version_min: str = "",
     provenance: Path | Origin | None = None,
+    is_encrypted: bool | None = None,
 ) -> ReleaseRecord:
     """Check and copy the files of a release, and keep it as a draft.
 
@@ -155,9 +157,11 @@ def add_release(
         tiers: Likewise.
         runtime_version_min: Likewise.
         provenance: File with a statement about where the files come from, or what to say in one.
+        is_encrypted: Let only devices with a certificate read the files; None for as the last release of the family was added.
 
     Raises:
         AlreadyPublishedError: A published release has this name.
+        RequestError: It would show a file to everybody that is encrypted in another release.
         WhimbrelError: As `server.releases.importer.import_release`.
     """
     with opened(folder) as home:
@@ -166,6 +170,8 @@ def add_release(
             home.store.add_release(known)  # raises the error that says so, before a large file is copied
         if isinstance(provenance, Path):
             decode_statement(_read(provenance), str(provenance))  # before a large file is copied
+        if is_encrypted is None:
+            is_encrypted = encryption.is_family_encrypted(home.store.releases(), parse_family(family))
         release = import_release(
             home.blobs,
             family=family,
@@ -180,7 +186,8 @@ def add_release(
         if provenance is not None:
             statement = _statement(release, provenance)
             release = msgspec.structs.replace(release, provenance_sha256=home.blobs.put(statement).digest)
-        record = ReleaseRecord(release=release, added_ms=home.clock.now_ms())
+        encryption.check_files(home.store.releases(), release, is_encrypted=is_encrypted)
+        record = ReleaseRecord(release=release, added_ms=home.clock.now_ms(), is_encrypted=is_encrypted)
         home.store.add_release(record)
         return record
 
@@ -390,6 +397,23 @@ def rollout_status(folder: Path, rollout: str) -> RolloutStatus:
             if record.id == rollout:
                 return _status(record, home.store.members(rollout))
     raise RequestError(f"there is no rollout {rollout[:80]!r}", hint="see `whimbrel rollout list`")
+
+
+def devices_shut_out(folder: Path, family: str, version: str) -> list[str]:
+    """Devices of a family that cannot take an encrypted release, since they have no valid certificate of this server.
+
+    Raises:
+        RequestError: There is no such release.
+    """
+    with opened(folder) as home:
+        if not _release(home, parse_family(family), parse_version(version)).is_encrypted:
+            return []
+        identities, now_ms = home.store.identities(), home.clock.now_ms()
+        return [
+            device.device
+            for device in home.store.devices()
+            if device.family == family and not identities.valid(device.device, now_ms)
+        ]
 
 
 def list_devices(folder: Path) -> list[DeviceRecord]:

@@ -11,8 +11,8 @@ from msgspec import Struct
 
 from protocol.delta.format import Profile
 from protocol.ids import DeviceId, Digest, Family, Version
-from protocol.messages import Desired
-from protocol.release import ChunkTree, DeltaName, Release, ReleaseFile, delta_target
+from protocol.messages import Desired, KeyAnswer
+from protocol.release import ChunkTree, DeltaName, Encryption, Release, ReleaseFile, delta_target
 from protocol.trust import Documents, Target
 from server.fleet.registry import DeviceRecord
 from server.rollouts.campaign import MemberRecord, RolloutRecord
@@ -24,6 +24,13 @@ class StoredBlob(Struct, frozen=True, kw_only=True):
     digest: Digest
     length: int
     tree: ChunkTree
+
+
+class EncryptedBlob(Struct, frozen=True, kw_only=True):
+    """An artifact as it travels, and how it is encrypted."""
+
+    blob: StoredBlob
+    encryption: Encryption
 
 
 class Repository(Struct, frozen=True, kw_only=True):
@@ -39,6 +46,7 @@ class ReleaseRecord(Struct, frozen=True, kw_only=True):
     release: Release
     added_ms: int
     published_ms: int | None = None
+    is_encrypted: bool = False  # its files, and deltas from and to them, travel encrypted
 
 
 class DeltaRefusal(Struct, frozen=True, kw_only=True):
@@ -47,12 +55,18 @@ class DeltaRefusal(Struct, frozen=True, kw_only=True):
     base: Digest
     result: Digest
     profile: Profile = Profile.SMALL
+    is_encrypted: bool = False
     length: int
+
+    @property
+    def name(self) -> DeltaName:
+        """Which delta."""
+        return DeltaName(self.base, self.result, self.profile, self.is_encrypted)
 
     @property
     def path(self) -> str:
         """Of the target that it would have been."""
-        return delta_target(self.base, self.result, self.profile)
+        return delta_target(*self.name)
 
 
 class IdleDelta(Struct, frozen=True, kw_only=True):
@@ -67,6 +81,19 @@ class IdleDeltaRemoval(Struct, frozen=True, kw_only=True):
     """A delta is needed again, or it is gone."""
 
     path: str
+
+
+class ContentKeyRecord(Struct, frozen=True, kw_only=True):
+    """The key of an encrypted artifact."""
+
+    blob: Digest  # the artifact as it travels
+    locked: bytes  # see `adapters/vault.py`
+
+
+class ContentKeyRemoval(Struct, frozen=True, kw_only=True):
+    """An artifact is gone, and with it the use of its key."""
+
+    blob: Digest
 
 
 class CacheEntry(Struct, frozen=True, kw_only=True):
@@ -92,6 +119,10 @@ Record = (
     | CacheEntry
     | CacheRemoval
 )
+
+
+KeyChange = ContentKeyRecord | ContentKeyRemoval
+"""What no coordinator decides: keys never come near it."""
 
 
 class Clock(Protocol):
@@ -149,7 +180,7 @@ class BlobStore(Protocol):
 class Store(Protocol):
     """The truth: every answer comes from what was committed, every write is durable on return."""
 
-    def save(self, records: Sequence[Record]) -> None:
+    def save(self, records: Sequence[Record | KeyChange]) -> None:
         """Write all records in one transaction; a record replaces the one with its key."""
         ...
 
@@ -171,6 +202,14 @@ class Store(Protocol):
 
     def idle_deltas(self) -> list[IdleDelta]:
         """Deltas that nobody needs."""
+        ...
+
+    def content_key(self, blob: Digest) -> ContentKeyRecord | None:
+        """The key of an encrypted artifact."""
+        ...
+
+    def has_content_keys(self) -> bool:
+        """Whether there are any."""
         ...
 
     def cached(self) -> list[CacheEntry]:
@@ -262,6 +301,10 @@ class Transport(Protocol):
         """Send the signed documents to one device."""
         ...
 
+    def answer_keys(self, device: DeviceId, answer: KeyAnswer) -> None:
+        """Send wrapped content keys to one device, or why there are none."""
+        ...
+
 
 class DeltaBuilder(Protocol):
     """Builds deltas outside this process; `DeltaBuilt` or `DeltaFailed` follows for every call of `build`."""
@@ -287,9 +330,12 @@ __all__ = [
     "CacheEntry",
     "CacheRemoval",
     "Clock",
+    "ContentKeyRecord",
+    "ContentKeyRemoval",
     "DeltaBuilder",
     "DeltaRefusal",
     "DeviceRecord",
+    "EncryptedBlob",
     "IdleDelta",
     "IdleDeltaRemoval",
     "MemberRecord",

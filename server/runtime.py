@@ -28,9 +28,11 @@ from server.adapters.store import SqlStore
 from server.adapters.tls import client_context
 from server.broker.tcp import EmbeddedBroker
 from server.config import ServerConfig
+from server.content_keys import ContentKeys
 from server.coordinator import Coordinator, CoordinatorLimits
 from server.effects import (
     AnswerChunks,
+    AnswerKeys,
     AnswerMetadata,
     BuildDelta,
     CacheBlob,
@@ -55,7 +57,7 @@ from server.events import (
     Started,
 )
 from server.home import BLOBS_FOLDER, KEYS_FOLDER, LOCK_FILE, write_metadata
-from server.ports import Clock, Record, Repository
+from server.ports import Clock, ContentKeyRemoval, Record, Repository
 from server.releases.builders import BuildPool
 from server.releases.catalog import Catalog
 from server.releases.publisher import Publisher
@@ -135,6 +137,7 @@ class Server:
             self._store.check()
             self._blobs = FolderBlobs(folder / BLOBS_FOLDER)
             self._blobs.sweep(self._clock.now_ms())
+            self._content_keys = ContentKeys(folder / KEYS_FOLDER, self._store, self._blobs)
             self._publisher = Publisher(KeyFolder(folder / KEYS_FOLDER).load())
             self._enrolment = Enrolment(self._store, self.config, self._clock)
             started = self._load()
@@ -146,7 +149,11 @@ class Server:
             raise
         self._address = address
         self._builds = BuildPool(
-            folder / BLOBS_FOLDER, self.config.delta_workers, self.config.delta_timeout_s, self._post
+            folder / BLOBS_FOLDER,
+            self.config.delta_workers,
+            self.config.delta_timeout_s,
+            self._post,
+            self._content_keys.encrypt_delta,
         )
         self._transport = MqttTransport(
             *address,
@@ -349,6 +356,10 @@ class Server:
                 transport.answer_chunks(device, name, chunks)
             case AnswerMetadata(device, root_version, roles):
                 transport.answer_metadata(device, bundle(self._repository, root_version, roles))
+            case AnswerKeys(device, blobs):
+                recipients = self._enrolment.public_keys(device)
+                answer = self._content_keys.answer(self.config.fleet, device, blobs, recipients)
+                transport.answer_keys(device, answer)
             case BuildDelta(name, base_files, result_files):
                 self._builds.build(name, base_files, result_files)
             case RemoveBlobs(path, names):
@@ -419,6 +430,7 @@ class Server:
             for name in names:
                 if name not in drafts:
                     self._blobs.remove(name)
+            self._opened.save([ContentKeyRemoval(blob=name) for name in names])
         except StorageError as error:
             _LOG.warning("a retired delta is still on the disk: %s", error)
             return None

@@ -1,12 +1,13 @@
 """Changes of what is signed: published at once, or waiting in the folder until people have signed (docs/keys.md)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 from msgspec import UNSET
 
 from protocol.errors import RequestError, TrustError
 from protocol.ids import (
+    Digest,
     Family,
     Version,
     digest_of,
@@ -110,14 +111,35 @@ def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[T
         and draft.digest(release_target(Family(record.release.family), Version(record.release.version)))
         == digest_of(encode_release(record.release))
     ]
-    files = {file.sha256 for record in records for file in record.release.files}
+    secret = {
+        file.sha256
+        for record in records
+        for file in record.release.files
+        # An empty file has nothing to hide, and what everybody may read already cannot be hidden any more.
+        if record.is_encrypted and file.length and draft.digest(file_target(Digest(file.sha256))) is None
+    }
+    files = {file.sha256 for record in records for file in record.release.files} - secret
     files |= {
         record.release.provenance_sha256
         for record in records
         if record.release.provenance_sha256 is not UNSET
     }
     blobs = [home.blobs.describe(parse_digest(sha256)) for sha256 in sorted(files)]
-    return records, [blob_target(file_target(blob.digest), blob) for blob in blobs]
+    targets = [blob_target(file_target(blob.digest), blob) for blob in blobs]
+    return records, targets + _encrypted(home, draft, sorted(secret))
+
+
+def _encrypted(home: Home, draft: Draft, files: Iterable[str]) -> list[Target]:
+    """Targets of files that only devices with a certificate can read. One that is there stays: encrypted again, a file is another artifact."""
+    targets = []
+    for sha256 in files:
+        digest = parse_digest(sha256)
+        path = file_target(digest, is_encrypted=True)
+        if draft.digest(path) is None:
+            home.blobs.describe(digest)
+            encrypted = home.content_keys().encrypt(digest)
+            targets.append(blob_target(path, encrypted.blob, encryption=encrypted.encryption))
+    return targets
 
 
 def signed_paths(home: Home) -> set[str]:

@@ -19,7 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from device.adapters.disk import RealDisk
 from device.config import IDENTITY_FOLDER, TlsConfig
+from device.ports import OpenedKey
 from device.renewal import Life
+from protocol.encryption import ContentCipher, content_key_name, unwrap_key
 from protocol.errors import MessageError, RequestError, StorageError
 from protocol.identity import (
     PrivateKey,
@@ -31,8 +33,8 @@ from protocol.identity import (
     public_der,
     seal_report,
 )
-from protocol.ids import DeviceId
-from protocol.messages import CertificateAnswer, decode_message, encode_message
+from protocol.ids import DeviceId, Digest, FleetId
+from protocol.messages import CertificateAnswer, WrappedKey, decode_message, encode_message
 
 IDENTITY_FILE: Final = f"{IDENTITY_FOLDER}/identity.pem"
 CA_FILE: Final = f"{IDENTITY_FOLDER}/ca.pem"
@@ -137,6 +139,14 @@ class Identity:
             RequestError: As `credentials`.
         """
         return seal_report(self.credentials().key, topic, report)
+
+    def open_key(self, fleet: FleetId, wrapped: WrappedKey) -> OpenedKey | None:
+        """See `device.ports.KeyOpener`."""
+        key = self.credentials().key
+        if wrapped.recipient != key_digest(key.public_key()):
+            return None  # of the certificate before this one, or of the next
+        content_key = unwrap_key(wrapped.wrapped, key, fleet, self._device, Digest(wrapped.blob))
+        return OpenedKey(content_key_name(content_key), ContentCipher(content_key))
 
     def request(self, topic: str) -> bytes:
         """Ask for the next certificate, for a new key that stays the same until there is one.

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -51,6 +51,22 @@ class FolderBlobs:
                 return self._put(_parts(file))
         except OSError as error:  # of the source: ours are wrapped already
             raise RequestError(f"{path}: {error.strerror}", hint="give a file that can be read") from error
+
+    def put_changed(self, name: Digest, change: Callable[[int, bytes], bytes]) -> StoredBlob:
+        """Store what a blob becomes when each of its chunks is changed.
+
+        Args:
+            name: The blob.
+            change: Gets the offset of a chunk and its bytes, and gives as many others.
+
+        Raises:
+            StorageError: The blob is not there, or the folder cannot be written.
+        """
+        path = self.path(name)
+        with storage_errors(path):
+            file = path.open("rb")
+        with file:
+            return self._put(change(at * CHUNK_BYTES, part) for at, part in enumerate(_parts(file)))
 
     def describe(self, digest: Digest) -> StoredBlob:
         """Read a blob from end to end, and make its index blobs where they are missing."""

@@ -32,6 +32,7 @@ from protocol.messages import (
     CertificateAnswer,
     CertificateRequest,
     Desired,
+    KeyAnswer,
     Link,
     Report,
     decode_message,
@@ -87,6 +88,7 @@ class TransportCounters:
     chunks_cached: int = 0
     chunks_answered: int = 0
     metadata_answered: int = 0
+    keys_answered: int = 0
     answers_dropped: int = 0
     messages_received: int = 0
     messages_invalid: int = 0
@@ -124,7 +126,7 @@ class _Connection:
     ordered: deque[_Ordered] = field(default_factory=deque)
     answers: deque[tuple[DeviceId, Digest, int]] = field(default_factory=deque)
     waiting: set[tuple[DeviceId, Digest, int]] = field(default_factory=set)
-    metadata_answers: dict[DeviceId, bytes] = field(default_factory=dict)
+    replies: dict[str, bytes] = field(default_factory=dict)  # metadata and keys, by topic
     in_flight: dict[int, _Ordered | None] = field(default_factory=dict)  # by message id; None for answers
     early: set[int] = field(default_factory=set)  # confirmed before `publish` returned the id
     ordered_window: int = 0
@@ -256,15 +258,13 @@ class MqttTransport:
 
     def answer_metadata(self, device: DeviceId, bundle: bytes) -> None:
         """Send the signed documents to one device; of several answers that wait for it the last one counts."""
-        with self._condition:
-            connection = self._connection
-            if connection is None or connection.is_lost:
-                return
-            if device in connection.metadata_answers or len(connection.metadata_answers) < WINDOW_MESSAGES:
-                connection.metadata_answers[device] = bundle
-            else:
-                self.counters.answers_dropped += 1
-            self._condition.notify_all()
+        if self._reply(self._topics.metadata_answer(device), bundle):
+            self.counters.metadata_answered += 1
+
+    def answer_keys(self, device: DeviceId, answer: KeyAnswer) -> None:
+        """Send wrapped content keys to one device, or why there are none."""
+        if self._reply(self._topics.keys(device), encode_message(answer)):
+            self.counters.keys_answered += 1
 
     def answer_claim(self, claim: ClaimId, answer: CertificateAnswer | None, *, is_retained: bool) -> None:
         """Tell a device what came of its claim; None takes the answer away."""
@@ -278,6 +278,20 @@ class MqttTransport:
         self._send(iter([message]))
 
     # Sending
+
+    def _reply(self, topic: str, payload: bytes) -> bool:
+        """Send something to one device that overtakes chunks; whether it will be."""
+        with self._condition:
+            connection = self._connection
+            if connection is None or connection.is_lost:
+                return False
+            is_kept = topic in connection.replies or len(connection.replies) < WINDOW_MESSAGES
+            if is_kept:
+                connection.replies[topic] = payload
+            else:
+                self.counters.answers_dropped += 1
+            self._condition.notify_all()
+            return is_kept
 
     def _send(self, messages: Iterator[_Message], confirmation: Event | None = None) -> None:
         with self._condition:
@@ -427,10 +441,9 @@ class MqttTransport:
         with self._condition:
             if connection.answer_window >= WINDOW_MESSAGES:
                 return
-            if connection.metadata_answers:
-                device = next(iter(connection.metadata_answers))
-                payload = connection.metadata_answers.pop(device)
-                message = _Message(self._topics.metadata_answer(device), payload)
+            if connection.replies:
+                topic = next(iter(connection.replies))
+                message = _Message(topic, connection.replies.pop(topic))
             elif connection.answers:
                 answer = connection.answers.popleft()
                 connection.waiting.discard(answer)
@@ -447,8 +460,6 @@ class MqttTransport:
                     connection.answer_window -= 1
                 raise
             self.counters.chunks_answered += 1
-        else:
-            self.counters.metadata_answered += 1
         self._publish(connection, message, None)
 
     def _publish(self, connection: _Connection, message: _Message, item: _Ordered | None) -> None:
@@ -570,7 +581,7 @@ class MqttTransport:
 
 
 def _can_send(connection: _Connection) -> bool:
-    has_answers = connection.answers or connection.metadata_answers
+    has_answers = connection.answers or connection.replies
     return bool(
         (connection.ordered and connection.ordered_window < WINDOW_MESSAGES)
         or (has_answers and connection.answer_window < WINDOW_MESSAGES)

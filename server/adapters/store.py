@@ -33,7 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from protocol.errors import AlreadyPublishedError, RequestError, StorageError, StorageFullError
-from protocol.ids import Family, Version
+from protocol.ids import Digest, Family, Version
 from protocol.trust import Documents
 from server.display import address_text
 from server.fleet.identities import (
@@ -48,9 +48,12 @@ from server.fleet.registry import DeviceRecord
 from server.ports import (
     CacheEntry,
     CacheRemoval,
+    ContentKeyRecord,
+    ContentKeyRemoval,
     DeltaRefusal,
     IdleDelta,
     IdleDeltaRemoval,
+    KeyChange,
     Record,
     ReleaseRecord,
     Repository,
@@ -98,6 +101,9 @@ _IDLE = Table("idle_deltas", _schema, Column("path", _PATH, primary_key=True), C
 _CACHED = Table(
     "cached_blobs", _schema, Column("name", String(64), primary_key=True), Column("body", LargeBinary)
 )
+_CONTENT_KEYS = Table(
+    "content_keys", _schema, Column("blob", String(64), primary_key=True), Column("body", LargeBinary)
+)
 _CLAIMS = Table("claims", _schema, Column("claim", _NAME, primary_key=True), Column("body", LargeBinary))
 _CERTIFICATES = Table(
     "certificates", _schema, Column("serial", String(64), primary_key=True), Column("body", LargeBinary)
@@ -112,6 +118,7 @@ _KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
     DeltaRefusal: (_REFUSALS, ("path",)),
     IdleDelta: (_IDLE, ("path",)),
     CacheEntry: (_CACHED, ("name",)),
+    ContentKeyRecord: (_CONTENT_KEYS, ("blob",)),
     ClaimRecord: (_CLAIMS, ("claim",)),
     CertificateRecord: (_CERTIFICATES, ("serial",)),
 }
@@ -178,12 +185,12 @@ class SqlStore:
             )
         self._add_tables()
 
-    def save(self, records: Sequence[Record]) -> None:
+    def save(self, records: Sequence[Record | KeyChange]) -> None:
         """Write all records in one transaction; a record replaces the one with its key."""
         with self._writing() as connection:
             self._write(connection, records)
 
-    def _write(self, connection: Connection, records: Sequence[Record | IdentityRecord]) -> None:
+    def _write(self, connection: Connection, records: Sequence[Record | KeyChange | IdentityRecord]) -> None:
         rows: dict[Table, dict[tuple[str, ...], dict[str, Any] | None]] = {}
         rollouts = []
         for record in records:
@@ -193,6 +200,8 @@ class SqlStore:
                 rows.setdefault(_CACHED, {})[record.name,] = None
             elif isinstance(record, IdleDeltaRemoval):
                 rows.setdefault(_IDLE, {})[record.path,] = None
+            elif isinstance(record, ContentKeyRemoval):
+                rows.setdefault(_CONTENT_KEYS, {})[record.blob,] = None
             elif isinstance(record, ClaimRemoval):
                 rows.setdefault(_CLAIMS, {})[record.claim,] = None
             elif isinstance(record, CertificateRemoval):
@@ -230,6 +239,16 @@ class SqlStore:
     def idle_deltas(self) -> list[IdleDelta]:
         """Deltas that nobody needs."""
         return self._load(IdleDelta, select(_IDLE.c.body).order_by(_IDLE.c.path))
+
+    def content_key(self, blob: Digest) -> ContentKeyRecord | None:
+        """The key of an encrypted artifact."""
+        query = select(_CONTENT_KEYS.c.body).where(_CONTENT_KEYS.c.blob == blob)
+        found = self._load(ContentKeyRecord, query)
+        return found[0] if found else None
+
+    def has_content_keys(self) -> bool:
+        """Whether there are any."""
+        return self._scalar(select(_CONTENT_KEYS.c.blob).limit(1)) is not None
 
     def cached(self) -> list[CacheEntry]:
         """Blobs that a broker may retain."""

@@ -29,7 +29,7 @@ from protocol.release import DeltaName, InPlaceNeeds, ReleaseFile
 from protocol.tensors import Region, map_files, map_regions
 from server.adapters.blobs import FileSource, FolderBlobs, storage_errors
 from server.events import DeltaBuilt, DeltaFailed, Event
-from server.ports import StoredBlob
+from server.ports import EncryptedBlob, StoredBlob
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -106,12 +106,21 @@ class BuildPool:
         workers: Children at the same time.
         timeout_s: After which a build is given up.
         post: Takes `DeltaBuilt` and `DeltaFailed`; called from threads of this class.
+        encrypt: Puts the encrypted form of a delta in its place; called from there too.
     """
 
-    def __init__(self, folder: Path, workers: int, timeout_s: int, post: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        workers: int,
+        timeout_s: int,
+        post: Callable[[Event], None],
+        encrypt: Callable[[StoredBlob], EncryptedBlob] | None = None,
+    ) -> None:
         self._folder = folder
         self._timeout_s = timeout_s
         self._post = post
+        self._encrypt = encrypt
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="whimbrel-build")
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
@@ -178,7 +187,14 @@ class BuildPool:
             last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
             return DeltaFailed(name, f"ended with {child.returncode}: {last[0][:400]}")
         built = msgspec.json.decode(output[:_OUTPUT_BYTES_MAX], type=BuiltDelta)
-        return DeltaBuilt(name, built.blob, built.memory_bytes, built.in_place)
+        if not name.is_encrypted:
+            return DeltaBuilt(name, built.blob, built.memory_bytes, built.in_place)
+        assert self._encrypt is not None, "whoever publishes secrets can encrypt"
+        try:
+            encrypted = self._encrypt(built.blob)
+        except WhimbrelError as error:
+            return DeltaFailed(name, f"{error.code}: {error}")
+        return DeltaBuilt(name, encrypted.blob, built.memory_bytes, built.in_place, encrypted.encryption)
 
 
 def _beside(files: Sequence[ReleaseFile]) -> list[str]:

@@ -10,6 +10,7 @@ from protocol.ids import Digest, Family, Version
 from protocol.release import (
     ArtifactCustom,
     DeltaName,
+    Encryption,
     InPlaceNeeds,
     Release,
     ReleaseFile,
@@ -56,8 +57,14 @@ class Catalog:
         return self.releases.get((family, version))
 
     def file(self, digest: Digest) -> Target | None:
-        """The target of a whole file."""
-        return self.targets.get(file_target(digest))
+        """The target of a whole file; the one that everybody can read, if there are two."""
+        open_to_all = self.targets.get(file_target(digest))
+        return open_to_all or self.targets.get(file_target(digest, is_encrypted=True))
+
+    def is_secret(self, digest: Digest) -> bool:
+        """Whether a file is there in encrypted form only, so that nothing may travel that tells about it."""
+        target = self.file(digest)
+        return target is not None and target.custom.encryption is not None
 
     def files_beside(self, digest: Digest) -> tuple[ReleaseFile, ...]:
         """Files of a release that holds this file, itself among them; nothing when no published release does."""
@@ -69,9 +76,15 @@ class Catalog:
         holder = next(holders, None)
         return tuple(holder.files) if holder is not None else ()
 
-    def delta(self, base: Digest, result: Digest, profile: Profile = Profile.SMALL) -> Target | None:
+    def delta(
+        self,
+        base: Digest,
+        result: Digest,
+        profile: Profile = Profile.SMALL,
+        is_encrypted: bool = False,  # noqa: FBT001, FBT002 - a `DeltaName`, taken apart
+    ) -> Target | None:
         """The target of the delta between two files."""
-        return self.targets.get(delta_target(base, result, profile))
+        return self.targets.get(delta_target(base, result, profile, is_encrypted))
 
     def description(self, release: Release) -> Target:
         """The target of a published release's description."""
@@ -96,8 +109,14 @@ def target_blobs(target: Target) -> list[tuple[Digest, int]]:
 
 
 def blob_target(
-    path: str, blob: StoredBlob, memory_bytes: int = 0, in_place: InPlaceNeeds | None = None
+    path: str,
+    blob: StoredBlob,
+    memory_bytes: int = 0,
+    in_place: InPlaceNeeds | None = None,
+    encryption: Encryption | None = None,
 ) -> Target:
-    """The target of a blob that is in the blob store; a delta says what it takes."""
-    custom = ArtifactCustom(chunks=blob.tree, memory_bytes=memory_bytes, in_place=in_place)
+    """The target of a blob that is in the blob store; a delta says what it takes, and what is encrypted how."""
+    custom = ArtifactCustom(
+        chunks=blob.tree, memory_bytes=memory_bytes, in_place=in_place, encryption=encryption
+    )
     return Target(path, blob.length, blob.digest, custom)

@@ -107,6 +107,8 @@ def _listings(draft: Draft, releases: Sequence[ReleaseRecord], digest: Digest) -
         name = parse_delta_target(path)
         if path == file_target(digest) and sha256 == digest:
             found.append(Listing(path=path, role=role, what="the whole file"))
+        elif path == file_target(digest, is_encrypted=True):
+            found.append(Listing(path=path, role=role, what="the whole file, encrypted"))
         elif sha256 == digest:
             found.append(Listing(path=path, role=role, what="these bytes"))
         elif name is not None and name.result == digest:
@@ -127,7 +129,7 @@ def _listings(draft: Draft, releases: Sequence[ReleaseRecord], digest: Digest) -
 
 
 def _delta_text(name: DeltaName) -> str:
-    return f"a delta to it, from {name.base[:12]}"
+    return f"a delta to it, from {name.base[:12]}{', encrypted' if name.is_encrypted else ''}"
 
 
 def _refusal(repository: Repository, version: int, listings: Sequence[Listing], now_ms: int) -> str:

@@ -162,7 +162,7 @@ class FleetGraph:
                 or (result not in group.held and group.capacity is not None)
             ]
             candidates = dict.fromkeys(
-                DeltaName(*pair, profile)
+                DeltaName(*pair, profile, any(self.catalog.is_secret(file) for file in pair))
                 for user in users
                 for pair, profile in product(user.group.pairs, Profile)
                 if pair[1] == result
@@ -198,7 +198,7 @@ class FleetGraph:
 
     def _expected_small_bytes(self, name: DeltaName, whole_bytes: int) -> int:
         for profile, factor in ((Profile.SMALL, 1.0), (Profile.FAST, 1 / FAST_SIZE_EXPECTED)):
-            sibling = self.catalog.delta(name.base, name.result, profile)
+            sibling = self.catalog.delta(*name._replace(profile=profile))
             if sibling is not None:
                 return int(sibling.length * factor)
         deltas = [edge for edge in self.edges if edge.base is not None]

@@ -70,7 +70,7 @@ class DeltaStock:
         self, catalog: Catalog, refusals: Iterable[DeltaRefusal], idle: Iterable[IdleDelta], now_ms: int
     ) -> Iterator[Effect]:
         """Take over what the store knows; go on with removals that were cut off."""
-        self._refused = {DeltaName(each.base, each.result, each.profile) for each in refusals}
+        self._refused = {each.name for each in refusals}
         self.idle = {each.path: each for each in idle}
         self._collect_ms = now_ms + COLLECT_FIRST_MS
         yield from self.follow(catalog)
@@ -108,13 +108,14 @@ class DeltaStock:
     def built(self, event: DeltaBuilt) -> Iterator[Effect]:
         """A delta is in the blob store."""
         name = event.name
+        assert name.is_encrypted == (event.encryption is not None), "nothing secret is signed as it is"
         self._building.discard(name)
         whole = self.catalog.file(name.result)
         if whole is None:
             self._failed.add(name)  # its release went away while it was built
         elif is_worthwhile(event.blob.length, whole.length):
             self._built[name] = blob_target(
-                delta_target(*name), event.blob, event.memory_bytes, event.in_place
+                delta_target(*name), event.blob, event.memory_bytes, event.in_place, event.encryption
             )
             if self.idle.pop(delta_target(*name), None) is not None:
                 yield Save(IdleDeltaRemoval(path=delta_target(*name)))
@@ -122,7 +123,11 @@ class DeltaStock:
             self._refused.add(name)
             yield Save(
                 DeltaRefusal(
-                    base=name.base, result=name.result, profile=name.profile, length=event.blob.length
+                    base=name.base,
+                    result=name.result,
+                    profile=name.profile,
+                    is_encrypted=name.is_encrypted,
+                    length=event.blob.length,
                 )
             )
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 from device import blobs, executor, install
 from device.executor import Executor
 from device.ledger import Ledger
-from device.ports import Disk
+from device.ports import Cipher, Disk
 from device.reconnect import RECONNECT_BASE_S, RECONNECT_CAP_S, Backoff
 from device.sync import MetadataSync
 from device.trial import Verdict
@@ -95,7 +95,7 @@ def stale_job() -> Iterator[None]:
 def forgotten_chunks() -> Iterator[None]:
     """A restart begins the download anew."""
 
-    def open_blob(disk: Disk, plan: BlobPlan) -> Bitmap:
+    def open_blob(disk: Disk, plan: BlobPlan, _cipher: Cipher) -> Bitmap:
         if disk.length(blobs.blob_file(plan.name)) != plan.length:
             disk.create(blobs.blob_file(plan.name), plan.length)
         return Bitmap(plan.count)

@@ -17,7 +17,7 @@ from device.config import AgentConfig
 from device.effects import Effect, Trace
 from device.executor import ROOT_FILE, Executor
 from device.journal import Journal, Record, SlotRecord
-from device.ports import Model, ModelSource, TrialOrder, Trust
+from device.ports import KeyOpener, Model, ModelSource, TrialOrder, Trust
 from device.slots import SlotHealth, SlotName, slot_file
 from device.states import State
 from protocol import trust as trust_module
@@ -267,12 +267,14 @@ class Device:
         config: dict[str, object] | None = None,
         disk: CuttingDisk | None = None,
         trust: Trust = trust_module,
+        open_key: KeyOpener | None = None,
     ) -> None:
         fields: dict[str, object] = {"device": DEVICE, "fleet": FLEET, "family": FAMILY, "tier": "pi"}
         self.config = AgentConfig(**{**fields, **(config or {})})  # type: ignore[arg-type]  # a test's keyword arguments
         self.cache = cache
         self.disk = disk or self._make_disk()
         self.trust = trust
+        self.open_key = open_key
         self.engine = self._make_engine()
         self.rng = random.Random(seed)
         self.now_ms = START_MS
@@ -315,7 +317,12 @@ class Device:
         self.is_connected = False
         self.agent = Agent(self.config, self.rng, self.trust)
         self.executor = Executor(
-            disk=self.disk, transport=self, engine=self.engine, workers=self, post=self.queue.append
+            disk=self.disk,
+            transport=self,
+            engine=self.engine,
+            workers=self,
+            post=self.queue.append,
+            open_key=self.open_key,
         )
         self.queue.append(self.executor.boot_event(memory_bytes=1 << 30))
 

@@ -7,15 +7,19 @@ from hypothesis import strategies as st
 from protocol.errors import MessageError
 from protocol.ids import digest_of
 from protocol.messages import (
+    KEYS_MAX,
     REQUEST_WINDOW_CHUNKS_MAX,
     Capacity,
     ChunkRequest,
     Desired,
+    KeyAnswer,
+    KeyRequest,
     Link,
     MetadataBundle,
     MetadataRequest,
     Report,
     UpdateReport,
+    WrappedKey,
     decode_message,
     decode_request,
     decode_window,
@@ -45,17 +49,37 @@ REPORT = Report(
         REPORT,
         Link(online=True),
         MetadataBundle(roots=[b"1"], timestamp=b"t", snapshot=b"s", targets=b"\xff"),
+        KeyAnswer(code="keys.refused", detail="no"),
+        KeyAnswer(keys=(WrappedKey(blob=digest_of(b"x"), recipient=digest_of(b"y"), wrapped=b"\xff" * 113),)),
     ],
 )
-def test_a_message_comes_back_as_it_was_sent(message: Desired | Report | Link | MetadataBundle) -> None:
+def test_a_message_comes_back_as_it_was_sent(
+    message: Desired | Report | Link | MetadataBundle | KeyAnswer,
+) -> None:
     assert decode_message(type(message), encode_message(message)) == message
 
 
 @pytest.mark.parametrize(
-    "message", [ChunkRequest(blob=digest_of(b"x"), first=8, wanted="gA=="), MetadataRequest(root_version=1)]
+    "message",
+    [
+        ChunkRequest(blob=digest_of(b"x"), first=8, wanted="gA=="),
+        MetadataRequest(root_version=1),
+        KeyRequest(blobs=(digest_of(b"x"), digest_of(b"y"))),
+    ],
 )
-def test_a_request_comes_back_as_it_was_sent(message: ChunkRequest | MetadataRequest) -> None:
+def test_a_request_comes_back_as_it_was_sent(message: ChunkRequest | MetadataRequest | KeyRequest) -> None:
     assert decode_request(encode_message(message)) == message
+
+
+def test_the_longest_request_for_keys_and_its_answer_fit_into_a_message() -> None:
+    blobs = tuple(digest_of(bytes([number])) for number in range(KEYS_MAX))
+    keys = [WrappedKey(blob=blob, recipient=blob, wrapped=bytes(113)) for blob in blobs]
+    assert decode_request(encode_message(KeyRequest(blobs=blobs))) == KeyRequest(blobs=blobs)
+    for_two = KeyAnswer(keys=(*keys, *keys))
+    assert decode_message(KeyAnswer, encode_message(for_two)) == for_two
+    for wrong in ((), (*blobs, blobs[0])):
+        with pytest.raises(MessageError):
+            decode_request(encode_message(KeyRequest(blobs=wrong)))
 
 
 def test_unknown_fields_are_ignored_and_another_version_is_refused() -> None:

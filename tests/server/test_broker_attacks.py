@@ -268,6 +268,8 @@ def test_39_writing_on_topics_of_another_device_goes_nowhere(server: Peer, attac
         TOPICS.desired(VICTIM),
         TOPICS.desired(ATTACKER),
         TOPICS.certificate(ATTACKER),
+        TOPICS.keys(ATTACKER),
+        TOPICS.keys(VICTIM),
     ):
         attacker.say(topic, b"forged", retain=True)
     assert_unheard(server, attacker)
@@ -275,7 +277,12 @@ def test_39_writing_on_topics_of_another_device_goes_nowhere(server: Peer, attac
 
 def test_39_reading_topics_of_another_device_gives_nothing(server: Peer, attacker: Peer) -> None:
     attacker.listen("#", "wb1.lab/dev/+/desired", "wb1.lab/dev/victim/#", "wb1.lab/+/#", "$SYS/#")
-    for topic in (TOPICS.desired(VICTIM), TOPICS.metadata_answer(VICTIM), TOPICS.chunk_answer(VICTIM)):
+    for topic in (
+        TOPICS.desired(VICTIM),
+        TOPICS.metadata_answer(VICTIM),
+        TOPICS.chunk_answer(VICTIM),
+        TOPICS.keys(VICTIM),
+    ):
         server.say(topic, b"secret", retain=True)
     server.say(TOPICS.report(VICTIM), b"secret")
     server.say(TOPICS.desired(ATTACKER), b"yours")

@@ -31,6 +31,7 @@ from protocol.trust import Target
 from server.coordinator import Coordinator, CoordinatorLimits
 from server.effects import (
     AnswerChunks,
+    AnswerKeys,
     AnswerMetadata,
     BuildDelta,
     CacheBlob,
@@ -311,6 +312,8 @@ class Play:
                     yield f"answer {device} {self._blob(name)} {','.join(map(str, chunks))}"
                 case AnswerMetadata(device, version):
                     yield f"answer {device} metadata after root {version}"
+                case AnswerKeys(device, blobs):
+                    yield f"answer {device} keys of {' '.join(map(self._blob, blobs)) or 'nothing'}"
                 case BuildDelta(name, base_files, result_files):
                     assert name.base in {file.sha256 for file in base_files}
                     assert name.result in {file.sha256 for file in result_files}
