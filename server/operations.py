@@ -398,6 +398,12 @@ def list_devices(folder: Path) -> list[DeviceRecord]:
         return home.store.devices()
 
 
+def has_users(folder: Path) -> bool:
+    """Whether anybody can sign in to the page."""
+    with opened(folder) as home:
+        return bool(home.store.accounts().users)
+
+
 def is_served(folder: Path) -> bool:
     """Whether a server runs on this folder."""
     return is_locked(folder / LOCK_FILE)

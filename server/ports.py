@@ -14,6 +14,7 @@ from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.messages import Desired
 from protocol.release import ChunkTree, DeltaName, Release, ReleaseFile, delta_target
 from protocol.trust import Documents, Target
+from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
 from server.rollouts.campaign import MemberRecord, RolloutRecord
 
@@ -84,6 +85,7 @@ class CacheRemoval(Struct, frozen=True, kw_only=True):
 
 Record = (
     DeviceRecord
+    | DeviceEvent
     | RolloutRecord
     | MemberRecord
     | DeltaRefusal
@@ -155,6 +157,14 @@ class Store(Protocol):
 
     def devices(self) -> list[DeviceRecord]:
         """Every device that ever reported."""
+        ...
+
+    def device_events(self, device: DeviceId, count_max: int) -> list[DeviceEvent]:
+        """What became of a device lately, oldest first."""
+        ...
+
+    def forget_device_events(self, before_ms: int) -> None:
+        """Drop what is older than `before_ms`."""
         ...
 
     def rollouts(self) -> list[RolloutRecord]:
