@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from server import operations
 from server.web.access import COOKIE, Approver, Operator, Viewer, new_page_session
+from server.web.names import FamilyName, VersionName
 from server.web.pictures import release_summary
 from server.web.problems import RESPONSES
 from server.web.views import ReleaseSummary, RolloutOrder, RolloutSummary, SignIn, Visitor
@@ -59,7 +60,9 @@ def start_rollout(request: Request, order: RolloutOrder, _: Operator) -> Rollout
 
 
 @router.post("/releases/{family}/{version}/publish")
-def publish_release(request: Request, family: str, version: str, _: Approver) -> ReleaseSummary:
+def publish_release(
+    request: Request, family: FamilyName, version: VersionName, _: Approver
+) -> ReleaseSummary:
     """Sign a draft with the keys that are on the server; stays a draft where people have to sign as well."""
     server = request.app.state.server
     record = operations.publish_release(server.config.folder, family, version)
@@ -68,7 +71,9 @@ def publish_release(request: Request, family: str, version: str, _: Approver) ->
 
 
 @router.post("/releases/{family}/{version}/withdraw")
-def withdraw_release(request: Request, family: str, version: str, _: Approver) -> ReleaseSummary:
+def withdraw_release(
+    request: Request, family: FamilyName, version: VersionName, _: Approver
+) -> ReleaseSummary:
     """Take a release out of the signed metadata."""
     server = request.app.state.server
     operations.withdraw_release(server.config.folder, family, version)

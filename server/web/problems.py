@@ -5,9 +5,10 @@ from typing import Any, Final
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from protocol.errors import AlreadyPublishedError, StorageError, WhimbrelError
+from protocol.errors import RequestError, TopicError, UnknownReleaseError, WhimbrelError
 from server.web.views import Problem
 
 
@@ -49,21 +50,24 @@ _STATUS: Final[dict[type[WhimbrelError], int]] = {
     DeniedError: 403,
     NotFoundError: 404,
     TooManyError: 429,
-    AlreadyPublishedError: 409,
-    StorageError: 503,
+    UnknownReleaseError: 404,
+    RequestError: 409,
+    TopicError: 422,
 }
+"""The first one that fits."""
+
 _CODES: Final = {404: "web.not_found", 405: "web.method"}
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": Problem, "description": text}
     for status, text in (
-        (400, "it cannot be done; says why"),
+        (400, "the body is not what its length or type says"),
         (401, "nobody is signed in"),
         (403, "not with this role"),
         (404, "there is no such thing"),
-        (409, "it was done before"),
+        (409, "it cannot be done as things stand; says why"),
         (422, "a field is not as it has to be"),
         (429, "not now; see Retry-After"),
-        (503, "the database or disk does not work"),
+        (503, "the server cannot do it for now: its disk, its database, its keys"),
     )
 }
 """For the OpenAPI description of every route."""
@@ -74,7 +78,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(WhimbrelError)
     def _told(_: Request, error: WhimbrelError) -> JSONResponse:
-        status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 400)
+        status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 503)
         headers = {"Retry-After": str(error.retry_after_s)} if isinstance(error, TooManyError) else None
         problem = Problem(code=error.code, message=error.message, hint=error.hint)
         return JSONResponse(problem.model_dump(), status, headers)
@@ -87,8 +91,15 @@ def add_handlers(app: FastAPI) -> None:
         return JSONResponse(problem.model_dump(), 422)
 
     @app.exception_handler(HTTPException)
-    def _http(_: Request, error: HTTPException) -> JSONResponse:
+    def _http(request: Request, error: HTTPException) -> JSONResponse:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route only
+            routes = [route for route in app.routes if isinstance(route, APIRoute)]
+            fitting = [
+                route.methods or set() for route in routes if route.path_regex.fullmatch(request.url.path)
+            ]
+            headers["Allow"] = ", ".join(sorted(set().union(*fitting)))
         problem = Problem(
             code=_CODES.get(error.status_code, "web.request"), message=str(error.detail), hint=""
         )
-        return JSONResponse(problem.model_dump(), error.status_code, error.headers)
+        return JSONResponse(problem.model_dump(), error.status_code, headers)

@@ -9,6 +9,7 @@ from protocol.ids import DeviceId
 from server import operations
 from server.coordinator import Coordinator
 from server.web.access import Viewer, visit
+from server.web.names import DeviceName, FamilyName, RolloutName, VersionName
 from server.web.pictures import (
     device_page,
     device_story,
@@ -101,7 +102,7 @@ def devices(
 
 
 @router.get("/devices/{device}")
-def device(request: Request, device: str, _: Viewer) -> DeviceStory:
+def device(request: Request, device: DeviceName, _: Viewer) -> DeviceStory:
     """One device: what it reports, and its story."""
     name = DeviceId(device)
 
@@ -125,7 +126,7 @@ def rollouts(request: Request, _: Viewer) -> list[RolloutSummary]:
 @router.get("/rollouts/{rollout}")
 def rollout(
     request: Request,
-    rollout: str,
+    rollout: RolloutName,
     _: Viewer,
     status: _Name = "",
     offset: Annotated[int, Query(ge=0, le=10_000_000)] = 0,
@@ -155,7 +156,7 @@ def releases(request: Request, _: Viewer) -> list[ReleaseSummary]:
 
 
 @router.get("/releases/{family}/{version}")
-def release(request: Request, family: str, version: str, _: Viewer) -> ReleaseDetails:
+def release(request: Request, family: FamilyName, version: VersionName, _: Viewer) -> ReleaseDetails:
     """One release: its files, the deltas that lead to it, where it comes from."""
     details = operations.show_release(request.app.state.server.config.folder, family, version)
     found: ReleaseDetails = request.app.state.server.look(

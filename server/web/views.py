@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from protocol.ids import NAME_PATTERN, VERSION_PATTERN
 from server.accounts import Role
 
 
@@ -225,8 +226,8 @@ class SignIn(BaseModel):
 class RolloutOrder(BaseModel):
     """What to roll out, and how carefully."""
 
-    family: str = Field(max_length=64)
-    version: str = Field(max_length=64)
+    family: str = Field(pattern=f"^{NAME_PATTERN}$")
+    version: str = Field(pattern=f"^{VERSION_PATTERN}$")
     canary_count: int = Field(2, ge=1, le=100_000)
     wave_timeout_s: int = Field(3600, ge=1, le=31_536_000)
     failures_max: int = Field(0, ge=0, le=1_000_000)
