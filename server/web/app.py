@@ -66,8 +66,9 @@ def create_app(server: Server, store: SqlStore, clock: Clock, *, is_secure: bool
     app.state.is_secure = is_secure
     app.state.doors = Doors(clock)
     app.state.feed = Feed(server, clock)
-    add_handlers(app)
-    for router in (reading.router, acting.router, metrics.router):
+    routers = (reading.router, acting.router, metrics.router)
+    add_handlers(app, routers)
+    for router in routers:
         app.include_router(router)
 
     @app.middleware("http")

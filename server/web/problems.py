@@ -1,8 +1,9 @@
 """What a request can come to instead of an answer, and how that is said: a status, and a `Problem` as JSON."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -73,8 +74,8 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 """For the OpenAPI description of every route."""
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Have every error told as a `Problem`."""
+def add_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Have every error of the routes in `routers` told as a `Problem`."""
 
     @app.exception_handler(WhimbrelError)
     def _told(_: Request, error: WhimbrelError) -> JSONResponse:
@@ -94,7 +95,7 @@ def add_handlers(app: FastAPI) -> None:
     def _http(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {})
         if error.status_code == 405:  # the framework names the methods of one route only
-            routes = [route for route in app.routes if isinstance(route, APIRoute)]
+            routes = [route for each in routers for route in each.routes if isinstance(route, APIRoute)]
             fitting = [
                 route.methods or set() for route in routes if route.path_regex.fullmatch(request.url.path)
             ]

@@ -15,6 +15,7 @@ from server.ports import Clock
 from server.runtime import Server
 from server.web.app import create_app
 
+BACKLOG: Final = 256
 STOP_S_MAX: Final = 3
 """How long pages that listen may keep the server from ending."""
 
@@ -109,6 +110,7 @@ def _listen(settings: WebSettings) -> socket.socket:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
+            listening.listen(BACKLOG)  # whoever comes from now on waits for the first answer
         except BaseException:
             listening.close()
             raise
