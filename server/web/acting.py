@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from server import operations
 from server.web.access import COOKIE, Approver, Operator, Viewer, new_page_session
 from server.web.names import FamilyName, VersionName
-from server.web.pictures import release_summary
+from server.web.pictures import release_summary, rollout_summary
 from server.web.problems import RESPONSES
 from server.web.views import ReleaseSummary, RolloutOrder, RolloutSummary, SignIn, Visitor
 
@@ -46,17 +46,7 @@ def start_rollout(request: Request, order: RolloutOrder, _: Operator) -> Rollout
         wave_timeout_ms=order.wave_timeout_s * 1000,
         failures_max=order.failures_max,
     )
-    return RolloutSummary(
-        id=record.id,
-        family=record.family,
-        version=record.version,
-        state=record.state,
-        reason=record.reason,
-        created_ms=record.created_ms,
-        begun_ms=record.begun_ms,
-        finished_ms=record.finished_ms,
-        counts={},
-    )
+    return rollout_summary(record, {})
 
 
 @router.post("/releases/{family}/{version}/publish")

@@ -77,10 +77,27 @@ def air_bytes(campaigns: Iterable[Campaign]) -> AirBytes:
     )
 
 
-def rollout_list(coordinator: Coordinator) -> list[RolloutSummary]:
-    """All rollouts, newest first."""
-    campaigns = sorted(coordinator.campaigns.values(), key=lambda each: each.record.created_ms, reverse=True)
-    return [_summary(campaign.record, campaign.counts()) for campaign in campaigns]
+def rollout_list(coordinator: Coordinator, stored: Iterable[RolloutRecord] = ()) -> list[RolloutSummary]:
+    """All rollouts, newest first; of `stored` those that the coordinator has not taken up, or did not need to remember."""
+    known = coordinator.campaigns
+    summaries = [rollout_summary(campaign.record, campaign.counts()) for campaign in known.values()]
+    summaries += [rollout_summary(record, {}) for record in stored if record.id not in known]
+    return sorted(summaries, key=lambda each: (each.created_ms, each.id), reverse=True)
+
+
+def rollout_summary(record: RolloutRecord, counts: Mapping[MemberStatus, int]) -> RolloutSummary:
+    """A rollout, and how many devices have come how far."""
+    return RolloutSummary(
+        id=record.id,
+        family=record.family,
+        version=record.version,
+        state=record.state,
+        reason=record.reason,
+        created_ms=record.created_ms,
+        begun_ms=record.begun_ms,
+        finished_ms=record.finished_ms,
+        counts={str(status): count for status, count in counts.items()},
+    )
 
 
 def rollout_details(campaign: Campaign, status: str, offset: int, limit: int) -> RolloutDetails:
@@ -94,7 +111,7 @@ def rollout_details(campaign: Campaign, status: str, offset: int, limit: int) ->
         if member.code and member.status not in _GOOD:
             codes[member.code] += 1
     return RolloutDetails(
-        **_summary(campaign.record, campaign.counts()).model_dump(),
+        **rollout_summary(campaign.record, campaign.counts()).model_dump(),
         waves={wave: dict(counts) for wave, counts in waves.items()},
         codes=dict(codes.most_common()),
         members=[_member(each) for each in members[offset : offset + limit]],
@@ -251,20 +268,6 @@ def _deltas_to(coordinator: Coordinator, record: ReleaseRecord) -> list[Delta]:
                 )
             )
     return sorted(deltas, key=lambda delta: (delta.file, delta.base, delta.profile))
-
-
-def _summary(record: RolloutRecord, counts: Mapping[MemberStatus, int]) -> RolloutSummary:
-    return RolloutSummary(
-        id=record.id,
-        family=record.family,
-        version=record.version,
-        state=record.state,
-        reason=record.reason,
-        created_ms=record.created_ms,
-        begun_ms=record.begun_ms,
-        finished_ms=record.finished_ms,
-        counts={str(status): count for status, count in counts.items()},
-    )
 
 
 def _member(record: MemberRecord) -> Member:

@@ -8,6 +8,7 @@ from fastapi.responses import StreamingResponse
 from protocol.ids import DeviceId
 from server import operations
 from server.coordinator import Coordinator
+from server.rollouts.campaign import Campaign
 from server.web.access import Viewer, visit
 from server.web.names import DeviceName, FamilyName, RolloutName, VersionName
 from server.web.pictures import (
@@ -119,7 +120,8 @@ def device(request: Request, device: DeviceName, _: Viewer) -> DeviceStory:
 @router.get("/rollouts")
 def rollouts(request: Request, _: Viewer) -> list[RolloutSummary]:
     """All rollouts, newest first."""
-    found: list[RolloutSummary] = request.app.state.server.look(rollout_list)
+    stored = request.app.state.store.rollouts()
+    found: list[RolloutSummary] = request.app.state.server.look(lambda core: rollout_list(core, stored))
     return found
 
 
@@ -133,15 +135,17 @@ def rollout(
     limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 100,
 ) -> RolloutDetails:
     """One rollout with its devices: those that failed first, then those under way."""
+    stored = next((each for each in request.app.state.store.rollouts() if each.id == rollout), None)
+    if stored is None:
+        raise NotFoundError(f"there is no rollout {rollout}")
 
-    def read(coordinator: Coordinator) -> RolloutDetails | None:
-        campaign = coordinator.campaigns.get(rollout)
-        return None if campaign is None else rollout_details(campaign, status, offset, limit)
+    def read(coordinator: Coordinator) -> RolloutDetails:
+        campaign = coordinator.campaigns.get(stored.id) or Campaign(
+            stored
+        )  # it may not have been taken up yet
+        return rollout_details(campaign, status, offset, limit)
 
-    found = request.app.state.server.look(read)
-    if found is None:
-        raise NotFoundError(f"there is no rollout {rollout[:80]!r}")
-    details: RolloutDetails = found
+    details: RolloutDetails = request.app.state.server.look(read)
     return details
 
 

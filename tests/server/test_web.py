@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Site:
         with opened(self.folder) as home:
             for role in ("viewer", "operator", "approver"):
                 user = UserRecord(name=role, role=role, password=kept, created_ms=1)
-                home.store.change_accounts(lambda accounts, user=user: accounts.add(user))
+                home.store.change_accounts(partial(Accounts.add, user=user))
         self.server = Server(read_config(self.folder), seed=1)
         self.server.start()
         self.web = WebServer(self.server, WebSettings(port=0))

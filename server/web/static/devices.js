@@ -91,7 +91,7 @@ function happened(now, before) {
   if ((!before || now.version !== before.version) && (now.version || before)) said.push(now.version ? `runs ${now.version}` : "runs nothing");
   if (now.rollout && (!before || now.rollout !== before.rollout)) said.push(`${now.rollout} asks for ${now.target}`);
   if (now.outcome && now.outcome !== "running" && (!before || now.outcome !== before.outcome || now.rollout !== before.rollout)) said.push(`${words(now.outcome)} ${now.target}`);
-  if (now.state && (!before || now.state !== before.state)) said.push(words(now.state));
+  if (now.state && now.state !== now.outcome && (!before || now.state !== before.state)) said.push(words(now.state));
   return said.join("; ") || (now.code ? now.code : "reported");
 }
 

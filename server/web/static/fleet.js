@@ -77,7 +77,8 @@ function fleetGrid(canvas, pointed) {
   function reset() { geometry = null; painted = new Map(); }
 
   function layOut() {
-    const width = canvas.parentElement.clientWidth - 2;
+    const box = getComputedStyle(canvas.parentElement);
+    const width = canvas.parentElement.clientWidth - parseFloat(box.paddingLeft) - parseFloat(box.paddingRight);
     const size = Math.max(4, Math.min(18, Math.floor(Math.sqrt((width * 260) / Math.max(1, names.length)))));
     const columns = Math.max(1, Math.floor(width / size));
     const rows = Math.max(1, Math.ceil(names.length / columns));
