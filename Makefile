@@ -120,6 +120,13 @@ fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 
 	$(call environment,fuzz)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --workers $(WORKERS)
 
+.PHONY: browser-test
+browser-test: setup ## drive the server's page in Chromium: rollouts, keys alone, accessibility, 1,000 live devices; schemathesis over its API
+	$(call environment,browser)
+	@command -v chromium >/dev/null || { echo "whimbrel: Chromium is not installed: apt-get install chromium" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/browser
+	@echo "pictures are in .cache/browser"
+
 .PHONY: bench-transport
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport

@@ -215,6 +215,12 @@ class RequestError(WhimbrelError):
     fault = Fault.REQUEST
 
 
+class UnknownReleaseError(RequestError):
+    """There is no release of this family and version."""
+
+    code = "request.unknown_release"
+
+
 class AlreadyPublishedError(RequestError):
     """A release with this family and version exists, with other bytes or the same."""
 

@@ -23,7 +23,8 @@ ClaimId = NewType("ClaimId", str)
 
 NAME_PATTERN: Final = r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?"
 _NAME: Final = re.compile(NAME_PATTERN)
-_VERSION: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+VERSION_PATTERN: Final = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
+_VERSION: Final = re.compile(VERSION_PATTERN)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _CLAIM: Final = re.compile(r"[0-9a-f]{16}")
 

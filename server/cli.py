@@ -20,13 +20,23 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
-from server import ceremony, delta_cli, identity_cli, keys_cli, operations, provenance_cli, verify_cli
+from server import (
+    ceremony,
+    delta_cli,
+    identity_cli,
+    keys_cli,
+    operations,
+    provenance_cli,
+    users_cli,
+    verify_cli,
+)
 from server.config import (
     DEFAULT_FLEET,
     DEFAULT_FOLDER,
     DEFAULT_PORT,
     EMBEDDED,
     FOLDER_VARIABLE,
+    WebSettings,
     parse_broker,
     read_config,
 )
@@ -92,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     devices.set_defaults(run=_devices)
     identity_cli.add_device_actions(devices, _common(argparse.SUPPRESS, as_json=argparse.SUPPRESS), _print)
     identity_cli.add_broker_parser(commands, common, _print)
+    users_cli.add_parser(commands, common, _print)
     _add_serve(commands, common)
     delta_cli.add_parser(commands, common)
     keys_cli.add_parser(commands, common)
@@ -211,6 +222,12 @@ def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
     serve = commands.add_parser("serve", parents=[common], help="run the server until it is interrupted")
     serve.add_argument("--broker", metavar="HOST:PORT", help=f"instead of the configured one; or {EMBEDDED}")
     serve.add_argument("--port", type=_port, help="of the embedded broker, instead of the configured one")
+    serve.add_argument(
+        "--web-port",
+        type=_port,
+        metavar="PORT",
+        help="show the page on this port of loopback, or of [web] host",
+    )
     serve.set_defaults(run=_serve)
 
 
@@ -433,6 +450,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         config = msgspec.structs.replace(config, broker=arguments.broker)
     if arguments.port is not None:
         config = msgspec.structs.replace(config, port=arguments.port)
+    if arguments.web_port is not None:
+        web_settings = msgspec.structs.replace(config.web or WebSettings(), port=arguments.web_port)
+        config = msgspec.structs.replace(config, web=web_settings)
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -442,16 +462,29 @@ def _serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, on_signal)
     server = Server(config)
     server.start()
+    web = None
     try:
+        if config.web is not None:
+            from server.web.serving import WebServer  # noqa: PLC0415 - half a second that only the page costs
+
+            web = WebServer(server, config.web)
+            web.start()
         host, port = server.broker_address
         kind = "embedded broker on" if server.broker is not None else "broker"
         lines = [f"Serving fleet {config.fleet} through the {kind} {host}:{port}; Ctrl-C ends it"]
-        _print(arguments, {"fleet": config.fleet, "host": host, "port": port}, lines)
+        if web is not None:
+            lines.append(f"The page is at {web.url}")
+            if not operations.has_users(arguments.dir):
+                lines.append("Nobody can sign in yet: `whimbrel users add NAME --role approver`")
+        url = None if web is None else web.url
+        _print(arguments, {"fleet": config.fleet, "host": host, "port": port, "url": url}, lines)
         sys.stdout.flush()
         while not stop.wait(0.2):
             if server.wait_stopped(0):
                 break
     finally:
+        if web is not None:
+            web.stop()
         server.stop()
     if isinstance(server.failure, WhimbrelError):
         raise server.failure

@@ -1,6 +1,8 @@
 """Settings of a server: the file `whimbrel.toml` in its folder, checked field by field."""
 
+import ipaddress
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -11,6 +13,7 @@ from msgspec import Meta, Struct
 from protocol.errors import RequestError
 from protocol.ids import FleetId, parse_fleet_id
 from server.display import address_text
+from server.fleet.history import HISTORY_DAYS
 from server.fleet.identities import DEVICE_DAYS
 
 CONFIG_FILE: Final = "whimbrel.toml"
@@ -18,6 +21,7 @@ DATABASE_FILE: Final = "whimbrel.sqlite"
 DEFAULT_FLEET: Final = "fleet"
 EMBEDDED: Final = "embedded"
 DEFAULT_PORT: Final = 1883
+DEFAULT_WEB_PORT: Final = 8080
 DEFAULT_GRACE_HOURS: Final = 168
 DEFAULT_FOLDER: Final = "whimbrel"
 FOLDER_VARIABLE: Final = "WHIMBREL_DIR"
@@ -41,6 +45,24 @@ class TlsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     key: str
 
 
+class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[web]`: where the page and the HTTP API are. Relative paths count from the server's folder.
+
+    Attributes:
+        host: Address to listen on. Beyond loopback only with a certificate, or behind a proxy that has one (`url`).
+        port: 0 lets the system choose.
+        certificate: Of this server for browsers, PEM; with `key`.
+        key: Its private key, PEM.
+        url: Where browsers find the page when a proxy stands before it, for example `https://fleet.example`.
+    """
+
+    host: str = "127.0.0.1"
+    port: _Port = DEFAULT_WEB_PORT
+    certificate: str = ""
+    key: str = ""
+    url: str = ""
+
+
 class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fleet: str
     broker: str = EMBEDDED
@@ -52,6 +74,8 @@ class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     delta_grace_hours: Annotated[int, Meta(ge=1, le=87_600)] = DEFAULT_GRACE_HOURS
     certificate_days: _Days = DEVICE_DAYS
     tls: TlsSettings | None = None
+    web: WebSettings | None = None
+    history_days: _Days = HISTORY_DAYS
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -69,6 +93,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
         delta_grace_hours: How long a delta stays that no device and no rollout needs.
         certificate_days: Life of a device's certificate.
         tls: How to speak to the broker with certificates; plainly where there is none.
+        web: Where the page is; none without.
+        history_days: How long the events of devices are kept.
     """
 
     folder: Path
@@ -82,6 +108,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     delta_grace_hours: int = DEFAULT_GRACE_HOURS
     certificate_days: int = DEVICE_DAYS
     tls: TlsSettings | None = None
+    web: WebSettings | None = None
+    history_days: int = HISTORY_DAYS
 
     @property
     def delta_grace_ms(self) -> int:
@@ -154,6 +182,8 @@ def read_config(folder: Path) -> ServerConfig:
         delta_grace_hours=file.delta_grace_hours,
         certificate_days=file.certificate_days,
         tls=file.tls,
+        web=None if file.web is None else _checked_web(file.web, path),
+        history_days=file.history_days,
     )
 
 
@@ -169,12 +199,46 @@ def config_text(config: ServerConfig) -> str:
         f"delta_timeout_s = {config.delta_timeout_s}",
         f"delta_grace_hours = {config.delta_grace_hours}  # then deltas go that nobody needs",
         f"certificate_days = {config.certificate_days}  # life of a device's certificate",
+        f"history_days = {config.history_days}  # how long the events of devices are kept",
     ]
     if config.database:
         lines.append(f"database = {_quoted(config.database)}")
     if config.tls is not None:
         lines += ["", *tls_lines(config.tls)]
+    if config.web is not None:
+        lines += ["", *web_lines(config.web)]
     return "\n".join(lines) + "\n"
+
+
+def web_lines(web: WebSettings) -> list[str]:
+    """The table `[web]` as it stands in the file."""
+    lines = ["[web]", f"host = {_quoted(web.host)}", f"port = {web.port}"]
+    named = {"certificate": web.certificate, "key": web.key, "url": web.url}
+    return lines + [f"{name} = {_quoted(value)}" for name, value in named.items() if value]
+
+
+def _checked_web(web: WebSettings, path: Path) -> WebSettings:
+    if bool(web.certificate) != bool(web.key):
+        raise RequestError(f"{path}: [web] needs certificate and key, or neither", hint="correct the file")
+    if web.url and not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+", web.url):
+        raise RequestError(
+            f"{path}: [web] url = {web.url[:80]!r}", hint="use https://HOST or https://HOST:PORT, no path"
+        )
+    is_private = web.certificate or web.url.startswith("https://")
+    if not is_private and not is_loopback(web.host):
+        raise RequestError(
+            f"{path}: [web] host = {web.host[:80]!r} without encryption: passwords would cross the network in the clear",
+            hint="set certificate and key, or url to the https address of a proxy, or listen on 127.0.0.1",
+        )
+    return web
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def tls_lines(tls: TlsSettings) -> list[str]:

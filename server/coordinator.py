@@ -43,6 +43,7 @@ from server.events import (
     SigningFailed,
     Started,
 )
+from server.fleet.history import event_of
 from server.fleet.registry import DeviceRecord, Registry, is_news, next_desired_sequence, runs
 from server.ports import CacheEntry, CacheRemoval
 from server.releases.catalog import Catalog
@@ -65,11 +66,13 @@ class CoordinatorLimits:
         retained_bytes_max: Bytes of chunks that the broker is asked to retain.
         devices_max: Devices that are taken notice of; any client of the broker can invent one.
         delta_grace_ms: How long a delta stays that nobody needs.
+        keeps_history: Whether what becomes of each device is saved, for people to look at.
     """
 
     retained_bytes_max: int = RETAINED_BYTES_MAX
     devices_max: int = 200_000
     delta_grace_ms: int = GRACE_MS
+    keeps_history: bool = False
 
 
 class Coordinator:
@@ -157,6 +160,7 @@ class Coordinator:
             return
         record = msgspec.structs.replace(before, report=event.report, seen_ms=now_ms)
         self._put_device(record)
+        self._tell(before, record, now_ms)
         update = event.report.update
         campaign = self.campaigns.get(update.rollout) if update else None
         if update and campaign and self._is_credible(campaign, record):
@@ -210,13 +214,11 @@ class Coordinator:
     def _on_link(self, event: LinkReceived, now_ms: int) -> None:
         before = self.registry.get(event.device)
         if before.is_online != event.is_online and not self._is_full(before):
-            self._put_device(
-                msgspec.structs.replace(
-                    before,
-                    is_online=event.is_online,
-                    seen_ms=now_ms if event.is_online else before.seen_ms,
-                )
+            record = msgspec.structs.replace(
+                before, is_online=event.is_online, seen_ms=now_ms if event.is_online else before.seen_ms
             )
+            self._put_device(record)
+            self._tell(before, record, now_ms)
 
     def _on_request(self, event: RequestReceived, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
         request = event.request
@@ -478,6 +480,10 @@ class Coordinator:
     def _put_device(self, record: DeviceRecord) -> None:
         self.registry.put(record)
         self._effects.append(Save(record))
+
+    def _tell(self, before: DeviceRecord, record: DeviceRecord, now_ms: int) -> None:
+        if self.limits.keeps_history and (event := event_of(before, record, now_ms)) is not None:
+            self._effects.append(Save(event))
 
     def _is_full(self, record: DeviceRecord) -> bool:
         return record.seen_ms == 0 and len(self.registry) >= self.limits.devices_max

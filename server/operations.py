@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import UNSET, Struct
 
-from protocol.errors import RequestError, StorageError
+from protocol.errors import RequestError, StorageError, UnknownReleaseError
 from protocol.ids import (
     Digest,
     Family,
@@ -422,6 +422,12 @@ def list_devices(folder: Path) -> list[DeviceRecord]:
         return home.store.devices()
 
 
+def has_users(folder: Path) -> bool:
+    """Whether anybody can sign in to the page."""
+    with opened(folder) as home:
+        return bool(home.store.accounts().users)
+
+
 def is_served(folder: Path) -> bool:
     """Whether a server runs on this folder."""
     return is_locked(folder / LOCK_FILE)
@@ -451,8 +457,8 @@ def _release(home: Home, family: Family, version: Version) -> ReleaseRecord:
     known = sorted({release.release.family for release in home.store.releases()})
     if family not in known:
         hint = f"known are {', '.join(known)[:200]}" if known else "run `whimbrel release add`"
-        raise RequestError(f"there is no model family {family}", hint=hint)
-    raise RequestError(f"{family} has no version {version}", hint="see `whimbrel release list`")
+        raise UnknownReleaseError(f"there is no model family {family}", hint=hint)
+    raise UnknownReleaseError(f"{family} has no version {version}", hint="see `whimbrel release list`")
 
 
 def _statement(release: Release, provenance: Path | Origin) -> bytes:

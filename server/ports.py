@@ -14,6 +14,7 @@ from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.messages import Desired, KeyAnswer
 from protocol.release import ChunkTree, DeltaName, Encryption, Release, ReleaseFile, delta_target
 from protocol.trust import Documents, Target
+from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
 from server.rollouts.campaign import MemberRecord, RolloutRecord
 
@@ -111,6 +112,7 @@ class CacheRemoval(Struct, frozen=True, kw_only=True):
 
 Record = (
     DeviceRecord
+    | DeviceEvent
     | RolloutRecord
     | MemberRecord
     | DeltaRefusal
@@ -186,6 +188,14 @@ class Store(Protocol):
 
     def devices(self) -> list[DeviceRecord]:
         """Every device that ever reported."""
+        ...
+
+    def device_events(self, device: DeviceId, count_max: int) -> list[DeviceEvent]:
+        """What became of a device lately, oldest first."""
+        ...
+
+    def forget_device_events(self, before_ms: int) -> None:
+        """Drop what is older than `before_ms`."""
         ...
 
     def rollouts(self) -> list[RolloutRecord]:

@@ -8,10 +8,10 @@ import queue
 import random
 import secrets
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
@@ -64,6 +64,7 @@ from server.releases.publisher import Publisher
 from server.rollouts.states import RolloutState
 
 _LOG: Final = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 POLL_S: Final = 0.25
 """How often the store is asked for what other processes changed."""
@@ -78,6 +79,7 @@ BUNDLE_ROOTS_MAX: Final = 16
 """Roots in one metadata answer; a device keeps what it could verify, and asks again for the next."""
 
 SIGNING_RETRY_MS: Final = 600_000
+_DAY_MS: Final = 86_400_000
 
 
 class Server:
@@ -99,7 +101,9 @@ class Server:
         self._lock = threading.Lock()  # around the coordinator
         self._coordinator = Coordinator(
             CoordinatorLimits(
-                retained_bytes_max=config.retained_bytes_max, delta_grace_ms=config.delta_grace_ms
+                retained_bytes_max=config.retained_bytes_max,
+                delta_grace_ms=config.delta_grace_ms,
+                keeps_history=True,
             )
         )
         self._folder_lock: FolderLock | None = None
@@ -108,6 +112,7 @@ class Server:
         self._transport: MqttTransport | None = None
         self._thread: threading.Thread | None = None
         self._changes = -1
+        self._forget_ms = 0  # when old events of devices are dropped next
         self._records_saved = 0
         self._transactions = 0
         self._deltas_signed = 0
@@ -232,6 +237,16 @@ class Server:
         """Wait until the server ended by itself, see `failure`; false when the time ran out."""
         return self._has_stopped.wait(timeout_s)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the broker."""
+        return bool(self._transport and self._transport.is_connected)
+
+    def look(self, read: Callable[[Coordinator], _T]) -> _T:
+        """What `read` makes of the coordinator, between two batches of events; it must neither change nor keep it."""
+        with self._lock:
+            return read(self._coordinator)
+
     def status(self) -> dict[str, Any]:
         """A consistent picture for people and programs: rollouts, devices, the cache, counters."""
         with self._lock:
@@ -250,7 +265,7 @@ class Server:
                 for campaign in coordinator.campaigns.values()
             ]
             picture = {
-                "is_connected": bool(self._transport and self._transport.is_connected),
+                "is_connected": self.is_connected,
                 "devices": len(coordinator.registry),
                 "devices_online": online,
                 "states": states,
@@ -290,6 +305,7 @@ class Server:
                     self._handle([event for event in events if not isinstance(event, IdentityEvent)])
                     self._see_to_identities(events)
                 self._poll_store()
+                self._forget_history()
         except BaseException as error:  # noqa: BLE001 - shown by whoever waits for the server
             self._failure = error
             self._is_stopping.set()
@@ -475,6 +491,13 @@ class Server:
             if record.id not in known and record.state is RolloutState.CREATED
         ]
         self._handle(events)
+
+    def _forget_history(self) -> None:
+        """Drop events of devices that are older than they are kept, once a day."""
+        now_ms = self._clock.now_ms()
+        if now_ms >= self._forget_ms:
+            self._forget_ms = now_ms + _DAY_MS
+            self._opened.forget_device_events(now_ms - self.config.history_days * _DAY_MS)
 
     def _release(self) -> None:
         if self._broker is not None:

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import Struct
 from sqlalchemy import (
+    BigInteger,
     Column,
     Connection,
     Engine,
@@ -33,9 +34,11 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from protocol.errors import AlreadyPublishedError, RequestError, StorageError, StorageFullError
-from protocol.ids import Digest, Family, Version
+from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.trust import Documents
+from server.accounts import AccountRecord, Accounts, SessionRecord, SessionRemoval, UserRecord, UserRemoval
 from server.display import address_text
+from server.fleet.history import DeviceEvent
 from server.fleet.identities import (
     CertificateRecord,
     CertificateRemoval,
@@ -108,6 +111,18 @@ _CLAIMS = Table("claims", _schema, Column("claim", _NAME, primary_key=True), Col
 _CERTIFICATES = Table(
     "certificates", _schema, Column("serial", String(64), primary_key=True), Column("body", LargeBinary)
 )
+_USERS = Table("users", _schema, Column("name", _NAME, primary_key=True), Column("body", LargeBinary))
+_SESSIONS = Table(
+    "sessions", _schema, Column("digest", String(64), primary_key=True), Column("body", LargeBinary)
+)
+_EVENTS = Table(
+    "device_events",
+    _schema,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("device", _NAME, nullable=False, index=True),
+    Column("at_ms", BigInteger, nullable=False, index=True),
+    Column("body", LargeBinary, nullable=False),
+)
 
 _DELEGATED: Final = "delegated."
 """Before the name of a delegated role, in the names of documents."""
@@ -121,6 +136,17 @@ _KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
     ContentKeyRecord: (_CONTENT_KEYS, ("blob",)),
     ClaimRecord: (_CLAIMS, ("claim",)),
     CertificateRecord: (_CERTIFICATES, ("serial",)),
+    UserRecord: (_USERS, ("name",)),
+    SessionRecord: (_SESSIONS, ("digest",)),
+}
+_REMOVALS: Final[dict[type[Struct], tuple[Table, str]]] = {
+    CacheRemoval: (_CACHED, "name"),
+    IdleDeltaRemoval: (_IDLE, "path"),
+    ClaimRemoval: (_CLAIMS, "claim"),
+    ContentKeyRemoval: (_CONTENT_KEYS, "blob"),
+    CertificateRemoval: (_CERTIFICATES, "serial"),
+    UserRemoval: (_USERS, "name"),
+    SessionRemoval: (_SESSIONS, "digest"),
 }
 _Kind = TypeVar("_Kind", bound=Struct)
 _encode: Final = msgspec.json.Encoder().encode
@@ -190,22 +216,20 @@ class SqlStore:
         with self._writing() as connection:
             self._write(connection, records)
 
-    def _write(self, connection: Connection, records: Sequence[Record | KeyChange | IdentityRecord]) -> None:
+    def _write(
+        self, connection: Connection, records: Sequence[Record | KeyChange | IdentityRecord | AccountRecord]
+    ) -> None:
         rows: dict[Table, dict[tuple[str, ...], dict[str, Any] | None]] = {}
         rollouts = []
+        events = []
         for record in records:
             if isinstance(record, RolloutRecord):
                 rollouts.append(record)
-            elif isinstance(record, CacheRemoval):
-                rows.setdefault(_CACHED, {})[record.name,] = None
-            elif isinstance(record, IdleDeltaRemoval):
-                rows.setdefault(_IDLE, {})[record.path,] = None
-            elif isinstance(record, ContentKeyRemoval):
-                rows.setdefault(_CONTENT_KEYS, {})[record.blob,] = None
-            elif isinstance(record, ClaimRemoval):
-                rows.setdefault(_CLAIMS, {})[record.claim,] = None
-            elif isinstance(record, CertificateRemoval):
-                rows.setdefault(_CERTIFICATES, {})[record.serial,] = None
+            elif isinstance(record, DeviceEvent):
+                events.append({"device": record.device, "at_ms": record.at_ms, "body": _encode(record)})
+            elif type(record) in _REMOVALS:
+                table, name = _REMOVALS[type(record)]
+                rows.setdefault(table, {})[getattr(record, name),] = None
             else:
                 table, names = _KEYS[type(record)]
                 key = tuple(getattr(record, name) for name in names)
@@ -213,6 +237,8 @@ class SqlStore:
                 rows.setdefault(table, {})[key] = row
         for table, by_key in rows.items():
             _replace(connection, table, by_key)
+        if events:
+            connection.execute(insert(_EVENTS), events)
         for rollout in rollouts:
             body = _encode(rollout)
             connection.execute(update(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id).values(body=body))
@@ -220,6 +246,16 @@ class SqlStore:
     def devices(self) -> list[DeviceRecord]:
         """Every device that ever reported."""
         return self._load(DeviceRecord, select(_DEVICES.c.body).order_by(_DEVICES.c.device))
+
+    def device_events(self, device: DeviceId, count_max: int) -> list[DeviceEvent]:
+        """What became of a device lately, oldest first."""
+        query = select(_EVENTS.c.body).where(_EVENTS.c.device == device)
+        return self._load(DeviceEvent, query.order_by(_EVENTS.c.number.desc()).limit(count_max))[::-1]
+
+    def forget_device_events(self, before_ms: int) -> None:
+        """Drop what is older than `before_ms`."""
+        with self._writing() as connection:
+            connection.execute(delete(_EVENTS).where(_EVENTS.c.at_ms < before_ms))
 
     def rollouts(self) -> list[RolloutRecord]:
         """Every rollout, oldest first."""
@@ -324,6 +360,19 @@ class SqlStore:
                 _count_change(connection)
             return _read_identities(connection)
 
+    def accounts(self) -> Accounts:
+        """Users, their sign-ins and tokens."""
+        with self._reading() as connection:
+            return _read_accounts(connection)
+
+    def change_accounts(self, change: Callable[[Accounts], Sequence[AccountRecord]]) -> None:
+        """Write what `change` decides, in one transaction that excludes every other change."""
+        with self._writing() as connection:
+            connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
+            records = change(_read_accounts(connection))
+            if records:
+                self._write(connection, records)
+
     def changes(self) -> int:
         """Grows with everything that other processes want noticed."""
         return int(self._scalar(select(_CONSTANTS.c.value).where(_CONSTANTS.c.name == "changes")) or 0)
@@ -412,6 +461,14 @@ def _read_identities(connection: Connection) -> Identities:
     return Identities(
         [_decoded(ClaimRecord, body) for body in claims],
         [_decoded(CertificateRecord, body) for body in certificates],
+    )
+
+
+def _read_accounts(connection: Connection) -> Accounts:
+    users = connection.execute(select(_USERS.c.body).order_by(_USERS.c.name)).scalars()
+    sessions = connection.execute(select(_SESSIONS.c.body)).scalars()
+    return Accounts(
+        [_decoded(UserRecord, body) for body in users], [_decoded(SessionRecord, body) for body in sessions]
     )
 
 

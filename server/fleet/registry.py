@@ -32,11 +32,17 @@ class DeviceRecord(Struct, frozen=True, kw_only=True):
 
 
 class Registry:
-    """All devices, by identity and by model family."""
+    """All devices, by identity and by model family.
+
+    Attributes:
+        revision: Grows with every change, see `changed_since`.
+    """
 
     def __init__(self) -> None:
+        self.revision = 0
         self._devices: dict[DeviceId, DeviceRecord] = {}
         self._families: dict[str, dict[DeviceId, None]] = {}
+        self._revisions: dict[DeviceId, int] = {}  # in the order of their last changes
 
     def __len__(self) -> int:
         return len(self._devices)
@@ -55,11 +61,23 @@ class Registry:
             self._families.get(before.family, {}).pop(record.device, None)
         self._devices[record.device] = record
         self._families.setdefault(record.family, {})[record.device] = None
+        self.revision += 1
+        self._revisions.pop(record.device, None)
+        self._revisions[record.device] = self.revision
 
     def load(self, records: Iterable[DeviceRecord]) -> None:
         """Take over what the store knows."""
         for record in records:
             self.put(record)
+
+    def changed_since(self, revision: int) -> list[DeviceRecord]:
+        """Devices that were put after `revision`, those that changed last first; costs what changed, not the fleet."""
+        changed = []
+        for device, at in reversed(self._revisions.items()):
+            if at <= revision:
+                break
+            changed.append(self._devices[device])
+        return changed
 
     def of_family(self, family: Family) -> list[DeviceRecord]:
         """Devices that reported `family`."""

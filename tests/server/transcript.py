@@ -59,6 +59,7 @@ from server.events import (
     SigningFailed,
     Started,
 )
+from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
 from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, IdleDelta, IdleDeltaRemoval, Record
 from server.releases.catalog import blob_target, target_blobs
@@ -343,6 +344,8 @@ class Play:
                 return f"rollout {record.id} {record.state}" + (
                     f" ({record.reason})" if record.reason else ""
                 )
+            case DeviceEvent():
+                return f"event of {record.device}: {record.state} {record.outcome}"
             case MemberRecord():
                 return f"member {record.device} {record.wave} {record.status}"
             case DeltaRefusal():

@@ -1,0 +1,291 @@
+"""Answers of the API from what the server's core and its store hold. Pure."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+from protocol.delta.format import Profile
+from protocol.ids import Family, Version
+from protocol.release import delta_target, release_digest
+from server.coordinator import Coordinator
+from server.fleet.history import DeviceEvent
+from server.fleet.registry import DeviceRecord
+from server.ports import ReleaseRecord
+from server.releases.provenance import Statement
+from server.rollouts.campaign import Campaign, MemberRecord, MemberStatus, RolloutRecord
+from server.web.views import (
+    AirBytes,
+    Delta,
+    Device,
+    DeviceMoment,
+    DevicePage,
+    DeviceStory,
+    Fleet,
+    Latency,
+    Member,
+    ReleaseDetails,
+    ReleaseFileView,
+    ReleaseSummary,
+    RolloutDetails,
+    RolloutSummary,
+    Trial,
+    VersionCount,
+)
+
+ROLLOUTS_MAX: Final = 50
+"""Rollouts on the first page, the newest."""
+
+_GOOD: Final = frozenset({"committed", "asked", "running", "withdrawn"})
+
+
+def fleet_picture(
+    coordinator: Coordinator, fleet: str, broker: str, now_ms: int, *, is_connected: bool
+) -> Fleet:
+    """The fleet at a glance."""
+    devices = list(coordinator.registry)
+    reports = [device.report for device in devices if device.report is not None]
+    versions = Counter((report.family, report.version) for report in reports)
+    return Fleet(
+        fleet=fleet,
+        at_ms=now_ms,
+        is_connected=is_connected,
+        broker=broker,
+        devices=len(devices),
+        online=sum(device.is_online for device in devices),
+        states=dict(Counter(report.state for report in reports).most_common()),
+        versions=[
+            VersionCount(family=family, version=version, devices=count)
+            for (family, version), count in sorted(versions.items())
+        ],
+        tiers=dict(sorted(Counter(report.tier for report in reports if report.tier).items())),
+        air=air_bytes(coordinator.campaigns.values()),
+        rollouts=rollout_list(coordinator)[:ROLLOUTS_MAX],
+    )
+
+
+def air_bytes(campaigns: Iterable[Campaign]) -> AirBytes:
+    """What updates took that were begun, beside what whole files would have taken."""
+    updates = [
+        member.update for campaign in campaigns for member in campaign.members.values() if member.update
+    ]
+    received = sum(update.received_bytes for update in updates)
+    full = sum(update.full_bytes_total for update in updates if update.received_bytes)
+    return AirBytes(
+        received_bytes=received, full_bytes=full, saved_share=1 - received / full if full else None
+    )
+
+
+def rollout_list(coordinator: Coordinator, stored: Iterable[RolloutRecord] = ()) -> list[RolloutSummary]:
+    """All rollouts, newest first; of `stored` those that the coordinator has not taken up, or did not need to remember."""
+    known = coordinator.campaigns
+    summaries = [rollout_summary(campaign.record, campaign.counts()) for campaign in known.values()]
+    summaries += [rollout_summary(record, {}) for record in stored if record.id not in known]
+    return sorted(summaries, key=lambda each: (each.created_ms, each.id), reverse=True)
+
+
+def rollout_summary(record: RolloutRecord, counts: Mapping[MemberStatus, int]) -> RolloutSummary:
+    """A rollout, and how many devices have come how far."""
+    return RolloutSummary(
+        id=record.id,
+        family=record.family,
+        version=record.version,
+        state=record.state,
+        reason=record.reason,
+        created_ms=record.created_ms,
+        begun_ms=record.begun_ms,
+        finished_ms=record.finished_ms,
+        counts={str(status): count for status, count in counts.items()},
+    )
+
+
+def rollout_details(campaign: Campaign, status: str, offset: int, limit: int) -> RolloutDetails:
+    """One rollout with a page of its devices: those that failed first, then those under way."""
+    members = [each for each in campaign.members.values() if status in {"", each.status}]
+    members.sort(key=lambda each: (_urgency(each), each.device))
+    waves: dict[str, Counter[str]] = {}
+    codes: Counter[str] = Counter()
+    for member in campaign.members.values():
+        waves.setdefault(member.wave, Counter())[member.status] += 1
+        if member.code and member.status not in _GOOD:
+            codes[member.code] += 1
+    return RolloutDetails(
+        **rollout_summary(campaign.record, campaign.counts()).model_dump(),
+        waves={wave: dict(counts) for wave, counts in waves.items()},
+        codes=dict(codes.most_common()),
+        members=[_member(each) for each in members[offset : offset + limit]],
+        members_total=len(members),
+    )
+
+
+def device_page(
+    coordinator: Coordinator, wanted: Mapping[str, str], text: str, after: str, limit: int
+) -> DevicePage:
+    """Devices whose fields are as wanted and whose name contains `text`.
+
+    Args:
+        coordinator: Knows them.
+        wanted: Values of fields of `Device`; empty ones ask for nothing.
+        text: Part of a name.
+        after: The last name of the page before.
+        limit: Devices on a page.
+    """
+    asked = {name: value for name, value in wanted.items() if value}
+    views = (device_view(record) for record in coordinator.registry if text in record.device)
+    found = [view for view in views if all(getattr(view, name) == value for name, value in asked.items())]
+    found.sort(key=lambda view: view.device)
+    rest = [device for device in found if device.device > after]
+    page = rest[:limit]
+    return DevicePage(devices=page, total=len(found), after=page[-1].device if len(rest) > limit else "")
+
+
+def device_view(record: DeviceRecord) -> Device:
+    """A device as it reported itself last."""
+    report = record.report
+    update = report.update if report else None
+    return Device(
+        device=record.device,
+        is_online=record.is_online,
+        family=record.family,
+        version=record.version,
+        state=report.state if report else "",
+        tier=report.tier if report else "",
+        seen_ms=record.seen_ms,
+        rollout=update.rollout if update else "",
+        target=update.version if update else "",
+        outcome=update.outcome if update else "",
+        code=update.code if update else "",
+        detail=update.detail if update else "",
+        received_bytes=update.received_bytes if update else 0,
+        full_bytes=update.full_bytes_total if update else 0,
+    )
+
+
+def device_story(record: DeviceRecord, events: Iterable[DeviceEvent]) -> DeviceStory:
+    """Everything that is known about a device."""
+    report = record.report
+    update = report.update if report else None
+    evidence = update.evidence if update else None
+    return DeviceStory(
+        **device_view(record).model_dump(),
+        files=dict(report.files) if report else {},
+        runtimes=dict(report.runtimes) if report else {},
+        disk_free_bytes=report.disk_free_bytes if report else 0,
+        memory_bytes=report.memory_bytes if report else 0,
+        desired_version=record.desired.version if record.desired else "",
+        tries=update.tries if update else 0,
+        resumes=update.resumes if update else 0,
+        redundant_chunks=update.redundant_chunks if update else 0,
+        invalid_chunks=update.invalid_chunks if update else 0,
+        states_ms=dict(update.states_ms) if update else {},
+        trial=None
+        if evidence is None
+        else Trial(
+            prompts_passed=evidence.prompts_passed,
+            prompts_total=evidence.prompts_total,
+            load_ms=evidence.load_ms,
+            latency=Latency(**msgspec.structs.asdict(evidence.latency)) if evidence.latency else None,
+            memory_peak_bytes=evidence.memory_peak_bytes,
+            detail=evidence.detail,
+        ),
+        moments=[
+            DeviceMoment(
+                at_ms=event.at_ms,
+                is_online=event.is_online,
+                state=event.state,
+                version=event.version,
+                rollout=event.rollout,
+                target=event.target,
+                outcome=event.outcome,
+                code=event.code,
+                detail=event.detail,
+                received_bytes=event.received_bytes,
+                full_bytes=event.full_bytes_total,
+            )
+            for event in events
+        ],
+    )
+
+
+def release_summary(coordinator: Coordinator, record: ReleaseRecord) -> ReleaseSummary:
+    """A release, and where it stands."""
+    release = record.release
+    family, version = Family(release.family), Version(release.version)
+    is_signed = coordinator.catalog.release(family, version) is not None
+    state: str = "published" if is_signed else "withdrawn" if record.published_ms is not None else "draft"
+    return ReleaseSummary.model_validate(
+        {
+            "family": family,
+            "version": version,
+            "runtime": release.runtime,
+            "bytes": release.bytes_total,
+            "added_ms": record.added_ms,
+            "published_ms": record.published_ms,
+            "state": state,
+            "devices": sum(device.version == version for device in coordinator.registry.of_family(family)),
+        }
+    )
+
+
+def release_details(
+    coordinator: Coordinator, record: ReleaseRecord, provenance: Statement | None
+) -> ReleaseDetails:
+    """A release with what leads to it."""
+    release = record.release
+    return ReleaseDetails(
+        **release_summary(coordinator, record).model_dump(),
+        digest=release_digest(release),
+        files=[
+            ReleaseFileView(name=file.name, bytes=file.length, sha256=file.sha256) for file in release.files
+        ],
+        memory_bytes=release.resources.memory_bytes,
+        tiers=list(release.resources.tiers),
+        prompts=len(release.health.prompts),
+        deltas=_deltas_to(coordinator, record),
+        provenance=None if provenance is None else msgspec.to_builtins(provenance),
+    )
+
+
+def _deltas_to(coordinator: Coordinator, record: ReleaseRecord) -> list[Delta]:
+    catalog = coordinator.catalog
+    names = {file.sha256: file for file in record.release.files}
+    versions = {
+        file.sha256: release.version for release in catalog.releases.values() for file in release.files
+    }
+    deltas = []
+    for name in catalog.deltas():
+        file = names.get(name.result)
+        if file is not None:
+            target = catalog.targets[delta_target(name.base, name.result, name.profile)]
+            deltas.append(
+                Delta(
+                    base=versions.get(name.base, ""),
+                    file=file.name,
+                    profile=Profile(name.profile).name.lower(),
+                    bytes=target.length,
+                    whole_bytes=file.length,
+                )
+            )
+    return sorted(deltas, key=lambda delta: (delta.file, delta.base, delta.profile))
+
+
+def _member(record: MemberRecord) -> Member:
+    update = record.update
+    return Member(
+        device=record.device,
+        wave=record.wave,
+        status=record.status,
+        code=record.code,
+        detail=record.detail,
+        asked_ms=record.asked_ms,
+        decided_ms=record.decided_ms,
+        received_bytes=update.received_bytes if update else 0,
+        full_bytes=update.full_bytes_total if update else 0,
+    )
+
+
+def _urgency(member: MemberRecord) -> int:
+    if member.status in {"rolled_back", "failed", "silent"}:
+        return 0
+    return 1 if member.status in {"asked", "running", "rejected"} else 2

@@ -1,0 +1,233 @@
+"""What the HTTP API says: one model for each answer, from which its OpenAPI description is made."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from protocol.ids import NAME_PATTERN, VERSION_PATTERN
+from server.accounts import Role
+
+
+class Problem(BaseModel):
+    """Why a request was not done."""
+
+    code: str = Field(description="stable; never renamed")
+    message: str
+    hint: str = Field("", description="what to do")
+
+
+class Visitor(BaseModel):
+    """Who asks."""
+
+    user: str
+    role: Role
+    csrf: str = Field(description="to be sent as X-CSRF-Token with every POST and DELETE; empty for tokens")
+    fleet: str
+
+
+class VersionCount(BaseModel):
+    """Devices that run a version."""
+
+    family: str
+    version: str = Field(description="empty: nothing is installed")
+    devices: int
+
+
+class AirBytes(BaseModel):
+    """What updates took, over all rollouts that the server remembers."""
+
+    received_bytes: int = Field(description="chunk payloads that devices took from the air")
+    full_bytes: int = Field(description="what whole files would have taken")
+    saved_share: float | None = Field(description="1 - received / full; null before the first update")
+
+
+class RolloutSummary(BaseModel):
+    """A rollout, and how many devices have come how far."""
+
+    id: str
+    family: str
+    version: str
+    state: str
+    reason: str = Field(description="why it stopped")
+    created_ms: int
+    begun_ms: int | None
+    finished_ms: int | None
+    counts: dict[str, int] = Field(description="devices by what became of them")
+
+
+class Member(BaseModel):
+    """One device in one rollout."""
+
+    device: str
+    wave: str
+    status: str
+    code: str
+    detail: str
+    asked_ms: int
+    decided_ms: int | None
+    received_bytes: int
+    full_bytes: int
+
+
+class RolloutDetails(RolloutSummary):
+    """A rollout with a page of its devices."""
+
+    waves: dict[str, dict[str, int]] = Field(description="devices of each wave, by what became of them")
+    codes: dict[str, int] = Field(description="devices that did not commit, by the code of the reason")
+    members: list[Member]
+    members_total: int
+
+
+class Fleet(BaseModel):
+    """The fleet at a glance."""
+
+    fleet: str
+    at_ms: int
+    is_connected: bool = Field(description="whether the server has a connection to the broker")
+    broker: str
+    devices: int
+    online: int
+    states: dict[str, int]
+    versions: list[VersionCount]
+    tiers: dict[str, int]
+    air: AirBytes
+    rollouts: list[RolloutSummary] = Field(description="newest first, at most 50")
+
+
+class Device(BaseModel):
+    """A device as it reported itself last."""
+
+    device: str
+    is_online: bool = Field(description="what the broker said last; a hint only")
+    family: str
+    version: str
+    state: str
+    tier: str
+    seen_ms: int
+    rollout: str
+    target: str = Field(description="version that the last update was to")
+    outcome: str
+    code: str
+    detail: str
+    received_bytes: int
+    full_bytes: int
+
+
+class DevicePage(BaseModel):
+    """Devices in the order of their names."""
+
+    devices: list[Device]
+    total: int = Field(description="of all that match")
+    after: str = Field(description="to ask for the next page with; empty at the end")
+
+
+class DeviceMoment(BaseModel):
+    """One entry of a device's story."""
+
+    at_ms: int
+    is_online: bool
+    state: str
+    version: str
+    rollout: str
+    target: str
+    outcome: str
+    code: str
+    detail: str
+    received_bytes: int
+    full_bytes: int
+
+
+class Latency(BaseModel):
+    """Of single inferences in the trial."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+
+class Trial(BaseModel):
+    """What the last trial on a device measured."""
+
+    prompts_passed: int
+    prompts_total: int
+    load_ms: float | None
+    latency: Latency | None
+    memory_peak_bytes: int | None
+    detail: str
+
+
+class DeviceStory(Device):
+    """Everything that is known about a device."""
+
+    files: dict[str, str] = Field(description="SHA-256 of the installed files, as measured by the device")
+    runtimes: dict[str, str]
+    disk_free_bytes: int
+    memory_bytes: int
+    desired_version: str = Field(description="what it was last asked to run; empty: nothing")
+    tries: int
+    resumes: int
+    redundant_chunks: int
+    invalid_chunks: int
+    states_ms: dict[str, int] = Field(description="time that the last update spent in each state")
+    trial: Trial | None
+    moments: list[DeviceMoment] = Field(description="oldest first, at most 500")
+
+
+class ReleaseFileView(BaseModel):
+    """One file of a release."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Delta(BaseModel):
+    """A way to a version that need not fetch whole files."""
+
+    base: str = Field(description="version that it starts from; empty where no release has the file")
+    file: str
+    profile: str
+    bytes: int
+    whole_bytes: int
+
+
+class ReleaseSummary(BaseModel):
+    """A release."""
+
+    family: str
+    version: str
+    runtime: str
+    bytes: int
+    added_ms: int
+    published_ms: int | None
+    state: Literal["draft", "waiting", "published", "withdrawn"]
+    devices: int = Field(description="that run it")
+
+
+class ReleaseDetails(ReleaseSummary):
+    """A release with its files, what leads to it, and where it comes from."""
+
+    digest: str
+    files: list[ReleaseFileView]
+    memory_bytes: int
+    tiers: list[str]
+    prompts: int = Field(description="golden prompts that a device must answer in its trial")
+    deltas: list[Delta]
+    provenance: dict[str, object] | None = Field(description="in-toto statement, where there is one")
+
+
+class SignIn(BaseModel):
+    """Name and password."""
+
+    user: str = Field(max_length=64)
+    password: str = Field(max_length=256)
+
+
+class RolloutOrder(BaseModel):
+    """What to roll out, and how carefully."""
+
+    family: str = Field(pattern=f"^{NAME_PATTERN}$")
+    version: str = Field(pattern=f"^{VERSION_PATTERN}$")
+    canary_count: int = Field(2, ge=1, le=100_000)
+    wave_timeout_s: int = Field(3600, ge=1, le=31_536_000)
+    failures_max: int = Field(0, ge=0, le=1_000_000)
