@@ -15,7 +15,7 @@ from protocol.messages import Desired
 from protocol.release import ChunkTree, DeltaName, Release, ReleaseFile, delta_target
 from protocol.trust import Documents, Target
 from server.fleet.registry import DeviceRecord
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
 
 
 class StoredBlob(Struct, frozen=True, kw_only=True):
@@ -86,6 +86,8 @@ Record = (
     DeviceRecord
     | RolloutRecord
     | MemberRecord
+    | Decision
+    | Order
     | DeltaRefusal
     | IdleDelta
     | IdleDeltaRemoval
@@ -217,8 +219,30 @@ class Store(Protocol):
         """Store a new rollout in a transaction; `make` gets its number and all rollouts so far."""
         ...
 
+    def order_rollout(
+        self, rollout: str, make: Callable[[RolloutRecord | None, list[Order]], Order]
+    ) -> Order:
+        """Store an order in a transaction that excludes every other one; `make` gets the rollout and the orders so far."""
+        ...
+
+    def orders(self, rollout: str | None = None) -> list[Order]:
+        """What operators ordered, oldest first."""
+        ...
+
+    def decisions(self, rollout: str) -> list[Decision]:
+        """What was decided about a rollout, oldest first."""
+        ...
+
+    def label(self, labels: Labels) -> None:
+        """Replace the labels of a device."""
+        ...
+
+    def labels(self) -> list[Labels]:
+        """The labels of all devices that have some."""
+        ...
+
     def changes(self) -> int:
-        """Grows with every release that is published and every rollout that is requested, by any process."""
+        """Grows with every release that is published and every rollout, order or label, by any process."""
         ...
 
     def close(self) -> None:
@@ -287,12 +311,15 @@ __all__ = [
     "CacheEntry",
     "CacheRemoval",
     "Clock",
+    "Decision",
     "DeltaBuilder",
     "DeltaRefusal",
     "DeviceRecord",
     "IdleDelta",
     "IdleDeltaRemoval",
+    "Labels",
     "MemberRecord",
+    "Order",
     "Record",
     "ReleaseRecord",
     "Repository",

@@ -49,7 +49,9 @@ from server.events import (
     DeadlineReached,
     Event,
     IdentityEvent,
+    LabelsChanged,
     MetadataChanged,
+    RolloutOrdered,
     RolloutRequested,
     SigningFailed,
     Started,
@@ -59,6 +61,7 @@ from server.ports import Clock, Record, Repository
 from server.releases.builders import BuildPool
 from server.releases.catalog import Catalog
 from server.releases.publisher import Publisher
+from server.rollouts.records import Labels
 from server.rollouts.states import RolloutState
 
 _LOG: Final = logging.getLogger(__name__)
@@ -106,6 +109,7 @@ class Server:
         self._transport: MqttTransport | None = None
         self._thread: threading.Thread | None = None
         self._changes = -1
+        self._known_labels: list[Labels] = []
         self._records_saved = 0
         self._transactions = 0
         self._deltas_signed = 0
@@ -383,7 +387,13 @@ class Server:
             refusals=store.refusals(),
             idle=store.idle_deltas(),
             cached=store.cached(),
+            labels=self._labels(),
+            orders=[order for order in store.orders() if not order.answer],
         )
+
+    def _labels(self) -> list[Labels]:
+        self._known_labels = self._opened.labels()
+        return self._known_labels
 
     def _sign(self, effect: SignMetadata) -> Event:
         try:
@@ -462,6 +472,10 @@ class Server:
             for record in self._opened.rollouts()
             if record.id not in known and record.state is RolloutState.CREATED
         ]
+        labels = self._known_labels
+        if self._labels() != labels:
+            events.append(LabelsChanged(self._known_labels))
+        events += [RolloutOrdered(order) for order in self._opened.orders() if not order.answer]
         self._handle(events)
 
     def _release(self) -> None:

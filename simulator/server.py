@@ -57,7 +57,7 @@ from server.ports import (
     Repository,
 )
 from server.releases.catalog import Catalog, blob_target
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.rollouts.records import Decision, MemberRecord, Order, RolloutRecord
 from server.runtime import BATCH_EVENTS_MAX, SIGNING_RETRY_MS, bundle
 from simulator.clock import RightClock
 from simulator.loop import US_PER_MS, US_PER_S
@@ -81,7 +81,16 @@ class MemoryStore:
         self.transactions = 0
         self._tables: dict[type, dict[Any, Record]] = {
             kind: {}
-            for kind in (DeviceRecord, RolloutRecord, MemberRecord, DeltaRefusal, IdleDelta, CacheEntry)
+            for kind in (
+                DeviceRecord,
+                RolloutRecord,
+                MemberRecord,
+                Decision,
+                Order,
+                DeltaRefusal,
+                IdleDelta,
+                CacheEntry,
+            )
         }
 
     def save(self, records: Sequence[Record]) -> None:
@@ -106,7 +115,12 @@ class MemoryStore:
             refusals=self._all(DeltaRefusal),
             idle=self._all(IdleDelta),
             cached=self._all(CacheEntry),
+            orders=[order for order in self._all(Order) if not order.answer],
         )
+
+    def decisions(self, rollout: str) -> list[Decision]:
+        """What was decided about a rollout, oldest first."""
+        return [decision for decision in self._all(Decision) if decision.rollout == rollout]
 
     def rollout(self, rollout: str) -> RolloutRecord:
         """One rollout."""
@@ -126,6 +140,8 @@ def _key(record: Record) -> Any:
             return record.id
         case MemberRecord():
             return record.rollout, record.device
+        case Decision() | Order():
+            return record.rollout, record.number
         case DeltaRefusal() | IdleDelta():
             return record.path
         case CacheEntry():

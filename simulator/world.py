@@ -11,7 +11,7 @@ from protocol.release import Release, encode_release, parse_delta_target
 from protocol.topics import Topics
 from server.broker.limits import BrokerLimits, BrokerStatistics
 from server.ports import Record
-from server.rollouts.campaign import RolloutRecord
+from server.rollouts.records import RolloutRecord
 from server.rollouts.states import FINAL as ROLLOUT_ENDS
 from simulator.attacker import Attacker
 from simulator.broker import VirtualBroker

@@ -61,7 +61,8 @@ from server.events import (
 from server.fleet.registry import DeviceRecord
 from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, IdleDelta, IdleDeltaRemoval, Record
 from server.releases.catalog import blob_target, target_blobs
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
+from server.rollouts.states import RolloutState
 from tests.server.samples import NOW_MS, model_bytes, paper_catalog, paper_release, report, stored
 
 VERSIONS = ("1", "2", "3")
@@ -82,15 +83,24 @@ class Play:
     Args:
         limits: Of the coordinator.
         tiers: That version 3 is for.
+        tells_decisions: Whether records of decisions are among what is ordered.
     """
 
-    def __init__(self, limits: CoordinatorLimits | None = None, tiers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        limits: CoordinatorLimits | None = None,
+        tiers: tuple[str, ...] = (),
+        *,
+        tells_decisions: bool = False,
+    ) -> None:
+        self.tells_decisions = tells_decisions
         self.limits = limits or CoordinatorLimits()
         self.releases = [paper_release(version, tiers if version == "3" else ()) for version in VERSIONS]
         self.now_ms = NOW_MS
         self.deltas: dict[str, Target] = {}
         self.signing: SignMetadata | None = None
         self.sequences: dict[str, int] = {}
+        self.labels: dict[str, Labels] = {}
         self.store: dict[tuple[str, ...], Record] = {}
         self.refresh_ms = 1 << 52
         self.last_effects: tuple[Effect, ...] = ()
@@ -237,6 +247,8 @@ class Play:
             refusals=[record for record in records if isinstance(record, DeltaRefusal)],
             idle=[record for record in records if isinstance(record, IdleDelta)],
             cached=[record for record in records if isinstance(record, CacheEntry)],
+            labels=list(self.labels.values()),
+            orders=[record for record in records if isinstance(record, Order) and not record.answer],
         )
 
     def _save(self, record: Record) -> None:
@@ -247,6 +259,10 @@ class Play:
                 self.store["rollout", record.id] = record
             case MemberRecord():
                 self.store["member", record.rollout, record.device] = record
+            case Decision():
+                self.store["decision", record.rollout, str(record.number)] = record
+            case Order():
+                self.store["order", record.rollout, str(record.number)] = record
             case DeltaRefusal():
                 self.store["refusal", record.path] = record
             case IdleDelta():
@@ -294,6 +310,8 @@ class Play:
     def _describe(self, effects: Iterable[Effect]) -> Iterable[str]:
         for effect in effects:
             match effect:
+                case Save(Decision()) if not self.tells_decisions:
+                    pass
                 case Save(record):
                     yield f"save {self._record(record)}"
                 case PublishDesired(device, None):
@@ -337,9 +355,13 @@ class Play:
             case DeviceRecord():
                 return f"device {record.device} running {record.version or 'nothing'}"
             case RolloutRecord():
-                return f"rollout {record.id} {record.state}" + (
-                    f" ({record.reason})" if record.reason else ""
-                )
+                wave = f" {record.current.name}" if record.state is RolloutState.RUNNING else ""
+                reason = f" ({record.reason})" if record.reason else ""
+                return f"rollout {record.id} {record.state}{wave}{reason}"
+            case Decision():
+                return f"decision {record.number} {record.action}: {record.text}"
+            case Order():
+                return f"order {record.number} {record.action}: {record.answer}"
             case MemberRecord():
                 return f"member {record.device} {record.wave} {record.status}"
             case DeltaRefusal():
