@@ -95,6 +95,9 @@ class Outcome(IntEnum):
     APART = 3  # says nothing about the release: refused before its first byte, withdrawn, off, held
 
 
+_FINE: Final = (Outcome.OPEN, Outcome.GOOD)
+
+
 class Finding(Struct, frozen=True, kw_only=True):
     """The strongest evidence so far, and where it comes from.
 
@@ -183,14 +186,15 @@ class Evidence:
         if before is outcome:
             return
         self._outcomes[position] = outcome
+        if before in _FINE and outcome in _FINE:
+            return  # they count the same
+        self._finding = None
         for line in (self._total, self._lines[self._strata[position]]):
             for kind, places in ((Outcome.BAD, line.failed), (Outcome.APART, line.apart)):
                 if before is kind:
                     places.remove(position)
                 if outcome is kind:
                     insort(places, position)
-        if {before, outcome} != {Outcome.OPEN, Outcome.GOOD}:  # which count the same
-            self._finding = None
 
     @property
     def failed(self) -> int:
