@@ -49,9 +49,9 @@ class Wave(Struct, frozen=True, kw_only=True):
     @property
     def size_text(self) -> str:
         """As it is written in a plan."""
-        size = f"{self.percent:g}%" if self.count is None else str(self.count)
-        if self.is_proof:
-            size = "proof"
+        size = "proof" if self.is_proof else str(self.count)
+        if self.percent is not None:
+            size = f"{self.percent:g}%"
         selectors = [f"tier:{tier}" for tier in self.tiers] + [f"label:{label}" for label in self.labels]
         return f"{size}@{'+'.join(selectors)}" if selectors else size
 
