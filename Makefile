@@ -120,6 +120,10 @@ fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport
 
+.PHONY: rollout-stats
+rollout-stats: setup ## play 10,000 rollouts for each failure rate: false stops and devices exposed, beside two rules by thresholds (WORKERS processes; two to four minutes)
+	$(BIN)/python -m benchmarks.rollout_stats --workers $(WORKERS)
+
 .PHONY: wheels
 wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetches a 100 MB compiler once)
 	$(call environment,wheels)

@@ -26,7 +26,7 @@ from typing import Final, Protocol
 from msgspec import Struct, to_builtins
 
 from server.display import table
-from server.rollouts.evidence import Outcome, RateTest, Rules
+from server.rollouts.evidence import ALTERNATIVES, EProcess, Outcome, RateTest, Rules, share
 from server.rollouts.waves import Wave, parse_waves
 
 RATES: Final = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -268,6 +268,34 @@ def promises(rows: Sequence[Row], in_flight: int = IN_FLIGHT) -> list[Promise]:
     return kept
 
 
+def chances_of_stopping(rate: float, devices: int) -> list[float]:
+    """Exactly, for devices of one tier that answer in the order of asking: the chance that a release is stopped by its n-th device.
+
+    Adds up every course that the answers can take.
+
+    Args:
+        rate: At which devices fail.
+        devices: How far to look.
+
+    Returns:
+        One chance for each n from 0.
+    """
+    rules = Rules()
+    process, weight = EProcess(rules.acceptable, ALTERNATIVES), 0.5 + share(1)
+    going, stopped, chances = {0: 1.0}, 0.0, [0.0]  # by failures so far
+    for asked in range(1, devices + 1):
+        after: dict[int, float] = {}
+        for failed, chance in going.items():
+            after[failed] = after.get(failed, 0.0) + chance * (1 - rate)
+            if weight * process.value(failed + 1, asked) >= rules.limit:
+                stopped += chance * rate
+            else:
+                after[failed + 1] = after.get(failed + 1, 0.0) + chance * rate
+        going = after
+        chances.append(stopped)
+    return chances
+
+
 def lines_of(rows: Sequence[Row]) -> list[str]:
     """The rows as a table."""
     titles = [
@@ -305,10 +333,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fleet", type=int, default=FLEET, help="devices (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="only what can be computed: chances for answers in the order of asking",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_args(argv)
     if min(arguments.rollouts, arguments.fleet, arguments.workers) < 1:
         parser.error("--rollouts, --fleet and --workers are at least 1")
+    if arguments.exact:
+        good, bad = chances_of_stopping(0.01, arguments.fleet), chances_of_stopping(0.2, arguments.fleet)
+        half = next((asked for asked, chance in enumerate(bad) if chance >= 0.5), None)
+        found = {"devices": arguments.fleet, "stopped_at_1_percent": good[-1], "median_at_20_percent": half}
+        text = f"{arguments.fleet:,} devices: at 1 % stopped in error {good[-1]:.4%}; at 20 % half are stopped by device {half}"
+        print(json.dumps(found) if arguments.json else text)
+        return 0
     began_s = time.monotonic()
     jobs = [(rate, rule) for rate in RATES for rule in RULES]  # the longest first
     with ProcessPoolExecutor(arguments.workers) as pool:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.rollout_stats import chances_of_stopping
 from protocol.errors import RequestError
 from protocol.messages import LatencySummary, TrialEvidence, UpdateReport
 from server.rollouts.evidence import (
@@ -40,32 +41,14 @@ def _stops_at(devices: int) -> int:
     raise AssertionError("never")
 
 
-def _chance_of_stopping(rate: float, devices: int) -> list[float]:
-    """Exactly: the chance that a release of this failure rate is stopped by its n-th device, for each n."""
-    process, limit = EProcess(0.01, ALTERNATIVES), Rules().limit
-    weight = 0.5 + share(1)  # all devices together, and the only tier
-    alive, stopped, chances = {0: 1.0}, 0.0, [0.0]
-    for asked in range(1, devices + 1):
-        after: dict[int, float] = {}
-        for failed, chance in alive.items():
-            after[failed] = after.get(failed, 0.0) + chance * (1 - rate)
-            if weight * process.value(failed + 1, asked) >= limit:
-                stopped += chance * rate
-            else:
-                after[failed + 1] = after.get(failed + 1, 0.0) + chance * rate
-        alive = after
-        chances.append(stopped)
-    return chances
-
-
 def test_a_release_that_is_as_good_as_asked_for_is_stopped_less_than_once_in_a_thousand_rollouts() -> None:
-    assert 0 < _chance_of_stopping(0.01, 1_000)[-1] <= 0.001
+    assert 0 < chances_of_stopping(0.01, 1_000)[-1] <= 0.001
 
 
 def test_a_bad_release_is_stopped_by_few_devices() -> None:
-    assert _chance_of_stopping(1.0, 5)[2] == 1
-    assert _chance_of_stopping(0.2, 20)[20] > 0.5
-    assert _chance_of_stopping(0.05, 600)[-1] > 0.98
+    assert chances_of_stopping(1.0, 5)[2] == 1
+    assert chances_of_stopping(0.2, 20)[20] > 0.5
+    assert chances_of_stopping(0.05, 600)[-1] > 0.98
 
 
 @pytest.mark.parametrize(
