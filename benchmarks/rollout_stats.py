@@ -19,7 +19,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Final, Protocol
 
@@ -141,7 +141,11 @@ class Count:
         return min(2, self._fleet) if self._is_canary else self._fleet
 
 
-RULES: Final = {"tests": Tests, "share": Share, "count": Count}
+RULES: Final[dict[str, Callable[[int, Sequence[Wave]], Rule]]] = {
+    "tests": Tests,
+    "share": Share,
+    "count": Count,
+}
 
 
 class Played(Struct, frozen=True):
