@@ -139,6 +139,10 @@ bench-trust: setup ## measure what trust costs: bytes of metadata, verification 
 bench-encryption: setup ## measure what encrypted artifacts cost a device and a server, beside the same ones as they are
 	$(BIN)/python -m benchmarks.encryption
 
+.PHONY: rollout-stats
+rollout-stats: setup ## play 10,000 rollouts for each failure rate: false stops and devices exposed, beside two rules by thresholds (WORKERS processes; two to four minutes)
+	$(BIN)/python -m benchmarks.rollout_stats --workers $(WORKERS)
+
 .PHONY: wheels
 wheels: ## build the wheels for x86-64, ARM and everything else into dist/ (fetches a 100 MB compiler once)
 	$(call environment,wheels)

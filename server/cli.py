@@ -27,6 +27,8 @@ from server import (
     keys_cli,
     operations,
     provenance_cli,
+    rollout_cli,
+    rollout_orders,
     users_cli,
     verify_cli,
 )
@@ -42,15 +44,10 @@ from server.config import (
 )
 from server.display import bytes_text, table
 from server.home import KEYS_FOLDER
-from server.operations import RolloutStatus
 from server.ports import ReleaseRecord
 
 _INTEGER_MAX: Final = 1 << 44
 """Above every count, size or time that makes sense here, and exact in every program that reads JSON."""
-
-_DEVICES_SHOWN_MAX: Final = 10
-
-_NOT_SERVED: Final = "no server runs on this folder: this takes effect once `whimbrel serve` does"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,12 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     common = _common(Path(os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER), as_json=False)
     _add_init(commands)
     _add_release(commands, common)
-    _add_rollout(commands, common)
+    rollout_cli.add_parser(commands, common, _print)
     devices = commands.add_parser(
         "devices", parents=[common], help="list the devices and what they run; see to their certificates"
     )
     devices.set_defaults(run=_devices)
-    identity_cli.add_device_actions(devices, _common(argparse.SUPPRESS, as_json=argparse.SUPPRESS), _print)
+    quiet = _common(argparse.SUPPRESS, as_json=argparse.SUPPRESS)
+    rollout_cli.add_label_action(identity_cli.add_device_actions(devices, quiet, _print), quiet, _print)
     identity_cli.add_broker_parser(commands, common, _print)
     users_cli.add_parser(commands, common, _print)
     _add_serve(commands, common)
@@ -182,40 +180,6 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
     export.set_defaults(run=_release_export)
     listing = actions.add_parser("list", parents=[common], help="list drafts and published releases")
     listing.set_defaults(run=_release_list)
-
-
-def _add_rollout(commands: Any, common: argparse.ArgumentParser) -> None:
-    rollout = commands.add_parser("rollout", help="start rollouts and see how they go")
-    actions = rollout.add_subparsers(metavar="ACTION", required=True)
-    start = actions.add_parser("start", parents=[common], help="bring a published release to the fleet")
-    _add_name(start)
-    start.add_argument(
-        "--canary",
-        metavar="N",
-        type=_positive,
-        default=2,
-        help="devices that go first (default: %(default)s)",
-    )
-    start.add_argument(
-        "--wave-timeout",
-        type=_positive,
-        default=3600,
-        metavar="S",
-        help="seconds that a device may take before it counts as failed (default: %(default)s)",
-    )
-    start.add_argument(
-        "--max-failures",
-        metavar="K",
-        type=_count,
-        default=0,
-        help="failures in a wave that are accepted (default: %(default)s)",
-    )
-    start.set_defaults(run=_rollout_start)
-    status = actions.add_parser("status", parents=[common], help="show one rollout, or all")
-    status.add_argument("rollout", metavar="ID", nargs="?", help="for example r1")
-    status.set_defaults(run=_rollout_status)
-    listing = actions.add_parser("list", parents=[common], help="list all rollouts")
-    listing.set_defaults(run=_rollout_status, rollout=None)
 
 
 def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -302,7 +266,7 @@ def _release_show(arguments: argparse.Namespace) -> int:
         "provenance": msgspec.to_builtins(details.provenance),
         "shut_out": operations.devices_shut_out(arguments.dir, arguments.family, arguments.version),
     }
-    lines = provenance_cli.details_lines(details, state) + _shut_out_lines(value["shut_out"])
+    lines = provenance_cli.details_lines(details, state) + rollout_cli.shut_out_lines(value["shut_out"])
     _print(arguments, value, lines)
     return 0
 
@@ -361,66 +325,9 @@ def _release_state(record: ReleaseRecord, *, is_withdrawn: bool) -> str:
     return f"withdrawn{how}" if is_withdrawn else f"published {_instant(record.published_ms)}{how}"
 
 
-def _shut_out_lines(devices: list[str]) -> list[str]:
-    """Who cannot take an encrypted release."""
-    if not devices:
-        return []
-    shown = ", ".join(devices[:_DEVICES_SHOWN_MAX]) + (", …" if len(devices) > _DEVICES_SHOWN_MAX else "")
-    return [
-        f"Without a certificate of this server, {len(devices)} device(s) will refuse it: {shown}",
-        "`whimbrel devices claim` lets a device ask for one",
-    ]
-
-
-def _rollout_start(arguments: argparse.Namespace) -> int:
-    record = operations.start_rollout(
-        arguments.dir,
-        arguments.family,
-        arguments.version,
-        canary_count=arguments.canary,
-        wave_timeout_ms=arguments.wave_timeout * 1000,
-        failures_max=arguments.max_failures,
-    )
-    is_served = operations.is_served(arguments.dir)
-    lines = [f"Rollout {record.id} of {record.family} {record.version}: {record.canary_count} canaries first"]
-    lines.append(
-        f"Follow it with `whimbrel rollout status {record.id}`" if is_served else f"Note: {_NOT_SERVED}"
-    )
-    shut_out = operations.devices_shut_out(arguments.dir, record.family, record.version)
-    lines += _shut_out_lines(shut_out)
-    value = {**msgspec.to_builtins(record), "is_served": is_served, "shut_out": shut_out}
-    _print(arguments, value, lines)
-    return 0
-
-
-def _rollout_status(arguments: argparse.Namespace) -> int:
-    if arguments.rollout is None:
-        statuses = operations.list_rollouts(arguments.dir)
-        rows = [
-            [
-                status.rollout.id,
-                status.rollout.family,
-                status.rollout.version,
-                status.rollout.state,
-                _counts(status),
-                status.rollout.reason,
-            ]
-            for status in statuses
-        ]
-        lines = table(["ID", "FAMILY", "VERSION", "STATE", "DEVICES", "REASON"], rows)
-        _print(arguments, [_status_json(status) for status in statuses], lines or ["No rollout yet"])
-        return 0
-    status = operations.rollout_status(arguments.dir, arguments.rollout)
-    _print(
-        arguments,
-        {**_status_json(status), "members": msgspec.to_builtins(status.members)},
-        _status_lines(status),
-    )
-    return 0
-
-
 def _devices(arguments: argparse.Namespace) -> int:
     devices = operations.list_devices(arguments.dir)
+    labels = rollout_orders.list_labels(arguments.dir)
     rows = [
         [
             device.device,
@@ -431,11 +338,15 @@ def _devices(arguments: argparse.Namespace) -> int:
             (device.report.update.code if device.report and device.report.update else "") or "-",
             str(device.report.root) if device.report and device.report.root else "-",
             _instant(device.seen_ms),
+            ", ".join(labels.get(device.device, ())),
         ]
         for device in devices
     ]
-    lines = table(["DEVICE", "LINK", "FAMILY", "VERSION", "STATE", "CODE", "ROOT", "LAST SEEN"], rows)
-    _print(arguments, msgspec.to_builtins(devices), lines or ["No device has reported yet"])
+    lines = table(
+        ["DEVICE", "LINK", "FAMILY", "VERSION", "STATE", "CODE", "ROOT", "LAST SEEN", "LABELS"], rows
+    )
+    values = [{**msgspec.to_builtins(each), "labels": labels.get(each.device, ())} for each in devices]
+    _print(arguments, values, lines or ["No device has reported yet"])
     return 0
 
 
@@ -504,33 +415,6 @@ def _release_json(record: ReleaseRecord) -> dict[str, Any]:
     return value
 
 
-def _status_json(status: RolloutStatus) -> dict[str, Any]:
-    return {**msgspec.to_builtins(status.rollout), "counts": status.counts}
-
-
-def _status_lines(status: RolloutStatus) -> list[str]:
-    rollout = status.rollout
-    lines = [
-        f"Rollout {rollout.id}: {rollout.family} {rollout.version}, {rollout.state}"
-        + (f": {rollout.reason}" if rollout.reason else ""),
-        f"Devices: {_counts(status) or 'none asked yet'}",
-    ]
-    rows = []
-    for member in status.members:
-        update = member.update
-        received = (
-            f"{bytes_text(update.received_bytes)} of {bytes_text(update.full_bytes_total)}" if update else "-"
-        )
-        rows.append(
-            [member.device, member.wave, member.status, received, member.code or "-", member.detail[:60]]
-        )
-    return lines + table(["DEVICE", "WAVE", "STATUS", "RECEIVED", "CODE", "DETAIL"], rows)
-
-
-def _counts(status: RolloutStatus) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(status.counts.items()))
-
-
 def _instant(at_ms: int) -> str:
     return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if at_ms else "-"
 
@@ -547,10 +431,6 @@ def _integer(text: str, low: int, high: int) -> int:
 
 def _count(text: str) -> int:
     return _integer(text, 0, _INTEGER_MAX)
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1, _INTEGER_MAX)
 
 
 def _port(text: str) -> int:

@@ -1,6 +1,6 @@
 """What can happen to the coordinator: nouns in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from protocol.ids import ClaimId, DeviceId, Digest
 from protocol.messages import CertificateRequest, Report, Request
@@ -8,7 +8,7 @@ from protocol.release import DeltaName, Encryption, InPlaceNeeds
 from server.fleet.registry import DeviceRecord
 from server.ports import CacheEntry, DeltaRefusal, IdleDelta, StoredBlob
 from server.releases.catalog import Catalog
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.rollouts.records import Labels, MemberRecord, Order, RolloutRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class Started:
     refusals: list[DeltaRefusal]
     idle: list[IdleDelta]
     cached: list[CacheEntry]
+    labels: list[Labels] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)  # that no server has answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,20 @@ class RolloutRequested:
     """An operator wants a rollout; it is in the store already."""
 
     rollout: RolloutRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutOrdered:
+    """An operator wants something done with a rollout; it is in the store already."""
+
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class LabelsChanged:
+    """An operator has labelled devices; it is in the store already."""
+
+    labels: list[Labels]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +136,8 @@ Event = (
     | LinkReceived
     | RequestReceived
     | RolloutRequested
+    | RolloutOrdered
+    | LabelsChanged
     | MetadataChanged
     | SigningFailed
     | DeltaBuilt

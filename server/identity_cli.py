@@ -26,9 +26,9 @@ _NO_BROKER: Final = "no broker was configured here (`whimbrel broker config`): t
 
 def add_device_actions(
     devices: argparse.ArgumentParser, common: argparse.ArgumentParser, show: Printer
-) -> None:
-    """The actions below `whimbrel devices`."""
-    actions = devices.add_subparsers(metavar="ACTION", title="certificates")
+) -> Any:
+    """The actions below `whimbrel devices`; returns what further ones can be added to."""
+    actions = devices.add_subparsers(metavar="ACTION", title="certificates and labels")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         action = actions.add_parser(name, parents=[common], help=text)
@@ -53,6 +53,7 @@ def add_device_actions(
     _add_device(add("refuse", _refuse, "do not give it, and void the claim"))
     _add_device(add("revoke", _revoke, "let a device speak no longer"))
     add("certificates", _certificates, "list all certificates, the broker's and the servers' too")
+    return actions
 
 
 def add_broker_parser(subparsers: Any, common: argparse.ArgumentParser, show: Printer) -> None:

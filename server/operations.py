@@ -63,9 +63,33 @@ from server.releases.provenance import (
     make_statement,
 )
 from server.releases.publisher import Publisher
-from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
+from server.rollouts.evidence import Rules
+from server.rollouts.records import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
+from server.rollouts.waves import Wave
 from server.signing import change_signed, signed_paths
+
+
+class RolloutPlan(Struct, frozen=True, kw_only=True):
+    """How a rollout goes about it.
+
+    Attributes:
+        waves: In order; empty for canaries and then all.
+        rules: What it is judged by; None where only failures are counted.
+        in_flight_max: Devices that are asked and have not answered for good; None for any number.
+        pace_per_minute: Devices that are asked in a minute, likewise.
+        hold_max_ms: How long the policy of a device may hold it.
+        from_version: Only devices that run this version take part.
+        by: Who starts it.
+    """
+
+    waves: tuple[Wave, ...] = ()
+    rules: Rules | None = None
+    in_flight_max: int | None = None
+    pace_per_minute: int | None = None
+    hold_max_ms: int = 86_400_000
+    from_version: str = ""
+    by: str = ""
 
 
 class RolloutStatus(Struct, frozen=True, kw_only=True):
@@ -337,15 +361,30 @@ def start_rollout(
     *,
     canary_count: int = 2,
     wave_timeout_ms: int = 3_600_000,
-    failures_max: int = 0,
+    failures_max: int | None = 0,
+    plan: RolloutPlan | None = None,
 ) -> RolloutRecord:
     """Ask for a rollout; the server takes it up.
+
+    Args:
+        folder: The server's.
+        family: Of a published release.
+        version: Of a published release.
+        canary_count: Devices that go first, where the plan names no waves.
+        wave_timeout_ms: What a device may take before it counts as failed.
+        failures_max: Failures that are accepted in each wave; None leaves the judgement to the rules of the plan.
+        plan: How to go about it; None for canaries, then all, judged by `failures_max` alone.
 
     Raises:
         RequestError: The release is not published, a number is out of range, or the family is busy.
     """
-    if canary_count < 1 or wave_timeout_ms < 1 or failures_max < 0:
+    plan = plan or RolloutPlan()
+    if canary_count < 1 or wave_timeout_ms < 1 or (failures_max is not None and failures_max < 0):
         raise RequestError("a rollout needs a canary, time, and no negative number of failures")
+    if failures_max is None and plan.rules is None:
+        raise RequestError("a rollout that nothing judges would never stop", hint="give it rules")
+    if plan.rules is not None:
+        plan.rules.checked()
     with opened(folder) as home:
         record = _release(home, parse_family(family), parse_version(version))
         if record.published_ms is None:
@@ -371,6 +410,13 @@ def start_rollout(
                 canary_count=canary_count,
                 wave_timeout_ms=wave_timeout_ms,
                 failures_max=failures_max,
+                waves=plan.waves,
+                rules=plan.rules,
+                in_flight_max=plan.in_flight_max,
+                pace_per_minute=plan.pace_per_minute,
+                hold_max_ms=plan.hold_max_ms,
+                from_version=plan.from_version,
+                created_by=plan.by,
                 created_ms=now_ms,
             )
 

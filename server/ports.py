@@ -16,7 +16,7 @@ from protocol.release import ChunkTree, DeltaName, Encryption, Release, ReleaseF
 from protocol.trust import Documents, Target
 from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
 
 
 class StoredBlob(Struct, frozen=True, kw_only=True):
@@ -115,6 +115,8 @@ Record = (
     | DeviceEvent
     | RolloutRecord
     | MemberRecord
+    | Decision
+    | Order
     | DeltaRefusal
     | IdleDelta
     | IdleDeltaRemoval
@@ -266,8 +268,30 @@ class Store(Protocol):
         """Store a new rollout in a transaction; `make` gets its number and all rollouts so far."""
         ...
 
+    def order_rollout(
+        self, rollout: str, make: Callable[[RolloutRecord | None, list[Order]], Order]
+    ) -> Order:
+        """Store an order in a transaction that excludes every other one; `make` gets the rollout and the orders so far."""
+        ...
+
+    def orders(self, rollout: str | None = None) -> list[Order]:
+        """What operators ordered, oldest first."""
+        ...
+
+    def decisions(self, rollout: str) -> list[Decision]:
+        """What was decided about a rollout, oldest first."""
+        ...
+
+    def label(self, labels: Labels) -> None:
+        """Replace the labels of a device."""
+        ...
+
+    def labels(self) -> list[Labels]:
+        """The labels of all devices that have some."""
+        ...
+
     def changes(self) -> int:
-        """Grows with every release that is published and every rollout that is requested, by any process."""
+        """Grows with every release that is published and every rollout, order or label, by any process."""
         ...
 
     def close(self) -> None:
@@ -342,13 +366,16 @@ __all__ = [
     "Clock",
     "ContentKeyRecord",
     "ContentKeyRemoval",
+    "Decision",
     "DeltaBuilder",
     "DeltaRefusal",
     "DeviceRecord",
     "EncryptedBlob",
     "IdleDelta",
     "IdleDeltaRemoval",
+    "Labels",
     "MemberRecord",
+    "Order",
     "Record",
     "ReleaseRecord",
     "Repository",

@@ -51,7 +51,9 @@ from server.events import (
     DeadlineReached,
     Event,
     IdentityEvent,
+    LabelsChanged,
     MetadataChanged,
+    RolloutOrdered,
     RolloutRequested,
     SigningFailed,
     Started,
@@ -61,6 +63,7 @@ from server.ports import Clock, ContentKeyRemoval, Record, Repository
 from server.releases.builders import BuildPool
 from server.releases.catalog import Catalog
 from server.releases.publisher import Publisher
+from server.rollouts.records import Labels
 from server.rollouts.states import RolloutState
 
 _LOG: Final = logging.getLogger(__name__)
@@ -113,6 +116,7 @@ class Server:
         self._thread: threading.Thread | None = None
         self._changes = -1
         self._forget_ms = 0  # when old events of devices are dropped next
+        self._known_labels: list[Labels] = []
         self._records_saved = 0
         self._transactions = 0
         self._deltas_signed = 0
@@ -410,7 +414,13 @@ class Server:
             refusals=store.refusals(),
             idle=store.idle_deltas(),
             cached=store.cached(),
+            labels=self._labels(),
+            orders=[order for order in store.orders() if not order.answer],
         )
+
+    def _labels(self) -> list[Labels]:
+        self._known_labels = self._opened.labels()
+        return self._known_labels
 
     def _sign(self, effect: SignMetadata) -> Event:
         try:
@@ -490,6 +500,10 @@ class Server:
             for record in self._opened.rollouts()
             if record.id not in known and record.state is RolloutState.CREATED
         ]
+        labels = self._known_labels
+        if self._labels() != labels:
+            events.append(LabelsChanged(self._known_labels))
+        events += [RolloutOrdered(order) for order in self._opened.orders() if not order.answer]
         self._handle(events)
 
     def _forget_history(self) -> None:

@@ -234,7 +234,7 @@ def _waves(world: "World") -> list[WaveOutcome]:
     for rollout, plan in world.rollouts:
         campaign = world.server.coordinator.campaigns.get(rollout)
         members = [] if campaign is None else list(campaign.members.values())
-        for wave in ("canary", "rest"):
+        for wave in [] if campaign is None else [each.name for each in campaign.record.plan]:
             asked = [member for member in members if member.wave == wave and member.sequence]
             if not asked:
                 continue

@@ -79,7 +79,15 @@ class ReleasePlan(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     changed_share: Share = 0.05  # of the model's blocks, against the version before
     canary_count: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
     wave_timeout_s: Annotated[float, Meta(ge=1, le=31_536_000)] = 3_600.0
-    failures_max: Count = 0
+    failures_max: Count = 0  # in a wave, where failures are counted
+    judged_by: Literal["count", "tests"] = "count"  # failures, or the server's sequential tests
+    waves: Annotated[str, Meta(max_length=1_024)] = (
+        ""  # as `whimbrel rollout start --waves`; empty: canaries, then all
+    )
+    soak_s: Seconds = 0.0  # after each wave
+    in_flight_max: Count = 0  # 0: any number
+    pace_per_minute: Count = 0  # likewise
+    from_version: Annotated[str, Meta(max_length=32)] = ""  # only devices that run this one
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -42,11 +42,13 @@ from server.events import (
     MetadataChanged,
     ReportReceived,
     RequestReceived,
+    RolloutOrdered,
     RolloutRequested,
     SigningFailed,
     Started,
 )
 from server.fleet.registry import DeviceRecord
+from server.operations import RolloutPlan
 from server.ports import (
     CacheEntry,
     CacheRemoval,
@@ -57,7 +59,7 @@ from server.ports import (
     Repository,
 )
 from server.releases.catalog import Catalog, blob_target
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.rollouts.records import Decision, MemberRecord, Order, OrderAction, RolloutRecord
 from server.runtime import BATCH_EVENTS_MAX, SIGNING_RETRY_MS, bundle
 from simulator.clock import RightClock
 from simulator.loop import US_PER_MS, US_PER_S
@@ -81,7 +83,16 @@ class MemoryStore:
         self.transactions = 0
         self._tables: dict[type, dict[Any, Record]] = {
             kind: {}
-            for kind in (DeviceRecord, RolloutRecord, MemberRecord, DeltaRefusal, IdleDelta, CacheEntry)
+            for kind in (
+                DeviceRecord,
+                RolloutRecord,
+                MemberRecord,
+                Decision,
+                Order,
+                DeltaRefusal,
+                IdleDelta,
+                CacheEntry,
+            )
         }
 
     def save(self, records: Sequence[Record]) -> None:
@@ -106,7 +117,12 @@ class MemoryStore:
             refusals=self._all(DeltaRefusal),
             idle=self._all(IdleDelta),
             cached=self._all(CacheEntry),
+            orders=[order for order in self._all(Order) if not order.answer],
         )
+
+    def decisions(self, rollout: str) -> list[Decision]:
+        """What was decided about a rollout, oldest first."""
+        return [decision for decision in self._all(Decision) if decision.rollout == rollout]
 
     def rollout(self, rollout: str) -> RolloutRecord:
         """One rollout."""
@@ -126,6 +142,8 @@ def _key(record: Record) -> Any:
             return record.id
         case MemberRecord():
             return record.rollout, record.device
+        case Decision() | Order():
+            return record.rollout, record.number
         case DeltaRefusal() | IdleDelta():
             return record.path
         case CacheEntry():
@@ -164,6 +182,7 @@ class SimulatedServer:
         self._line = Line(world.scenario.server.bytes_per_s)
         self._answers: set[tuple[DeviceId, Digest, int]] = set()
         self._rollouts = 0
+        self._orders = 0
 
     @property
     def coordinator(self) -> Coordinator:
@@ -216,7 +235,14 @@ class SimulatedServer:
             self._post(MetadataChanged(self._catalog()))
 
     def roll_out(
-        self, family: str, version: str, *, canary_count: int, wave_timeout_ms: int, failures_max: int
+        self,
+        family: str,
+        version: str,
+        *,
+        canary_count: int,
+        wave_timeout_ms: int,
+        failures_max: int | None,
+        plan: RolloutPlan,
     ) -> str:
         """Ask for a rollout; the server takes it up."""
         self._rollouts += 1
@@ -228,11 +254,26 @@ class SimulatedServer:
             canary_count=canary_count,
             wave_timeout_ms=wave_timeout_ms,
             failures_max=failures_max,
+            waves=plan.waves,
+            rules=plan.rules,
+            in_flight_max=plan.in_flight_max,
+            pace_per_minute=plan.pace_per_minute,
+            from_version=plan.from_version,
         )
         self.store.save([record])
         if self.is_up:
             self._post(RolloutRequested(record))
         return record.id
+
+    def order(self, rollout: str, action: OrderAction) -> None:
+        """Order something of a rollout; the server acts."""
+        self._orders += 1
+        order = Order(
+            rollout=rollout, number=self._orders, action=action, by="operator", at_ms=self.clock.now_ms()
+        )
+        self.store.save([order])
+        if self.is_up:
+            self._post(RolloutOrdered(order))
 
     def rollout(self, rollout: str) -> RolloutRecord:
         """Where a rollout stands, by the store."""

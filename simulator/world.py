@@ -10,9 +10,13 @@ from protocol.ids import FleetId, digest_of
 from protocol.release import Release, encode_release, parse_delta_target
 from protocol.topics import Topics
 from server.broker.limits import BrokerLimits, BrokerStatistics
+from server.operations import RolloutPlan
 from server.ports import Record
-from server.rollouts.campaign import RolloutRecord
+from server.rollouts.evidence import Rules
+from server.rollouts.records import RolloutRecord
 from server.rollouts.states import FINAL as ROLLOUT_ENDS
+from server.rollouts.states import RolloutState
+from server.rollouts.waves import parse_waves
 from simulator.attacker import Attacker
 from simulator.broker import VirtualBroker
 from simulator.checks.liveness import Liveness
@@ -43,6 +47,9 @@ SAMPLES_MAX: Final = 1_000
 
 RETRY_S: Final = 30.0
 """Between two rollouts of the last good release while a fleet converges."""
+
+OPERATOR_S: Final = 600.0
+"""Until somebody looks at a rollout that has paused itself."""
 
 MENDING_S: Final = 60.0
 """Within which everything is mended after the faults."""
@@ -87,6 +94,8 @@ class World:
         self.completion_s: list[float] = []
         self.updates = 0
         self.rollouts: list[tuple[str, ReleasePlan]] = []
+        self._paused_us: int | None = None
+        self._resumed: set[tuple[str, int]] = set()  # rollouts and waves that somebody went on with
         self.is_over = False
         self.not_converged = 0
         self.excused = 0
@@ -162,6 +171,8 @@ class World:
     def _tick(self) -> None:
         """Look how things stand once a second."""
         now_us = self.loop.now_us
+        if self.rollouts:
+            self._see_to_pause()
         if self._goal is not None:
             self._converge(self._goal)
         elif self._is_idle():
@@ -180,18 +191,41 @@ class World:
             self._next_us = None
             plan = self._plans.pop(0)
             self._publish(plan.version, plan.kind, plan.bad_tiers)
-            self._roll_out(plan, plan.failures_max, plan.canary_count)
+            self._roll_out(plan)
 
-    def _roll_out(self, plan: ReleasePlan, failures_max: int, canary_count: int) -> None:
+    def _roll_out(self, plan: ReleasePlan) -> None:
+        is_tested = plan.judged_by == "tests"
         rollout = self.server.roll_out(
             FAMILY,
             plan.version,
-            canary_count=max(1, min(canary_count, len(self.devices))),
+            canary_count=max(1, min(plan.canary_count, len(self.devices))),
             wave_timeout_ms=int(plan.wave_timeout_s * 1_000),
-            failures_max=failures_max,
+            failures_max=None if is_tested else plan.failures_max,
+            plan=RolloutPlan(
+                waves=parse_waves(plan.waves, [int(plan.soak_s * 1_000)]) if plan.waves else (),
+                rules=Rules() if is_tested else None,
+                in_flight_max=plan.in_flight_max or None,
+                pace_per_minute=plan.pace_per_minute or None,
+                from_version=plan.from_version,
+            ),
         )
         self.rollouts.append((rollout, plan))
         self.trace.note(self.loop.now_us, -1, f"rollout {rollout} of {plan.version}")
+
+    def _see_to_pause(self) -> None:
+        """A rollout has paused itself: somebody looks at it after a while, and goes on; at the second time, past its wave."""
+        record = self.server.rollout(self.rollouts[-1][0])
+        if record.state is not RolloutState.PAUSED or not self.server.is_up:
+            self._paused_us = None
+            return
+        if self._paused_us is None:
+            self._paused_us = self.loop.now_us
+        elif self.loop.now_us >= self._paused_us + int(OPERATOR_S * US_PER_S):
+            self._paused_us = None
+            is_again = (record.id, record.wave) in self._resumed
+            self._resumed.add((record.id, record.wave))
+            may_promote = record.wave < len(record.plan) - 1
+            self.server.order(record.id, "promote" if is_again and may_promote else "resume")
 
     def _is_idle(self) -> bool:
         """Whether the last rollout is over; one that nobody takes up since the server is down is not."""
@@ -228,7 +262,13 @@ class World:
         elif self.loop.now_us >= self._retry_us:
             self._retry_us = self.loop.now_us + int(RETRY_S * US_PER_S)
             count = len(self.devices)
-            self._roll_out(self._plans[0], count, count)
+            plan = ReleasePlan(
+                version=self._plans[0].version,
+                canary_count=count,
+                failures_max=count,
+                wave_timeout_s=self._plans[0].wave_timeout_s,
+            )
+            self._roll_out(plan)
 
     def _give_up(self, goal: Liveness) -> None:
         missing = goal.missing()

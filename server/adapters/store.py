@@ -61,7 +61,7 @@ from server.ports import (
     ReleaseRecord,
     Repository,
 )
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
 
 SCHEMA_VERSION: Final = 1
 LOCK_WAIT_S: Final = 30
@@ -94,6 +94,23 @@ _MEMBERS = Table(
     Column("rollout", _NAME, primary_key=True),
     Column("device", _NAME, primary_key=True),
     Column("body", LargeBinary),
+)
+_DECISIONS = Table(
+    "rollout_decisions",
+    _schema,
+    Column("rollout", _NAME, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("body", LargeBinary),
+)
+_ORDERS = Table(
+    "rollout_orders",
+    _schema,
+    Column("rollout", _NAME, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("body", LargeBinary),
+)
+_LABELS = Table(
+    "device_labels", _schema, Column("device", _NAME, primary_key=True), Column("body", LargeBinary)
 )
 # Keyed by the path of the target, so that the profiles of a pair are two. The table that was keyed by the pair is left
 # alone where there is one: what it knew costs one more build each.
@@ -130,6 +147,9 @@ _DELEGATED: Final = "delegated."
 _KEYS: Final[dict[type[Struct], tuple[Table, tuple[str, ...]]]] = {
     DeviceRecord: (_DEVICES, ("device",)),
     MemberRecord: (_MEMBERS, ("rollout", "device")),
+    Decision: (_DECISIONS, ("rollout", "number")),
+    Order: (_ORDERS, ("rollout", "number")),
+    Labels: (_LABELS, ("device",)),
     DeltaRefusal: (_REFUSALS, ("path",)),
     IdleDelta: (_IDLE, ("path",)),
     CacheEntry: (_CACHED, ("name",)),
@@ -217,9 +237,11 @@ class SqlStore:
             self._write(connection, records)
 
     def _write(
-        self, connection: Connection, records: Sequence[Record | KeyChange | IdentityRecord | AccountRecord]
+        self,
+        connection: Connection,
+        records: Sequence[Record | KeyChange | IdentityRecord | AccountRecord | Labels],
     ) -> None:
-        rows: dict[Table, dict[tuple[str, ...], dict[str, Any] | None]] = {}
+        rows: dict[Table, dict[tuple[Any, ...], dict[str, Any] | None]] = {}
         rollouts = []
         events = []
         for record in records:
@@ -317,8 +339,7 @@ class SqlStore:
     ) -> Repository:
         """Replace the repository in one transaction that excludes every other signer."""
         with self._writing() as connection:
-            # On SQLite the transaction holds the write lock from its beginning; elsewhere this row is the lock.
-            connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
+            _lock(connection)
             before = _read_repository(connection)
             if before is None:
                 raise RequestError("there is no repository here", hint="run `whimbrel init`")
@@ -345,6 +366,40 @@ class SqlStore:
             _count_change(connection)
             return record
 
+    def order_rollout(
+        self, rollout: str, make: Callable[[RolloutRecord | None, list[Order]], Order]
+    ) -> Order:
+        """Store an order in a transaction that excludes every other one."""
+        with self._writing() as connection:
+            _lock(connection)
+            body = connection.execute(select(_ROLLOUTS.c.body).where(_ROLLOUTS.c.id == rollout)).scalar()
+            query = select(_ORDERS.c.body).where(_ORDERS.c.rollout == rollout).order_by(_ORDERS.c.number)
+            before = [_decoded(Order, each) for each in connection.execute(query).scalars()]
+            order = make(None if body is None else _decoded(RolloutRecord, body), before)
+            self._write(connection, [order])
+            _count_change(connection)
+            return order
+
+    def orders(self, rollout: str | None = None) -> list[Order]:
+        """What operators ordered, oldest first."""
+        query = select(_ORDERS.c.body).order_by(_ORDERS.c.rollout, _ORDERS.c.number)
+        return self._load(Order, query if rollout is None else query.where(_ORDERS.c.rollout == rollout))
+
+    def decisions(self, rollout: str) -> list[Decision]:
+        """What was decided about a rollout, oldest first."""
+        query = select(_DECISIONS.c.body).where(_DECISIONS.c.rollout == rollout)
+        return self._load(Decision, query.order_by(_DECISIONS.c.number))
+
+    def label(self, labels: Labels) -> None:
+        """Replace the labels of a device."""
+        with self._writing() as connection:
+            self._write(connection, [labels])
+            _count_change(connection)
+
+    def labels(self) -> list[Labels]:
+        """The labels of all devices that have some."""
+        return self._load(Labels, select(_LABELS.c.body).order_by(_LABELS.c.device))
+
     def identities(self) -> Identities:
         """Every claim and every certificate."""
         with self._reading() as connection:
@@ -353,7 +408,7 @@ class SqlStore:
     def change_identities(self, change: Callable[[Identities], Sequence[IdentityRecord]]) -> Identities:
         """Write what `change` decides, in one transaction that excludes every other change; returns how things stand then."""
         with self._writing() as connection:
-            connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
+            _lock(connection)
             records = change(_read_identities(connection))
             if records:
                 self._write(connection, records)
@@ -425,7 +480,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _replace(
-    connection: Connection, table: Table, rows: dict[tuple[str, ...], dict[str, Any] | None]
+    connection: Connection, table: Table, rows: dict[tuple[Any, ...], dict[str, Any] | None]
 ) -> None:
     """Delete and insert: the one upsert that every database spells alike."""
     keys = [column.name for column in table.primary_key.columns]
@@ -448,6 +503,11 @@ def _refuse_published(connection: Connection, family: Family, version: Version) 
         raise AlreadyPublishedError(
             f"{family} {version} is published and cannot change", hint="publish under another version"
         )
+
+
+def _lock(connection: Connection) -> None:
+    """On SQLite the transaction holds the write lock from its beginning; elsewhere this row is the lock."""
+    connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
 
 
 def _count_change(connection: Connection) -> None:

@@ -30,16 +30,26 @@ class DeviceRecord(Struct, frozen=True, kw_only=True):
         """Version that the device runs, empty when it runs none."""
         return self.report.version if self.report else ""
 
+    @property
+    def tier(self) -> str:
+        """Hardware tier by the device's own account, empty before its first report."""
+        return self.report.tier if self.report else ""
+
 
 class Registry:
     """All devices, by identity and by model family.
 
     Attributes:
         revision: Grows with every change, see `changed_since`.
+        changes: Grows when a device appears, or changes its family, tier or labels: who belongs to a wave may have changed.
+        version_changes: Likewise, when a device runs another version.
     """
 
     def __init__(self) -> None:
         self.revision = 0
+        self.changes = 0
+        self.version_changes = 0
+        self._labels: dict[DeviceId, frozenset[str]] = {}
         self._devices: dict[DeviceId, DeviceRecord] = {}
         self._families: dict[str, dict[DeviceId, None]] = {}
         self._revisions: dict[DeviceId, int] = {}  # in the order of their last changes
@@ -59,6 +69,10 @@ class Registry:
         before = self._devices.get(record.device)
         if before is not None and before.family != record.family:
             self._families.get(before.family, {}).pop(record.device, None)
+        if before is None or (before.family, before.tier) != (record.family, record.tier):
+            self.changes += 1
+        if before is None or before.version != record.version:
+            self.version_changes += 1
         self._devices[record.device] = record
         self._families.setdefault(record.family, {})[record.device] = None
         self.revision += 1
@@ -78,6 +92,17 @@ class Registry:
                 break
             changed.append(self._devices[device])
         return changed
+
+    def label(self, device: DeviceId, labels: Iterable[str]) -> None:
+        """Replace the labels of a device."""
+        after = frozenset(labels)
+        if after != self.labels(device):
+            self._labels[device] = after
+            self.changes += 1
+
+    def labels(self, device: DeviceId) -> frozenset[str]:
+        """What an operator calls a device by."""
+        return self._labels.get(device, frozenset())
 
     def of_family(self, family: Family) -> list[DeviceRecord]:
         """Devices that reported `family`."""

@@ -14,7 +14,7 @@ from protocol.release import Release, parse_delta_target
 from server.fleet.registry import DeviceRecord
 from server.releases.catalog import Catalog
 from server.releases.delta_graph import FleetGraph
-from server.rollouts.campaign import RolloutRecord
+from server.rollouts.records import RolloutRecord
 from server.rollouts.states import RolloutState
 
 ABSENT_MS: Final = 90 * 86_400_000

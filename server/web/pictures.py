@@ -14,7 +14,8 @@ from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
 from server.ports import ReleaseRecord
 from server.releases.provenance import Statement
-from server.rollouts.campaign import Campaign, MemberRecord, MemberStatus, RolloutRecord
+from server.rollouts.campaign import Campaign
+from server.rollouts.records import MemberRecord, MemberStatus, RolloutRecord
 from server.web.views import (
     AirBytes,
     Delta,

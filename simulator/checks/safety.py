@@ -4,7 +4,7 @@
 2. At every instant there is a model that can be started; a version that has not proved itself is not the active one.
 3. What was fetched is never fetched again because of a restart.
 4. An update that cannot succeed is refused before its first byte.
-5. A rollout stops by itself: nobody is asked after it has.
+5. A rollout stops by itself: nobody is asked after it has, and no more are in flight than it allows.
 6. Inference goes on whatever happens to the update.
 7. Everything reported was measured.
 8. A fleet never comes back at one instant.
@@ -170,7 +170,13 @@ class SafetyChecks:
         """The server publishes what a device should run."""
         self.done += 1
         campaign = self._world.server.coordinator.campaigns.get(desired.rollout) if desired else None
-        if campaign is None or desired is None or campaign.state not in FINAL:
+        if campaign is None or desired is None:
+            return
+        limit = campaign.record.in_flight_max
+        if limit is not None and campaign.in_flight > limit:
+            text = f"{campaign.in_flight} devices of {campaign.record.id} in flight, allowed are {limit}"
+            raise PromiseBrokenError(5, _number(device), text)
+        if campaign.state not in FINAL:
             return
         member = campaign.members.get(device)
         if (

@@ -233,6 +233,8 @@ class World:
     def _tell_waves(self) -> None:
         for rollout in self._server.status()["rollouts"]:
             state = rollout["state"]
+            if state == "running":
+                state = "rest" if rollout["wave"] else "canary"
             if self._waves.get(rollout["id"]) == state or state == "created":
                 continue
             self._waves[rollout["id"]] = state

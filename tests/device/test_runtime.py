@@ -23,6 +23,7 @@ from protocol.release import DeltaName, decode_release, parse_delta_target
 from server.config import read_config
 from server.home import opened
 from server.operations import (
+    RolloutPlan,
     add_release,
     init_repository,
     list_devices,
@@ -30,6 +31,9 @@ from server.operations import (
     rollout_status,
     start_rollout,
 )
+from server.rollout_orders import explain_rollout, order_rollout
+from server.rollouts.evidence import Rules
+from server.rollouts.waves import parse_waves
 from server.runtime import Server
 from tests.models import prompts, write_classifier, write_health_plan
 from tests.server.brokers import BROKERS, running_broker
@@ -166,6 +170,38 @@ def test_a_good_release_reaches_every_device_as_a_delta_and_a_bad_one_is_stopped
     update = tried[0].agent.record.update
     assert update is not None
     assert update.code == "trial.answers"
+
+
+def test_an_operator_promotes_a_rollout_and_leads_the_devices_back_to_the_version_before(lab: Lab) -> None:
+    """Back is a newer request under newer metadata that names an older release, and nothing else."""
+    devices = [lab.start(lab.provision(f"device-{number}"), number) for number in range(2)]
+    lab.wait(lambda: all(device.transport.is_connected and device.executor.model for device in devices))
+    lab.wait(lambda: lab.server.status()["devices"] == len(devices))
+    lab.publish("v2", seed=2)
+    plan = RolloutPlan(waves=parse_waves("1,100%", [3_600_000]), rules=Rules(), in_flight_max=1)
+    first = start_rollout(lab.server_folder, "digits", "v2", failures_max=None, plan=plan)
+    lab.wait(lambda: rollout_status(lab.server_folder, first.id).counts == {"committed": 1})
+    assert "soaks for" in explain_rollout(lab.server_folder, first.id).standing
+    order_rollout(lab.server_folder, first.id, "promote", by="alice", reason="seen enough")
+    lab.wait(lambda: all(version_of(device) == "v2" for device in devices))
+    lab.wait(lambda: rollout_status(lab.server_folder, first.id).counts == {"committed": 2})
+    order_rollout(lab.server_folder, first.id, "abort", by="alice", reason="v1 was better")
+    lab.wait(lambda: rollout_status(lab.server_folder, first.id).rollout.state.value == "stopped")
+    sequences = [device.agent.record.desired_sequence for device in devices]
+    plan = RolloutPlan(rules=Rules(), from_version="v2")
+    second = start_rollout(lab.server_folder, "digits", "v1", failures_max=None, plan=plan)
+    lab.wait(lambda: rollout_status(lab.server_folder, second.id).rollout.state.value == "finished")
+    assert {version_of(device) for device in devices} == {"v1"}
+    assert all(
+        device.agent.record.desired_sequence > before
+        for device, before in zip(devices, sequences, strict=True)
+    )
+    told = explain_rollout(lab.server_folder, first.id)
+    assert [(each.action, each.by) for each in told.decisions] == [
+        ("begin", ""),
+        ("promote", "alice"),
+        ("abort", "alice"),
+    ]
 
 
 def test_a_device_that_is_stopped_again_and_again_fetches_nothing_twice(lab: Lab) -> None:

@@ -24,7 +24,7 @@ from protocol.errors import WhimbrelError
 from protocol.release import Release
 from server import operations
 from server.config import read_config
-from server.rollouts.campaign import RolloutRecord
+from server.rollouts.records import RolloutRecord
 from server.rollouts.states import FINAL, RolloutState
 from server.runtime import Server
 from tests.kill.device import Device, Trace

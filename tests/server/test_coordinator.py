@@ -31,7 +31,7 @@ def test_a_good_release_goes_to_the_canary_and_then_to_the_rest() -> None:
         sign 1-2
         > signed
         publish metadata
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save cached release2
@@ -45,7 +45,7 @@ def test_a_good_release_goes_to_the_canary_and_then_to_the_rest() -> None:
         > report a 2 committed r1
         save device a running 2
         save member a canary committed
-        save rollout r1 rest
+        save rollout r1 running rest
         save member b rest asked
         save device b running 1
         desired b 2 for r1 #1
@@ -156,7 +156,7 @@ def test_failures_up_to_the_limit_are_accepted() -> None:
         > report b 2 committed r1
         save device b running 2
         save member b canary committed
-        save rollout r1 rest
+        save rollout r1 running rest
         save member c rest asked
         save device c running 1
         desired c 2 for r1 #1
@@ -178,7 +178,7 @@ def test_a_delta_that_saves_nothing_is_noted_and_the_whole_file_goes_out() -> No
         """
         > built 1-2 300000
         save refusal 1-2
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save cached release2
@@ -199,7 +199,7 @@ def test_where_the_small_delta_saves_nothing_the_fast_one_is_not_tried() -> None
         """
         > built 1-2 300000
         save refusal 1-2
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save member b canary asked
@@ -225,7 +225,7 @@ def test_the_whole_file_goes_out_when_a_delta_cannot_be_signed() -> None:
     play.check(
         """
         > unsigned
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save cached release2
@@ -246,7 +246,7 @@ def test_the_whole_file_goes_out_where_the_base_is_unknown() -> None:
         """
         > rollout r1 2
         save rollout r1 preparing
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save cached release2
@@ -269,7 +269,7 @@ def test_a_rollout_without_devices_waits_for_the_first() -> None:
         > wait 100000000
         > report a -
         save device a running nothing
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running nothing
         save cached release2
@@ -314,7 +314,7 @@ def test_a_restart_repeats_nothing_that_was_asked_and_everything_that_was_lost()
         sign 1-2
         > signed
         publish metadata
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save cached release2
@@ -331,7 +331,7 @@ def test_a_restart_repeats_nothing_that_was_asked_and_everything_that_was_lost()
         > report a 2 committed r1
         save device a running 2
         save member a canary committed
-        save rollout r1 rest
+        save rollout r1 running rest
         save member b rest asked
         save device b running 1
         desired b 2 for r1 #1
@@ -358,13 +358,14 @@ def test_canaries_that_only_refuse_prove_nothing_so_the_next_are_asked() -> None
         > report a 1 rejected r1
         save device a running 1
         save member a canary rejected
+        save rollout r1 running canary
         save member b canary asked
         save device b running 1
         desired b 2 for r1 #1
         > report b 2 committed r1
         save device b running 2
         save member b canary committed
-        save rollout r1 rest
+        save rollout r1 running rest
         save member c rest asked
         save device c running 1
         desired c 2 for r1 #1
@@ -385,7 +386,7 @@ def test_devices_whose_tier_a_release_is_for_go_first() -> None:
     play.check(
         """
         > failed 1-3
-        save rollout r1 canary
+        save rollout r1 running canary
         save member b canary asked
         save device b running 1
         save cached release3
@@ -405,7 +406,7 @@ def test_what_passes_the_budget_is_not_retained_and_still_answered() -> None:
     play.check(
         """
         > failed 1-2
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save cached release2
@@ -478,7 +479,7 @@ def test_devices_that_run_the_version_already_are_not_asked_and_are_no_canaries(
         save rollout r1 preparing
         build 1-2
         > failed 1-2
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary committed
         save member d canary committed
         save member b canary asked
@@ -536,7 +537,7 @@ def test_a_device_that_has_seen_higher_numbers_than_the_store_is_asked_with_a_hi
         save rollout r1 preparing
         build 1-2
         > failed 1-2
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save cached release2
@@ -689,7 +690,7 @@ def test_a_straggler_takes_the_chain_that_is_there_and_those_who_ran_the_version
         """
         > rollout r1 3 canary=2
         save rollout r1 preparing
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save member b canary asked
@@ -717,7 +718,7 @@ def test_an_agent_without_chains_gets_a_delta_of_its_own_although_there_is_a_cha
         save rollout r1 preparing
         build 1-3
         > failed 1-3
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save cached release3
@@ -744,7 +745,7 @@ def test_a_straggler_waits_for_the_delta_that_its_chain_ends_with() -> None:
         sign 2-3
         > signed
         publish metadata
-        save rollout r1 canary
+        save rollout r1 running canary
         save member a canary asked
         save device a running 1
         save member b canary asked

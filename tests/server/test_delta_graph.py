@@ -25,7 +25,7 @@ from server.releases.delta_graph import (
     device_class,
 )
 from server.releases.delta_stock import DeltaStock
-from server.rollouts.campaign import RolloutRecord
+from server.rollouts.records import RolloutRecord
 from server.rollouts.states import RolloutState
 from tests.server.samples import NOW_MS, model_bytes, paper_catalog, paper_release, report, stored
 
@@ -342,7 +342,7 @@ def test_devices_are_on_their_way_to_what_is_rolled_out_and_to_what_was_rolled_o
         rollout(1, "1", RolloutState.FINISHED),
         rollout(2, "2", RolloutState.FINISHED),
         rollout(3, "3", RolloutState.STOPPED),
-        rollout(4, "4", RolloutState.CANARY),
+        rollout(4, "4", RolloutState.RUNNING),
         rollout(5, "never-published", RolloutState.CREATED),
     ]
     assert {release.version for release in head_releases(catalog, rollouts)} == {"2", "4"}

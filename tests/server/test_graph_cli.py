@@ -18,7 +18,7 @@ from server.home import opened
 from server.ports import IdleDelta
 from server.releases.builders import build_delta
 from server.releases.catalog import blob_target
-from server.rollouts.campaign import RolloutRecord
+from server.rollouts.records import RolloutRecord
 from tests.server.samples import publish_models, report
 
 CELL = Capacity(link_bytes_per_s=8_192, processor_percent=64, delta_memory_bytes=1 << 27, links_max=LINKS_MAX)

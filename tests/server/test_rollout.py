@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from protocol.ids import DeviceId, Family, Version
 from protocol.messages import Outcome, UpdateReport
-from server.rollouts.campaign import FAILURES, Campaign, RolloutRecord, canary_rank
+from server.rollouts.campaign import Campaign, Invitation
+from server.rollouts.records import FAILURES, RolloutRecord
 from server.rollouts.states import (
     ACTIVE,
     FINAL,
@@ -17,13 +18,16 @@ from server.rollouts.states import (
     diagram,
     next_state,
 )
+from server.rollouts.waves import rank
 from tests.server.samples import NOW_MS
 
 README = Path(__file__).parents[2] / "server" / "README.md"
 A, B, C = DeviceId("a"), DeviceId("b"), DeviceId("c")
 
 
-def _campaign(*asked: DeviceId, state: RolloutState = RolloutState.CANARY, failures_max: int = 0) -> Campaign:
+def _campaign(
+    *asked: DeviceId, state: RolloutState = RolloutState.RUNNING, failures_max: int = 0
+) -> Campaign:
     record = RolloutRecord(
         id="r1",
         family=Family("digits"),
@@ -35,7 +39,7 @@ def _campaign(*asked: DeviceId, state: RolloutState = RolloutState.CANARY, failu
     )
     campaign = Campaign(record)
     for number, device in enumerate(asked):
-        campaign.ask(device, 1, NOW_MS + number)
+        campaign.ask(Invitation(device), 1, NOW_MS + number)
     return campaign
 
 
@@ -94,7 +98,7 @@ def test_a_report_about_something_else_changes_nothing(update: UpdateReport) -> 
 def test_a_refusal_decides_a_device_and_is_no_failure() -> None:
     campaign = _campaign(A)
     campaign.observe(A, _says("rejected", code="admission.refused"), NOW_MS)
-    assert campaign.is_wave_decided
+    assert campaign.is_decided
     assert campaign.failures() == 0
     assert not campaign.has_proof
     assert campaign.members[A].code == "admission.refused"
@@ -143,7 +147,7 @@ def test_failures_are_counted_for_each_wave() -> None:
     campaign.observe(A, _says("failed"), NOW_MS)
     campaign.observe(B, _says("committed"), NOW_MS)
     campaign.move(RolloutTrigger.WIDEN, NOW_MS)
-    campaign.ask(C, 1, NOW_MS)
+    campaign.ask(Invitation(C), 1, NOW_MS)
     assert campaign.failures() == 0
     campaign.observe(C, _says("rolled_back"), NOW_MS)
     assert campaign.failures() == 1
@@ -170,6 +174,6 @@ def test_canaries_are_others_in_another_rollout_and_the_same_in_the_same() -> No
     devices = [DeviceId(f"d{number}") for number in range(100)]
 
     def first(rollout: str) -> list[DeviceId]:
-        return sorted(devices, key=lambda device: canary_rank(rollout, device))[:5]
+        return sorted(devices, key=lambda device: rank(rollout, device))[:5]
 
     assert first("r1") == first("r1") != first("r2")

@@ -31,7 +31,7 @@ from server.ports import (
 )
 from server.releases.catalog import blob_target
 from server.releases.publisher import ROLES, Publisher
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.rollouts.records import MemberRecord, RolloutRecord
 from tests.server.samples import NOW_MS, paper_release, report, stored
 
 

@@ -2,7 +2,12 @@
 
 > report a 1                          device a runs version 1
 > report a 1 running r1               ... and says how the update of rollout r1 is going (`#2` for sequence 2)
-> rollout r1 2 canary=1 failures=0    an operator starts rollout r1 of version 2
+> rollout r1 2 canary=1 failures=0    an operator starts rollout r1 of version 2, judged by a count of failures
+> rollout r1 2 tests=1 waves=2,100%   ... judged by the tests, in waves; flight=, pace=, soak=, hold=, timeout=, from=
+> order r1 pause alice too early      an operator orders something, and says why
+> label a lab                         an operator labels a device
+> report a 1 running r1 code=held.window state=trial latency=12
+> resigned 2                          a release of the same name is signed with another description
 > report a 1 link=64000               ... and what its link carries; it then takes chains, and the profile that suits it
 > built 1-2 1000                      the delta is there, with its length; `failed 1-2` if it could not be built
 > built 1-2/fast 1000                 the same of profile `fast`
@@ -25,8 +30,15 @@ import msgspec
 from protocol.delta.format import Profile
 from protocol.delta_graph import LINKS_MAX
 from protocol.ids import DeviceId, Digest, Family, Version, digest_of
-from protocol.messages import Capacity, ChunkRequest, MetadataRequest, UpdateReport
-from protocol.release import DeltaName, delta_target, parse_delta_target
+from protocol.messages import (
+    Capacity,
+    ChunkRequest,
+    LatencySummary,
+    MetadataRequest,
+    TrialEvidence,
+    UpdateReport,
+)
+from protocol.release import DeltaName, delta_target, parse_delta_target, release_target
 from protocol.trust import Target
 from server.coordinator import Coordinator, CoordinatorLimits
 from server.effects import (
@@ -51,10 +63,12 @@ from server.events import (
     DeltaBuilt,
     DeltaFailed,
     Event,
+    LabelsChanged,
     LinkReceived,
     MetadataChanged,
     ReportReceived,
     RequestReceived,
+    RolloutOrdered,
     RolloutRequested,
     SigningFailed,
     Started,
@@ -62,8 +76,11 @@ from server.events import (
 from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
 from server.ports import CacheEntry, CacheRemoval, DeltaRefusal, IdleDelta, IdleDeltaRemoval, Record
-from server.releases.catalog import blob_target, target_blobs
-from server.rollouts.campaign import MemberRecord, RolloutRecord
+from server.releases.catalog import Catalog, blob_target, target_blobs
+from server.rollouts.evidence import Rules
+from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
+from server.rollouts.states import RolloutState
+from server.rollouts.waves import parse_waves
 from tests.server.samples import NOW_MS, model_bytes, paper_catalog, paper_release, report, stored
 
 VERSIONS = ("1", "2", "3")
@@ -84,15 +101,24 @@ class Play:
     Args:
         limits: Of the coordinator.
         tiers: That version 3 is for.
+        tells_decisions: Whether records of decisions are among what is ordered.
     """
 
-    def __init__(self, limits: CoordinatorLimits | None = None, tiers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        limits: CoordinatorLimits | None = None,
+        tiers: tuple[str, ...] = (),
+        *,
+        tells_decisions: bool = False,
+    ) -> None:
+        self.tells_decisions = tells_decisions
         self.limits = limits or CoordinatorLimits()
         self.releases = [paper_release(version, tiers if version == "3" else ()) for version in VERSIONS]
         self.now_ms = NOW_MS
         self.deltas: dict[str, Target] = {}
         self.signing: SignMetadata | None = None
         self.sequences: dict[str, int] = {}
+        self.labels: dict[str, Labels] = {}
         self.store: dict[tuple[str, ...], Record] = {}
         self.refresh_ms = 1 << 52
         self.last_effects: tuple[Effect, ...] = ()
@@ -152,17 +178,25 @@ class Play:
             case ["report", device, version, *update]:
                 return self._report(device, version, update)
             case ["rollout", rollout, version, *options]:
-                numbers = {name: int(value) for name, value in (option.split("=") for option in options)}
-                return RolloutRequested(
-                    RolloutRecord(
-                        id=rollout,
-                        family=Family("digits"),
-                        version=Version(version),
-                        canary_count=numbers.get("canary", 1),
-                        failures_max=numbers.get("failures", 0),
-                        wave_timeout_ms=numbers.get("timeout", 10_000),
-                        created_ms=self.now_ms,
-                    )
+                return RolloutRequested(self._rollout(rollout, version, options))
+            case ["order", rollout, action, by, *reason]:
+                number = 1 + sum(isinstance(record, Order) for record in self.store.values())
+                order = msgspec.convert(
+                    {"rollout": rollout, "number": number, "action": action, "by": by, "at_ms": self.now_ms}
+                    | {"reason": " ".join(reason)},
+                    Order,
+                )
+                self._save(order)
+                return RolloutOrdered(order)
+            case ["label", device, *labels]:
+                self.labels[device] = Labels(device=DeviceId(device), labels=tuple(labels))
+                return LabelsChanged(list(self.labels.values()))
+            case ["resigned", version]:
+                catalog = paper_catalog(*self.releases, extra=tuple(self.deltas.values()))
+                path = release_target(Family("digits"), Version(version))
+                other = blob_target(path, stored(b"another description"))
+                return MetadataChanged(
+                    Catalog.of({**catalog.targets, path: other}, self.releases, self.refresh_ms)
                 )
             case ["built", pair, length]:
                 blob = stored(pair.encode() * (int(length) // len(pair)))
@@ -197,6 +231,27 @@ class Play:
                 return self._started()
         raise AssertionError(words)
 
+    def _rollout(self, rollout: str, version: str, options: list[str]) -> RolloutRecord:
+        values = dict(option.split("=", 1) for option in options)
+        numbers = {name: int(value) for name, value in values.items() if value.isdigit()}
+        soak_ms = [numbers.get("soak", 0)]
+        is_tested = "tests" in numbers
+        return RolloutRecord(
+            id=rollout,
+            family=Family("digits"),
+            version=Version(version),
+            canary_count=numbers.get("canary", 1),
+            failures_max=None if is_tested else numbers.get("failures", 0),
+            waves=parse_waves(values["waves"], soak_ms) if "waves" in values else (),
+            rules=Rules() if is_tested else None,
+            in_flight_max=numbers.get("flight"),
+            pace_per_minute=numbers.get("pace"),
+            from_version=values.get("from", ""),
+            wave_timeout_ms=numbers.get("timeout", 10_000),
+            hold_max_ms=numbers.get("hold", 86_400_000),
+            created_ms=self.now_ms,
+        )
+
     def _report(self, device: str, version: str, update: list[str]) -> Event:
         self.sequences[device] = self.sequences.get(device, 0) + 1
         about = None
@@ -207,9 +262,16 @@ class Play:
             wanted = self.coordinator.campaigns[rollout].record.version
             sequence = int(update[2][1:]) if len(update) > 2 else 1
             about = msgspec.convert(
-                {"rollout": rollout, "sequence": sequence, "version": wanted, "outcome": outcome},
+                {"rollout": rollout, "sequence": sequence, "version": wanted, "outcome": outcome}
+                | {"code": options.get("code", "")},
                 UpdateReport,
             )
+            if "latency" in options:
+                latency = LatencySummary(
+                    p50_ms=float(options["latency"]), p95_ms=50.0, p99_ms=float(options["latency"])
+                )
+                evidence = TrialEvidence(prompts_passed=1, prompts_total=1, latency=latency)
+                about = msgspec.structs.replace(about, evidence=evidence)
         said = report(
             device,
             self.sequences[device],
@@ -219,6 +281,8 @@ class Play:
             tier=options.get("tier", ""),
             capacity=_capacity(int(options["link"])) if "link" in options else None,
         )
+        if "state" in options:
+            said = msgspec.structs.replace(said, state=options["state"])
         return ReportReceived(DeviceId(device), said)
 
     def _request(self, name: str, numbers: str) -> ChunkRequest:
@@ -239,6 +303,8 @@ class Play:
             refusals=[record for record in records if isinstance(record, DeltaRefusal)],
             idle=[record for record in records if isinstance(record, IdleDelta)],
             cached=[record for record in records if isinstance(record, CacheEntry)],
+            labels=list(self.labels.values()),
+            orders=[record for record in records if isinstance(record, Order) and not record.answer],
         )
 
     def _save(self, record: Record) -> None:
@@ -249,6 +315,10 @@ class Play:
                 self.store["rollout", record.id] = record
             case MemberRecord():
                 self.store["member", record.rollout, record.device] = record
+            case Decision():
+                self.store["decision", record.rollout, str(record.number)] = record
+            case Order():
+                self.store["order", record.rollout, str(record.number)] = record
             case DeltaRefusal():
                 self.store["refusal", record.path] = record
             case IdleDelta():
@@ -296,6 +366,8 @@ class Play:
     def _describe(self, effects: Iterable[Effect]) -> Iterable[str]:
         for effect in effects:
             match effect:
+                case Save(Decision()) if not self.tells_decisions:
+                    pass
                 case Save(record):
                     yield f"save {self._record(record)}"
                 case PublishDesired(device, None):
@@ -341,9 +413,13 @@ class Play:
             case DeviceRecord():
                 return f"device {record.device} running {record.version or 'nothing'}"
             case RolloutRecord():
-                return f"rollout {record.id} {record.state}" + (
-                    f" ({record.reason})" if record.reason else ""
-                )
+                wave = f" {record.current.name}" if record.state is RolloutState.RUNNING else ""
+                reason = f" ({record.reason})" if record.reason else ""
+                return f"rollout {record.id} {record.state}{wave}{reason}"
+            case Decision():
+                return f"decision {record.number} {record.action}: {record.text}"
+            case Order():
+                return f"order {record.number} {record.action}: {record.answer}"
             case DeviceEvent():
                 return f"event of {record.device}: {record.state} {record.outcome}"
             case MemberRecord():

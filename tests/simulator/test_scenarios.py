@@ -27,6 +27,7 @@ DEVICES = {
     "key-theft": 30,
     "no-clocks": 40,
     "release": 60,
+    "staged-rollout": 60,
     "thundering-herd": 150,
     "tiny-disks": 60,
 }
@@ -116,6 +117,17 @@ def test_a_bad_quantization_is_stopped_and_the_repaired_one_is_not() -> None:
     assert set(slow) == {"rolled_back"}
     assert figures_of(result).blast_radius <= canaries / DEVICES["bad-quantization"]
     assert result.versions == {"v4": DEVICES["bad-quantization"]}
+
+
+def test_a_staged_rollout_stops_by_evidence_and_the_good_release_reaches_all() -> None:
+    result = ran("staged-rollout")
+    assert [rollout.state for rollout in result.rollouts] == ["stopped", "stopped", "finished"]
+    everywhere, one_tier, _ = result.rollouts
+    assert everywhere.counts["rolled_back"] <= 5
+    assert one_tier.counts["rolled_back"] <= 5 + 5
+    assert "of tier old failed" in one_tier.reason or "devices failed" in one_tier.reason
+    assert one_tier.counts.get("committed", 0) < DEVICES["staged-rollout"] / 2
+    assert result.versions == {"v4": DEVICES["staged-rollout"]}
 
 
 def test_who_can_publish_anything_brings_nothing_but_traffic() -> None:
