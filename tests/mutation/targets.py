@@ -30,7 +30,11 @@ class Group:
 GROUPS: Final[dict[str, Group]] = {
     "trust": Group(
         modules=("protocol/trust.py",),
-        tests=("tests/protocol/test_trust.py", "tests/protocol/test_trust_attacks.py"),
+        tests=(
+            "tests/protocol/test_trust.py",
+            "tests/protocol/test_trust_attacks.py",
+            "tests/protocol/test_trust_limits.py",
+        ),
         without=(
             "test_flipping_any_byte_of_any_document_never_changes_what_is_believed",
             "test_flipping_any_byte_of_the_root_never_lets_another_key_in",
@@ -38,8 +42,14 @@ GROUPS: Final[dict[str, Group]] = {
         is_sampled=True,
     ),
     "chunks": Group(
-        modules=("protocol/chunks.py", "protocol/identity.py"),
-        tests=("tests/protocol/test_chunks.py", "tests/protocol/test_identity.py"),
+        modules=("protocol/chunks.py", "device/blobs.py", "protocol/identity.py"),
+        tests=(
+            "tests/protocol/test_chunks.py",
+            "tests/protocol/test_chunk_limits.py",
+            "tests/device/test_blobs.py",
+            "tests/protocol/test_identity.py",
+            "tests/protocol/test_identity_limits.py",
+        ),
         is_sampled=True,
     ),
     "importers": Group(
