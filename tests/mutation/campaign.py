@@ -4,7 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
@@ -77,8 +77,13 @@ def read_mutants(module: str) -> list[Mutant]:
     return mutants_of(module, (ROOT / module).read_text())
 
 
-def run(options: Options) -> Outcome:
+def run(options: Options, groups: Mapping[str, Group] = GROUPS, cache: Path = CACHE) -> Outcome:
     """Measure the tests of each group and try its mutants; goes on where an earlier run was stopped.
+
+    Args:
+        options: What to do.
+        groups: By name.
+        cache: Folder for what was found.
 
     Raises:
         RuntimeError: Tests fail without a mutant.
@@ -87,14 +92,14 @@ def run(options: Options) -> Outcome:
     survivors = load_survivors()
     results: list[Result] = []
     measured: dict[str, Measured] = {}
-    CACHE.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     for name in options.groups:
-        group = GROUPS[name]
+        group = groups[name]
         mutants = [mutant for module in group.modules for mutant in read_mutants(module)]
         if options.sample:
             mutants = _sample(mutants, options.sample // len(options.groups))
-        measured[name] = _measured(name, group)
-        results += _tried(name, group, mutants, measured[name], options)
+        measured[name] = _measured(cache, name, group)
+        results += _tried(cache / f"{name}.jsonl", group, mutants, measured[name], options)
     return Outcome(results, measured, survivors, bool(options.sample))
 
 
@@ -157,8 +162,8 @@ def _digest(paths: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _measured(name: str, group: Group) -> Measured:
-    path = CACHE / f"{name}-{_digest((*group.modules, *group.tests, *_ours()))}.json"
+def _measured(cache: Path, name: str, group: Group) -> Measured:
+    path = cache / f"{name}-{_digest((*group.modules, *group.tests, *_ours()))}.json"
     known = load(path)
     if known is None:
         _in_another_process(_measure_into, group, path)
@@ -177,9 +182,8 @@ def _measure_into(group: Group, path: Path) -> None:
 
 
 def _tried(
-    name: str, group: Group, mutants: Sequence[Mutant], measured: Measured, options: Options
+    path: Path, group: Group, mutants: Sequence[Mutant], measured: Measured, options: Options
 ) -> list[Result]:
-    path = CACHE / f"{name}.jsonl"
     tests = _digest((*group.tests, *_ours()))
     modules = {module: _digest([module]) for module in group.modules}
     known: dict[str, Result] = {}
@@ -195,7 +199,7 @@ def _tried(
     left = [mutant for mutant in mutants if mutant.key not in known]
     if left:
         _in_another_process(_try_into, group, left, measured, options.workers, path, tests, modules)
-        return _tried(name, group, mutants, measured, options)
+        return _tried(path, group, mutants, measured, options)
     return [known[mutant.key] for mutant in mutants]
 
 

@@ -64,8 +64,10 @@ def pytest_arguments(group: Group, folder: str) -> list[str]:
     """How the tests of a group are run: without chance (Hypothesis calls that `ci`), limits of time are the caller's."""
     fixed = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-o", "timeout=0", f"--basetemp={folder}"]
     fixed.append("--hypothesis-profile=ci")
+    fixed += ["-c", str(ROOT / "pyproject.toml"), f"--rootdir={ROOT}"]
     left_out = " or ".join(group.without)
-    return [*fixed, *([f"-k=not ({left_out})"] if left_out else []), *group.tests]
+    chosen = [f"-k=not ({left_out})"] if left_out else []
+    return [*fixed, *chosen, *(str(ROOT / path) for path in group.tests)]
 
 
 def measure(group: Group) -> Measured:

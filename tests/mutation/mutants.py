@@ -124,7 +124,7 @@ class _Finder:
     def __init__(self, module: str, source: str) -> None:
         self._module = module
         self._source = source
-        self._lines = source.splitlines()
+        self._lines = source.encode().splitlines(keepends=True)
         self._function = ("", 0)
         self._statement = (0, 0)
 
@@ -148,14 +148,16 @@ class _Finder:
         return self._at(operator, span, " ".join(self._text(node).split()), after)
 
     def _at(self, operator: str, span: tuple[int, int, int, int], before: str, after: str) -> Mutant:
-        text = self._lines[self._statement[0] - 1].strip()
+        text = self._lines[self._statement[0] - 1].decode().strip()
         name, line = self._function
         return Mutant(self._module, name, line, operator, span, self._statement, before, after, text)
 
-    def _text(self, node: ast.AST) -> str:
-        text = ast.get_source_segment(self._source, node)
-        assert text is not None
-        return text
+    def _text(self, node: ast.expr | ast.stmt | ast.excepthandler) -> str:
+        assert node.end_lineno is not None
+        lines = self._lines[node.lineno - 1 : node.end_lineno]
+        lines[-1] = lines[-1][: node.end_col_offset]
+        lines[0] = lines[0][node.col_offset :]
+        return b"".join(lines).decode()
 
     # --- statements
 
@@ -286,11 +288,10 @@ class _Finder:
         """Replace an operator: it stands between its operands, beside brackets and line breaks."""
         assert left.end_lineno is not None
         assert left.end_col_offset is not None
-        lines = self._source.encode().splitlines(keepends=True)
         for line in range(left.end_lineno, right.lineno + 1):
             start = left.end_col_offset if line == left.end_lineno else 0
-            end = right.col_offset if line == right.lineno else len(lines[line - 1])
-            found = lines[line - 1].find(before.encode(), start, end)
+            end = right.col_offset if line == right.lineno else len(self._lines[line - 1])
+            found = self._lines[line - 1].find(before.encode(), start, end)
             if found >= 0:
                 shown = " ".join(self._text(left).split()), " ".join(self._text(right).split())
                 mutant = self._at(kind, (line, found, line, found + len(before)), before, after)
