@@ -23,7 +23,7 @@ from tests.mutation.targets import ROOT, Group
 CPU_FACTOR: Final = 10
 """A test that takes that many times its usual time of the processor, and a second, hangs."""
 
-WALL_S_MAX: Final = 120.0
+WALL_S_MAX: Final = 60.0
 """A mutant may make a test wait for ever without any work."""
 
 MEMORY_BYTES_MAX: Final = 2 << 30

@@ -52,23 +52,39 @@ GROUPS: Final[dict[str, Group]] = {
         ),
         is_sampled=True,
     ),
-    "importers": Group(
+    "readers": Group(
         modules=(
             "protocol/tensors/cursor.py",
             "protocol/tensors/regions.py",
             "protocol/tensors/gguf.py",
             "protocol/tensors/safetensors.py",
-            "protocol/tensors/onnx.py",
-            "server/releases/importer.py",
-            "server/releases/model_files.py",
         ),
         tests=(
-            "tests/protocol/test_tensors_files.py",
+            "tests/protocol/test_tensors_cursor.py",
             "tests/protocol/test_tensors_gguf.py",
+            "tests/protocol/test_tensors_limits.py",
             "tests/protocol/test_tensors_maps.py",
-            "tests/security/test_hostile_models.py",
-            "tests/server/test_importer.py",
         ),
+        without=("onnx", "test_any_byte_of_the_header_may_be_anything", "fields_are_refused", "nothing_but_names"),
+    ),
+    "onnx": Group(
+        modules=("protocol/tensors/onnx.py",),
+        tests=(
+            "tests/protocol/test_tensors_files.py",
+            "tests/protocol/test_tensors_maps.py",
+            "tests/protocol/test_tensors_onnx_limits.py",
+            "tests/security/test_hostile_models.py",
+        ),
+        without=("gguf", "safetensors", "test_any_byte_of_an_onnx_file", "test_very_many_fields_are_refused"),
+    ),
+    "importer": Group(
+        modules=("server/releases/importer.py", "server/releases/model_files.py"),
+        tests=(
+            "tests/server/test_importer.py",
+            "tests/server/test_importer_limits.py",
+            "tests/security/test_hostile_models.py",
+        ),
+        without=("test_row_70_onnx_address_in_memory_kills_no_device",),
     ),
     "delta": Group(
         modules=("protocol/delta/format.py", "protocol/delta/reader.py", "protocol/delta/codecs.py"),
