@@ -116,6 +116,10 @@ fuzz: ## fuzz the model parsers and the delta reader, each for MINUTES (default 
 	$(call environment,fuzz)
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
+.PHONY: mutation
+mutation: setup ## remove every check of trust, chunks, importers and deltas, one by one: a test has to fail (goes on where it was stopped)
+	$(BIN)/python -m tests.mutation --workers $(WORKERS)
+
 .PHONY: bench-transport
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport
