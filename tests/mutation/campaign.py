@@ -154,27 +154,25 @@ def _sample(mutants: Sequence[Mutant], count: int) -> list[Mutant]:
 
 # --- what is remembered -----------------------------------------------------------------------------------------
 
+_OURS: Final = tuple(f"tests/mutation/{name}.py" for name in ("mutants", "measuring", "running"))
+"""What changes mutants and how they are tried."""
 
-def _digest(paths: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+
+def _digest(paths: Iterable[str], more: str = "") -> str:
+    digest = hashlib.sha256(more.encode())
     for path in sorted(paths):
         digest.update(path.encode() + b"\0" + (ROOT / path).read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def _measured(cache: Path, name: str, group: Group) -> Measured:
-    path = cache / f"{name}-{_digest((*group.modules, *group.tests, *_ours()))}.json"
+    path = cache / f"{name}-{_digest((*group.modules, *group.tests, *_OURS), repr(group))}.json"
     known = load(path)
     if known is None:
         _in_another_process(_measure_into, group, path)
         known = load(path)
     assert known is not None
     return known
-
-
-def _ours() -> list[str]:
-    """What changes mutants and how they are tried; the list of survivors does not."""
-    return [f"tests/mutation/{name}.py" for name in ("mutants", "measuring", "running", "targets")]
 
 
 def _measure_into(group: Group, path: Path) -> None:
@@ -184,7 +182,7 @@ def _measure_into(group: Group, path: Path) -> None:
 def _tried(
     path: Path, group: Group, mutants: Sequence[Mutant], measured: Measured, options: Options
 ) -> list[Result]:
-    tests = _digest((*group.tests, *_ours()))
+    tests = _digest((*group.tests, *_OURS), repr(group))
     modules = {module: _digest([module]) for module in group.modules}
     known: dict[str, Result] = {}
     by_key = {mutant.key: mutant for mutant in mutants}
