@@ -14,10 +14,14 @@ def main() -> int:
     parser.add_argument(
         "groups", nargs="*", metavar="GROUP", help=f"which modules (default: all of {', '.join(GROUPS)})"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
+    )
     parser.add_argument("--sample", type=int, default=0, metavar="COUNT", help="so many mutants, not all")
     parser.add_argument(
-        "--incremental", action="store_true", help="do not try again what was killed before tests were changed"
+        "--incremental",
+        action="store_true",
+        help="do not try again what was killed before tests were changed",
     )
     given = parser.parse_args()
     if unknown := sorted(set(given.groups) - set(GROUPS)):

@@ -105,12 +105,12 @@ def run(options: Options, groups: Mapping[str, Group] = GROUPS, cache: Path = CA
 
 def report(outcome: Outcome, out: TextIO) -> bool:
     """Print what was found; whether all is well."""
-    for result in outcome.unexplained():
-        out.write(f"\n{_diff(result)}\n")
-    for entry in outcome.wrong_entries():
-        out.write(f"survivors.toml: no such survivor: {entry.module} {entry.function}: {entry.change}\n")
-    for line in outcome.unrun():
-        out.write(f"{line}\n")
+    lines = [f"\n{_diff(result)}" for result in outcome.unexplained()]
+    lines += [
+        f"survivors.toml: no such survivor: {entry.module} {entry.function}: {entry.change}"
+        for entry in outcome.wrong_entries()
+    ]
+    out.writelines(f"{line}\n" for line in [*lines, *outcome.unrun()])
     out.write(f"\n{'module':34} {'mutants':>8} {'killed':>8} {'listed':>8} {'killed':>8} {'branches':>9}\n")
     for module in dict.fromkeys(result.mutant.module for result in outcome.results):
         _row(out, module, [result for result in outcome.results if result.mutant.module == module], outcome)

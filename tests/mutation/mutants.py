@@ -274,9 +274,7 @@ class _Finder:
             others = [value for value in node.values if value is not dropped]
             # In one pair of brackets for all, since a text on several lines has lost those that held it together.
             after = "(" + word.join(f"({self._text(value)})" for value in others) + ")"
-            yield replace(
-                self._mutant("operand", node, after), before=" ".join(self._text(dropped).split())
-            )
+            yield replace(self._mutant("operand", node, after), before=" ".join(self._text(dropped).split()))
 
     def _comparisons(self, node: ast.Compare) -> Iterator[Mutant]:
         terms = [node.left, *node.comparators]

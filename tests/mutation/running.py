@@ -73,6 +73,8 @@ class _Trials:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {item.nodeid: item for item in session.items}
+        # Whoever asks for it first empties it: that must not be one of several children.
+        session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
         self.functions = _functions_by_place({str(ROOT / mutant.module) for mutant in self.mutants})
         running: dict[int, _Trial] = {}
         with selectors.DefaultSelector() as selector:

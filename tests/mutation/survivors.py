@@ -46,9 +46,7 @@ def load_survivors(path: Path = SURVIVORS) -> list[Survivor]:
     Raises:
         ValueError: One has no reason, or stands there twice.
     """
-    entries = msgspec.convert(
-        tomllib.loads(path.read_text()).get("survivor", []), list[Survivor]
-    )
+    entries = msgspec.convert(tomllib.loads(path.read_text()).get("survivor", []), list[Survivor])
     known: set[tuple[str, str, str, str]] = set()
     for entry in entries:
         place = (entry.module, entry.function, entry.line, entry.change)

@@ -65,7 +65,12 @@ GROUPS: Final[dict[str, Group]] = {
             "tests/protocol/test_tensors_limits.py",
             "tests/protocol/test_tensors_maps.py",
         ),
-        without=("onnx", "test_any_byte_of_the_header_may_be_anything", "fields_are_refused", "nothing_but_names"),
+        without=(
+            "onnx",
+            "test_any_byte_of_the_header_may_be_anything",
+            "fields_are_refused",
+            "nothing_but_names",
+        ),
     ),
     "onnx": Group(
         modules=("protocol/tensors/onnx.py",),
@@ -89,6 +94,8 @@ GROUPS: Final[dict[str, Group]] = {
     "delta": Group(
         modules=("protocol/delta/format.py", "protocol/delta/reader.py", "protocol/delta/codecs.py"),
         tests=(
+            "tests/protocol/test_delta_format_limits.py",
+            "tests/protocol/test_delta_reader_limits.py",
             "tests/protocol/test_delta_reader.py",
             "tests/protocol/test_delta_damage.py",
             "tests/security/test_hostile_deltas.py",

@@ -65,10 +65,10 @@ def changes(source: str) -> set[tuple[str, str]]:
 
 def test_every_part_of_a_check_is_changed_and_no_text_is() -> None:
     assert changes(CHECKS) == {
-        ("condition", '''not 0 <= length < LIMIT or "" in names → True'''),
-        ("condition", '''not 0 <= length < LIMIT or "" in names → False'''),
-        ("operand", '''not 0 <= length < LIMIT → (("" in names))'''),
-        ("operand", '''"" in names → ((not 0 <= length < LIMIT))'''),
+        ("condition", """not 0 <= length < LIMIT or "" in names → True"""),
+        ("condition", """not 0 <= length < LIMIT or "" in names → False"""),
+        ("operand", """not 0 <= length < LIMIT → (("" in names))"""),
+        ("operand", """"" in names → ((not 0 <= length < LIMIT))"""),
         ("sign", "not 0 <= length < LIMIT → 0 <= length < LIMIT"),
         ("comparison", "0 <= length → <"),
         ("comparison", "length < LIMIT → <="),

@@ -39,7 +39,9 @@ def test_a_chunk_is_read_as_it_was_framed_up_to_the_longest(length: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("at", "value"), [(0, ord("w")), (1, ord("b")), (2, 2), (3, 1)], ids=["magic", "magic", "version", "flags"]
+    ("at", "value"),
+    [(0, ord("w")), (1, ord("b")), (2, 2), (3, 1)],
+    ids=["magic", "magic", "version", "flags"],
 )
 def test_a_chunk_of_another_protocol_is_refused(at: int, value: int) -> None:
     message = bytearray(encode_chunk(BLOB, 0, b"payload"))
@@ -48,7 +50,9 @@ def test_a_chunk_of_another_protocol_is_refused(at: int, value: int) -> None:
         decode_chunk(bytes(message))
 
 
-@pytest.mark.parametrize("length", [0, CHUNK_HEADER_BYTES - 1, CHUNK_HEADER_BYTES, CHUNK_MESSAGE_BYTES_MAX + 1])
+@pytest.mark.parametrize(
+    "length", [0, CHUNK_HEADER_BYTES - 1, CHUNK_HEADER_BYTES, CHUNK_MESSAGE_BYTES_MAX + 1]
+)
 def test_a_message_that_is_too_short_or_too_long_says_its_length(length: int) -> None:
     message = encode_chunk(BLOB, 0, b"x").ljust(length, b"\0")[:length]
     with pytest.raises(ChunkError, match=f"of {length} bytes"):

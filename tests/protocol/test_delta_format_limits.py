@@ -149,7 +149,10 @@ def test_the_length_of_a_header_lies_between_its_limits() -> None:
 
 
 def test_another_format_is_named_with_what_to_do() -> None:
-    for version, advice in [(FORMAT_VERSION + 1, "install a newer"), (FORMAT_VERSION - 1, "make the delta again")]:
+    for version, advice in [
+        (FORMAT_VERSION + 1, "install a newer"),
+        (FORMAT_VERSION - 1, "make the delta again"),
+    ]:
         with pytest.raises(PatchError, match=f"format version {version}") as refused:
             header_length(prefix(100, version))
         assert advice in refused.value.hint
@@ -217,11 +220,13 @@ def test_the_end_record_says_only_where_it_stands() -> None:
 def test_a_record_is_good_at_its_own_place_only(field: str) -> None:
     other = replace(PLACE, **{field: getattr(PLACE, field) + 1})
     for data in (segment(Codec.RAW).pack(PLACE), EndRecord().pack(PLACE)):
-        with pytest.raises(PatchError, match="record at byte 30[01] of the delta file is damaged"):
+        with pytest.raises(PatchError, match=r"record at byte 30[01] of the delta file is damaged"):
             unpack_record(data, other)
 
 
-@pytest.mark.parametrize(("first", "second"), [(b"", b""), (b"abc", b""), (b"", b"x"), (b"abc", b"defgh" * 99)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(b"", b""), (b"abc", b""), (b"", b"x"), (b"abc", b"defgh" * 99)]
+)
 def test_checksums_of_neighbours_give_that_of_both(first: bytes, second: bytes) -> None:
     assert joined_checksum(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
 
@@ -275,7 +280,13 @@ REFUSED: list[tuple[Codec, dict[str, int], Header, int, str]] = [
     (Codec.BSDIFF, {"window_offset": -1}, HEADER, AT, "leaves the base"),
     (Codec.BSDIFF, {"window_offset": HEADER.base_length - 4999}, HEADER, AT, "leaves the base"),
     (Codec.COPY, {"window_offset": HEADER.base_length - 4999}, HEADER, AT, "leaves the base"),
-    (Codec.BSDIFF, {"window_offset": AT - 1001, "window_length": 1}, _WITH_REACH, AT, "reaches 1001 bytes behind"),
+    (
+        Codec.BSDIFF,
+        {"window_offset": AT - 1001, "window_length": 1},
+        _WITH_REACH,
+        AT,
+        "reaches 1001 bytes behind",
+    ),
     (Codec.COPY, {"window_offset": AT - 1001}, _WITH_REACH, AT, "reaches 1001 bytes behind"),
     (Codec.TENSOR, {"parameter_length": 0}, HEADER, AT, "a tensor segment has no parameters"),
     (Codec.CONTEXT, {"parameter_length": 0}, HEADER, AT, "a context segment has no parameters"),

@@ -79,7 +79,9 @@ def test_the_announced_result_is_compared_at_the_end() -> None:
 def test_a_file_may_need_all_the_memory_that_is_accepted_and_no_more() -> None:
     declared = header_of(_PATCH).decoder_memory_bytes
     assert apply(_BASE, _PATCH, memory_limit_bytes=declared) == _RESULT
-    with pytest.raises(PatchLimitError, match=f"needs {declared} bytes of memory, {declared - 1} are accepted"):
+    with pytest.raises(
+        PatchLimitError, match=f"needs {declared} bytes of memory, {declared - 1} are accepted"
+    ):
         apply(_BASE, _PATCH, memory_limit_bytes=declared - 1)
 
 
@@ -149,7 +151,9 @@ def test_a_reader_that_is_asked_tells_where_bytes_came_from() -> None:
     state = DeltaReader(BytesSource(_BASE), tells_moves=True)
     told = [move for piece in state.feed(_PATCH) for move in piece.moves]
     assert told == [Move(1000, 0, 2048), Move(3048, 2048, 2048), Move(5096, 4096, 904), Move(0, 5008, 500)]
-    restored = DeltaReader.restore(BytesSource(_BASE), DeltaReader(BytesSource(_BASE)).dump(), tells_moves=True)
+    restored = DeltaReader.restore(
+        BytesSource(_BASE), DeltaReader(BytesSource(_BASE)).dump(), tells_moves=True
+    )
     assert [move for piece in restored.feed(_PATCH) for move in piece.moves] == told
 
 
@@ -250,7 +254,9 @@ def test_a_state_is_checked_like_the_header_that_it_holds(in_a_copy: DeltaReader
 
 
 @pytest.mark.parametrize("copied", [5000, 2048])
-def test_a_copy_that_a_state_has_left_behind_is_no_copy_of_this_file(in_a_copy: DeltaReader, copied: int) -> None:
+def test_a_copy_that_a_state_has_left_behind_is_no_copy_of_this_file(
+    in_a_copy: DeltaReader, copied: int
+) -> None:
     """The record at its place is shorter than what the state says to have copied of it."""
     state = state_of(in_a_copy, copied=copied, result_offset=5000)
     patch = _PATCH if copied == 5000 else file_of(_RESULT, [raw(_RESULT[:2000]), raw(_RESULT[2000:4000])])

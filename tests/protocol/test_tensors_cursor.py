@@ -48,7 +48,11 @@ def test_nothing_beyond_the_end_of_a_field_is_looked_at() -> None:
     cursor = Cursor(source, "file", position=900, end=950)
     assert cursor.read(50, "field") == bytes(50)
     assert source.reads == [(900, 50)]
-    for read in (lambda: cursor.read(1, "more"), lambda: cursor.skip(1, "more"), lambda: cursor.varint("more")):
+    for read in (
+        lambda: cursor.read(1, "more"),
+        lambda: cursor.skip(1, "more"),
+        lambda: cursor.varint("more"),
+    ):
         with pytest.raises(ModelFileError, match="more needs 1 bytes, 0 are left"):
             read()
     with pytest.raises(ModelFileError, match="more needs 8 bytes, 0 are left"):

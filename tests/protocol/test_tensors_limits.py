@@ -97,7 +97,9 @@ def test_names_and_texts_of_the_largest_length_are_read() -> None:
 @pytest.mark.parametrize(("kind", "width"), [(0, 1), (5, 4), (12, 8)])
 def test_what_follows_an_array_is_read_where_the_array_ends(kind: int, width: int) -> None:
     array = struct.pack("<IQ", kind, 5) + bytes(range(5 * width))
-    parsed = parse_gguf(source(GgufBuilder([_TENSOR], [("a", _ARRAY, array), ("b", _UINT8, b"\x09")]).build()))
+    parsed = parse_gguf(
+        source(GgufBuilder([_TENSOR], [("a", _ARRAY, array), ("b", _UINT8, b"\x09")]).build())
+    )
     assert parsed.metadata == {"a": ArrayValue(kind, 5), "b": 9}
 
 
@@ -128,7 +130,9 @@ def test_other_alignments_are_refused(alignment: int) -> None:
 def test_tensors_of_one_to_four_dimensions_are_taken() -> None:
     for rank in range(1, 5):
         shape = (32, *[1] * (rank - 1))
-        (tensor,) = parse_gguf(source(GgufBuilder([GgufTensor("w", shape, _Q4_0, bytes(18))]).build())).tensors
+        (tensor,) = parse_gguf(
+            source(GgufBuilder([GgufTensor("w", shape, _Q4_0, bytes(18))]).build())
+        ).tensors
         assert tensor.dims == shape[::-1]
     for shape in ((), (32, 1, 1, 1, 1)):
         with pytest.raises(ModelFileError, match=f"has {len(shape)} dimensions"):
@@ -225,7 +229,10 @@ def test_tensors_may_be_listed_in_any_order() -> None:
 
 def test_a_scalar_and_an_empty_tensor_are_tensors() -> None:
     data = safetensors_file({"scalar": ("F32", (), bytes(4)), "empty": ("F32", (0,), b"")})
-    assert [(each.name, each.row_bytes) for each in parse_safetensors(source(data))] == [("", 0), ("scalar", 4)]
+    assert [(each.name, each.row_bytes) for each in parse_safetensors(source(data))] == [
+        ("", 0),
+        ("scalar", 4),
+    ]
 
 
 def test_rows_that_end_inside_a_byte_are_no_rows() -> None:

@@ -250,7 +250,10 @@ def test_a_count_of_parts_that_is_no_number_is_none(tmp_path: Path) -> None:
 
 
 def test_a_model_has_no_more_parts_than_a_release_has_files(tmp_path: Path) -> None:
-    for count, message in [(FILES_MAX, "parts are missing"), (FILES_MAX + 1, f"split into {FILES_MAX + 1} parts")]:
+    for count, message in [
+        (FILES_MAX, "parts are missing"),
+        (FILES_MAX + 1, f"split into {FILES_MAX + 1} parts"),
+    ]:
         path = tmp_path / f"m-00001-of-{count:05}.gguf"
         path.write_bytes(part(0, count, 1))
         with pytest.raises(ReleaseError, match=message):
