@@ -95,7 +95,12 @@ def run(options: Options, groups: Mapping[str, Group] = GROUPS, cache: Path = CA
     cache.mkdir(parents=True, exist_ok=True)
     for name in options.groups:
         group = groups[name]
-        mutants = [mutant for module in group.modules for mutant in read_mutants(module)]
+        mutants = [
+            mutant
+            for module in group.modules
+            for mutant in read_mutants(module)
+            if group.counts(module, mutant.function)
+        ]
         if options.sample:
             mutants = _sample(mutants, options.sample // len(options.groups))
         measured[name] = _measured(cache, name, group)

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from msgspec import Struct
 
+from tests.mutation.mutants import functions_of
 from tests.mutation.targets import ROOT, Group
 
 _NOT_CODE: Final = r"^\s*\.\.\.$"
@@ -94,15 +95,20 @@ def measure(group: Group) -> Measured:
     for path in group.modules:
         found = measuring.get_data().contexts_by_lineno(str(ROOT / path))
         lines[path] = {line: sorted({name for name in names if name}) for line, names in found.items()}
-    missing = {
-        path: Missing(
-            files[path]["missing_lines"],
-            [tuple(branch) for branch in files[path]["missing_branches"]],
-            files[path]["summary"]["num_branches"],
-        )
-        for path in group.modules
-    }
+    missing = {path: _missing(group, path, files[path]) for path in group.modules}
     return Measured(contexts.seconds, lines, missing)
+
+
+def _missing(group: Group, path: str, report: dict[str, Any]) -> Missing:
+    functions = functions_of((ROOT / path).read_text())
+    idle = {line for name, lines in functions.items() if not group.counts(path, name) for line in lines}
+    branches = [branch for branch in report["missing_branches"] if branch[0] not in idle]
+    run = [branch for branch in report["executed_branches"] if branch[0] not in idle]
+    return Missing(
+        [line for line in report["missing_lines"] if line not in idle],
+        [tuple(branch) for branch in branches],
+        len(branches) + len(run),
+    )
 
 
 def load(path: Path) -> Measured | None:

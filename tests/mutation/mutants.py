@@ -118,6 +118,19 @@ def mutants_of(module: str, source: str) -> list[Mutant]:
     return found
 
 
+def functions_of(source: str) -> dict[str, range]:
+    """The lines of each outermost function, by its qualified name."""
+
+    def found(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, range]]:
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from found(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef):
+                yield prefix + node.name, range(node.lineno, (node.end_lineno or 0) + 1)
+
+    return dict(found(ast.parse(source).body, ""))
+
+
 class _Finder:
     """Walks the functions of one file."""
 
@@ -225,8 +238,12 @@ class _Finder:
         if may_be_true:
             yield self._mutant("condition", test, "True")
         yield self._mutant("condition", test, "False")
-        # Without its `not` a condition is only the other of these two.
-        yield from self._expression(test.operand if _is_not(test) else test)
+        match test:
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                # Without its `not` a condition says the opposite, which one of these two does as well.
+                yield from self._expression(operand)
+            case _:
+                yield from self._expression(test)
 
     def _loop(self, source: ast.expr) -> Iterator[Mutant]:
         yield self._mutant("loop", source, "()")
@@ -295,10 +312,6 @@ class _Finder:
                 mutant = self._at(kind, (line, found, line, found + len(before)), before, after)
                 return replace(mutant, before=f"{shown[0]} {before} {shown[1]}")
         raise AssertionError(f"{self._module}:{left.end_lineno}: no {before}")
-
-
-def _is_not(node: ast.expr) -> bool:
-    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
 
 
 def _header(node: ast.stmt) -> tuple[int, int]:

@@ -17,14 +17,20 @@ class Group:
     Attributes:
         modules: Paths of source files.
         tests: Paths of test files; only quick ones.
+        only: Pairs of a module and a function: of these modules nothing else counts.
         without: Names of tests that are left out because they take seconds; others find the same.
         is_sampled: A sample of its mutants is tried whenever all tests are run.
     """
 
     modules: tuple[str, ...]
     tests: tuple[str, ...]
+    only: tuple[tuple[str, str], ...] = ()
     without: tuple[str, ...] = ()
     is_sampled: bool = False
+
+    def counts(self, module: str, function: str) -> bool:
+        """Whether a function of one of the modules has to be watched."""
+        return (module, function) in self.only or module not in {path for path, _ in self.only}
 
 
 GROUPS: Final[dict[str, Group]] = {
@@ -42,11 +48,26 @@ GROUPS: Final[dict[str, Group]] = {
         is_sampled=True,
     ),
     "chunks": Group(
-        modules=("protocol/chunks.py", "device/blobs.py", "protocol/identity.py"),
+        modules=(
+            "protocol/chunks.py",
+            "device/blobs.py",
+            "device/download.py",
+            "device/transfer.py",
+            "protocol/identity.py",
+        ),
+        # What takes a chunk from the air; the rest says when to ask for which.
+        only=(
+            ("device/download.py", "BlobDownload.receive"),
+            ("device/transfer.py", "Artifact.blobs"),
+            ("device/transfer.py", "Transfer.receive"),
+            ("device/transfer.py", "Transfer.read"),
+            ("device/transfer.py", "Transfer._open_artifact"),
+        ),
         tests=(
             "tests/protocol/test_chunks.py",
             "tests/protocol/test_chunk_limits.py",
             "tests/device/test_blobs.py",
+            "tests/device/test_chunks_taken.py",
             "tests/protocol/test_identity.py",
             "tests/protocol/test_identity_limits.py",
         ),
