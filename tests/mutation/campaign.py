@@ -116,7 +116,7 @@ def report(outcome: Outcome, out: TextIO) -> bool:
         for entry in outcome.wrong_entries()
     ]
     out.writelines(f"{line}\n" for line in [*lines, *outcome.unrun()])
-    out.write(f"\n{'module':34} {'mutants':>8} {'killed':>8} {'listed':>8} {'killed':>8} {'branches':>9}\n")
+    out.write(f"\n{'module':34} {'mutants':>8} {'killed':>8} {'':>8} {'listed':>8} {'branches':>9}\n")
     for module in dict.fromkeys(result.mutant.module for result in outcome.results):
         _row(out, module, [result for result in outcome.results if result.mutant.module == module], outcome)
     _row(out, "all", outcome.results, outcome)
@@ -137,7 +137,7 @@ def _row(out: TextIO, name: str, results: Sequence[Result], outcome: Outcome) ->
     total = sum(each.branches_total for each in missing)
     run = total - sum(len(each.branches) for each in missing)
     share = f"{100 * killed / len(results):.1f} %"
-    out.write(f"{name:34} {len(results):8} {killed:8} {listed:8} {share:>8} {run:>4}/{total}\n")
+    out.write(f"{name:34} {len(results):8} {killed:8} {share:>8} {listed:8} {run:>5}/{total}\n")
 
 
 def _diff(result: Result) -> str:

@@ -12,7 +12,7 @@ from tests.mutation.survivors import load_survivors, stale
 from tests.mutation.targets import GROUPS, KILLED_MIN, ROOT, Group
 
 MODULES = [module for group in GROUPS.values() for module in group.modules]
-SAMPLE = 48
+SAMPLE = 36
 
 CHECKS = '''"""Checks to be removed."""
 
@@ -86,9 +86,9 @@ def test_every_part_of_a_check_is_changed_and_no_text_is() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_mutant_is_another_program(module: str) -> None:
+def test_a_mutant_is_another_program(module: str) -> None:
     source = (ROOT / module).read_text()
-    for mutant in read_mutants(module):
+    for mutant in read_mutants(module)[::9]:
         changed = mutant.apply(source)
         assert changed != source
         compile(changed, module, "exec")

@@ -116,7 +116,7 @@ def test_tensors_are_found_in_every_corner_of_a_model() -> None:
     assert ("codes", Layout.PACKED4, (4, 128), 256, "scales") in seen(Builder({}).model())
 
 
-KNOWN = {
+KNOWN: dict[str, dict[int, tuple[int, ...]]] = {
     "model": {_BYTES: (7, 20, 25)},
     "graph": {_BYTES: (1, 5, 15)},
     "training": {_BYTES: (1, 2)},
