@@ -256,6 +256,7 @@ ACCEPTED: list[tuple[Codec, dict[str, int], Header, int]] = [
     (Codec.BSDIFF, {"window_offset": AT - 1000, "window_length": 1}, _WITH_REACH, AT),
     (Codec.BSDIFF, {"window_offset": AT + 9, "window_length": 1}, _WITH_REACH, AT),
     (Codec.BSDIFF, {"window_offset": 0, "window_length": 0}, _WITH_REACH, AT),
+    (Codec.BSDIFF, {"window_offset": 0, "window_length": 0}, replace(HEADER, reach=Reach(0, 0)), AT),
     (Codec.TENSOR, {"parameter_length": 1}, HEADER, AT),
     (Codec.CONTEXT, {"parameter_length": PARAMETER_BYTES_MAX}, HEADER, AT),
     (Codec.NOTES, {"payload_length": NOTES_BYTES_MAX}, HEADER, AT),

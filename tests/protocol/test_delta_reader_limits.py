@@ -23,8 +23,9 @@ from protocol.delta.format import (
 from protocol.delta.moves import MOVE_BYTES_MIN, Move
 from protocol.delta.reader import STATE_BYTES_MAX, DeltaReader
 from protocol.errors import PatchError, PatchLimitError, TruncatedPatchError, WrongBaseError
-from protocol.tensors import BytesSource
+from protocol.tensors import BytesSource, Layout
 from tests.protocol.delta_files import _joined, apply, delta, header_end, header_of, records, with_header
+from tests.protocol.model_files import block_file, blocks, moved_blocks
 
 _BASE = np.random.default_rng(8).bytes(9000)
 _NOTE = b"a note"
@@ -217,6 +218,24 @@ def test_a_state_is_taken_up_where_it_was(in_a_copy: DeltaReader) -> None:
 def test_a_state_that_contradicts_itself_is_refused(in_a_copy: DeltaReader, changes: dict[str, int]) -> None:
     with pytest.raises(PatchError, match="contradicts itself"):
         restore(state_of(in_a_copy, **changes))
+
+
+def test_a_state_that_ends_inside_its_header_is_refused(in_a_copy: DeltaReader) -> None:
+    state = in_a_copy.dump()
+    for length in (reader_module._STATE.size + 12, reader_module._STATE.size + header_end(_PATCH) - 5):
+        with pytest.raises(PatchError, match="contradicts itself"):
+            restore(_with_checksum(state[:length]))
+
+
+def test_a_finished_state_keeps_nothing_of_the_coder() -> None:
+    base = blocks(Layout.Q4_0, 450, 1)
+    old, new = block_file(Layout.Q4_0, base), block_file(Layout.Q4_0, moved_blocks(Layout.Q4_0, base, 2))
+    patch, stats = delta(old, new)
+    assert stats.segments[Codec.CONTEXT]
+    reader = DeltaReader(BytesSource(old))
+    lengths = [len(reader.dump()) for _ in reader.feed(patch)]
+    assert max(lengths) > 1000
+    assert len(reader.dump()) == reader_module._STATE.size + header_end(patch) + 4
 
 
 def test_offsets_of_a_state_reach_from_the_header_to_the_end_of_the_result(in_a_copy: DeltaReader) -> None:
