@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from protocol.delta import reader as reader_module
-from protocol.delta.codecs import decode_segment, read_tables, read_window
+from protocol.delta.codecs import decode_segment, read_tables, read_window, segment_checksum
 from protocol.delta.compression import compress
 from protocol.delta.context import ContextModel
 from protocol.delta.format import (
@@ -19,9 +19,12 @@ from protocol.delta.format import (
     Header,
     Profile,
     SegmentHeader,
+    segment_memory_bytes,
 )
 from protocol.delta.moves import MOVE_BYTES_MIN, Move
 from protocol.delta.reader import STATE_BYTES_MAX, DeltaReader
+from protocol.delta.runs import VARIANCE_BITS_MIN, Basis
+from protocol.delta.tensor import read_runs, working_bytes
 from protocol.errors import PatchError, PatchLimitError, TruncatedPatchError, WrongBaseError
 from protocol.tensors import BytesSource, Layout
 from tests.protocol.delta_files import _joined, apply, delta, header_end, header_of, records, with_header
@@ -129,6 +132,20 @@ def test_a_reader_that_is_not_at_the_end_says_where_it_is() -> None:
     assert list(reader.feed(_PATCH[-1:])) == []
     reader.finish()
     assert reader.is_result_verified
+
+
+def test_a_piece_is_given_out_with_its_last_byte() -> None:
+    inserted = records(_PATCH)[2]
+    reader = DeltaReader(BytesSource(_BASE))
+    assert len(list(reader.feed(_PATCH[: inserted.end - 1]))) == 3
+    assert [piece.data for piece in reader.feed(_PATCH[inserted.end - 1 : inserted.end])] == [b"inserted"]
+
+
+def test_what_is_no_delta_file_is_refused_with_its_first_bytes() -> None:
+    reader = DeltaReader(BytesSource(_BASE))
+    assert list(reader.feed(b"no delta fi")) == []
+    with pytest.raises(PatchError, match="not a delta file"):
+        list(reader.feed(b"l"))
 
 
 def test_pieces_of_a_copy_are_no_longer_than_a_segment_may_be() -> None:
@@ -272,16 +289,30 @@ def test_a_state_is_checked_like_the_header_that_it_holds(in_a_copy: DeltaReader
         DeltaReader.restore(BytesSource(_BASE[:-1]), in_a_copy.dump())
 
 
-@pytest.mark.parametrize("copied", [5000, 2048])
-def test_a_copy_that_a_state_has_left_behind_is_no_copy_of_this_file(
-    in_a_copy: DeltaReader, copied: int
+def test_a_state_that_has_copied_more_than_the_record_holds_is_of_another_file(
+    in_a_copy: DeltaReader,
 ) -> None:
-    """The record at its place is shorter than what the state says to have copied of it."""
-    state = state_of(in_a_copy, copied=copied, result_offset=5000)
-    patch = _PATCH if copied == 5000 else file_of(_RESULT, [raw(_RESULT[:2000]), raw(_RESULT[2000:4000])])
-    restored = restore(state)
-    with pytest.raises(PatchError):
-        list(restored.feed(patch[restored.patch_offset :]))
+    crc = zlib.crc32(_BASE[1000:5999])
+    last = restore(state_of(in_a_copy, copied=4999, result_offset=4999, copied_crc=crc))
+    assert b"".join(piece.data for piece in last.feed(_PATCH[last.patch_offset :])) == _RESULT[4999:]
+    for copied in (5000, 5001):
+        restored = restore(state_of(in_a_copy, copied=copied, result_offset=copied))
+        with pytest.raises(PatchError, match="belongs to another delta"):
+            list(restored.feed(_PATCH[restored.patch_offset :]))
+
+
+@pytest.mark.parametrize("segments", [[raw(b"xy")], []])
+def test_a_state_has_copied_nothing_of_a_record_that_is_no_copy(segments: Segments) -> None:
+    patch = file_of(b"xy" if segments else b"", segments)
+    reader = DeltaReader(BytesSource(_BASE))
+    list(reader.feed(patch[: header_end(patch)]))
+    if segments:
+        restored = restore(state_of(reader, copied=1, result_offset=1))
+        with pytest.raises(PatchError, match="belongs to another delta"):
+            list(restored.feed(patch[restored.patch_offset :]))
+    else:
+        with pytest.raises(PatchError, match="contradicts itself"):
+            restore(state_of(reader, copied=1, result_offset=1))
 
 
 def test_a_finished_state_wants_no_more_bytes() -> None:
@@ -297,8 +328,15 @@ def test_a_finished_state_wants_no_more_bytes() -> None:
 # --- codecs -----------------------------------------------------------------------------------------------------
 
 
+class Unreadable(BytesSource):
+    """A base that must not be asked."""
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        raise AssertionError(f"{length} bytes at {offset} were read")
+
+
 def test_a_window_of_nothing_is_not_read() -> None:
-    assert read_window(BytesSource(b""), 1 << 40, 0) == b""
+    assert read_window(Unreadable(b"abc"), 1 << 40, 0) == b""
     with pytest.raises(WrongBaseError, match="could not be read at byte 3"):
         read_window(BytesSource(b"abc"), 1, 5)
 
@@ -319,8 +357,11 @@ def test_what_a_segment_gives_has_the_announced_length_and_digest() -> None:
     with pytest.raises(PatchError):
         decode(self_segment(data + b"x", body), body)
     digest = b"0" * SEGMENT_DIGEST_BYTES
-    with pytest.raises(PatchError, match="does not give the announced result"):
+    with pytest.raises(PatchError, match=r"^a segment does not give the announced result"):
         decode(self_segment(data, body, digest=digest), body)
+    shorter = SegmentHeader(Codec.RAW, 0, 5, 0, 0, 4, b"", zlib.crc32(b"four"))
+    with pytest.raises(PatchError, match=r"^a segment does not give the announced result"):
+        decode(shorter, b"four")
     with pytest.raises(WrongBaseError, match="base at byte 9 does not give"):
         decode(self_segment(data, body, digest=digest, window_offset=9, window_length=2), body)
 
@@ -329,6 +370,62 @@ def test_what_a_segment_gives_has_the_announced_length_and_digest() -> None:
 def test_a_codec_that_gives_no_result_is_no_segment(codec: Codec) -> None:
     with pytest.raises(PatchError, match="gives no result"):
         decode(SegmentHeader(codec, 0, 4, 0, 0, 4, b"", zlib.crc32(b"body")), b"body")
+
+
+def test_the_checksum_of_a_copy_is_that_of_its_result() -> None:
+    assert segment_checksum(Codec.COPY, b"result", b"") == zlib.crc32(b"result")
+    assert segment_checksum(Codec.SELF, b"result", b"body") == zlib.crc32(b"body")
+
+
+_OLD, _NEW = (
+    block_file(Layout.Q4_0, data)
+    for data in (blocks(Layout.Q4_0, 450, 1), moved_blocks(Layout.Q4_0, blocks(Layout.Q4_0, 450, 1), 2))
+)
+
+
+def test_tensor_segments_are_decoded_in_the_memory_that_was_declared_and_in_no_less() -> None:
+    patch, stats = delta(_OLD, _NEW, is_portable=True)
+    assert stats.segments[Codec.TENSOR]
+    assert apply(_OLD, patch) == _NEW
+    needed = 0
+    for each in records(patch):
+        if each.segment and each.segment.codec is Codec.TENSOR:
+            found, start = each.segment, each.offset + each.length
+            parameters = patch[start : start + found.parameter_length]
+            runs = read_runs(parameters, found.result_length, found.window_length)
+            lengths = (found.result_length, found.window_length, found.body_length)
+            needed = max(needed, segment_memory_bytes(Codec.TENSOR, *lengths, working_bytes(runs)))
+    assert apply(_OLD, with_header(patch, decoder_memory_bytes=needed)) == _NEW
+    with pytest.raises(PatchLimitError, match=f"a segment needs {needed} bytes of memory"):
+        apply(_OLD, with_header(patch, decoder_memory_bytes=needed - 1))
+
+
+@pytest.mark.parametrize("is_portable", [True, False])
+def test_moves_of_weights_are_told_to_those_who_ask(is_portable: bool) -> None:
+    patch, _ = delta(_OLD, _NEW, is_portable=is_portable)
+    for tells_moves in (True, False):
+        told = [
+            move
+            for piece in DeltaReader(BytesSource(_OLD), tells_moves=tells_moves).feed(patch)
+            if piece.codec in {Codec.TENSOR, Codec.CONTEXT}
+            for move in piece.moves
+        ]
+        assert bool(told) is tells_moves
+        assert all(move.base_offset == move.result_offset for move in told)
+
+
+def test_tables_are_for_the_segments_behind_them() -> None:
+    basis = Basis(
+        columns=64, rank=1, directions=bytes(range(64)), forecast=b"", prior=bytes([VARIANCE_BITS_MIN, 0])
+    )
+    body = compress(basis.pack(), "small")
+    table = SegmentHeader(Codec.TABLES, 0, 0, 0, 0, len(body), b"", zlib.crc32(body))
+    reader = DeltaReader(BytesSource(_BASE))
+    list(reader.feed(file_of(b"x", [(table, body), raw(b"x")])))
+    assert reader.is_finished
+    found = reader._model.basis
+    assert found is not None
+    assert found.pack() == basis.pack()
 
 
 def test_a_damaged_table_is_refused_before_it_is_unpacked() -> None:
