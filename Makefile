@@ -127,6 +127,10 @@ browser-test: setup ## drive the server's page in Chromium: rollouts, keys alone
 	$(BIN)/python -m pytest tests/browser
 	@echo "pictures are in .cache/browser"
 
+.PHONY: mutation
+mutation: setup ## remove every check of trust, chunks, importers and deltas, one by one: a test has to fail (goes on where it was stopped)
+	$(BIN)/python -m tests.mutation --workers $(WORKERS)
+
 .PHONY: bench-transport
 bench-transport: setup ## measure chunk delivery: cached groups against per-device replies, both brokers
 	$(BIN)/python -m benchmarks.transport

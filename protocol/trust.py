@@ -43,7 +43,7 @@ from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
 from protocol.constants import DELEGATED_MAX, metadata_bytes_max
-from protocol.errors import ExpiredMetadataError, RollbackAttackError, TrustError
+from protocol.errors import ExpiredMetadataError, RollbackAttackError, TopicError, TrustError
 from protocol.ids import Digest, parse_digest
 from protocol.release import ArtifactCustom
 
@@ -461,5 +461,5 @@ def _target(path: str, file: Any) -> Target:
     try:
         custom = msgspec.convert(file.custom, ArtifactCustom)
         return Target(path, int(file.length), parse_digest(file.hashes["sha256"]), custom)
-    except (msgspec.ValidationError, KeyError, TypeError) as error:
+    except (msgspec.ValidationError, KeyError, TopicError) as error:
         raise TrustError(f"target {path[:200]}: {error}") from error

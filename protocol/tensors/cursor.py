@@ -22,9 +22,9 @@ class Cursor:
     def __init__(self, source: ReadAt, what: str, *, position: int = 0, end: int | None = None) -> None:
         self._source = source
         self._what = what
-        self._page = b""
-        self._page_start = 0
-        self.position = position
+        self._page = b""  # of bytes up to `end` at most
+        self._page_start = position
+        self.position = position  # only moves forward, so never before the page
         self.end = source.length if end is None else end
 
     @property
@@ -51,7 +51,7 @@ class Cursor:
         start = self.position
         self.skip(length, field)
         inside = start - self._page_start
-        if inside < 0 or inside + length > len(self._page):
+        if inside + length > len(self._page):
             wanted = max(length, min(_PAGE_BYTES, self.end - start))
             self._page = self._source.read_at(start, wanted)
             self._page_start = start
@@ -74,7 +74,7 @@ class Cursor:
         """
         for _ in range(count):
             inside = self.position - self._page_start
-            if inside < 0 or inside + 8 > len(self._page) or self.position + 8 > self.end:
+            if inside + 8 > len(self._page):
                 length = self.unsigned(8, f"string length in {field}")
             else:  # vocabularies have hundreds of thousands
                 length = _LENGTH.unpack_from(self._page, inside)[0]
@@ -86,7 +86,7 @@ class Cursor:
     def varint(self, field: str) -> int:
         """Return a protobuf varint of at most 64 bits."""
         inside = self.position - self._page_start
-        if 0 <= inside < len(self._page) and self.position < self.end and self._page[inside] < 0x80:
+        if inside < len(self._page) and self._page[inside] < 0x80:
             self.position += 1  # most are one byte; files have millions of them
             return self._page[inside]
         value = 0
