@@ -24,6 +24,7 @@ def build_report(
     disk_free_bytes: int,
     memory_bytes: int,
     held: Hold | None = None,
+    alarm: str = "",
 ) -> Report:
     """The report of this instant.
 
@@ -37,6 +38,7 @@ def build_report(
         disk_free_bytes: As last measured.
         memory_bytes: Memory of the device.
         held: Why the update does not go on; told as its code while it runs.
+        alarm: Why a wish was not taken.
     """
     return Report(
         device=config.device,
@@ -51,6 +53,7 @@ def build_report(
         memory_bytes=memory_bytes,
         capacity=config.capacity,
         update=None if record.update is None else update_report(record.update, held),
+        alarm=alarm,
     )
 
 

@@ -11,7 +11,6 @@ from msgspec import Struct
 
 from protocol.delta.format import Profile
 from protocol.ids import DeviceId, Digest, Family, Version
-from protocol.messages import Desired
 from protocol.release import ChunkTree, DeltaName, Release, ReleaseFile, delta_target
 from protocol.trust import Documents, Target
 from server.fleet.registry import DeviceRecord
@@ -238,8 +237,8 @@ class Transport(Protocol):
         """Whether the broker accepted us and our subscriptions."""
         ...
 
-    def publish_desired(self, device: DeviceId, desired: Desired | None) -> None:
-        """Retain what a device should run; None takes the message away."""
+    def publish_desired(self, device: DeviceId, payload: bytes) -> None:
+        """Retain what a device should run, signed or not; nothing takes the message away."""
         ...
 
     def publish_documents(self, repository: Repository) -> None:

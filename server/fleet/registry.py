@@ -1,12 +1,16 @@
 """Which devices there are and what they last said about themselves. Pure."""
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from msgspec import Struct
 
 from protocol.ids import DeviceId, Family
 from protocol.messages import Desired, Report
 from protocol.release import Release
+
+REPORTED_SEQUENCE_MAX: Final = 1 << 48
+"""No server asks a device so often."""
 
 
 class DeviceRecord(Struct, frozen=True, kw_only=True):
@@ -76,9 +80,20 @@ def is_news(record: DeviceRecord, report: Report) -> bool:
 
 
 def next_desired_sequence(record: DeviceRecord) -> int:
-    """A number above every one that the device has seen, also when this server's store is younger than the device."""
+    """A number above every one that the device has seen, also when this server's store is younger than the device.
+
+    One that only a forger would have counted to is none to count on from: the device forgets it with the forger's key (SPEC section 8.4).
+    """
     reported = record.report.update.sequence if record.report and record.report.update else 0
-    return max(record.desired_sequence, reported) + 1
+    return max(record.desired_sequence, reported if reported < REPORTED_SEQUENCE_MAX else 0) + 1
+
+
+def is_waited_for(record: DeviceRecord) -> bool:
+    """Whether a device was asked for something, and has not said what became of it for good."""
+    update = record.report.update if record.report else None
+    if record.desired is None:
+        return False
+    return update is None or update.sequence != record.desired_sequence or update.finished_ms is None
 
 
 def runs(device: DeviceRecord, release: Release) -> bool:
