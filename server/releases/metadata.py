@@ -142,7 +142,7 @@ class Draft:
         for name, role in delegations.items():
             if role.is_delegated_path(path):
                 return name
-        return None if delegations else "targets"
+        return None if delegations.keys() - {DIRECTOR_ROLE} else "targets"
 
     def version(self, role: str) -> int:
         """Of a document as it is published; 0 for a new one."""

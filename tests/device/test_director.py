@@ -25,7 +25,7 @@ from server.releases.metadata import Draft
 from server.releases.publisher import Publisher
 from server.releases.signers import make_key, public_key_of
 from tests.device.harness import DEVICE, FAMILY, FLEET, START_MS, TOPICS, Cache, Device, model_bytes
-from tests.device.test_trust_agent import ask, published_again, reason, rotated
+from tests.device.test_trust_agent import published_again, reason, rotated
 
 DAY_MS = 86_400_000
 YEAR_MS = 365 * DAY_MS
@@ -129,7 +129,7 @@ def test_26_a_forged_wish_is_not_taken_and_blocks_none_that_is_true(
     assert (device.state, device.answer()) == (State.IDLE, digest_of(V1))
     assert (device.record.desired_sequence, device.record.update) == (0, None)
     assert alarm(device) == "trust.director"
-    ask(device, "v2")
+    ask_for(device, "v2")
     assert (device.answer(), alarm(device)) == (digest_of(V2), "")
 
 
@@ -163,7 +163,7 @@ def test_26_a_forged_wish_does_not_disturb_an_update(cache: Cache, state: State)
 def test_26_a_replayed_older_wish_changes_nothing(cache: Cache) -> None:
     device = online(cache)
     older = cache.desire("v2")
-    ask(device, "v1")  # taken back before the device heard of it
+    ask_for(device, "v1")  # taken back before the device heard of it
     tell(device, older)
     device.settle()
     assert (device.state, device.answer()) == (State.IDLE, digest_of(V1))
@@ -173,7 +173,7 @@ def test_26_a_wish_that_has_expired_is_not_acted_upon_until_it_is_signed_anew(ca
     """Somebody kept it back while the device was away; the server would have signed it anew every few days."""
     device = online(cache)
     cache.server_ms = START_MS - DESIRED_LIFE_MS
-    ask(device, "v2")
+    ask_for(device, "v2")
     assert (device.state, reason(device), device.answer()) == (State.FAILED, "trust.expired", digest_of(V1))
     cache.server_ms = device.now_ms
     tell(device, cache.desire_again())
@@ -195,9 +195,17 @@ def test_15_a_stolen_director_key_chooses_only_among_signed_releases(cache: Cach
     assert device.answer() == digest_of(V3)
 
 
+def ask_for(device: Device, version: str) -> None:
+    device.cache.desire(version)
+    ask_again(device)
+
+
 def ask_again(device: Device) -> None:
+    """Until it is over, or has failed for the first time."""
     device.deliver(TOPICS.desired(DEVICE), device.cache.retained[TOPICS.desired(DEVICE)])
-    device.settle()
+    while device.step():
+        pass
+    device.settle(until=lambda: device.state is State.FAILED)
 
 
 def test_15_the_numbers_of_a_stolen_director_key_go_with_it(cache: Cache) -> None:
@@ -205,7 +213,7 @@ def test_15_the_numbers_of_a_stolen_director_key_go_with_it(cache: Cache) -> Non
     thief = Publisher(dict(cache.publisher._named)).director(cache.repository)
     tell(device, thief.seal(TOPICS.desired(DEVICE), wish("v1", SEQUENCE_MAX), START_MS))
     assert device.record.desired_sequence == SEQUENCE_MAX
-    ask(device, "v2")
+    ask_for(device, "v2")
     assert device.answer() == digest_of(V1)  # blocked, until people take the key away
     rotated(cache, "director")
     cache.desire_again()
@@ -377,11 +385,10 @@ def test_8_frozen_metadata_is_refused_by_a_device_without_a_clock_that_has_not_l
     device = online(cache, 0)
     assert device.record.floors.time_ms == 0
     frozen(cache, device, START_MS + 100 * DAY_MS)
-    ask(device, "v2")
+    ask_for(device, "v2")
     assert (device.state, reason(device), device.answer()) == (State.FAILED, "trust.expired", digest_of(V1))
     published_again(cache, cache.server_ms)
     device.settle()
-    ask(device, "v2")
     assert (device.answer(), device.now_ms < YEAR_MS) == (digest_of(V2), True)
     assert device.record.floors.time_ms == cache.server_ms
 
@@ -435,11 +442,11 @@ def test_27_a_replayed_answer_about_the_time_is_refused(cache: Cache) -> None:
         device.deliver(TOPICS.metadata_answer(DEVICE), answers[0])  # always the first
 
     device.answer_requests = overhear
-    ask(device, "v2")
+    ask_for(device, "v2")
     assert device.answer() == digest_of(V2)
     cache.server_ms = START_MS + 100 * DAY_MS  # what is published has ended
     cache.publish("v3", V3)
-    ask(device, "v3")
+    ask_for(device, "v3")
     assert (device.state, reason(device), device.answer()) == (
         State.FAILED,
         "trust.unverified",
@@ -450,7 +457,7 @@ def test_27_a_replayed_answer_about_the_time_is_refused(cache: Cache) -> None:
 
 @pytest.mark.parametrize("stranger", ["other key", "other device", "other fleet", "director", "none"])
 def test_27_the_time_from_a_stranger_is_refused(cache: Cache, stranger: str) -> None:
-    device = online(cache, 0)
+    device, other = online(cache, 0), Cache(5)
     topics = {
         "other device": Topics(FLEET).metadata_answer(DeviceId("device-2")),
         "other fleet": Topics(FleetId("other-fleet")).metadata_answer(DEVICE),
@@ -465,8 +472,7 @@ def test_27_the_time_from_a_stranger_is_refused(cache: Cache, stranger: str) -> 
         topic = topics.get(stranger, TOPICS.metadata_answer(DEVICE))
         signer = cache.publisher.director(cache.repository)
         if stranger == "other key":
-            signer = Cache().publisher.director(Cache().repository)
-            signer = Cache(5).publisher.director(Cache(5).repository)
+            signer = other.publisher.director(other.repository)
         time = signer.attest(topic, request.nonce, START_MS)
         assert time is not None
         if stranger == "director":
@@ -477,7 +483,7 @@ def test_27_the_time_from_a_stranger_is_refused(cache: Cache, stranger: str) -> 
         device.deliver(TOPICS.metadata_answer(DEVICE), encode_message(forged))
 
     device.answer_requests = answer
-    ask(device, "v2")
+    ask_for(device, "v2")
     code = "trust.no_time" if stranger == "none" else "trust.unverified"
     assert (device.state, reason(device), device.answer()) == (State.FAILED, code, digest_of(V1))
     assert device.record.floors.time_ms == 0
@@ -485,17 +491,17 @@ def test_27_the_time_from_a_stranger_is_refused(cache: Cache, stranger: str) -> 
 
 def test_27_a_device_with_a_right_clock_asks_nobody(cache: Cache) -> None:
     device = online(cache)
-    ask(device, "v2")
+    ask_for(device, "v2")
     assert (device.answer(), requests(device)) == (digest_of(V2), [])
 
 
 def test_28_a_clock_that_is_behind_what_was_signed_is_not_believed(cache: Cache) -> None:
     device = online(cache, START_MS - CLOCK_BEHIND_MS_MAX - 1)
-    ask(device, "v2")  # only now does it know better
-    assert (device.answer(), requests(device)) == (digest_of(V2), [])
-    cache.publish("v3", V3)
-    ask(device, "v3")
-    assert device.answer() == digest_of(V3)
+    device.deliver(TOPICS.desired(DEVICE), cache.desire("v2"))
+    device.settle(until=lambda: device.state is State.ADMITTING)
+    assert requests(device) == []  # only now does it know better
+    device.settle()
+    assert device.answer() == digest_of(V2)
     assert [len(request.nonce) for request in requests(device)] == [16]
 
 

@@ -71,7 +71,14 @@ def empty(publisher: Publisher) -> Repository:
 def test_a_device_accepts_a_new_repository_without_targets(empty: Repository) -> None:
     verified = _device(empty)
     assert verified.targets == {}
-    assert _versions(verified) == {"root": 1, "timestamp": 1, "snapshot": 1, "targets": 1, "artifacts": 1}
+    assert _versions(verified) == {
+        "root": 1,
+        "timestamp": 1,
+        "snapshot": 1,
+        "targets": 1,
+        "artifacts": 1,
+        "director": 1,
+    }
 
 
 def test_a_device_gets_the_targets_that_were_published(publisher: Publisher, empty: Repository) -> None:
