@@ -20,6 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
+from protocol.messages import Report
 from server import ceremony, delta_cli, identity_cli, keys_cli, operations, provenance_cli, verify_cli
 from server.config import (
     DEFAULT_FLEET,
@@ -385,7 +386,7 @@ def _devices(arguments: argparse.Namespace) -> int:
             "online" if device.is_online else "offline",
             device.family,
             device.version or "-",
-            device.report.state if device.report else "-",
+            _state_text(device.report),
             _instant(device.seen_ms),
         ]
         for device in devices
@@ -393,6 +394,12 @@ def _devices(arguments: argparse.Namespace) -> int:
     lines = table(["DEVICE", "LINK", "FAMILY", "VERSION", "STATE", "LAST SEEN"], rows)
     _print(arguments, msgspec.to_builtins(devices), lines or ["No device has reported yet"])
     return 0
+
+
+def _state_text(report: Report | None) -> str:
+    if report is None:
+        return "-"
+    return f"{report.state} ({report.alarm})" if report.alarm else report.state
 
 
 def _serve(arguments: argparse.Namespace) -> int:

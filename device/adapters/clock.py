@@ -60,7 +60,8 @@ def _is_synchronized() -> bool:
         adjtimex = ctypes.CDLL(None).adjtimex
     except (OSError, AttributeError):
         return False
-    return 0 <= adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) < _TIME_ERROR
+    state: int = adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))
+    return 0 <= state < _TIME_ERROR
 
 
 def _read(path: Path) -> str:

@@ -62,7 +62,11 @@ def test_every_row_is_there_and_names_a_test(table: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "paths", "pattern"),
     [
-        ("metadata.md", ["protocol/test_trust_attacks.py", "device/test_trust_agent.py"], r"test_\d+_"),
+        (
+            "metadata.md",
+            ["protocol/test_trust_attacks.py", "device/test_trust_agent.py", "device/test_director.py"],
+            r"test_\d+_",
+        ),
         ("transport.md", ["server/test_broker_attacks.py"], r"test_\d+_"),
         ("input.md", ["security/test_hostile_models.py", "security/test_hostile_deltas.py"], r"test_row_"),
     ],
