@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from msgspec import UNSET
+
 from device.config import AgentConfig
 from device.download import Tally
 from device.journal import Counters, Record, UpdateRecord
@@ -53,7 +55,7 @@ def build_report(
         memory_bytes=memory_bytes,
         capacity=config.capacity,
         update=None if record.update is None else update_report(record.update, held),
-        alarm=alarm,
+        alarm=alarm or UNSET,
     )
 
 

@@ -119,7 +119,9 @@ class Report(Struct, frozen=True, kw_only=True):
     memory_bytes: Count = 0
     capacity: Capacity | None = None  # absent: takes a single delta of profile `small`, or whole files
     update: UpdateReport | None = None
-    alarm: ShortText = ""  # stable code of why a wish was not taken: nobody who may wish has signed it, or that cannot be told
+    alarm: ShortText | UnsetType = (
+        UNSET  # stable code of why a wish was not taken: nobody who may wish has signed it, or that cannot be told
+    )
 
 
 class Link(Struct, frozen=True, kw_only=True):

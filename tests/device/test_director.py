@@ -65,7 +65,7 @@ def tell(device: Device, payload: bytes) -> None:
 
 
 def alarm(device: Device) -> str:
-    return device.reports[-1].alarm
+    return device.reports[-1].alarm or ""
 
 
 def looks(device: Device) -> int:
