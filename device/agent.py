@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from device import events
+from device.assignments import Assignments
 from device.config import AgentConfig
 from device.desk import Desk
 from device.effects import Effect, Persist, Subscribe
@@ -22,11 +23,12 @@ from device.policy import Hold
 from device.ports import Trust
 from device.serving import Serving
 from device.states import State
+from device.timekeeping import Timekeeping
 from device.update import Update
 from protocol import trust as trust_module
 from protocol.chunks import Chunk, decode_chunk
 from protocol.errors import ChunkError, WhimbrelError
-from protocol.messages import Desired, KeyAnswer, MetadataBundle, decode_message
+from protocol.messages import KeyAnswer, MetadataBundle, ReceivedDesired, decode_desired, decode_message
 from protocol.topics import (
     ChunkAnswerTopic,
     ChunkTopic,
@@ -52,6 +54,7 @@ class Agent:
         self._serving = Serving(self._desk, self._on_settled, self._on_swap_failed)
         self._update: Update | None = None  # there is one from `Booted` on
         self._manual: Manual | None = None  # likewise
+        self._assignments: Assignments | None = None  # likewise
         self._has_resumed = False  # the update that the boot found goes on
         self._handlers: dict[type, Callable[[Update, Any], None]] = {
             events.Connected: self._on_connected,
@@ -80,6 +83,11 @@ class Agent:
     def _operator(self) -> Manual:
         assert self._manual is not None, "the first event is Booted"
         return self._manual
+
+    @property
+    def _wishes(self) -> Assignments:
+        assert self._assignments is not None, "the first event is Booted"
+        return self._assignments
 
     @property
     def record(self) -> Record:
@@ -117,16 +125,18 @@ class Agent:
         """The instant at which the agent wants to be woken, or `None`."""
         if self._update is None:
             return None
-        candidates = (self._update.deadline(), self._serving.deadline_ms)
+        candidates = (self._update.deadline(), self._serving.deadline_ms, self._wishes.deadline())
         return min((instant for instant in candidates if instant is not None), default=None)
 
     def _boot(self, event: events.Booted) -> None:
         assert self._update is None, "an agent boots once"
         desk = self._desk
         desk.ledger.boot(event.record, event.runtimes, event.memory_bytes)
+        desk.time = Timekeeping(is_clock_set=event.is_clock_set)
         desk.begin(desk.ledger.record.state)
         self._update = Update(desk, self._serving, event.root)
         self._manual = Manual(desk, self._update, self._serving)
+        self._assignments = Assignments(desk, self._update.fetching, self._update.request)
         if desk.is_rewriting:
             self._serving.wait()
             desk.emit(Persist(desk.ledger.record))
@@ -156,12 +166,14 @@ class Agent:
     def _on_deadline(self, update: Update, _event: events.DeadlineReached) -> None:
         self._serving.timeout()
         update.timeout()
+        self._wishes.look()
 
     def _on_conditions(self, update: Update, event: events.Conditions) -> None:
         before = self._desk.holds()
         self._desk.guard.take(event)
         if self._desk.holds() != before:
             update.reconsider(may_begin=self._has_resumed)
+            self._wishes.look()
 
     def _on_connected(self, update: Update, _event: events.Connected) -> None:
         desk, device = self._desk, self.config.device
@@ -171,6 +183,7 @@ class Agent:
         desk.emit(Subscribe(inbox, 1))
         desk.report()
         update.connected()
+        self._wishes.look()
 
     def _on_disconnected(self, update: Update, _event: events.Disconnected) -> None:
         self._desk.is_connected = False
@@ -200,8 +213,8 @@ class Agent:
         match message:
             case Chunk():
                 update.fetching.chunk_received(message)
-            case Desired():
-                update.request(message)
+            case ReceivedDesired():
+                self._wishes.heard(message)
             case MetadataBundle():
                 update.fetching.bundle_received(message)
             case KeyAnswer():
@@ -211,13 +224,13 @@ class Agent:
 
     def _decoded(
         self, event: events.MessageReceived
-    ) -> Chunk | Desired | MetadataBundle | KeyAnswer | tuple[str, bytes] | None:
+    ) -> Chunk | ReceivedDesired | MetadataBundle | KeyAnswer | tuple[str, bytes] | None:
         """What a message says; `None` where it is not for us."""
         match self._desk.topics.parse(event.topic):
             case ChunkTopic() | ChunkAnswerTopic():
                 return decode_chunk(event.payload)
             case DesiredTopic(device) if device == self.config.device:
-                return decode_message(Desired, event.payload)
+                return decode_desired(event.payload)
             case MetadataTopic(document):
                 return document, event.payload
             case MetadataAnswerTopic(device) if device == self.config.device:

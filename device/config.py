@@ -164,6 +164,7 @@ class DeviceSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link_kb_per_s: Annotated[int, Meta(ge=1, le=1_000_000_000)] = LINK_BYTES_PER_S // _KB
     bandwidth_kb_per_s_max: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     processor_percent: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    clock: Literal["auto", "trusted", "none"] = "auto"
     runtime_folder: str = ""
     tls: TlsSettings | None = None
     slots: SlotSettings = SlotSettings()
@@ -259,6 +260,7 @@ class DeviceConfig:
         sources: Where to look for what the policy asks about.
         priority: How far installations and trials give way.
         compute: Where models run.
+        clock: Whether the machine's clock is to be believed; `auto` for finding out.
     """
 
     agent: AgentConfig
@@ -272,6 +274,7 @@ class DeviceConfig:
     sources: ConditionSources = ConditionSources()
     priority: PrioritySettings = field(default_factory=PrioritySettings)
     compute: Compute = ON_PROCESSOR
+    clock: Literal["auto", "trusted", "none"] = "auto"
 
     @property
     def control(self) -> Path:
@@ -338,6 +341,7 @@ def load_config(path: Path) -> DeviceConfig:
         ),
         priority=settings.priority,
         compute=Compute(onnx=checked("onnx", check_onnx), llama=checked("llama", check_llama)),
+        clock=settings.clock,
     )
 
 

@@ -10,6 +10,7 @@ from device.ledger import Ledger
 from device.policy import OPERATOR, Guard, Hold, Step
 from device.ports import Trust
 from device.states import RESTING, REWRITING, State, Trigger, fire
+from device.timekeeping import Timekeeping
 from protocol.messages import encode_message
 from protocol.topics import Topics
 
@@ -33,6 +34,7 @@ class Desk:
         self.topics = Topics(config.fleet)
         self.ledger = Ledger(config)
         self.guard = Guard(config.policy)
+        self.time = Timekeeping(is_clock_set=True)  # until the agent boots
         self.state = State.IDLE
         self.now_ms = 0
         self.is_connected = False
@@ -78,6 +80,16 @@ class Desk:
             return False
         self.drop_question()
         return True
+
+    @property
+    def is_clock_right(self) -> bool:
+        """Whether signed documents may be judged by the device's own clock."""
+        return self.time.is_clock_right(self.now_ms, self.ledger.record.floors.time_ms)
+
+    @property
+    def time_ms(self) -> int | None:
+        """What signed documents are judged by; `None` where the time is not known."""
+        return self.time.time_ms(self.now_ms, self.ledger.record.floors.time_ms)
 
     @property
     def is_rewriting(self) -> bool:

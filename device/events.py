@@ -18,12 +18,14 @@ class Booted:
         root: The newest root document that was trusted, or the one that the installer put there.
         runtimes: Installed runtimes and versions.
         memory_bytes: Memory of the device.
+        is_clock_set: Whether somebody who knows the time has set the device's clock since it started.
     """
 
     record: Record | None
     root: bytes
     runtimes: dict[str, str]
     memory_bytes: int
+    is_clock_set: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,8 +121,12 @@ class Executor:
         """The model that answers now: to look at; whoever asks it something leases it."""
         return self.leases.model
 
-    def boot_event(self, memory_bytes: int) -> events.Booted:
+    def boot_event(self, memory_bytes: int, *, is_clock_set: bool = True) -> events.Booted:
         """What the disk knows, as the agent's first event.
+
+        Args:
+            memory_bytes: Memory of the device.
+            is_clock_set: Whether somebody who knows the time has set its clock.
 
         Raises:
             DamagedRecordError: The record is lost.
@@ -135,7 +139,7 @@ class Executor:
             raise TrustError(
                 f"{ROOT_FILE} is missing", hint="provision the device with the server's 1.root.json"
             )
-        return events.Booted(self._journal.load(), root, self._engine.versions(), memory_bytes)
+        return events.Booted(self._journal.load(), root, self._engine.versions(), memory_bytes, is_clock_set)
 
     def run(self, ordered: tuple[Effect, ...]) -> None:
         """Carry out the effects of one `handle`, in order."""

@@ -3,7 +3,11 @@
 `update.py` says when, and is told of what came.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from msgspec.structs import replace
 
 from device import events
 from device.content_keys import ContentKeys
@@ -15,11 +19,25 @@ from device.states import State
 from device.sync import MetadataSync
 from device.transfer import Artifact, Requester, Transfer
 from protocol.chunks import Chunk
+from protocol.director import UnknownTimeError
 from protocol.errors import ReleaseError, WhimbrelError
 from protocol.ids import Digest, Family, Version
 from protocol.messages import KeyAnswer, MetadataBundle
 from protocol.release import ARTIFACTS_ROLE, release_target, releases_role
-from protocol.trust import Target
+from protocol.trust import Target, Verified
+
+
+class Looker(Protocol):
+    """Somebody who wants the newest metadata for its own sake."""
+
+    def looked(self) -> None:
+        """It was verified."""
+
+    def failed(self, error: WhimbrelError) -> None:
+        """It could not be had."""
+
+    def interrupted(self) -> None:
+        """The connection is gone, or nothing may be fetched for now."""
 
 
 class Fetching:
@@ -28,6 +46,8 @@ class Fetching:
     Args:
         desk: Shared with the other parts.
         root: The newest trusted root document.
+        check: Asked once metadata was verified for an update, before anything is done with it: whether the wish for it still counts at
+            that time.
         on_described: Told of the signed description of the release.
         on_fetched: Told when all of the plan is on disk.
         on_refused: Told why no server gives the keys that the plan takes.
@@ -37,6 +57,7 @@ class Fetching:
         self,
         desk: Desk,
         root: bytes,
+        check: Callable[[int], bool],
         on_described: Callable[[bytes], None],
         on_fetched: Callable[[], None],
         on_refused: Callable[[WhimbrelError], None],
@@ -45,6 +66,7 @@ class Fetching:
         self.targets: dict[str, Target] = {}  # what the metadata names that was verified last
         self._desk = desk
         self._ledger = desk.ledger
+        self._check = check
         self._on_described = on_described
         self._on_fetched = on_fetched
         self._on_refused = on_refused
@@ -61,6 +83,8 @@ class Fetching:
         self._keys = ContentKeys(desk.topics, config.device, desk.rng)
         self._artifacts: list[Artifact] = []  # what is fetched once its keys are there
         self._transfer: Transfer | None = None
+        self._looker: Looker | None = None
+        self._fresh: tuple[Verified, int] | None = None  # and the time, while whoever wanted it is told of it
 
     # --- what update.py orders -----------------------------------------------------------------------------
 
@@ -68,7 +92,22 @@ class Fetching:
         """Get the newest metadata, and with it the description of what is wanted."""
         self._desk.drop_question()
         self._transfer = None
-        self._desk.extend(self._sync.begin(self._desk.now_ms))
+        if self._fresh is None or not self._take(*self._fresh):
+            self._collect()
+
+    def look(self, looker: Looker) -> None:
+        """Get the newest metadata, whatever the update is at."""
+        self._looker = looker
+        if not self._sync.is_collecting:
+            self._collect()
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether somebody waits for the newest metadata."""
+        return self._looker is not None
+
+    def _collect(self) -> None:
+        self._desk.extend(self._sync.begin(self._desk.now_ms, asks_time=not self._desk.is_clock_right))
 
     def download(self, items: tuple[InstallItem, ...]) -> None:
         """Fetch what a plan needs, first the keys; what is on disk of it is found when each blob is opened."""
@@ -87,14 +126,15 @@ class Fetching:
         self._keys.pause()
         if self._transfer is not None:
             self._transfer.pause()
+        self._interrupt()
 
     def hold(self) -> None:
         """Want nothing more for now."""
-        if self._desk.state is State.SYNCING:
-            self._desk.extend(self._sync.end())
+        self._desk.extend(self._sync.end())
         self._desk.extend(self._keys.stop())
         if self._transfer is not None:
             self._desk.extend(self._transfer.stop())
+        self._interrupt()
 
     def drop(self) -> None:
         """Forget the transfer; what is on disk stays."""
@@ -102,7 +142,13 @@ class Fetching:
             self._desk.extend(self._transfer.stop())
             self._transfer = None
         self._forget_keys()
-        self._desk.extend(self._sync.end())
+        if self._looker is None:
+            self._desk.extend(self._sync.end())
+
+    def _interrupt(self) -> None:
+        looker, self._looker = self._looker, None
+        if looker is not None:
+            looker.interrupted()
 
     # --- time ----------------------------------------------------------------------------------------------
 
@@ -119,12 +165,25 @@ class Fetching:
         """
         now_ms = self._desk.now_ms
         for waiting in self._waiting():
-            if waiting.deadline_ms is not None and now_ms >= waiting.deadline_ms:
+            if waiting.deadline_ms is None or now_ms < waiting.deadline_ms:
+                continue
+            try:
                 self._desk.extend(waiting.timeout(now_ms))
+            except WhimbrelError as error:
+                if waiting is self._sync:
+                    self._give_up_looking(error)
+                if waiting is not self._sync or self._is_wanted:
+                    raise
+                self._desk.extend(self._sync.end())
+
+    def _give_up_looking(self, error: WhimbrelError) -> None:
+        looker, self._looker = self._looker, None
+        if looker is not None:
+            looker.failed(error)
 
     def _waiting(self) -> list[MetadataSync | ContentKeys | Transfer]:
         waiting: list[MetadataSync | ContentKeys | Transfer] = [self._keys]
-        if self._desk.state is State.SYNCING:
+        if self._desk.state is State.SYNCING or self._looker is not None:
             waiting.append(self._sync)
         if self._transfer is not None:
             waiting.append(self._transfer)
@@ -179,30 +238,75 @@ class Fetching:
 
     def _try_metadata(self) -> None:
         """Believe a set of documents once it verifies and names the release; wait for more until then."""
-        if self._desk.state is not State.SYNCING or self._transfer is not None:
+        if not self._is_wanted and self._looker is None:
             return
         self._follow_roots()
-        documents = self._sync.documents()
+        self._hear_time()
+        documents, time_ms = self._sync.documents(), self._desk.time_ms
         if documents is None:
             return
-        verified = self._sync.verify(documents, self._ledger.record.floors, self._desk.now_ms)
+        if time_ms is None or self._sync.asks_time:
+            self._sync.last_error = self._sync.last_error or UnknownTimeError(
+                "no server has said what time it is, and the device's own clock is not set",
+                hint="is the server as new as this agent?",
+            )
+            return
+        verified = self._sync.verify(documents, self._ledger.record.floors, time_ms)
         if verified is None:
             return
+        floors = replace(verified.floors, time_ms=max(verified.floors.time_ms, self._sync.attested_ms))
+        self._believe(dataclasses.replace(verified, floors=floors), time_ms)
+
+    def _believe(self, verified: Verified, time_ms: int) -> None:
+        """A set verified: who may wish, and what may run."""
+        looker, self._looker = self._looker, None
+        is_taken = self._is_wanted and self._take(verified, time_ms)
+        if looker is None:
+            return
+        if not is_taken and self._adopt(verified):
+            self._desk.persist()
+        if not self._is_wanted:
+            self._desk.extend(self._sync.end())
+        self._fresh = verified, time_ms
+        looker.looked()
+        self._fresh = None
+
+    @property
+    def _is_wanted(self) -> bool:
+        """Whether the update waits for metadata."""
+        return self._desk.state is State.SYNCING and self._transfer is None
+
+    def _take(self, verified: Verified, time_ms: int) -> bool:
+        """Go on with the update, if the metadata names its release; whether it does."""
         desired = self._ledger.update.desired
         target = verified.targets.get(release_target(Family(desired.family), Version(desired.version)))
         if target is None:
             self._sync.last_error = ReleaseError(
                 f"{desired.family} {desired.version} is not in the signed metadata"
             )
-            return
+            return False
         # The floors are durable before anything is done with what the metadata says.
-        self._ledger.change(floors=verified.floors)
+        self._adopt(verified)
         self._ledger.note(current_until_ms=verified.until_ms)
         self._desk.persist()
         self._desk.extend(self._sync.end())
-        self.targets = verified.targets
-        description = Artifact(target.digest, target.length, target.custom.chunks)
-        self._begin([description], read_last=True)
+        if self._check(time_ms):
+            self.targets = verified.targets
+            description = Artifact(target.digest, target.length, target.custom.chunks)
+            self._begin([description], read_last=True)
+        return True
+
+    def _adopt(self, verified: Verified) -> bool:
+        """Hold to be true what was verified; whether the record says anything new by that."""
+        is_new = verified.floors != self._ledger.record.floors
+        self._ledger.change(floors=verified.floors)
+        return self._ledger.appoint(verified.director) or is_new
+
+    def _hear_time(self) -> None:
+        """A server said what time it is: what was signed is judged by that."""
+        time_ms = self._sync.hear_time()
+        if time_ms is not None:
+            self._desk.time.attested(time_ms, self._desk.now_ms)
 
     def _follow_roots(self) -> None:
         """Keep every step along the chain of roots, even if nothing else verifies (5.3.8 of TUF)."""

@@ -3,7 +3,7 @@
 Invariants:
 - the copy with the highest sequence among those whose checksum holds is the record;
 - a write goes to the *other* copy and is synced before anything relies on it, so a torn write leaves the old record;
-- floors, the desired sequence and the count of boots never go back;
+- the count of boots never goes back; floors and the desired sequence only with the keys that they hold for (SPEC section 8.2);
 - names of states and of fields are a format of their own (`RECORD_VERSION`), whatever the code calls them.
 """
 
@@ -109,11 +109,27 @@ class Counters(Struct, frozen=True, kw_only=True):
     resumes: int = 0
 
 
+class DirectorKey(Struct, frozen=True, kw_only=True):
+    """A key of the director, and the highest `sequence` that it has signed for this device."""
+
+    key: bytes  # Ed25519, 32 bytes
+    sequence: int = 0
+
+
+class Director(Struct, frozen=True, kw_only=True):
+    """Who may wish, as the metadata said that was verified last (SPEC section 8.4)."""
+
+    is_named: bool  # else wishes are not signed
+    keys: tuple[DirectorKey, ...] = ()
+
+
 class UpdateRecord(Struct, frozen=True, kw_only=True):
     """The update under way, or the last one."""
 
     desired: Desired
     started_ms: int
+    signer: bytes = b""  # key of the director that signed the wish; empty where it was not signed
+    expires_ms: int | None = None  # until when the wish may be acted upon
     finished_ms: int | None = None
     release: Release | None = None  # known once the signed description was read
     release_sha256: str = ""
@@ -165,7 +181,12 @@ class Record(Struct, frozen=True, kw_only=True):
         default_factory=lambda: dict.fromkeys(SlotName, SlotRecord())
     )
     floors: Floors = Floors()
-    desired_sequence: int = 0
+    desired_sequence: int = (
+        0  # the highest that counts: it goes back when the director's keys are exchanged, and never else
+    )
+    director: Director | None = (
+        None  # none in records of older agents, and before metadata was looked at for the first time
+    )
     boots: int = 0  # upper half of the report sequence
     quarantine: tuple[str, ...] = ()  # digests of releases
     update: UpdateRecord | None = None

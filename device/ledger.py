@@ -7,7 +7,16 @@ from msgspec.structs import replace
 from device.config import AgentConfig
 from device.download import Tally
 from device.effects import Persist
-from device.journal import HISTORY_MAX, QUARANTINE_MAX, PastUpdate, Record, SlotRecord, UpdateRecord
+from device.journal import (
+    HISTORY_MAX,
+    QUARANTINE_MAX,
+    Director,
+    DirectorKey,
+    PastUpdate,
+    Record,
+    SlotRecord,
+    UpdateRecord,
+)
 from device.policy import Hold
 from device.reporting import build_report, counters_of, tally_of
 from device.slots import SlotName
@@ -33,6 +42,7 @@ class Ledger:
         self.memory_bytes = 0
         self.files: dict[str, str] | None = None  # of the active slot, as last measured; None before that
         self.disk_free_bytes = 0
+        self.alarm = ""  # stable code of why a wish was not taken
         self._config = config
         self._reports = 0
 
@@ -71,6 +81,45 @@ class Ledger:
         """Change fields of the update, if there is one."""
         if self.record.update is not None:
             self.change(update=replace(self.record.update, **changes))
+
+    def count(self, signer: bytes, sequence: int) -> None:
+        """Take nothing any more that is as old as a wish of this number, while what its signer signs counts."""
+        director = self.record.director
+        if director is not None:
+            keys = tuple(
+                replace(each, sequence=sequence) if each.key == signer else each for each in director.keys
+            )
+            director = replace(director, keys=keys)
+        self.change(director=director, desired_sequence=sequence)
+
+    def appoint(self, keys: tuple[bytes, ...] | None) -> bool:
+        """Take over who may wish from metadata that was verified; whether anything is new.
+
+        The numbers of keys that are gone go with them: with a stolen one somebody may have signed the highest that there is.
+
+        Args:
+            keys: Of the director; None where the metadata names none, and wishes are not signed.
+        """
+        before = self.record.director
+        known = {} if before is None else {each.key: each.sequence for each in before.keys}
+        after = Director(
+            is_named=keys is not None,
+            keys=tuple(DirectorKey(key=key, sequence=known.get(key, 0)) for key in keys or ()),
+        )
+        if after == before:
+            return False
+        sequence = self.record.desired_sequence
+        if after.is_named:
+            sequence = max((each.sequence for each in after.keys), default=0)
+        self.change(director=after, desired_sequence=sequence)
+        return True
+
+    def may_wish(self, signer: bytes) -> bool:
+        """Whether what a key signed counts; the empty one stands for wishes without a signature."""
+        director = self.record.director
+        if director is None or not director.is_named:
+            return not signer
+        return any(each.key == signer for each in director.keys)
 
     def set_slot(self, slot: SlotName, content: SlotRecord) -> None:
         """Change what is known of a slot."""
@@ -138,4 +187,5 @@ class Ledger:
             disk_free_bytes=self.disk_free_bytes,
             memory_bytes=self.memory_bytes,
             held=held,
+            alarm=self.alarm,
         )

@@ -4,7 +4,7 @@ Names of files are relative POSIX paths below the device's state folder, built b
 `blobs.py` only. Every method raises `StorageError` or a subclass when the disk fails, `EngineError` when a model does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -269,6 +269,12 @@ class Trust(Protocol):
         roles: tuple[str, ...] | None = None,
     ) -> "Verified":
         """As `protocol.trust.verify`."""
+
+    def verify_time(self, root: bytes, statement: bytes, signatures: Mapping[str, str]) -> None:
+        """As `protocol.trust.verify_time`."""
+
+    def is_signed(self, key: bytes, statement: bytes, signature: bytes) -> bool:
+        """As `protocol.trust.is_signed`."""
 
 
 class Workers(Protocol):

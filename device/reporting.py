@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from msgspec import UNSET
+
 from device.config import AgentConfig
 from device.download import Tally
 from device.journal import Counters, Record, UpdateRecord
@@ -24,6 +26,7 @@ def build_report(
     disk_free_bytes: int,
     memory_bytes: int,
     held: Hold | None = None,
+    alarm: str = "",
 ) -> Report:
     """The report of this instant.
 
@@ -37,6 +40,7 @@ def build_report(
         disk_free_bytes: As last measured.
         memory_bytes: Memory of the device.
         held: Why the update does not go on; told as its code while it runs.
+        alarm: Why a wish was not taken.
     """
     return Report(
         device=config.device,
@@ -53,6 +57,7 @@ def build_report(
         root=record.floors.root,
         desired_sequence=record.desired_sequence,
         update=None if record.update is None else update_report(record.update, held),
+        alarm=alarm or UNSET,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
 from device import effects, events
+from device.adapters.clock import is_clock_set
 from device.adapters.conditions import PERIOD_S, MachineConditions
 from device.adapters.control import Held, Status
 from device.adapters.decoder import ChildDecoder
@@ -155,13 +156,18 @@ class DeviceRuntime:
             DamagedRecordError: The durable record is lost.
             TrustError: The device was never provisioned.
         """
-        event = self.executor.boot_event(_memory_bytes())
+        event = self.executor.boot_event(_memory_bytes(), is_clock_set=self._is_clock_set())
         self._note("boot", {})
         self.handle(event)
         self._look_around()
         if self._renewer is not None:
             self._renewer.start()
         self.transport.start()
+
+    def _is_clock_set(self) -> bool:
+        if self.config.clock == "auto":
+            return is_clock_set()
+        return self.config.clock == "trusted"
 
     def stop(self) -> None:
         """Say goodbye and let go of everything; an update goes on at the next start.

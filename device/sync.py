@@ -6,9 +6,10 @@ from typing import Final
 
 from device.effects import Effect, Publish, Subscribe, Unsubscribe
 from device.ports import Trust
+from protocol.director import time_statement
 from protocol.errors import TransportError, TrustError, WhimbrelError
 from protocol.ids import DeviceId
-from protocol.messages import MetadataBundle, MetadataRequest, encode_message
+from protocol.messages import NONCE_BYTES, MetadataBundle, MetadataRequest, TimeStatement, encode_message
 from protocol.topics import Topics
 from protocol.trust import Documents, Floors, Verified
 
@@ -63,14 +64,36 @@ class MetadataSync:
         self._roots: dict[int, bytes] = {}
         self._filters: tuple[str, ...] = ()
         self._requests = 0
+        self.asks_time = False  # and no server has answered yet
+        self.attested_ms = 0  # what a server has answered; 0 while it has not
+        self._nonce = b""  # of the last request; older ones no longer count
+        self._heard: TimeStatement | None = None
 
-    def begin(self, now_ms: int) -> Iterator[Effect]:
-        """The connection is up: subscribe to the documents."""
+    @property
+    def is_collecting(self) -> bool:
+        """Whether documents are wanted."""
+        return self.deadline_ms is not None
+
+    def begin(self, now_ms: int, *, asks_time: bool = False) -> Iterator[Effect]:
+        """The connection is up: subscribe to the documents.
+
+        Args:
+            now_ms: What the device's clock shows.
+            asks_time: It is not to be believed: ask a server for the time, and with it for the documents.
+        """
+        self.asks_time = asks_time
+        self.attested_ms = 0
+        self._nonce, self._heard = b"", None
         self._collected.clear()
         self._is_answered = False
         self._roots.clear()
         self._requests = 0
         self.last_error = None
+        if asks_time:  # without an answer the documents would be of no use
+            self._filters = ()
+            yield self._request()
+            self._wait(now_ms)
+            return
         successor = self._topics.root(self._root_version + 1)
         self._filters = (
             *(self._topics.metadata(role) for role in (*_ROLES, *self._delegated)),
@@ -108,6 +131,24 @@ class MetadataSync:
             wanted, timestamp=bundle.timestamp, snapshot=bundle.snapshot, targets=bundle.targets
         )
         self._roots.update(enumerate(bundle.roots, start=self._root_version + 1))
+        self._heard = bundle.time
+
+    def hear_time(self) -> int | None:
+        """What time it is, if a server has said so in answer to the last request."""
+        heard, self._heard = self._heard, None
+        if not self.asks_time or heard is None:
+            return None
+        topic = self._topics.metadata_answer(self._device)
+        try:
+            self._trust.verify_time(
+                self.root, time_statement(topic, self._nonce, heard.time_ms), heard.signatures
+            )
+        except TrustError as error:
+            self.last_error = error
+            return None
+        self.asks_time = False
+        self.attested_ms = heard.time_ms
+        return heard.time_ms
 
     def follow(self, floors: Floors) -> Floors | None:
         """Take all steps along the chain of roots for which documents are there.
@@ -174,9 +215,14 @@ class MetadataSync:
             raise self.last_error or MetadataUnavailableError(
                 f"no metadata came after {REQUESTS_MAX} requests", hint="is a server running?"
             )
-        request = MetadataRequest(root_version=self._root_version, roles=self._delegated)
-        yield Publish(self._topics.request(self._device), encode_message(request), 1, retain=False)
+        yield self._request()
         self._wait(now_ms)
+
+    def _request(self) -> Effect:
+        """Ask for the documents, and for the time with a number that was never used before."""
+        self._nonce = self._rng.randbytes(NONCE_BYTES) if self.asks_time else b""
+        request = MetadataRequest(root_version=self._root_version, roles=self._delegated, nonce=self._nonce)
+        return Publish(self._topics.request(self._device), encode_message(request), 1, retain=False)
 
     def _wait(self, now_ms: int) -> None:
         longest_ms = min(PATIENCE_MS << self._requests, PATIENCE_MAX_MS)

@@ -18,6 +18,7 @@ from device.admission import (
     model_bytes,
     plan_update,
 )
+from device.assignments import Assignment
 from device.desk import Desk
 from device.download import Tally
 from device.effects import (
@@ -37,8 +38,9 @@ from device.slots import SlotHealth, SlotName
 from device.states import RESTING, REVOCABLE, State, Trigger
 from device.trial import TRIES_MAX, Verdict, judge
 from protocol.constants import DESIRED_LEAP_MAX
-from protocol.errors import ReleaseError, WhimbrelError
-from protocol.messages import Desired, TrialEvidence
+from protocol.director import ForgedDesiredError
+from protocol.errors import ExpiredMetadataError, ReleaseError, WhimbrelError
+from protocol.messages import TrialEvidence
 from protocol.release import decode_release, release_digest
 
 ATTEMPTS_MAX: Final = 6
@@ -65,10 +67,12 @@ class Update:
         self._desk = desk
         self._ledger = desk.ledger
         self._serving = serving
-        self.fetching = Fetching(desk, root, self._on_release, self._on_downloaded, self._on_keys_refused)
+        self.fetching = Fetching(
+            desk, root, self._is_still_wanted, self._on_release, self._on_downloaded, self._on_keys_refused
+        )
         self._retry_ms: int | None = None
         self._told: tuple[int, str, str] | None = None  # trouble that was reported although it is not durable
-        self._pending: Desired | None = None  # arrived while the slot could not be given up
+        self._pending: Assignment | None = None  # arrived while the slot could not be given up
 
     # --- time and connection -------------------------------------------------------------------------------
 
@@ -100,7 +104,12 @@ class Update:
             return
         self._desk.is_fetched = False
         self._ledger.tally.resumes += 1
-        if self._ledger.record.state is State.DOWNLOADING and self._is_current():
+        # How long it was away cannot be told by a clock that is wrong: it may stand still.
+        if (
+            self._ledger.record.state is State.DOWNLOADING
+            and self._desk.is_clock_right
+            and self._is_current()
+        ):
             self._desk.move(Trigger.DOWNLOAD_RESUMED)
             self.fetching.download(self._ledger.update.items)
         else:
@@ -109,8 +118,8 @@ class Update:
 
     def _is_current(self) -> bool:
         """Whether the metadata that a plan was made from still holds; what was away for longer looks again (SPEC 8, 2)."""
-        now_ms = max(self._desk.now_ms, self._ledger.record.floors.time_ms)
-        return now_ms < self._ledger.update.current_until_ms
+        time_ms = self._desk.time_ms
+        return time_ms is not None and time_ms < self._ledger.update.current_until_ms
 
     def disconnected(self) -> None:
         """Wait; the disk keeps what came."""
@@ -175,14 +184,24 @@ class Update:
 
     # --- what should run -----------------------------------------------------------------------------------
 
-    def request(self, desired: Desired) -> None:
+    def request(self, assignment: Assignment) -> None:
         """A wish arrived; older and repeated ones change nothing, and neither do leaps (`DESIRED_LEAP_MAX`)."""
+        desired, signer, expires_ms = assignment.desired, assignment.signer, assignment.expires_ms
+        update = self._ledger.record.update
+        if not self._ledger.may_wish(signer):
+            return
+        if update is not None and update.finished_ms is None and update.desired == desired:
+            if signer == update.signer and expires_ms is not None and update.expires_ms is not None:
+                expires_ms = max(expires_ms, update.expires_ms)  # an older copy takes nothing away
+            self._ledger.note(signer=signer, expires_ms=expires_ms)  # signed anew, perhaps with another key
+            self._ledger.count(signer, max(desired.sequence, self._ledger.record.desired_sequence))
+            return
         if not 0 < desired.sequence - self._ledger.record.desired_sequence <= DESIRED_LEAP_MAX:
             return
         if self._desk.state not in RESTING + REVOCABLE or self._desk.is_paused:
-            self._pending = desired
+            self._pending = assignment
             return
-        self._ledger.change(desired_sequence=desired.sequence)
+        self._ledger.count(signer, desired.sequence)
         family = self._desk.config.family
         if (desired.family, desired.version) == (family, self._ledger.record.active_slot.version):
             self._withdraw()
@@ -194,7 +213,11 @@ class Update:
             )
             self._ledger.remember(self._desk.now_ms)
         self._ledger.tally = Tally()
-        self._ledger.change(update=UpdateRecord(desired=desired, started_ms=self._desk.now_ms))
+        self._ledger.change(
+            update=UpdateRecord(
+                desired=desired, started_ms=self._desk.now_ms, signer=signer, expires_ms=expires_ms
+            )
+        )
         self._desk.move(Trigger.REQUESTED)
         self._desk.persist()
         self._desk.report()
@@ -226,6 +249,23 @@ class Update:
             self._desk.move(Trigger.SUSPENDED)
             return
         self.fetching.sync()
+
+    def _is_still_wanted(self, time_ms: int) -> bool:
+        """Newer metadata was verified: whoever wished may have lost the right to, and the wish may have come late (SPEC 8.4)."""
+        update = self._ledger.update
+        if not self._ledger.may_wish(update.signer):
+            self._refuse(
+                ForgedDesiredError.code,
+                "the metadata names another director than the one that signed this wish",
+            )
+            return False
+        if update.expires_ms is not None and time_ms >= update.expires_ms:
+            self._ledger.count(update.signer, update.desired.sequence - 1)  # it may come again, signed anew
+            self._fail(
+                ExpiredMetadataError.code, "the wish has expired and was not signed anew", retryable=True
+            )
+            return False
+        return True
 
     def _on_release(self, data: bytes) -> None:
         """The signed description is there: judge it, then measure."""
@@ -292,6 +332,10 @@ class Update:
     # --- downloading ---------------------------------------------------------------------------------------
 
     def _on_downloaded(self) -> None:
+        if not self._is_current():
+            self._desk.move(Trigger.SUSPENDED)
+            self.connected()  # looks again; what was fetched stays
+            return
         if self._ledger.update.is_in_place and self._desk.hold(Step.INSTALL) is not None:
             self._desk.is_fetched = True  # once the rewriting has begun, nothing holds it
             self._desk.move(Trigger.SUSPENDED)

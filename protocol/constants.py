@@ -58,8 +58,9 @@ DELEGATED_MAX: Final = 512
 """Delegated roles that are looked at: as many as a snapshot of the largest size lists (5.6.7.1 of TUF)."""
 
 DESIRED_LEAP_MAX: Final = 1 << 20
-"""How far above the last one the number of a wish may be (section 3): nothing else says who sent it, so whoever may publish once
-could use up all numbers at once, and no wish of the server would ever be newer. Honest numbers grow by a few with each rollout."""
+"""How far above the last one the number of a wish may be (section 3): whoever has the director's key for a moment, or may publish once in
+a fleet without a director, could use up all numbers at once, and no wish of the server would ever be newer. Honest numbers grow by a few
+with each rollout."""
 
 RELEASE_BYTES_MAX: Final = 1 << 20
 """A release description with its golden prompts."""

@@ -28,13 +28,23 @@ KEYS_MAX: Final = 64
 
 RoleText = Annotated[str, Meta(min_length=1, max_length=80)]
 
+NONCE_BYTES: Final = 16
+"""Two nonces of one device are never the same."""
+
+NONCE_BYTES_MAX: Final = 32
+SIGNATURES_MAX: Final = 8
+"""Keys that sign the time: one, or some more while they are exchanged."""
+
+KeyIdText = Annotated[str, Meta(max_length=128)]
+SignatureText = Annotated[str, Meta(max_length=1024, pattern="^([0-9a-f]{2})*$")]
+
 Outcome = Literal["running", "committed", "rolled_back", "rejected", "failed"]
 
 
 class Desired(Struct, frozen=True, kw_only=True):
-    """What a device should run; `dev/<id>/desired`, retained.
+    """What a device should run; `dev/<id>/desired`, retained, signed by the director where the fleet has one (`SignedDesired`).
 
-    Not signed by itself: it can only choose among releases that signed metadata lists.
+    It can only choose among releases that signed metadata lists.
     """
 
     v: int = PROTOCOL_VERSION
@@ -116,6 +126,9 @@ class Report(Struct, frozen=True, kw_only=True):
     root: Count = 0  # version of the newest root document that it trusts; 0 where it does not say
     desired_sequence: Sequence = 0  # highest of a `Desired` that it has recorded, whoever sent it
     update: UpdateReport | None = None
+    alarm: ShortText | UnsetType = (
+        UNSET  # stable code of why a wish was not taken: nobody who may wish has signed it, or that cannot be told
+    )
 
 
 class Link(Struct, frozen=True, kw_only=True):
@@ -140,6 +153,16 @@ class MetadataRequest(Struct, frozen=True, kw_only=True, tag_field="type", tag="
     v: int = PROTOCOL_VERSION
     root_version: Count  # the newest root that the device trusts
     roles: Annotated[tuple[RoleText, ...], Meta(max_length=ROLES_MAX)] = ()  # delegated ones that it needs
+    nonce: Annotated[bytes, Meta(max_length=NONCE_BYTES_MAX)] = b""  # of a device that asks for the time, too
+
+
+class TimeStatement(Struct, frozen=True, kw_only=True):
+    """What time it is, for one request of one device; see `director.py` for what is signed."""
+
+    time_ms: Count
+    signatures: Annotated[
+        dict[KeyIdText, SignatureText], Meta(max_length=SIGNATURES_MAX)
+    ]  # hexadecimal, by key id
 
 
 class MetadataBundle(Struct, frozen=True, kw_only=True):
@@ -151,6 +174,7 @@ class MetadataBundle(Struct, frozen=True, kw_only=True):
     snapshot: bytes
     targets: bytes
     delegated: dict[RoleText, bytes] = msgspec.field(default_factory=dict)  # of the roles that were asked for
+    time: TimeStatement | None = None  # for whoever asked with a nonce
 
 
 class KeyRequest(Struct, frozen=True, kw_only=True, tag_field="type", tag="keys"):
@@ -205,6 +229,45 @@ class _Envelope(Struct, frozen=True, kw_only=True):
     signature: Annotated[bytes, Meta(max_length=128)] = b""
 
 
+class SignedDesired(Struct, frozen=True, kw_only=True):
+    """A `Desired` as the director signs it; see `director.py` for what is signed."""
+
+    v: int = PROTOCOL_VERSION
+    desired: msgspec.Raw
+    signed_ms: Count
+    expires_ms: Count
+    signature: Annotated[bytes, Meta(max_length=128)]
+
+
+class _DesiredEnvelope(Struct, frozen=True, kw_only=True):
+    """A `Desired` with its signature beside it; without one, the fields are those of `Desired` itself."""
+
+    v: int = PROTOCOL_VERSION
+    desired: msgspec.Raw | UnsetType = UNSET
+    signed_ms: Count = 0
+    expires_ms: Count = 0
+    signature: Annotated[bytes, Meta(max_length=128)] = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedDesired:
+    """A wish as it arrived.
+
+    Attributes:
+        desired: What it says.
+        signed: The bytes that are signed.
+        signed_ms: When, as the signer says; 0 where there is no signature.
+        expires_ms: Until when it may be acted upon; likewise.
+        signature: Empty where there is none.
+    """
+
+    desired: Desired
+    signed: bytes
+    signed_ms: int
+    expires_ms: int
+    signature: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class ReceivedReport:
     """A report as it arrived.
@@ -241,6 +304,7 @@ _decoders: Final[dict[Any, msgspec.json.Decoder[Any]]] = {
         CertificateRequest,
         CertificateAnswer,
         _Envelope,
+        _DesiredEnvelope,
     )
 }
 
@@ -275,6 +339,20 @@ def decode_report(payload: bytes) -> ReceivedReport:
     envelope = decode_message(_Envelope, payload)
     signed = payload if envelope.report is UNSET else bytes(envelope.report)
     return ReceivedReport(decode_message(Report, signed), signed, envelope.signature)
+
+
+def decode_desired(payload: bytes) -> ReceivedDesired:
+    """Decode a wish, signed or not; whether the signature is right is for `director.py` to say.
+
+    Raises:
+        MessageError: As for `decode_message`.
+    """
+    envelope = decode_message(_DesiredEnvelope, payload)
+    if envelope.desired is UNSET:
+        return ReceivedDesired(decode_message(Desired, payload), payload, 0, 0, b"")
+    signed = bytes(envelope.desired)
+    desired = decode_message(Desired, signed)
+    return ReceivedDesired(desired, signed, envelope.signed_ms, envelope.expires_ms, envelope.signature)
 
 
 def decode_request(payload: bytes) -> Request:

@@ -26,6 +26,9 @@ RuntimeName = Literal["onnx", "llama"]
 ARTIFACTS_ROLE: Final = "artifacts"
 """Name of the TUF role that lists whole files and deltas: how devices get to what a release names, never what they may run."""
 
+DIRECTOR_ROLE: Final = "director"
+"""Name of the TUF role whose keys say which of the listed releases a device should run. It lists nothing itself."""
+
 _PROFILE_SUFFIXES: Final = {Profile.SMALL: "", Profile.FAST: "/fast"}
 
 _ENCRYPTED_SUFFIX: Final = ".encrypted"
@@ -216,13 +219,15 @@ def role_paths(role: str) -> tuple[str, ...]:
     kind, _, family = role.partition(".")
     if role == ARTIFACTS_ROLE:
         return ("files/*", "deltas/*/*", "deltas/*/*/fast")
+    if role == DIRECTOR_ROLE:
+        return ("director/*",)
     try:
         if kind == "releases":
             return (f"releases/{parse_family(family)}/*",)
     except TopicError as error:
         raise ReleaseError(f"role {role[:80]}: {error}") from error
     raise ReleaseError(
-        f"nothing is delegated to a role {role[:80]!r}", hint="use artifacts or releases.FAMILY"
+        f"nothing is delegated to a role {role[:80]!r}", hint="use artifacts, director or releases.FAMILY"
     )
 
 

@@ -33,7 +33,7 @@ from protocol.ids import (
     parse_digest,
     parse_family,
 )
-from protocol.release import ARTIFACTS_ROLE, releases_role
+from protocol.release import ARTIFACTS_ROLE, DIRECTOR_ROLE, releases_role
 
 REQUEST_SHARDS: Final = 16
 """Requests are spread over topics, since three brokers grant `$share` and deliver nothing (SPEC section 4.4)."""
@@ -41,7 +41,7 @@ REQUEST_SHARDS: Final = 16
 CLAIM_PREFIX: Final = "claim."
 """Before the number of a claim, as a topic level and as a name on the broker: no device id has a dot (SPEC section 10.2)."""
 
-_DOCUMENTS: Final = ("timestamp", "snapshot", "targets", ARTIFACTS_ROLE)
+_DOCUMENTS: Final = ("timestamp", "snapshot", "targets", ARTIFACTS_ROLE, DIRECTOR_ROLE)
 
 
 @dataclass(frozen=True, slots=True)

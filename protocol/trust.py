@@ -28,8 +28,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import Struct
 from msgspec.structs import replace
+from securesystemslib.signer import Signature  # type: ignore[attr-defined]  # public, but without __all__
 from tuf.api import exceptions
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, but without __all__
     DelegatedRole,
@@ -43,9 +46,10 @@ from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
 from protocol.constants import DELEGATED_MAX, metadata_bytes_max
+from protocol.director import DIRECTOR_KEYS_MAX, KEY_BYTES
 from protocol.errors import ExpiredMetadataError, RollbackAttackError, TopicError, TrustError
 from protocol.ids import Digest, parse_digest
-from protocol.release import ArtifactCustom
+from protocol.release import DIRECTOR_ROLE, ArtifactCustom
 
 ROOT_ROTATIONS_MAX: Final = 256
 """Roots that one refresh walks through (5.3.3): a device that was offline for years still arrives."""
@@ -129,6 +133,7 @@ class VerifiedFiles:
     floors: Floors
     files: dict[str, Any]
     until_ms: int
+    director: tuple[bytes, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +145,15 @@ class Verified:
         floors: What the durable record has to hold before anything is done with the targets.
         targets: By path.
         until_ms: When the first of the documents ends.
+        director: Keys that may say which of the releases a device should run (Ed25519, 32 bytes each); None where targets names no director,
+            nothing where none of those that it names could sign such a wish.
     """
 
     root: bytes
     floors: Floors
     targets: dict[str, Target]
     until_ms: int
+    director: tuple[bytes, ...] | None = None
 
 
 def check_root(root: bytes) -> int:
@@ -208,7 +216,7 @@ def verify(
     """
     verified = verify_files(root, documents, floors, now_ms, roles)
     targets = {path: _target(path, file) for path, file in verified.files.items()}
-    return Verified(verified.root, verified.floors, targets, verified.until_ms)
+    return Verified(verified.root, verified.floors, targets, verified.until_ms, verified.director)
 
 
 def verify_files(
@@ -245,6 +253,7 @@ def verify_files(
         # 5.6: hash from the snapshot, signatures, version, expiry.
         targets = trusted.update_targets(documents.targets)
         loaded = _load_delegated(trusted, targets, documents, floors, roles)
+        director = _director(targets)
     except exceptions.ExpiredMetadataError as error:
         raise ExpiredMetadataError(
             f"metadata: {error}", hint="publish again, or correct the device's clock"
@@ -260,7 +269,34 @@ def verify_files(
         delegated=_delegated_floors(floors, targets, loaded),
     )
     ends = [document.expires for document in (trusted.root, timestamp, snapshot, targets, *loaded.values())]
-    return VerifiedFiles(root, seen, _found_targets(targets, loaded), _milliseconds(min(ends)))
+    return VerifiedFiles(root, seen, _found_targets(targets, loaded), _milliseconds(min(ends)), director)
+
+
+def verify_time(root: bytes, statement: bytes, signatures: Mapping[str, str]) -> None:
+    """Check that a threshold of the keys of `timestamp` has signed what time it is (`director.time_statement`).
+
+    Args:
+        root: The newest trusted root document.
+        statement: What must have been signed.
+        signatures: Hexadecimal, by key id.
+
+    Raises:
+        TrustError: They have not.
+    """
+    given = {keyid: Signature(keyid, signature) for keyid, signature in signatures.items()}
+    try:
+        _start(root, 0).root.verify_delegate("timestamp", statement, given)
+    except exceptions.RepositoryError as error:
+        raise TrustError(f"time: {error}") from error
+
+
+def is_signed(key: bytes, statement: bytes, signature: bytes) -> bool:
+    """Whether a director's statement (`director.desired_statement`) was signed with this key (Ed25519, RFC 8032)."""
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, statement)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
 
 
 def _signed_time_ms(timestamp: Timestamp) -> int:
@@ -352,6 +388,26 @@ def _delegations(targets: Targets) -> dict[str, DelegatedRole]:
 def _delegate_keys(name: str, targets: Targets) -> frozenset[str]:
     assert targets.delegations is not None
     return _fingerprints(name, _delegations(targets)[name], targets.delegations.keys)
+
+
+def _director(targets: Targets) -> tuple[bytes, ...] | None:
+    """Keys of the director; a wish has one signature, so a higher threshold is never reached."""
+    role = _delegations(targets).get(DIRECTOR_ROLE)
+    if role is None or targets.delegations is None:
+        return None
+    _delegate_keys(DIRECTOR_ROLE, targets)
+    if role.threshold != 1:
+        return ()
+    found = (targets.delegations.keys.get(keyid) for keyid in role.keyids)
+    keys = (_public_bytes(key) for key in found if key is not None and key.keytype == "ed25519")
+    return tuple(key for key in keys if len(key) == KEY_BYTES)[:DIRECTOR_KEYS_MAX]
+
+
+def _public_bytes(key: Any) -> bytes:
+    try:
+        return bytes.fromhex(key.keyval.get("public", ""))
+    except (TypeError, ValueError):
+        return b""
 
 
 def _load_delegated(

@@ -20,6 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
+from protocol.messages import Report
 from server import (
     ceremony,
     delta_cli,
@@ -334,7 +335,7 @@ def _devices(arguments: argparse.Namespace) -> int:
             "online" if device.is_online else "offline",
             device.family,
             device.version or "-",
-            device.report.state if device.report else "-",
+            _state_text(device.report),
             (device.report.update.code if device.report and device.report.update else "") or "-",
             str(device.report.root) if device.report and device.report.root else "-",
             _instant(device.seen_ms),
@@ -348,6 +349,12 @@ def _devices(arguments: argparse.Namespace) -> int:
     values = [{**msgspec.to_builtins(each), "labels": labels.get(each.device, ())} for each in devices]
     _print(arguments, values, lines or ["No device has reported yet"])
     return 0
+
+
+def _state_text(report: Report | None) -> str:
+    if report is None:
+        return "-"
+    return f"{report.state} ({report.alarm})" if report.alarm else report.state
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -4,13 +4,14 @@
 anything, so a simulator can run a thousand of these in virtual time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 
 from protocol.chunks import chunk_count
+from protocol.director import DESIRED_LIFE_MS
 from protocol.errors import MessageError
 from protocol.ids import DeviceId, Digest
 from protocol.messages import ChunkRequest, KeyRequest, decode_window
@@ -46,7 +47,14 @@ from server.events import (
     Started,
 )
 from server.fleet.history import event_of
-from server.fleet.registry import DeviceRecord, Registry, is_news, next_desired_sequence, runs
+from server.fleet.registry import (
+    DeviceRecord,
+    Registry,
+    is_news,
+    is_waited_for,
+    next_desired_sequence,
+    runs,
+)
 from server.ports import CacheEntry, CacheRemoval
 from server.releases.catalog import Catalog
 from server.releases.delta_garbage import head_releases
@@ -60,6 +68,9 @@ from server.rollouts.steering import Steering
 
 RETAINED_BYTES_MAX: Final = 512 << 20
 """Default budget of retained chunks: they are the broker's memory."""
+
+WISH_PERIOD_MS: Final = DESIRED_LIFE_MS * 2 // 7
+"""Wishes that nobody has answered are signed anew that often: a server may be off for five days before one of them ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,7 @@ class Coordinator:
         self._leaving: dict[Digest, int] = {}  # lengths of blobs that it should forget
         self._is_refreshing = False
         self._refresh_ms = 0
+        self._wishes_ms: int | None = None  # when those that wait are signed anew
         self._effects: list[Effect] = []
         self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
             Started: self._on_started,
@@ -133,7 +145,7 @@ class Coordinator:
     def deadline(self) -> int | None:
         """When `DeadlineReached` is due, if nothing happens before."""
         deadlines = [campaign.deadline() for campaign in self.campaigns.values()]
-        deadlines.append(self.deltas.deadline())
+        deadlines += [self.deltas.deadline(), self._wishes_ms]
         if not self._is_refreshing:
             deadlines.append(self._refresh_ms or self.catalog.refresh_ms)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
@@ -153,16 +165,12 @@ class Coordinator:
         self._plan_cache()
         self._refresh_if_due(now_ms)
 
-    def _on_connected(self, _: BrokerConnected, now_ms: int) -> None:  # noqa: ARG002 - handlers have one shape
+    def _on_connected(self, _: BrokerConnected, now_ms: int) -> None:
         """The broker may be new, or have lost its memory: everything that it should hold is sent again."""
         self._effects.append(PublishMetadata())
         self._effects += [UncacheBlob(name, chunk_count(length)) for name, length in self._leaving.items()]
         self._effects += [CacheBlob(name, chunk_count(length)) for name, length in self.cached.items()]
-        self._effects += [
-            PublishDesired(device.device, device.desired)
-            for device in self.registry
-            if device.desired_sequence
-        ]
+        self._wish_again([device for device in self.registry if device.desired_sequence], now_ms)
 
     def _on_report(self, event: ReportReceived, now_ms: int) -> None:
         before = self.registry.get(event.device)
@@ -242,7 +250,9 @@ class Coordinator:
             self._effects.append(AnswerKeys(event.device, blobs))
             return
         if not isinstance(request, ChunkRequest):
-            self._effects.append(AnswerMetadata(event.device, request.root_version, request.roles))
+            self._effects.append(
+                AnswerMetadata(event.device, request.root_version, request.roles, request.nonce)
+            )
             return
         count = self.catalog.blob_chunks(Digest(request.blob))
         if count is None:
@@ -273,7 +283,10 @@ class Coordinator:
         self._is_refreshing = False
         self._refresh_ms = 0
         self._effects.append(PublishMetadata())
+        is_new_director = event.catalog.director != self.catalog.director
         self._effects += self.deltas.follow(event.catalog)
+        if is_new_director:  # what the old key signed no longer counts
+            self._wish_again([device for device in self.registry if device.desired_sequence], now_ms)
         self.rollouts.advance_all(now_ms)
 
     def _on_signing_failed(self, event: SigningFailed, now_ms: int) -> None:
@@ -301,6 +314,13 @@ class Coordinator:
         self.rollouts.look_at_clock(now_ms)
         self._effects += self.deltas.collect(now_ms)
         self._refresh_if_due(now_ms)
+        if self._wishes_ms is not None and self._wishes_ms <= now_ms:
+            self._wish_again([device for device in self.registry if is_waited_for(device)], now_ms)
+
+    def _wish_again(self, devices: Iterable[DeviceRecord], now_ms: int) -> None:
+        """Publish wishes that were published before: what is signed for them has a life."""
+        self._effects += [PublishDesired(device.device, device.desired) for device in devices]
+        self._wishes_ms = now_ms + WISH_PERIOD_MS
 
     # Deltas
 

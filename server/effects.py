@@ -66,6 +66,7 @@ class AnswerMetadata:
     device: DeviceId
     root_version: int
     roles: tuple[str, ...] = ()
+    nonce: bytes = b""  # of a device that asks for the time, too
 
 
 @dataclass(frozen=True, slots=True)

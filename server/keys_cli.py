@@ -13,6 +13,7 @@ import msgspec
 from securesystemslib.signer import Key, Signer  # type: ignore[attr-defined]  # public, but without __all__
 
 from protocol.errors import RequestError
+from protocol.release import DIRECTOR_ROLE
 from server import ceremony
 from server.adapters.blobs import write_file
 from server.adapters.keys import asker, new_passphrase, read_key, write_private
@@ -20,7 +21,7 @@ from server.display import table
 from server.releases.metadata import KeyInfo, Standing, key_info
 from server.releases.signers import make_key, public_key_of, remote_signer, signer_of
 
-_ROLE_HELP: Final = "root, targets, snapshot, timestamp, artifacts, or releases.FAMILY"
+_ROLE_HELP: Final = "root, targets, snapshot, timestamp, artifacts, director, or releases.FAMILY"
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -57,7 +58,10 @@ def _add_changes(actions: Any, common: argparse.ArgumentParser) -> None:
     assign.add_argument("role", metavar="ROLE", help=_ROLE_HELP)
     assign.add_argument("keys", metavar="NAME.pub", nargs="+", type=Path, help="public keys, all of them")
     assign.add_argument(
-        "--threshold", metavar="N", type=int, help="how many have to sign (default: all of them)"
+        "--threshold",
+        metavar="N",
+        type=int,
+        help="how many have to sign (default: all of them; for the director one)",
     )
     assign.set_defaults(run=_assign)
     rotate = actions.add_parser("rotate", parents=[common], help="put one key in the place of another")
@@ -146,7 +150,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _assign(arguments: argparse.Namespace) -> int:
     keys = [_public(path) for path in arguments.keys]
-    threshold = len(keys) if arguments.threshold is None else arguments.threshold
+    every = 1 if arguments.role == DIRECTOR_ROLE else len(keys)
+    threshold = every if arguments.threshold is None else arguments.threshold
     return _outcome(arguments, ceremony.assign(arguments.dir, arguments.role, keys, threshold))
 
 

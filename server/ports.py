@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from protocol.delta.format import Profile
 from protocol.ids import DeviceId, Digest, Family, Version
-from protocol.messages import Desired, KeyAnswer
+from protocol.messages import KeyAnswer
 from protocol.release import ChunkTree, DeltaName, Encryption, Release, ReleaseFile, delta_target
 from protocol.trust import Documents, Target
 from server.fleet.history import DeviceEvent
@@ -311,8 +311,8 @@ class Transport(Protocol):
         """Whether the broker accepted us and our subscriptions."""
         ...
 
-    def publish_desired(self, device: DeviceId, desired: Desired | None) -> None:
-        """Retain what a device should run; None takes the message away."""
+    def publish_desired(self, device: DeviceId, payload: bytes) -> None:
+        """Retain what a device should run, signed or not; nothing takes the message away."""
         ...
 
     def publish_documents(self, repository: Repository) -> None:

@@ -16,8 +16,9 @@ from typing import Any, Final, Self, TypeVar
 import msgspec
 
 from protocol.errors import MissingKeyError, RequestError, StorageError, TransportError, WhimbrelError
-from protocol.ids import Digest
-from protocol.messages import BUNDLE_BYTES_MAX, MetadataBundle, encode_message
+from protocol.ids import DeviceId, Digest
+from protocol.messages import BUNDLE_BYTES_MAX, Desired, MetadataBundle, TimeStatement, encode_message
+from protocol.topics import Topics
 from protocol.trust import Target
 from server.adapters.blobs import FolderBlobs, storage_errors
 from server.adapters.clock import SystemClock
@@ -102,6 +103,7 @@ class Server:
         self._is_stopping = threading.Event()
         self._has_stopped = threading.Event()
         self._lock = threading.Lock()  # around the coordinator
+        self._topics = Topics(config.fleet)
         self._coordinator = Coordinator(
             CoordinatorLimits(
                 retained_bytes_max=config.retained_bytes_max,
@@ -365,7 +367,7 @@ class Server:
         assert transport is not None
         match effect:
             case PublishDesired(device, desired):
-                transport.publish_desired(device, desired)
+                self._wish(device, desired)
             case PublishMetadata():
                 transport.publish_documents(self._repository)
             case CacheBlob(name, chunk_count):
@@ -374,8 +376,9 @@ class Server:
                 transport.uncache_blob(name, chunk_count)
             case AnswerChunks(device, name, chunks):
                 transport.answer_chunks(device, name, chunks)
-            case AnswerMetadata(device, root_version, roles):
-                transport.answer_metadata(device, bundle(self._repository, root_version, roles))
+            case AnswerMetadata(device, root_version, roles, nonce):
+                time = self._attested(device, nonce)
+                transport.answer_metadata(device, bundle(self._repository, root_version, roles, time))
             case AnswerKeys(device, blobs):
                 recipients = self._enrolment.public_keys(device)
                 answer = self._content_keys.answer(self.config.fleet, device, blobs, recipients)
@@ -387,6 +390,27 @@ class Server:
             case SignMetadata():
                 return self._sign(effect)
         return None
+
+    def _wish(self, device: DeviceId, desired: Desired | None) -> None:
+        """Retain what a device should run; a wish that cannot be signed is not sent, since no device would take it."""
+        assert self._transport is not None
+        payload = b""
+        try:
+            if desired is not None:
+                topic = self._topics.desired(device)
+                payload = self._director.seal(topic, desired, self._clock.now_ms())
+        except MissingKeyError as error:
+            _LOG.error("%s is not asked: %s", device, error)
+            return
+        self._transport.publish_desired(device, payload)
+
+    def _attested(self, device: DeviceId, nonce: bytes) -> TimeStatement | None:
+        """What time it is, for a device that asked."""
+        try:
+            return self._director.attest(self._topics.metadata_answer(device), nonce, self._clock.now_ms())
+        except MissingKeyError as error:
+            _LOG.error("%s is not told the time: %s", device, error)
+            return None
 
     # Store and signatures
 
@@ -477,9 +501,10 @@ class Server:
 
     def _catalog(self, repository: Repository) -> Catalog:
         self._repository = repository
+        self._director = self._publisher.director(repository)
         published = self._publisher.checked(repository, self._clock.now_ms())
         releases = [record.release for record in self._opened.releases() if record.published_ms is not None]
-        return Catalog.of(published.targets, releases, published.refresh_ms)
+        return Catalog.of(published.targets, releases, published.refresh_ms, self._director.keyid)
 
     def _poll_store(self) -> None:
         """Notice what commands of other processes, or of other threads, put into the store."""
@@ -523,7 +548,12 @@ class Server:
         self._folder_lock = None
 
 
-def bundle(repository: Repository, root_version: int, roles: Collection[str] = ()) -> bytes:
+def bundle(
+    repository: Repository,
+    root_version: int,
+    roles: Collection[str] = (),
+    time: TimeStatement | None = None,
+) -> bytes:
     """The answer to a device whose newest trusted root is `root_version`; as many roots as fit, and at least one."""
     documents = repository.documents
     delegated = {role: data for role, data in documents.delegated if role in roles}
@@ -536,6 +566,7 @@ def bundle(repository: Repository, root_version: int, roles: Collection[str] = (
                 snapshot=documents.snapshot,
                 targets=documents.targets,
                 delegated=delegated,
+                time=time,
             )
         )
         if len(payload) <= BUNDLE_BYTES_MAX or len(roots) <= 1:

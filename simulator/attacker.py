@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 RECENT: Final = 3
 RECENT_SHARE: Final = 0.7
+REPLAY_SHARE: Final = 0.5
+FORGED_SEQUENCE: Final = (1 << 53) - 1
+"""Whoever believed it would never take a request again."""
 
 
 class Attacker:
@@ -57,14 +60,17 @@ class Attacker:
         self._publish(topics.metadata("timestamp"), documents.timestamp)
 
     def _replay_request(self, stream: Stream) -> None:
-        """An old request with the number that it had."""
+        """An old request as the director signed it, to whom it was for or to another device, or one with the highest number."""
         device = stream.choice(self._world.devices).config.device
-        newest = self._world.server.coordinator.registry.get(device).desired_sequence
-        if newest > 1:
-            old = Desired(
-                sequence=1 + stream.randrange(newest - 1), rollout="r0", family=FAMILY, version=FACTORY
-            )
-            self._publish(self._world.topics.desired(device), encode_message(old))
+        topic = self._world.topics.desired(device)
+        overheard = self._world.server.wishes.get(device)
+        if overheard and stream.chance(REPLAY_SHARE):
+            self._publish(topic, stream.choice(overheard))
+        elif self._world.server.wishes and stream.chance(REPLAY_SHARE):
+            self._publish(topic, stream.choice(list(self._world.server.wishes.values()))[-1])
+        else:
+            forged = Desired(sequence=FORGED_SEQUENCE, rollout="r0", family=FAMILY, version=FACTORY)
+            self._publish(topic, encode_message(forged))
 
     def _spoil_chunk(self, stream: Stream) -> None:
         cached = list(self._world.server.coordinator.cached)

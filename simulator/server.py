@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from protocol.chunks import encode_chunk
 from protocol.errors import StorageError, WhimbrelError
 from protocol.ids import DeviceId, Digest, Family, FleetId, Version
-from protocol.messages import Link, Report, decode_message, decode_request, encode_message
+from protocol.messages import Desired, Link, Report, decode_message, decode_request
 from protocol.release import DeltaName, Release, encode_release, file_target, release_target
 from protocol.topics import LinkTopic, ReportTopic, RequestTopic, Topics
 from protocol.trust import Target
@@ -165,6 +165,7 @@ class SimulatedServer:
         self.publisher = publisher_of(world.scenario.seed)
         self.store = MemoryStore(self.publisher.create(self.clock.now_ms()).repository)
         self.history: list[Repository] = [self.store.repository]  # everything ever signed, for attackers
+        self.wishes: dict[DeviceId, list[bytes]] = {}  # where there is an attacker, everything ever wished
         self.counters: dict[str, int] = {}
         self.events_handled = 0
         self.busy_us = 0
@@ -172,6 +173,7 @@ class SimulatedServer:
         self._topics = Topics(FleetId(FLEET))
         self._generation = 0  # of the process
         self._coordinator = Coordinator()
+        self._director = self.publisher.director(self.store.repository)
         self._events: deque[Event] = deque()
         self._is_busy = False
         self._armed_ms: int | None = None
@@ -349,7 +351,7 @@ class SimulatedServer:
         match effect:
             case PublishDesired(device, desired):
                 self._world.checks.asking(device, desired)
-                self._retain(self._topics.desired(device), encode_message(desired) if desired else b"")
+                self._retain(self._topics.desired(device), self._sealed(device, desired))
             case PublishMetadata():
                 self._publish_documents()
             case CacheBlob(name, chunk_count):
@@ -363,8 +365,10 @@ class SimulatedServer:
                     return BlobUncached(name)
             case AnswerChunks(device, name, chunks):
                 self._answer_chunks(device, name, chunks)
-            case AnswerMetadata(device, root_version, roles):
-                payload = bundle(self.store.repository, root_version, roles)
+            case AnswerMetadata(device, root_version, roles, nonce):
+                topic, now_ms = self._topics.metadata_answer(device), self.clock.now_ms()
+                time = self._director.attest(topic, nonce, now_ms)
+                payload = bundle(self.store.repository, root_version, roles, time)
                 self._add("metadata_answered")
                 self._answer(self._topics.metadata_answer(device), payload)
             case BuildDelta():
@@ -402,7 +406,19 @@ class SimulatedServer:
 
     def _catalog(self) -> Catalog:
         published = self.publisher.checked(self.store.repository, self.clock.now_ms())
-        return Catalog.of(published.targets, self.store.releases, published.refresh_ms)
+        self._director = self.publisher.director(self.store.repository)
+        return Catalog.of(published.targets, self.store.releases, published.refresh_ms, self._director.keyid)
+
+    def _sealed(self, device: DeviceId, desired: Desired | None) -> bytes:
+        """As the real server signs; that the signature is right is known without looking."""
+        if desired is None:
+            return b""
+        topic = self._topics.desired(device)
+        payload = self._director.seal(topic, desired, self.clock.now_ms())
+        self._world.trust.remember(topic, payload, self._director.public)
+        if self._world.scenario.faults.replay_s:
+            self.wishes.setdefault(device, []).append(payload)
+        return payload
 
     def _build(self, order: BuildDelta) -> None:
         name = order.name

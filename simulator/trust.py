@@ -1,12 +1,17 @@
 """Verification of signed metadata for many agents at once: what was verified before is remembered, by content.
 
-Every set of documents that differs in a byte is verified by `protocol.trust`, as on a device.
+Every set of documents that differs in a byte is verified by `protocol.trust`, as on a device. Of what the simulated server has just signed for
+a device it is known that it verifies; everything else is verified.
 """
 
+import hashlib
+from collections.abc import Mapping
 from typing import Final
 
 from protocol import trust
+from protocol.director import received_statement
 from protocol.errors import TrustError
+from protocol.messages import decode_desired
 from protocol.trust import Documents, Floors, Followed, Verified
 
 AHEAD_MS: Final = 3_600_000
@@ -23,6 +28,7 @@ class RememberedTrust:
         self.verifications = 0  # by `protocol.trust`
         self._roots: dict[bytes, int] = {}
         self._verified: dict[_Question, tuple[int, Verified]] = {}
+        self._signed: set[bytes] = set()
 
     def check_root(self, root: bytes) -> int:
         """As `protocol.trust.check_root`."""
@@ -58,3 +64,23 @@ class RememberedTrust:
             pass
         self._verified[key] = (until_ms, verified)
         return verified
+
+    def verify_time(self, root: bytes, statement: bytes, signatures: Mapping[str, str]) -> None:
+        """As `protocol.trust.verify_time`."""
+        trust.verify_time(root, statement, signatures)
+
+    def remember(self, topic: str, payload: bytes, key: bytes) -> None:
+        """A wish was just signed with this key."""
+        received = decode_desired(payload)
+        self._signed.add(_digest(key, received_statement(topic, received), received.signature))
+
+    def is_signed(self, key: bytes, statement: bytes, signature: bytes) -> bool:
+        """As `protocol.trust.is_signed`."""
+        return _digest(key, statement, signature) in self._signed or trust.is_signed(
+            key, statement, signature
+        )
+
+
+def _digest(key: bytes, statement: bytes, signature: bytes) -> bytes:
+    """Names a key, a signature and what it is under."""
+    return hashlib.sha256(key + bytes([len(signature)]) + signature + statement).digest()

@@ -31,7 +31,6 @@ from protocol.ids import ClaimId, DeviceId, Digest, FleetId
 from protocol.messages import (
     CertificateAnswer,
     CertificateRequest,
-    Desired,
     KeyAnswer,
     Link,
     Report,
@@ -209,9 +208,8 @@ class MqttTransport:
 
     # Port
 
-    def publish_desired(self, device: DeviceId, desired: Desired | None) -> None:
-        """Retain what a device should run; None takes the message away."""
-        payload = encode_message(desired) if desired is not None else b""
+    def publish_desired(self, device: DeviceId, payload: bytes) -> None:
+        """Retain what a device should run, signed or not; nothing takes the message away."""
         self._send(iter([_Message(self._topics.desired(device), payload)]))
 
     def publish_documents(self, repository: Repository) -> None:

@@ -126,8 +126,16 @@ def next_desired_sequence(record: DeviceRecord) -> int:
     report = record.report
     if report is None:
         return record.desired_sequence + 1
-    updated = report.update.sequence if report.update else 0
-    return max(record.desired_sequence, report.desired_sequence, updated) + 1
+    reported = max(report.desired_sequence, report.update.sequence if report.update else 0)
+    return max(record.desired_sequence, reported) + 1
+
+
+def is_waited_for(record: DeviceRecord) -> bool:
+    """Whether a device was asked for something, and has not said what became of it for good."""
+    update = record.report.update if record.report else None
+    if record.desired is None:
+        return False
+    return update is None or update.sequence != record.desired_sequence or update.finished_ms is None
 
 
 def runs(device: DeviceRecord, release: Release) -> bool:

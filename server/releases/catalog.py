@@ -34,15 +34,19 @@ class Catalog:
         targets: Signed targets by path.
         releases: Published releases.
         refresh_ms: When metadata has to be signed again, so that it never expires.
+        director: Id of the key that signs what devices should run; empty where that is not signed.
     """
 
     targets: Mapping[str, Target] = field(default_factory=dict)
     releases: Mapping[tuple[Family, Version], Release] = field(default_factory=dict)
     refresh_ms: int = NEVER_MS
+    director: str = ""
     _blobs: Mapping[Digest, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(targets: Mapping[str, Target], releases: Iterable[Release], refresh_ms: int) -> "Catalog":
+    def of(
+        targets: Mapping[str, Target], releases: Iterable[Release], refresh_ms: int, director: str = ""
+    ) -> "Catalog":
         """Index what is signed. A release whose target is not signed is left out."""
         blobs = {name: length for target in targets.values() for name, length in target_blobs(target)}
         published = {
@@ -50,7 +54,7 @@ class Catalog:
             for release in releases
             if release_target(Family(release.family), Version(release.version)) in targets
         }
-        return Catalog(targets, published, refresh_ms, blobs)
+        return Catalog(targets, published, refresh_ms, director, blobs)
 
     def release(self, family: Family, version: Version) -> Release | None:
         """A published release."""

@@ -29,8 +29,9 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # public, but with
 from tuf.api.serialization.json import JSONSerializer
 
 from protocol.constants import metadata_bytes_max
+from protocol.director import DIRECTOR_KEYS_MAX
 from protocol.errors import MissingKeyError, RequestError, TrustError
-from protocol.release import role_paths
+from protocol.release import DIRECTOR_ROLE, role_paths
 from protocol.trust import TIME_FIELD, Target
 from server.ports import Repository
 
@@ -44,6 +45,7 @@ LIFETIME_MS: Final = {
     "timestamp": 7 * _DAY_MS,
     "snapshot": 14 * _DAY_MS,
     "artifacts": 90 * _DAY_MS,
+    "director": 90 * _DAY_MS,
     "releases": 90 * _DAY_MS,
     "targets": 365 * _DAY_MS,
     "root": 365 * _DAY_MS,
@@ -140,7 +142,7 @@ class Draft:
         for name, role in delegations.items():
             if role.is_delegated_path(path):
                 return name
-        return None if delegations else "targets"
+        return None if delegations.keys() - {DIRECTOR_ROLE} else "targets"
 
     def version(self, role: str) -> int:
         """Of a document as it is published; 0 for a new one."""
@@ -218,7 +220,7 @@ class Draft:
         """Say who signs for a role from now on; a role of ours that is new is delegated.
 
         Raises:
-            RequestError: The threshold cannot be reached.
+            RequestError: The threshold cannot be reached, or the keys cannot sign for the role.
             ReleaseError: There can be no role of that name.
         """
         found = {key.keyid: key for key in keys}
@@ -227,6 +229,8 @@ class Draft:
                 f"role {name}: a threshold of {threshold} cannot be reached with {len(found)} key(s)",
                 hint="name more keys, or give a --threshold",
             )
+        if name == DIRECTOR_ROLE:
+            _check_director(found.values(), threshold)
         if name in TOP_ROLES:
             self.root.roles[name] = Role(list(found), threshold)
             used = {keyid for role in self.root.roles.values() for keyid in role.keyids}
@@ -300,6 +304,20 @@ class Draft:
         if name in TOP_ROLES:
             return dict(self.root.keys)
         return dict(self.targets.delegations.keys) if self.targets.delegations is not None else {}
+
+
+def _check_director(keys: Iterable[Key], threshold: int) -> None:
+    """What a director signs has one signature, which devices check without TUF."""
+    if threshold != 1:
+        raise RequestError("one key signs a wish of the director", hint="use --threshold 1")
+    if len(keys := list(keys)) > DIRECTOR_KEYS_MAX:
+        raise RequestError(f"the director would have {len(keys)} keys, allowed are {DIRECTOR_KEYS_MAX}")
+    for key in keys:
+        if key.keytype != "ed25519":
+            raise RequestError(
+                f"key {key_info(key).name} is no Ed25519 key, and the director's have to be",
+                hint="make one with `whimbrel keys make`",
+            )
 
 
 # --- documents --------------------------------------------------------------------------------------------------

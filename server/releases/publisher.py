@@ -1,7 +1,7 @@
 """Signing: keys and bytes in, signed TUF documents out.
 
-Who signs for what is read from the documents themselves: root names the keys of the top roles, targets those of `artifacts` and of
-one role per model family (SPEC section 8.1). A new repository has one key for each of them here; `whimbrel keys` takes
+Who signs for what is read from the documents themselves: root names the keys of the top roles, targets those of `artifacts`, of the
+`director` and of one role per model family (SPEC section 8.1). A new repository has one key for each of them here; `whimbrel keys` takes
 root, targets and families to thresholds of keys that live elsewhere. Snapshots are not "consistent" in TUF's sense, since
 documents are not fetched by name from a mirror but delivered as one set.
 
@@ -17,9 +17,10 @@ from securesystemslib.signer import Signer  # type: ignore[attr-defined]  # publ
 
 from protocol.errors import MissingKeyError, RequestError
 from protocol.ids import parse_family
-from protocol.release import ARTIFACTS_ROLE, releases_role
+from protocol.release import ARTIFACTS_ROLE, DIRECTOR_ROLE, releases_role
 from protocol.trust import Documents, Floors, Target, verify
 from server.ports import Repository
+from server.releases.director import Director
 from server.releases.metadata import (
     TOP_ROLES,
     Draft,
@@ -34,7 +35,7 @@ from server.releases.metadata import (
 )
 from server.releases.signers import signer_of
 
-ROLES: Final = (*TOP_ROLES, "artifacts", "releases")
+ROLES: Final = (*TOP_ROLES, "artifacts", "releases", "director")
 """Keys of a new repository by name; `releases` signs for every family until other keys do."""
 
 REFRESH_SHARE: Final = 3
@@ -83,6 +84,7 @@ class Publisher:
         empty = Repository(roots=(root,), documents=Documents(timestamp=b"", snapshot=b"", targets=b""))
         draft = Draft(empty, {})
         draft.assign(ARTIFACTS_ROLE, [keys["artifacts"]], 1)
+        draft.assign(DIRECTOR_ROLE, [keys["director"]], 1)
         return self._complete(empty, draft.sign(self._signers, now_ms), now_ms)
 
     def publish(
@@ -239,6 +241,10 @@ class Publisher:
         """Whether enough keys of a role are here."""
         here = sum(key.keyid in self._signers for key in draft.keys(role))
         return here >= draft.role(role).threshold
+
+    def director(self, repository: Repository) -> Director:
+        """What the keys that are here may sign for single devices."""
+        return Director(repository, lambda key: self._signers.get(key.keyid))
 
     def holds(self, keyid: str) -> bool:
         """Whether a key signs here."""

@@ -14,7 +14,7 @@ from device.slots import SlotHealth, slot_file, slot_folder
 from device.states import RESTING, State
 from protocol.constants import CHUNK_BYTES
 from protocol.ids import digest_of
-from protocol.messages import Desired, TrialEvidence, encode_message
+from protocol.messages import Desired, TrialEvidence
 from protocol.trust import Floors
 from simulator.disk import _read as read_extents
 from simulator.engine import Fingerprints
@@ -166,7 +166,7 @@ class Machine(Device):
 
     def ask(self, version: str, ends: str, sequence: int) -> None:
         """The server wishes for a version."""
-        self.desired = encode_message(
+        self.desired = self.cache.sealed(
             Desired(sequence=sequence, rollout="r1", family=FAMILY, version=version)
         )
         self.ends = ends
@@ -185,7 +185,7 @@ def first_life(world: World) -> list[Noted]:
     """The update without a power cut; every moment of it."""
     update = world.update
     disk = CrashDisk()
-    install_factory(disk, world.cache.root)
+    install_factory(disk, world.cache.root, world.cache.director())
     machine = Machine(world, disk)
     machine.connect()
     machine.settle()

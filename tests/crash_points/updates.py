@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from device import decoding
 from device.executor import CURRENT_LINK, ROOT_FILE
-from device.journal import Journal, Record, SlotRecord
+from device.journal import Director, Journal, Record, SlotRecord
 from device.slots import SlotHealth, SlotName, slot_file, slot_folder
 from device.states import State
 from protocol.constants import CHUNK_BYTES
@@ -148,8 +148,8 @@ UPDATES: Final = {
 }
 
 
-def install_factory(disk: SimulatedDisk, root: bytes) -> None:
-    """As `device.runtime.install_factory`."""
+def install_factory(disk: SimulatedDisk, root: bytes, director: Director) -> None:
+    """As `device.runtime.install_factory`, of a device that has looked at the metadata before."""
     files = {slot_file(SlotName.A, MODEL): V1, slot_file(SlotName.A, KEPT): VOCABULARY, ROOT_FILE: root}
     for name, data in files.items():
         disk.create(name, len(data))
@@ -162,4 +162,5 @@ def install_factory(disk: SimulatedDisk, root: bytes) -> None:
         main_file=MODEL,
         files={MODEL: digest_of(V1), KEPT: digest_of(VOCABULARY)},
     )
-    Journal(disk).save(Record(active=SlotName.A, slots={SlotName.A: slot, SlotName.B: SlotRecord()}))
+    slots = {SlotName.A: slot, SlotName.B: SlotRecord()}
+    Journal(disk).save(Record(active=SlotName.A, slots=slots, director=director))

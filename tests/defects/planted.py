@@ -6,6 +6,7 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from device import blobs, executor, install
+from device.assignments import Assignment
 from device.executor import Executor
 from device.ledger import Ledger
 from device.ports import Cipher, Disk
@@ -14,7 +15,7 @@ from device.sync import MetadataSync
 from device.trial import Verdict
 from device.update import Update
 from protocol.chunks import Bitmap, BlobPlan
-from protocol.messages import Desired, Report
+from protocol.messages import Report
 from protocol.trust import Documents, Floors, Verified
 
 
@@ -83,9 +84,9 @@ def stale_job() -> Iterator[None]:
     """A request is taken whatever its number."""
     request = Update.request
 
-    def credulous(update: Update, desired: Desired) -> None:
-        update._ledger.change(desired_sequence=desired.sequence - 1)
-        request(update, desired)
+    def credulous(update: Update, assignment: Assignment) -> None:
+        update._ledger.change(desired_sequence=assignment.desired.sequence - 1)
+        request(update, assignment)
 
     with patch.object(Update, "request", credulous):
         yield

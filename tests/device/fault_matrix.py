@@ -345,6 +345,8 @@ def inject(device: Subject, state: State, fault: Fault, seed: int) -> Callable[[
             return device.connect
         case Fault.CLOCK_FORWARD | Fault.CLOCK_BACK:
             right_ms = device.now_ms
+            if fault is Fault.CLOCK_BACK:
+                device.has_server()  # which tells it the time
             device.restart(right_ms + 400 * DAY_MS if fault is Fault.CLOCK_FORWARD else 0)
             return lambda: device.restart(right_ms + DAY_MS // 24)
     return _nothing

@@ -16,7 +16,7 @@ from device.agent import Agent
 from device.config import AgentConfig
 from device.effects import Effect, Trace
 from device.executor import ROOT_FILE, Executor
-from device.journal import Journal, Record, SlotRecord
+from device.journal import Director, DirectorKey, Journal, Record, SlotRecord
 from device.ports import KeyOpener, Model, ModelSource, TrialOrder, Trust
 from device.slots import SlotHealth, SlotName, slot_file
 from device.states import State
@@ -31,10 +31,11 @@ from protocol.ids import DeviceId, Digest, Family, FleetId, Version, digest_of
 from protocol.messages import (
     Desired,
     LatencySummary,
+    MetadataRequest,
     Report,
     TrialEvidence,
     decode_message,
-    encode_message,
+    decode_request,
 )
 from protocol.release import (
     ArtifactCustom,
@@ -53,8 +54,9 @@ from protocol.release import (
 )
 from protocol.tensors import BytesSource
 from protocol.topics import Topics
-from protocol.trust import Target
+from protocol.trust import Floors, Target, verify
 from server.ports import Repository
+from server.runtime import bundle
 from simulator.disk import SimulatedDisk
 from simulator.models import publisher_of
 from simulator.power import PowerCutError
@@ -105,6 +107,8 @@ class Cache:
         self.repository: Repository = self.publisher.create(START_MS).repository
         self.root = self.repository.roots[0]
         self.sequence = 0
+        self.desired: Desired | None = None  # the last wish
+        self.server_ms = START_MS  # what the server's clock shows
 
     def add_blob(self, data: bytes) -> tuple[Digest, ChunkTree]:
         parts = chunks_of(data)
@@ -181,10 +185,33 @@ class Cache:
 
     def desire(self, version: str, *, sequence: int | None = None, family: str = FAMILY) -> bytes:
         self.sequence = self.sequence + 1 if sequence is None else sequence
-        desired = Desired(sequence=self.sequence, rollout="r1", family=family, version=version)
-        payload = encode_message(desired)
-        self.retained[TOPICS.desired(DEVICE)] = payload
+        self.desired = Desired(sequence=self.sequence, rollout="r1", family=family, version=version)
+        return self.desire_again()
+
+    def desire_again(self) -> bytes:
+        """Sign the last wish anew."""
+        assert self.desired is not None
+        payload = self.retained[TOPICS.desired(DEVICE)] = self.sealed(self.desired)
         return payload
+
+    def sealed(self, desired: Desired) -> bytes:
+        """As the director of what is published signs it."""
+        director = self.publisher.director(self.repository)
+        return director.seal(TOPICS.desired(DEVICE), desired, self.server_ms)
+
+    def director(self) -> Director:
+        """Who may wish, for the record of a device that has looked before."""
+        keys = verify(self.root, self.repository.documents, Floors(), START_MS).director
+        return Director(is_named=keys is not None, keys=tuple(DirectorKey(key=key) for key in keys or ()))
+
+    def answer(self, payload: bytes) -> bytes | None:
+        """What a server answers to a request for metadata."""
+        request = decode_request(payload)
+        if not isinstance(request, MetadataRequest):
+            return None
+        topic = TOPICS.metadata_answer(DEVICE)
+        time = self.publisher.director(self.repository).attest(topic, request.nonce, self.server_ms)
+        return bundle(self.repository, request.root_version, request.roles, time)
 
 
 class ScriptedModel(Model):
@@ -268,6 +295,7 @@ class Device:
         disk: CuttingDisk | None = None,
         trust: Trust = trust_module,
         open_key: KeyOpener | None = None,
+        has_looked: bool = True,
     ) -> None:
         fields: dict[str, object] = {"device": DEVICE, "fleet": FLEET, "family": FAMILY, "tier": "pi"}
         self.config = AgentConfig(**{**fields, **(config or {})})  # type: ignore[arg-type]  # a test's keyword arguments
@@ -284,6 +312,8 @@ class Device:
         self.fetched: list[tuple[str, int]] = []
         self.answer_requests: Callable[[str, bytes], None] | None = None
         self.cut_at: int | None = None
+        self.is_clock_set = True
+        self.has_looked = has_looked  # at the metadata, before this began
         if disk is None:
             self._install_factory(model)
         self.boot()
@@ -308,7 +338,9 @@ class Device:
             main_file="model.onnx",
             files={"model.onnx": digest_of(model)},
         )
-        Journal(self.disk).save(Record(active=SlotName.A, slots={SlotName.A: slot, SlotName.B: SlotRecord()}))
+        slots = {SlotName.A: slot, SlotName.B: SlotRecord()}
+        director = self.cache.director() if self.has_looked else None
+        Journal(self.disk).save(Record(active=SlotName.A, slots=slots, director=director))
 
     def boot(self) -> None:
         self.queue: deque[events.Event] = deque()
@@ -324,7 +356,7 @@ class Device:
             post=self.queue.append,
             open_key=self.open_key,
         )
-        self.queue.append(self.executor.boot_event(memory_bytes=1 << 30))
+        self.queue.append(self.executor.boot_event(1 << 30, is_clock_set=self.is_clock_set))
 
     def connect(self) -> None:
         self.is_connected = True
@@ -410,6 +442,16 @@ class Device:
             self.reports.append(decode_message(Report, payload))
         elif self.answer_requests is not None:
             self.answer_requests(topic, payload)
+
+    def has_server(self) -> None:
+        """From now on a server answers requests for metadata."""
+
+        def answer(_topic: str, payload: bytes) -> None:
+            data = self.cache.answer(payload)
+            if data is not None:
+                self.deliver(TOPICS.metadata_answer(DEVICE), data)
+
+        self.answer_requests = answer
 
     def deliver(self, topic: str, payload: bytes) -> None:
         self.queue.append(events.MessageReceived(topic, payload))

@@ -80,7 +80,7 @@ class SecretCache(Cache):
             path, sink.getvalue(), ArtifactCustom(chunks=_TREE, memory_bytes=memory_bytes, in_place=needs)
         )
 
-    def answer(self, request: KeyRequest) -> KeyAnswer:
+    def key_answer(self, request: KeyRequest) -> KeyAnswer:
         """What a server says."""
         return KeyAnswer(keys=tuple(self.wrapped(blob) for blob in request.blobs))
 
@@ -261,7 +261,7 @@ def test_a_poisoned_chunk_is_told_without_the_key_and_asked_for_anew(cache: Secr
     def hear(_topic: str, payload: bytes) -> None:
         request = decode_request(payload)
         if isinstance(request, KeyRequest):
-            device.deliver(TOPICS.keys(DEVICE), encode_message(cache.answer(request)))
+            device.deliver(TOPICS.keys(DEVICE), encode_message(cache.key_answer(request)))
         elif isinstance(request, ChunkRequest):
             device.deliver(TOPICS.chunk_answer(DEVICE), good)
 
@@ -452,7 +452,7 @@ def test_keys_that_are_wrong_or_do_not_come_fail_with_a_code_and_lose_nothing(
 
 def test_a_false_key_among_true_ones_hides_none(cache: SecretCache) -> None:
     def serve(request: KeyRequest) -> KeyAnswer:
-        keys = [*_wrong(cache, request).keys, *_foreign(cache, request).keys, *cache.answer(request).keys]
+        keys = [*_wrong(cache, request).keys, *_foreign(cache, request).keys, *cache.key_answer(request).keys]
         return KeyAnswer(keys=tuple(keys))
 
     device = online(cache, serve)

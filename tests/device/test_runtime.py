@@ -84,6 +84,7 @@ class Lab:
             folder=self.folder / name,
             broker_host=host,
             broker_port=port,
+            clock="none" if name.endswith("1") else "trusted",
         )
 
     def provision(self, name: str) -> DeviceConfig:

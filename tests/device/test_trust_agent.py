@@ -1,7 +1,5 @@
 """What an agent believes, over stolen keys, lost roots and clocks that lie. The numbers are rows of docs/security/metadata.md."""
 
-from collections.abc import Callable
-
 import pytest
 from msgspec.structs import replace
 from securesystemslib.signer import Signer  # type: ignore[attr-defined]  # public, but without __all__
@@ -12,7 +10,6 @@ from device.states import State
 from protocol.constants import DESIRED_LEAP_MAX
 from protocol.errors import MissingKeyError, TrustError
 from protocol.ids import digest_of
-from protocol.messages import MetadataRequest, decode_request
 from protocol.release import ArtifactCustom, delta_target, file_target
 from protocol.trust import Documents, Target, verify
 from server.fleet.registry import DeviceRecord, next_desired_sequence
@@ -20,7 +17,7 @@ from server.ports import Repository
 from server.releases.metadata import Draft, expires, sign, snapshot_of, timestamp_of
 from server.releases.publisher import ROLES, Publisher
 from server.releases.signers import make_key, public_key_of
-from server.runtime import BUNDLE_ROOTS_MAX, bundle
+from server.runtime import BUNDLE_ROOTS_MAX
 from tests.device.harness import DEVICE, START_MS, TOPICS, Cache, Device, model_bytes
 
 DAY_MS = 86_400_000
@@ -38,6 +35,7 @@ def cache() -> Cache:
 def online(cache: Cache, now_ms: int = START_MS) -> Device:
     device = Device(cache, V1)
     device.now_ms = now_ms
+    device.has_server()
     device.connect()
     device.settle()
     return device
@@ -50,12 +48,15 @@ def ask(device: Device, version: str) -> None:
 
 def published_again(cache: Cache, now_ms: int) -> None:
     """Documents whose life begins now."""
+    cache.server_ms = now_ms
     cache.repository = cache.publisher.publish(cache.repository, (), (), now_ms).repository
     cache.repository = cache.publisher.renew(cache.repository, "releases.digits", now_ms).repository
     cache.repository = cache.publisher.renew(cache.repository, "artifacts", now_ms).repository
     cache.repository = cache.publisher.renew(cache.repository, "targets", now_ms).repository
     cache.repository = cache.publisher.renew(cache.repository, "root", now_ms).repository
     cache.publish_metadata()
+    if cache.desired is not None:
+        cache.desire_again()
 
 
 def reason(device: Device) -> str:
@@ -165,22 +166,11 @@ def test_17_a_false_root_in_the_broker_costs_time_and_nothing_else(cache: Cache)
     cache.publish("v2", V2)
     true = cache.retained[TOPICS.root(2)]
     cache.retained[TOPICS.root(2)] = Cache().root
-    device.answer_requests = answering(cache, device)
+    device.has_server()
     ask(device, "v2")
     assert device.answer() == digest_of(V2)
     assert device.record.floors.root == 2
     assert device.executor.boot_event(0).root == true
-
-
-def answering(cache: Cache, device: Device) -> Callable[[str, bytes], None]:
-    def answer(_topic: str, payload: bytes) -> None:
-        request = decode_request(payload)
-        if isinstance(request, MetadataRequest):
-            device.deliver(
-                TOPICS.metadata_answer(DEVICE), bundle(cache.repository, request.root_version, request.roles)
-            )
-
-    return answer
 
 
 @pytest.mark.parametrize("is_retained", [True, False])
@@ -193,7 +183,7 @@ def test_19_a_device_that_was_away_for_fifty_rotations_arrives(cache: Cache, is_
     cache.publish("v2", V2)
     if not is_retained:
         cache.retained = {topic: data for topic, data in cache.retained.items() if "/md/" not in topic}
-    device.answer_requests = answering(cache, device)
+    device.has_server()
     ask(device, "v2")
     assert device.answer() == digest_of(V2)
     assert device.record.floors.root == 51
@@ -303,7 +293,8 @@ def test_28_a_year_that_a_thief_signed_goes_with_the_timestamp_key(cache: Cache)
     cache.repository = replace(honest, documents=replace(honest.documents, timestamp=far))
     cache.publish_metadata()
     ask(device, "v2")
-    assert (device.answer(), device.record.floors.time_ms) == (digest_of(V2), far_ms)
+    assert (device.state, reason(device)) == (State.FAILED, "trust.expired")
+    assert (device.answer(), device.record.floors.time_ms) == (digest_of(V1), far_ms)
     cache.repository = honest
     cache.publish("v3", V3)
     ask(device, "v3")
@@ -420,7 +411,7 @@ def test_a_repository_from_before_delegations_is_believed_as_it_is(cache: Cache)
     cache.repository = replace(cache.repository, documents=documents)
     cache.retained = {topic: data for topic, data in cache.retained.items() if "/md/" not in topic}
     cache.publish_metadata()
-    device.answer_requests = answering(cache, device)
+    device.has_server()
     ask(device, "v2")
     assert device.answer() == digest_of(V2)
     assert device.record.floors.delegated == ()

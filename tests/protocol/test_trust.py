@@ -28,7 +28,7 @@ def test_signed_targets_are_believed_and_floors_follow(cache: Cache) -> None:
     verified = verify(cache.root, documents(cache), Floors(), START_MS)
     assert "releases/digits/v2.json" in verified.targets
     versions = {floor.role: floor.version for floor in verified.floors.delegated}
-    assert versions == {"artifacts": 3, "releases.digits": 2}
+    assert versions == {"artifacts": 3, "director": 1, "releases.digits": 2}
     assert verified.floors.time_ms == START_MS
     top = replace(verified.floors, delegated=(), time_ms=0)
     assert top == Floors(root=1, timestamp=3, snapshot=3, targets=2)

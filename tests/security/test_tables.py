@@ -79,7 +79,11 @@ def test_the_entry_page_has_every_row_in_order_with_a_page_and_a_test_or_a_reaso
 @pytest.mark.parametrize(
     ("table", "paths", "pattern"),
     [
-        ("metadata.md", ["protocol/test_trust_attacks.py", "device/test_trust_agent.py"], r"test_\d+_"),
+        (
+            "metadata.md",
+            ["protocol/test_trust_attacks.py", "device/test_trust_agent.py", "device/test_director.py"],
+            r"test_\d+_",
+        ),
         ("metadata.md", ["security/test_key_rotation.py", "server/test_ceremony.py"], r"test_\d+_"),
         ("metadata.md", ["security/test_transfer_attacks.py"], r"test_1\d_"),
         ("transport.md", ["security/test_transfer_attacks.py"], r"test_3\d_"),

@@ -260,7 +260,7 @@ def test_15_after_the_theft_of_every_online_key_two_people_bring_the_fleet_back(
     device.floors = replace(device.floors, timestamp=(1 << 63) - 1, snapshot=(1 << 63) - 1, time_ms=1 << 42)
     with pytest.raises(TrustError):
         device.refresh()
-    names = ("timestamp", "snapshot", "artifacts")
+    names = ("timestamp", "snapshot", "artifacts", "director")
     for name in names:
         (home / f"keys/{name}.pem").rename(f"stolen-{name}.pem")
         run("keys", "make", f"{name}-2", "-o", "fleet/keys", "--no-passphrase")
@@ -351,6 +351,11 @@ def test_a_release_is_withdrawn_by_those_who_sign_for_it(home: Path, run: Run) -
         (["assign", "everything", "ana.pub"], "nothing is delegated to a role 'everything'"),
         (["assign", "root", "none.pub"], "none.pub"),
         (["assign", "root", "ana.pem"], "ana holds no public key"),
+        (["assign", "director", "ana.pub", "--threshold", "2"], "threshold of 2 cannot be reached"),
+        (
+            ["assign", "director", "ana.pub", "root.pub", "--threshold", "2"],
+            "one key signs a wish of the director",
+        ),
         (["revoke", "root"], "role root needs 1 key(s) and would have 0"),
         (["revoke", "nobody"], "no key 'nobody'"),
         (["rotate", "root", "ana.pub", "--role", "snapshot"], "no key 'root' signs for role snapshot"),

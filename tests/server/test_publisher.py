@@ -71,7 +71,14 @@ def empty(publisher: Publisher) -> Repository:
 def test_a_device_accepts_a_new_repository_without_targets(empty: Repository) -> None:
     verified = _device(empty)
     assert verified.targets == {}
-    assert _versions(verified) == {"root": 1, "timestamp": 1, "snapshot": 1, "targets": 1, "artifacts": 1}
+    assert _versions(verified) == {
+        "root": 1,
+        "timestamp": 1,
+        "snapshot": 1,
+        "targets": 1,
+        "artifacts": 1,
+        "director": 1,
+    }
 
 
 def test_a_device_gets_the_targets_that_were_published(publisher: Publisher, empty: Repository) -> None:
@@ -79,7 +86,8 @@ def test_a_device_gets_the_targets_that_were_published(publisher: Publisher, emp
     published = publisher.publish(empty, [target], (), NOW_MS)
     verified = _device(published.repository)
     assert verified.targets == {target.path: target} == published.targets
-    assert _versions(verified) == {"root": 1, "timestamp": 2, "snapshot": 2, "targets": 1, "artifacts": 2}
+    versions = {"root": 1, "timestamp": 2, "snapshot": 2, "targets": 1, "artifacts": 2, "director": 1}
+    assert _versions(verified) == versions
 
 
 def test_the_first_release_of_a_family_gets_a_role_of_its_own(
@@ -217,8 +225,8 @@ def test_each_role_is_signed_again_when_its_time_has_come(publisher: Publisher, 
     cases = [
         (5, {"timestamp"}),
         (10, {"timestamp", "snapshot"}),
-        (61, {"timestamp", "snapshot", "artifacts"}),
-        (244, {"timestamp", "snapshot", "artifacts", "targets", "root"}),
+        (61, {"timestamp", "snapshot", "artifacts", "director"}),
+        (244, {"timestamp", "snapshot", "artifacts", "director", "targets", "root"}),
     ]
     before = _versions(_device(empty))
     for days, changed in cases:

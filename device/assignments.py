@@ -1,0 +1,124 @@
+"""Who may say what this device should run (SPEC section 8.4): what comes as a wish, and whether it is one. Pure.
+
+A wish that a known key of the director has signed goes to the update at once. Any other may come from a director who was appointed since: it
+waits until newer metadata was looked at, and until then it stops nothing and nothing of it is written down. A wish on which an update rests
+is looked at again with the metadata that the update itself brings.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from device.desk import Desk
+from device.fetching import Fetching
+from protocol.director import ForgedDesiredError, received_statement
+from protocol.errors import WhimbrelError
+from protocol.messages import Desired, ReceivedDesired
+
+LOOK_PERIOD_MS: Final = 600_000
+"""Between two looks at the metadata for the sake of wishes that nobody known has signed: whoever forges them can cost a device no more than that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A wish of somebody who may wish.
+
+    Attributes:
+        desired: What it says.
+        signer: Key that signed it; empty in a fleet without a director.
+        expires_ms: Until when it may be acted upon; `None` for ever.
+    """
+
+    desired: Desired
+    signer: bytes = b""
+    expires_ms: int | None = None
+
+
+class Assignments:
+    """Takes wishes, and passes on those that count.
+
+    Args:
+        desk: Shared with the other parts.
+        fetching: Looks at the metadata.
+        request: Told of a wish that counts.
+    """
+
+    def __init__(self, desk: Desk, fetching: Fetching, request: Callable[[Assignment], None]) -> None:
+        self._desk = desk
+        self._ledger = desk.ledger
+        self._topic = desk.topics.desired(desk.config.device)
+        self._fetching = fetching
+        self._request = request
+        self._suspect: ReceivedDesired | None = None  # signed by nobody who is known
+        self._refused: ReceivedDesired | None = None  # as the newest metadata said
+        self._look_ms = 0  # not before that
+
+    def deadline(self) -> int | None:
+        """When to call `look`."""
+        if self._suspect is None or self._fetching.is_looking or not self._desk.may_fetch:
+            return None
+        return self._look_ms
+
+    def heard(self, received: ReceivedDesired) -> None:
+        """A wish arrived; nothing about it is believed."""
+        if received == self._refused:
+            return
+        signer = self._signer(received)
+        if signer is not None:
+            self._take(received, signer)
+            return
+        self._suspect = received
+        self.look()
+
+    def look(self) -> None:
+        """Look at the metadata for the sake of a wish that waits, if it is time and the network is there."""
+        deadline_ms = self.deadline()
+        if deadline_ms is not None and self._desk.now_ms >= deadline_ms:
+            self._look_ms = self._desk.now_ms + LOOK_PERIOD_MS
+            self._fetching.look(self)
+
+    def interrupted(self) -> None:
+        """A look was cut short; it begins anew as soon as it can."""
+        self._look_ms = self._desk.now_ms
+
+    def looked(self) -> None:
+        """Newer metadata was verified."""
+        received, self._suspect = self._suspect, None
+        if received is None:
+            return
+        signer = self._signer(received)
+        if signer is not None:
+            self._take(received, signer)
+            return
+        self._refused = received
+        self._alarm(ForgedDesiredError.code)
+
+    def failed(self, error: WhimbrelError) -> None:
+        """There is no metadata by which the wish could be judged; it is looked for again."""
+        self._alarm(error.code)
+
+    def _signer(self, received: ReceivedDesired) -> bytes | None:
+        """Who has signed a wish, of those that are known to be the director; `None` if none of them has."""
+        director = self._ledger.record.director
+        if director is None:
+            return None
+        if not director.is_named:
+            return None if received.signature else b""
+        statement = received_statement(self._topic, received)
+        signers = (
+            each.key
+            for each in director.keys
+            if self._desk.trust.is_signed(each.key, statement, received.signature)
+        )
+        return next(signers, None)
+
+    def _take(self, received: ReceivedDesired, signer: bytes) -> None:
+        expires_ms = received.expires_ms if signer else None
+        if received.desired.sequence > self._ledger.record.desired_sequence:
+            self._ledger.alarm = ""
+        self._request(Assignment(received.desired, signer, expires_ms))
+
+    def _alarm(self, code: str) -> None:
+        if self._ledger.alarm != code:
+            self._ledger.alarm = code
+            self._desk.report()
