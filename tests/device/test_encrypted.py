@@ -124,7 +124,7 @@ def cache() -> SecretCache:
 def online(cache: SecretCache, serve: Serve | None = None, **config: object) -> Device:
     """A device that runs v1, and whose requests for keys are answered."""
     device = Device(cache, V1, config={"can_decrypt": True, **config}, open_key=open_key)
-    _answer_keys(device, serve or cache.answer)
+    _answer_keys(device, serve or cache.key_answer)
     device.connect()
     device.settle()
     return device
@@ -175,7 +175,7 @@ def topics(device: Device) -> set[str]:
 def test_an_encrypted_file_is_fetched_decrypted_and_served(cache: SecretCache) -> None:
     device = online(cache)
     name = cache.publish_secret("v2", V2)
-    requests = _answer_keys(device, cache.answer)
+    requests = _answer_keys(device, cache.key_answer)
     ask(device, "v2")
     device.settle()
     assert device.answer() == digest_of(V2)
@@ -200,7 +200,7 @@ def test_nothing_of_the_file_is_on_the_air(cache: SecretCache) -> None:
 
 def test_a_release_that_is_not_encrypted_asks_for_no_keys_and_listens_for_none(cache: SecretCache) -> None:
     device = online(cache)
-    requests = _answer_keys(device, cache.answer)
+    requests = _answer_keys(device, cache.key_answer)
     cache.publish("v2", V2)
     ask(device, "v2")
     device.settle()
@@ -228,7 +228,7 @@ def test_several_encrypted_deltas_take_one_request_for_all_keys(cache: SecretCac
     for before, version, model in ((V1, "v2", V2), (V2, "v3", V3)):
         cache.publish_secret(version, model)
         cache.publish_secret_delta(before, model)
-    requests = _answer_keys(device, cache.answer)
+    requests = _answer_keys(device, cache.key_answer)
     ask(device, "v3")
     device.settle()
     assert device.answer() == digest_of(V3)
@@ -282,7 +282,7 @@ def test_a_restart_in_the_middle_asks_for_the_keys_again_and_fetches_nothing_aga
 ) -> None:
     device = online(cache)
     cache.publish_secret("v2", V2)
-    requests = _answer_keys(device, cache.answer)
+    requests = _answer_keys(device, cache.key_answer)
     ask(device, "v2")
     for count in (3, 9, 15):
         device.settle(until=lambda count=count: len(stored(device)) >= count)  # type: ignore[misc]  # bound now
@@ -298,7 +298,7 @@ def test_a_restart_in_the_middle_asks_for_the_keys_again_and_fetches_nothing_aga
 def test_a_lost_connection_asks_for_nothing_again(cache: SecretCache) -> None:
     device = online(cache)
     cache.publish_secret("v2", V2)
-    requests = _answer_keys(device, cache.answer)
+    requests = _answer_keys(device, cache.key_answer)
     ask(device, "v2")
     for count in (3, 9, 15):
         device.settle(until=lambda count=count: len(stored(device)) >= count)  # type: ignore[misc]  # bound now
@@ -320,7 +320,7 @@ def test_a_connection_that_is_lost_while_keys_are_waited_for_asks_again(cache: S
     device.disconnect()
     device.settle()
     assert device.state is State.SUSPENDED
-    again = _answer_keys(device, cache.answer)
+    again = _answer_keys(device, cache.key_answer)
     device.connect()
     device.settle()
     assert device.answer() == digest_of(V2)
@@ -360,7 +360,7 @@ def test_power_that_goes_at_any_effect_loses_no_update(cache: SecretCache, kind:
 
 def test_a_device_without_a_certificate_refuses_before_the_first_byte(cache: SecretCache) -> None:
     device = online(cache, can_decrypt=False)
-    requests = _answer_keys(device, cache.answer)
+    requests = _answer_keys(device, cache.key_answer)
     name = cache.publish_secret("v2", V2)
     ask(device, "v2")
     device.settle()
@@ -442,7 +442,7 @@ def test_keys_that_are_wrong_or_do_not_come_fail_with_a_code_and_lose_nothing(
     assert outcome(device) == ("running", code)
     assert device.answer() == digest_of(V1)
     assert len(requests) == 8
-    _answer_keys(device, cache.answer)  # the next attempt finds an honest server
+    _answer_keys(device, cache.key_answer)  # the next attempt finds an honest server
     device.settle()
     assert outcome(device)[0] == "committed"
     assert device.answer() == digest_of(V2)
