@@ -290,6 +290,7 @@ def test_a_health_plan_that_is_none_is_told(tmp_path: Path) -> None:
         release_of("v1", b"x", model)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_fleet_agrees_with_itself_and_a_wrong_world_does_not(models: Path, tmp_path: Path) -> None:
     scenario = replace(SMALL, model=model_of(models, tmp_path))
@@ -331,6 +332,7 @@ def test_equal_curves_give_exit_code_0_and_json_for_programs(models: Path, tmp_p
     assert (document["is_within"], document["difference"], document["gap"]) == (True, 0.0, 0.0)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_scenario_that_says_the_wrong_thing_of_the_machine_gives_exit_code_1(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
