@@ -1,6 +1,7 @@
 """What operators order: the calls, the command, and two of them at once."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -29,14 +30,20 @@ from server.rollouts.waves import parse_waves
 from tests.server.samples import NOW_MS, publish_models
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with a published version, and a rollout of it that nobody has taken up."""
-    publish_models(tmp_path, {"1": 1}, side=4)
-    home = tmp_path / "server"
+    folder = tmp_path_factory.mktemp("template")
+    publish_models(folder, {"1": 1}, side=4)
     plan = RolloutPlan(waves=parse_waves("2,100%"), rules=Rules(), by="alice")
-    start_rollout(home, "digits", "1", failures_max=None, plan=plan)
-    return home
+    start_rollout(folder / "server", "digits", "1", failures_max=None, plan=plan)
+    return folder / "server"
+
+
+@pytest.fixture
+def home(template: Path, tmp_path: Path) -> Path:
+    """One of these for each test."""
+    return Path(shutil.copytree(template, tmp_path / "server"))
 
 
 def _set_running(home: Path, state: RolloutState = RolloutState.RUNNING) -> None:

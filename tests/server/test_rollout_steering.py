@@ -371,7 +371,7 @@ def test_a_rollout_leads_back_to_an_older_version_and_only_those_that_have_the_n
     assert _campaign(play).state is RolloutState.FINISHED
 
 
-@pytest.mark.parametrize("until", range(1, 40, 3))
+@pytest.mark.parametrize("until", [1, 6, 13])
 def test_a_server_that_restarts_in_between_decides_the_same(until: int) -> None:
     def run(restart_after: int | None) -> tuple[list[Decision], list[MemberRecord]]:
         play = _play(14, "waves=3,50%,100% flight=4 soak=1000")
