@@ -68,6 +68,7 @@ GROUPS: Final[dict[str, Group]] = {
             "tests/protocol/test_chunk_limits.py",
             "tests/device/test_blobs.py",
             "tests/device/test_chunks_taken.py",
+            "tests/device/test_download.py",
             "tests/protocol/test_identity.py",
             "tests/protocol/test_identity_limits.py",
         ),
@@ -135,5 +136,15 @@ GROUPS: Final[dict[str, Group]] = {
             "row_23",
             "row_66",
         ),
+    ),
+    "codecs": Group(
+        modules=("protocol/delta/bsdiff.py", "protocol/delta/compression.py"),
+        tests=("tests/protocol/test_delta_codecs.py", "tests/protocol/test_delta_reader_limits.py"),
+        without=("test_any_bytes_as", "tensor_payload", "come_back", "moved_tensor"),
+    ),
+    "journal": Group(
+        modules=("protocol/delta/undo_journal.py",),
+        tests=("tests/protocol/test_delta_inplace.py",),
+        without=("test_a_power_cut_at_any_operation", "loses_power_all_the_time", "moved_far_back"),
     ),
 }
