@@ -68,6 +68,7 @@ GROUPS: Final[dict[str, Group]] = {
             "tests/protocol/test_chunk_limits.py",
             "tests/device/test_blobs.py",
             "tests/device/test_chunks_taken.py",
+            "tests/device/test_download.py",
             "tests/protocol/test_identity.py",
             "tests/protocol/test_identity_limits.py",
         ),
@@ -135,5 +136,23 @@ GROUPS: Final[dict[str, Group]] = {
             "row_23",
             "row_66",
         ),
+    ),
+    "codecs": Group(
+        modules=("protocol/delta/bsdiff.py", "protocol/delta/compression.py"),
+        tests=(
+            "tests/protocol/test_delta_codecs.py",
+            "tests/protocol/test_delta_codecs_limits.py",
+            "tests/protocol/test_delta_reader_limits.py",
+        ),
+        # What is read; what is written is read before it leaves the server.
+        only=(
+            ("protocol/delta/bsdiff.py", "decode_bsdiff"),
+            ("protocol/delta/bsdiff.py", "_unpack_control"),
+            ("protocol/delta/bsdiff.py", "_instructions"),
+            ("protocol/delta/bsdiff.py", "_check"),
+            ("protocol/delta/compression.py", "decompress"),
+            ("protocol/delta/compression.py", "decompress_up_to"),
+        ),
+        without=("test_any_bytes_as", "tensor_payload", "come_back", "moved_tensor"),
     ),
 }

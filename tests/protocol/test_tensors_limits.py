@@ -147,6 +147,15 @@ def test_a_tensor_has_as_many_weights_as_its_runtime_can_count_and_no_more() -> 
         parse_gguf(source(GgufBuilder([GgufTensor("w", (1 << 62, 2), _UNKNOWN, bytes(32))]).build()))
 
 
+def test_a_tensor_ends_with_its_file_at_the_latest() -> None:
+    data = GgufBuilder([GgufTensor("w", (32, 2), _Q4_0, bytes(36))], alignment=1).build()
+    start = len(data) - 36
+    whole = data[:start] + bytes(-start % 32) + data[start:]
+    assert parse_gguf(source(whole)).tensors[0].end == len(whole)
+    with pytest.raises(ModelFileError, match=f"GGUF: tensor 'w' ends at {len(whole)}, the file at"):
+        parse_gguf(source(whole[:-1]))
+
+
 def test_a_type_from_after_this_was_written_ends_where_the_next_starts_wherever_it_stands() -> None:
     tensors = [
         GgufTensor("before", (32, 2), _Q4_0, bytes(36)),

@@ -210,6 +210,12 @@ def test_advice_about_folders_is_given_when_any_file_lies_in_one(tmp_path: Path,
             add(tmp_path, model)
 
 
+def test_a_model_is_no_file_of_tensors_for_itself(tmp_path: Path, model: Path) -> None:
+    model.write_bytes(onnx_model([], [external_tensor("w", _W, location=model.name)]))
+    with pytest.raises(ReleaseError, match=r"keeps tensors in other files: model\.onnx"):
+        add(tmp_path, model)
+
+
 # --- models in several GGUF files -------------------------------------------------------------------------------
 
 
@@ -264,6 +270,17 @@ def test_each_part_has_its_number_and_the_count(tmp_path: Path) -> None:
     for second in (part(2, 2, 0), part(1, 1, 0)):
         with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf is not part 2 of 2"):
             add(tmp_path, *parts(tmp_path, part(0, 2, 2), second), runtime="llama")
+
+
+def test_a_number_that_a_part_does_not_give_or_gives_as_text_is_0(tmp_path: Path) -> None:
+    count = ("split.count", _UINT16, struct.pack("<H", 2))
+    said = ("split.tensors.count", _INT32, struct.pack("<i", 2))
+    text = ("split.no", _STRING, struct.pack("<Q", 1) + b"1")
+    for keys in ([count, said], [count, said, text]):
+        first = GgufBuilder([GgufTensor("w0", (32,), 2, bytes(18))], keys).build()
+        assert len(add(tmp_path, *parts(tmp_path, first, part(1, 2, 0)), runtime="llama").files) == 2
+        with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf is not part 2 of 2"):
+            add(tmp_path, *parts(tmp_path, part(0, 2, 2), first), runtime="llama")
 
 
 def test_a_tensor_stands_in_one_part_only_and_the_first_names_the_sum(tmp_path: Path) -> None:
