@@ -136,7 +136,9 @@ class Agent:
         desk.begin(desk.ledger.record.state)
         self._update = Update(desk, self._serving, event.root)
         self._manual = Manual(desk, self._update, self._serving)
-        self._assignments = Assignments(desk, self._update.fetching, self._update.request)
+        self._assignments = Assignments(
+            desk, self._update.fetching, self._update.request, self._update.try_unproven
+        )
         if desk.is_rewriting:
             self._serving.wait()
             desk.emit(Persist(desk.ledger.record))

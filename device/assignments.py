@@ -1,8 +1,9 @@
 """Who may say what this device should run (SPEC section 8.4): what comes as a wish, and whether it is one. Pure.
 
 A wish that a known key of the director has signed goes to the update at once. Any other may come from a director who was appointed since: it
-waits until newer metadata was looked at, and until then it stops nothing and nothing of it is written down. A wish on which an update rests
-is looked at again with the metadata that the update itself brings.
+waits until newer metadata was looked at, and until then it stops nothing and nothing of it is written down. A device that has never looked
+at the metadata begins with the first wish that comes, if nothing else is under way. A wish on which an update rests is looked at again with the
+metadata that the update itself brings.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,20 @@ class Assignment:
     expires_ms: int | None = None
 
 
+def signer_of(received: ReceivedDesired, desk: Desk) -> bytes | None:
+    """Who has signed a wish, of those that are known to be the director; `None` if none of them has."""
+    director = desk.ledger.record.director
+    if director is None:
+        return None
+    if not director.is_named:
+        return None if received.signature else b""
+    statement = received_statement(desk.topics.desired(desk.config.device), received)
+    signers = (
+        each.key for each in director.keys if desk.trust.is_signed(each.key, statement, received.signature)
+    )
+    return next(signers, None)
+
+
 class Assignments:
     """Takes wishes, and passes on those that count.
 
@@ -41,14 +56,21 @@ class Assignments:
         desk: Shared with the other parts.
         fetching: Looks at the metadata.
         request: Told of a wish that counts.
+        try_unproven: Told of a wish on a device that does not know who may wish; whether it begins with it.
     """
 
-    def __init__(self, desk: Desk, fetching: Fetching, request: Callable[[Assignment], None]) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        fetching: Fetching,
+        request: Callable[[Assignment], None],
+        try_unproven: Callable[[ReceivedDesired], bool],
+    ) -> None:
         self._desk = desk
         self._ledger = desk.ledger
-        self._topic = desk.topics.desired(desk.config.device)
         self._fetching = fetching
         self._request = request
+        self._try_unproven = try_unproven
         self._suspect: ReceivedDesired | None = None  # signed by nobody who is known
         self._refused: ReceivedDesired | None = None  # as the newest metadata said
         self._look_ms = 0  # not before that
@@ -63,12 +85,12 @@ class Assignments:
         """A wish arrived; nothing about it is believed."""
         if received == self._refused:
             return
-        signer = self._signer(received)
+        signer = signer_of(received, self._desk)
         if signer is not None:
             self._take(received, signer)
-            return
-        self._suspect = received
-        self.look()
+        elif self._ledger.record.director is not None or not self._try_unproven(received):
+            self._suspect = received
+            self.look()
 
     def look(self) -> None:
         """Look at the metadata for the sake of a wish that waits, if it is time and the network is there."""
@@ -86,7 +108,7 @@ class Assignments:
         received, self._suspect = self._suspect, None
         if received is None:
             return
-        signer = self._signer(received)
+        signer = signer_of(received, self._desk)
         if signer is not None:
             self._take(received, signer)
             return
@@ -96,21 +118,6 @@ class Assignments:
     def failed(self, error: WhimbrelError) -> None:
         """There is no metadata by which the wish could be judged; it is looked for again."""
         self._alarm(error.code)
-
-    def _signer(self, received: ReceivedDesired) -> bytes | None:
-        """Who has signed a wish, of those that are known to be the director; `None` if none of them has."""
-        director = self._ledger.record.director
-        if director is None:
-            return None
-        if not director.is_named:
-            return None if received.signature else b""
-        statement = received_statement(self._topic, received)
-        signers = (
-            each.key
-            for each in director.keys
-            if self._desk.trust.is_signed(each.key, statement, received.signature)
-        )
-        return next(signers, None)
 
     def _take(self, received: ReceivedDesired, signer: bytes) -> None:
         expires_ms = received.expires_ms if signer else None

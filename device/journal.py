@@ -18,7 +18,7 @@ from device.ports import Disk
 from device.slots import SlotHealth, SlotName
 from device.states import State
 from protocol.errors import StorageError
-from protocol.messages import Desired, TrialEvidence
+from protocol.messages import Desired, ReceivedDesired, TrialEvidence
 from protocol.release import ChunkTree, InPlaceNeeds, Release, RuntimeName
 from protocol.trust import Floors
 
@@ -130,6 +130,7 @@ class UpdateRecord(Struct, frozen=True, kw_only=True):
     started_ms: int
     signer: bytes = b""  # key of the director that signed the wish; empty where it was not signed
     expires_ms: int | None = None  # until when the wish may be acted upon
+    unproven: ReceivedDesired | None = None  # the wish as it came, while it is not known who may wish
     finished_ms: int | None = None
     release: Release | None = None  # known once the signed description was read
     release_sha256: str = ""

@@ -18,7 +18,7 @@ from device.admission import (
     model_bytes,
     plan_update,
 )
-from device.assignments import Assignment
+from device.assignments import Assignment, signer_of
 from device.desk import Desk
 from device.download import Tally
 from device.effects import (
@@ -40,7 +40,7 @@ from device.trial import TRIES_MAX, Verdict, judge
 from protocol.constants import DESIRED_LEAP_MAX
 from protocol.director import ForgedDesiredError
 from protocol.errors import ExpiredMetadataError, ReleaseError, WhimbrelError
-from protocol.messages import TrialEvidence
+from protocol.messages import ReceivedDesired, TrialEvidence
 from protocol.release import decode_release, release_digest
 
 ATTEMPTS_MAX: Final = 6
@@ -49,6 +49,9 @@ ATTEMPTS_MAX: Final = 6
 RETRY_BASE_MS: Final = 5_000
 RETRY_CAP_MS: Final = 600_000
 """Full jitter: a retry waits for a random time up to `RETRY_BASE_MS` doubled per attempt, at most this."""
+
+UNPROVEN_BYTES_MAX: Final = 4_096
+"""A wish that is kept as it came until it is known who may wish; real ones have 100 bytes."""
 
 WRITES_MAX: Final = 200
 """State changes recorded for one update; more is a loop, whatever its reason."""
@@ -206,6 +209,24 @@ class Update:
         if (desired.family, desired.version) == (family, self._ledger.record.active_slot.version):
             self._withdraw()
             return
+        self._start(
+            UpdateRecord(desired=desired, started_ms=self._desk.now_ms, signer=signer, expires_ms=expires_ms)
+        )
+
+    def try_unproven(self, received: ReceivedDesired) -> bool:
+        """A wish arrived, and it is not known yet who may wish: the metadata of its update says so. Whether it is taken so far."""
+        desired, record = received.desired, self._ledger.record
+        if record.update is not None and record.update.finished_ms is None:
+            return record.update.unproven == received
+        is_news = desired.sequence > record.desired_sequence and desired.version != record.active_slot.version
+        if self._desk.state not in RESTING or self._desk.is_paused or not is_news:
+            return False
+        if len(received.signed) > UNPROVEN_BYTES_MAX:
+            return False
+        self._start(UpdateRecord(desired=desired, started_ms=self._desk.now_ms, unproven=received))
+        return True
+
+    def _start(self, update: UpdateRecord) -> None:
         self._drop_work()
         if self._ledger.record.update is not None and self._ledger.update.finished_ms is None:
             self._ledger.note(
@@ -213,16 +234,15 @@ class Update:
             )
             self._ledger.remember(self._desk.now_ms)
         self._ledger.tally = Tally()
-        self._ledger.change(
-            update=UpdateRecord(
-                desired=desired, started_ms=self._desk.now_ms, signer=signer, expires_ms=expires_ms
-            )
-        )
+        self._ledger.change(update=update)
         self._desk.move(Trigger.REQUESTED)
         self._desk.persist()
         self._desk.report()
-        if desired.family != family:
-            self._refuse("admission.family", f"this device runs {family}, not {desired.family}")
+        if update.desired.family != self._desk.config.family:
+            self._refuse(
+                "admission.family",
+                f"this device runs {self._desk.config.family}, not {update.desired.family}",
+            )
             return
         self._begin_sync()
 
@@ -252,6 +272,11 @@ class Update:
 
     def _is_still_wanted(self, time_ms: int) -> bool:
         """Newer metadata was verified: whoever wished may have lost the right to, and the wish may have come late (SPEC 8.4)."""
+        if (received := self._ledger.update.unproven) is not None and not self._prove(received):
+            self._refuse(
+                ForgedDesiredError.code, "nobody has signed this wish whom the metadata names director"
+            )
+            return False
         update = self._ledger.update
         if not self._ledger.may_wish(update.signer):
             self._refuse(
@@ -265,6 +290,17 @@ class Update:
                 ExpiredMetadataError.code, "the wish has expired and was not signed anew", retryable=True
             )
             return False
+        return True
+
+    def _prove(self, received: ReceivedDesired) -> bool:
+        """It is known by now who may wish: whether they did."""
+        signer = signer_of(received, self._desk)
+        if signer is None:
+            return False
+        expires_ms = received.expires_ms if signer else None
+        self._ledger.note(unproven=None, signer=signer, expires_ms=expires_ms)
+        self._ledger.count(signer, max(received.desired.sequence, self._ledger.record.desired_sequence))
+        self._desk.persist()
         return True
 
     def _on_release(self, data: bytes) -> None:

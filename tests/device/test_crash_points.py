@@ -116,7 +116,7 @@ class _Lazy:
         (no_file_sync, "whole", "does not start"),
         (no_folder_sync, "whole", "does not start"),
         (one_copy, "whole", "does not start"),
-        (unsynced_record, "delta", "went back"),
+        (unsynced_record, "delta", "went back|was forgotten"),
         (unsynced_slot, "delta", "no model answers"),
         (untidy, "rollback", "slots/.* is garbage"),
         (leftovers, "in-place-replaced", "inplace/.* is garbage"),

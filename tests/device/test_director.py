@@ -119,12 +119,11 @@ FORGERIES = [
 # --- wishes
 
 
-@pytest.mark.parametrize("has_looked", [True, False])
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_26_a_forged_wish_is_not_taken_and_blocks_none_that_is_true(
-    cache: Cache, forgery: Callable[[Cache], bytes], has_looked: bool
+    cache: Cache, forgery: Callable[[Cache], bytes]
 ) -> None:
-    device = online(cache, has_looked=has_looked)
+    device = online(cache)
     tell(device, forgery(cache))
     device.settle()
     assert (device.state, device.answer()) == (State.IDLE, digest_of(V1))
@@ -132,6 +131,19 @@ def test_26_a_forged_wish_is_not_taken_and_blocks_none_that_is_true(
     assert alarm(device) == "trust.director"
     ask_for(device, "v2")
     assert (device.answer(), alarm(device)) == (digest_of(V2), "")
+
+
+@pytest.mark.parametrize("forgery", FORGERIES[:3])
+def test_26_a_device_that_has_never_looked_learns_who_may_wish_from_the_update(
+    cache: Cache, forgery: Callable[[Cache], bytes]
+) -> None:
+    device = online(cache, has_looked=False)
+    device.deliver(TOPICS.desired(DEVICE), forgery(cache))
+    device.deliver(TOPICS.desired(DEVICE), cache.desire("v2"))  # neither is known to be true
+    device.settle()
+    assert device.answer() == digest_of(V2)
+    assert [past.code for past in device.record.history] == ["trust.director", ""]
+    assert (device.record.desired_sequence, alarm(device)) == (1, "")
 
 
 def test_26_forged_wishes_cost_a_device_no_more_than_a_look_now_and_then(cache: Cache) -> None:

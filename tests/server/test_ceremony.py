@@ -352,10 +352,6 @@ def test_a_release_is_withdrawn_by_those_who_sign_for_it(home: Path, run: Run) -
         (["assign", "root", "none.pub"], "none.pub"),
         (["assign", "root", "ana.pem"], "ana holds no public key"),
         (["assign", "director", "ana.pub", "--threshold", "2"], "threshold of 2 cannot be reached"),
-        (
-            ["assign", "director", "ana.pub", "root.pub", "--threshold", "2"],
-            "one key signs a wish of the director",
-        ),
         (["revoke", "root"], "role root needs 1 key(s) and would have 0"),
         (["revoke", "nobody"], "no key 'nobody'"),
         (["rotate", "root", "ana.pub", "--role", "snapshot"], "no key 'root' signs for role snapshot"),

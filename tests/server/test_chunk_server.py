@@ -24,6 +24,7 @@ from protocol.messages import (
     MetadataRequest,
     Report,
     UpdateReport,
+    decode_desired,
     decode_message,
     encode_message,
     encode_window,
@@ -97,7 +98,7 @@ class Radio:
     def desired(self) -> Desired | None:
         """What it should run."""
         payload = self.last.get(TOPICS.desired(self.device))
-        return decode_message(Desired, payload) if payload else None
+        return decode_desired(payload).desired if payload else None
 
     def close(self) -> None:
         """Leave."""
@@ -153,7 +154,7 @@ def _verified(home: Path, radio: Radio) -> Verified | None:
     )
     root = (home / "metadata" / "1.root.json").read_bytes()
     with opened(home) as there:
-        return verify(root, documents, Floors(), there.clock.now_ms())
+        return verify(root, documents, Floors(), there.clock.now_ms(), ROLES)
 
 
 def _ask(radio: Radio, name: Digest, chunks: list[int]) -> list[bytes]:
@@ -204,7 +205,7 @@ def test_a_device_that_hears_no_retained_messages_can_ask_for_metadata(
         delegated=tuple(bundle.delegated.items()),
     )
     with opened(tmp_path / "server") as there:
-        assert len(verify(root, documents, Floors(), there.clock.now_ms()).targets) == 4
+        assert len(verify(root, documents, Floors(), there.clock.now_ms(), ROLES).targets) == 4
 
 
 def test_a_rollout_builds_a_signed_delta_retains_it_and_ends_with_a_commit(
