@@ -17,10 +17,6 @@ from server.rollouts.records import Decision, OrderAction, RolloutRecord
 from server.rollouts.states import RolloutState
 from server.rollouts.waves import Wave, parse_waves, plain_waves
 
-IN_FLIGHT_MIN: Final = 5
-IN_FLIGHT_SHARE: Final = 0.005
-"""Of the family's devices: what `--in-flight` is by default, but at least `IN_FLIGHT_MIN`. It bounds what a bad release can do."""
-
 _UNITS_MS: Final = {"": 1_000, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)([smhd]?)")
 _DURATION_MS_MAX: Final = 366 * 86_400_000
@@ -173,8 +169,7 @@ def _start(arguments: argparse.Namespace, show: Printer) -> int:
     waves = _waves(arguments, soaks)
     in_flight_max = arguments.in_flight
     if in_flight_max is None:
-        devices = sum(device.family == arguments.family for device in operations.list_devices(arguments.dir))
-        in_flight_max = max(IN_FLIGHT_MIN, int(devices * IN_FLIGHT_SHARE))
+        in_flight_max = rollout_orders.usual_in_flight(arguments.dir, arguments.family)
     plan = RolloutPlan(
         waves=waves,
         rules=Rules(acceptable=arguments.acceptable, unacceptable=arguments.unacceptable),

@@ -31,6 +31,10 @@ LABELS_MAX: Final = 16
 
 NAME_CHARS_MAX: Final = 128
 
+IN_FLIGHT_MIN: Final = 5
+IN_FLIGHT_SHARE: Final = 0.005
+"""Of the family's devices: how many are asked at a time where nobody says, but at least `IN_FLIGHT_MIN`. It bounds what a bad release can do."""
+
 _PAST: Final[dict[str, str]] = {
     "pause": "paused",
     "resume": "resumed",
@@ -114,6 +118,13 @@ def order_rollout(
 
         order = home.store.order_rollout(rollout, make)
         return Given(order=order, before=known[-1] if known else None)
+
+
+def usual_in_flight(folder: Path, family: str) -> int:
+    """How many devices of a family are asked at a time where nobody says."""
+    with opened(folder) as home:
+        devices = sum(device.family == family for device in home.store.devices())
+    return max(IN_FLIGHT_MIN, int(devices * IN_FLIGHT_SHARE))
 
 
 def explain_rollout(folder: Path, rollout: str) -> Explanation:

@@ -164,7 +164,7 @@ class Evidence:
     """
 
     def __init__(self, process: EProcess) -> None:
-        self._process = process
+        self.process = process
         self._outcomes: list[Outcome] = []
         self._strata: list[str] = []
         self._total = _Line()
@@ -223,15 +223,21 @@ class Evidence:
             for name, line in self._lines.items()
         }
 
+    def course(self) -> list[tuple[int, int]]:
+        """How many counted and how many of them had failed, at each failure and at the end; for a chart."""
+        last = len(self._outcomes) - 1
+        places = [*self._total.failed, *([last] if last >= 0 else [])]
+        return [(asked, failed) for failed, asked in map(self._total.counts, places)]
+
     def _at(self, position: int) -> Finding:
         failed, asked = self._total.counts(position)
-        value = 0.5 * self._process.value(failed, asked)
+        value = 0.5 * self.process.value(failed, asked)
         found, most, odds = ("", failed, asked), value, value
         for number, (name, line) in enumerate(self._lines.items(), start=1):
             failed, asked = line.counts(position)
             if not failed:
                 continue  # below one: leaving it out errs to the safe side
-            value = share(number) * self._process.value(failed, asked)
+            value = share(number) * self.process.value(failed, asked)
             odds += value
             if value > most:
                 found, most = (name, failed, asked), value
@@ -258,6 +264,15 @@ class RateTest:
     def is_failing(self) -> bool:
         """Whether the rollout has to stop."""
         return self.evidence.finding().odds >= self.rules.limit
+
+    def stop_line(self, asked_max: int) -> list[int]:
+        """Failures at which a rollout of devices of one tier stops, among the first 1, 2, … `asked_max` devices."""
+        process, line, failed = self.evidence.process, [], 1
+        for asked in range(1, asked_max + 1):
+            while (0.5 + share(1)) * process.value(failed, asked) < self.rules.limit:
+                failed += 1
+            line.append(failed)
+        return line
 
     @property
     def ratio(self) -> float:

@@ -4,13 +4,27 @@ from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
-from server import operations
+from server import operations, rollout_orders
+from server.accounts import may
+from server.operations import RolloutPlan
+from server.rollout_orders import usual_in_flight
+from server.rollouts.evidence import Rules
+from server.rollouts.waves import parse_waves
 from server.web.access import COOKIE, Approver, Operator, Viewer, new_page_session
-from server.web.names import FamilyName, VersionName
+from server.web.names import FamilyName, RolloutName, VersionName
 from server.web.pictures import release_summary, rollout_summary
-from server.web.problems import RESPONSES
-from server.web.views import ReleaseSummary, RolloutOrder, RolloutSummary, SignIn, Visitor
+from server.web.problems import RESPONSES, DeniedError
+from server.web.views import (
+    NewOrder,
+    NewRollout,
+    OrderView,
+    ReleaseSummary,
+    RolloutSummary,
+    SignIn,
+    Visitor,
+)
 
+_CREATED: Final = 201
 _NO_CONTENT: Final = 204
 
 router = APIRouter(prefix="/api/v1", responses=RESPONSES)
@@ -35,18 +49,41 @@ def sign_out(request: Request, response: Response, visitor: Viewer) -> None:
     response.delete_cookie(COOKIE, path="/")
 
 
-@router.post("/rollouts", status_code=201)
-def start_rollout(request: Request, order: RolloutOrder, _: Operator) -> RolloutSummary:
+@router.post("/rollouts", status_code=_CREATED)
+def start_rollout(request: Request, wanted: NewRollout, visitor: Operator) -> RolloutSummary:
     """Start a rollout."""
+    folder = request.app.state.server.config.folder
+    plan = RolloutPlan(
+        waves=parse_waves(wanted.waves, [1000 * soak for soak in wanted.soak_s]),
+        rules=Rules(acceptable=wanted.acceptable, unacceptable=wanted.unacceptable),
+        in_flight_max=wanted.in_flight_max or usual_in_flight(folder, wanted.family),
+        pace_per_minute=wanted.pace_per_minute,
+        from_version=wanted.from_version,
+        by=visitor.user.name,
+    )
     record = operations.start_rollout(
-        request.app.state.server.config.folder,
-        order.family,
-        order.version,
-        canary_count=order.canary_count,
-        wave_timeout_ms=order.wave_timeout_s * 1000,
-        failures_max=order.failures_max,
+        folder,
+        wanted.family,
+        wanted.version,
+        wave_timeout_ms=wanted.wave_timeout_s * 1000,
+        failures_max=wanted.failures_max,
+        plan=plan,
     )
     return rollout_summary(record, {})
+
+
+@router.post("/rollouts/{rollout}/orders", status_code=_CREATED)
+def order_rollout(request: Request, rollout: RolloutName, wanted: NewOrder, visitor: Operator) -> OrderView:
+    """Pause, resume, promote (an approver's) or abort a rollout. Of two who act at once, the second one is told what the first did."""
+    if wanted.action == "promote" and not may(visitor.user.role, "approver"):
+        raise DeniedError(f"{visitor.user.name} is {visitor.user.role}, to promote needs approver")
+    folder = request.app.state.server.config.folder
+    order = rollout_orders.order_rollout(
+        folder, rollout, wanted.action, by=visitor.user.name, reason=wanted.reason, seen=wanted.seen
+    ).order
+    return OrderView(
+        rollout=order.rollout, number=order.number, action=order.action, by=order.by, at_ms=order.at_ms
+    )
 
 
 @router.post("/releases/{family}/{version}/publish")

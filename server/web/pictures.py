@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -15,14 +15,18 @@ from server.fleet.registry import DeviceRecord
 from server.ports import ReleaseRecord
 from server.releases.provenance import Statement
 from server.rollouts.campaign import Campaign
-from server.rollouts.records import MemberRecord, MemberStatus, RolloutRecord
+from server.rollouts.decisions import rate_text, standing
+from server.rollouts.evidence import RateTest
+from server.rollouts.records import Decision, MemberRecord, MemberStatus, RolloutRecord
 from server.web.views import (
     AirBytes,
+    DecisionView,
     Delta,
     Device,
     DeviceMoment,
     DevicePage,
     DeviceStory,
+    Evidence,
     Fleet,
     Latency,
     Member,
@@ -33,12 +37,27 @@ from server.web.views import (
     RolloutSummary,
     Trial,
     VersionCount,
+    WaveView,
 )
 
 ROLLOUTS_MAX: Final = 50
 """Rollouts on the first page, the newest."""
 
-_GOOD: Final = frozenset({"committed", "asked", "running", "withdrawn"})
+STOP_LINE_MIN: Final = 60
+STOP_LINE_MAX: Final = 1_000
+"""Devices that the line is drawn for at which a rollout stops; it is nearly straight beyond."""
+
+COURSE_MAX: Final = 500
+
+_GOOD: Final = frozenset({"committed", "asked", "running", "withdrawn", "deferred"})
+
+
+class MemberPage(NamedTuple):
+    """Which devices of a rollout are asked for."""
+
+    status: str = ""
+    offset: int = 0
+    limit: int = 100
 
 
 def fleet_picture(
@@ -101,9 +120,12 @@ def rollout_summary(record: RolloutRecord, counts: Mapping[MemberStatus, int]) -
     )
 
 
-def rollout_details(campaign: Campaign, status: str, offset: int, limit: int) -> RolloutDetails:
+def rollout_details(
+    campaign: Campaign, decisions: Iterable[Decision], orders: int, now_ms: int, page: MemberPage
+) -> RolloutDetails:
     """One rollout with a page of its devices: those that failed first, then those under way."""
-    members = [each for each in campaign.members.values() if status in {"", each.status}]
+    record = campaign.record
+    members = [each for each in campaign.members.values() if page.status in {"", each.status}]
     members.sort(key=lambda each: (_urgency(each), each.device))
     waves: dict[str, Counter[str]] = {}
     codes: Counter[str] = Counter()
@@ -112,11 +134,53 @@ def rollout_details(campaign: Campaign, status: str, offset: int, limit: int) ->
         if member.code and member.status not in _GOOD:
             codes[member.code] += 1
     return RolloutDetails(
-        **rollout_summary(campaign.record, campaign.counts()).model_dump(),
-        waves={wave: dict(counts) for wave, counts in waves.items()},
+        **rollout_summary(record, campaign.counts()).model_dump(),
+        created_by=record.created_by,
+        wave=record.wave,
+        waves=[
+            WaveView(
+                name=wave.name,
+                size=wave.size_text,
+                soak_ms=wave.soak_ms,
+                counts=dict(waves.get(wave.name, {})),
+            )
+            for wave in record.plan
+        ],
+        in_flight=campaign.in_flight,
+        in_flight_max=record.in_flight_max,
+        pace_per_minute=record.pace_per_minute,
+        failures_max=record.failures_max,
+        standing=standing(campaign, now_ms),
+        evidence=None if campaign.rates is None else _evidence(campaign.rates),
+        decisions=[_decision(each) for each in decisions],
+        orders=orders,
         codes=dict(codes.most_common()),
-        members=[_member(each) for each in members[offset : offset + limit]],
+        members=[_member(each) for each in members[page.offset : page.offset + page.limit]],
         members_total=len(members),
+    )
+
+
+def _evidence(rates: RateTest) -> Evidence:
+    course = rates.evidence.course()
+    return Evidence(
+        text=rate_text(rates),
+        odds=rates.evidence.finding().odds,
+        limit=rates.rules.limit,
+        is_proved=rates.is_proved,
+        stop_line=rates.stop_line(min(STOP_LINE_MAX, max(STOP_LINE_MIN, rates.evidence.counted * 5 // 4))),
+        course=course[-COURSE_MAX:],
+    )
+
+
+def _decision(decision: Decision) -> DecisionView:
+    return DecisionView(
+        at_ms=decision.at_ms,
+        by=decision.by,
+        action=decision.action,
+        wave=decision.wave,
+        text=decision.text,
+        reason=decision.reason,
+        numbers=decision.numbers,
     )
 
 

@@ -12,6 +12,7 @@ from server.rollouts.campaign import Campaign
 from server.web.access import Viewer, visit
 from server.web.names import DeviceName, FamilyName, RolloutName, VersionName
 from server.web.pictures import (
+    MemberPage,
     device_page,
     device_story,
     fleet_picture,
@@ -134,16 +135,19 @@ def rollout(
     offset: Annotated[int, Query(ge=0, le=10_000_000)] = 0,
     limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = 100,
 ) -> RolloutDetails:
-    """One rollout with its devices: those that failed first, then those under way."""
-    stored = next((each for each in request.app.state.store.rollouts() if each.id == rollout), None)
+    """One rollout: its waves, evidence, decisions and devices, those that failed first."""
+    store, clock = request.app.state.store, request.app.state.clock
+    stored = next((each for each in store.rollouts() if each.id == rollout), None)
     if stored is None:
         raise NotFoundError(f"there is no rollout {rollout}")
+    decided, orders = store.decisions(rollout), len(store.orders(rollout))
+    page = MemberPage(status, offset, limit)
 
     def read(coordinator: Coordinator) -> RolloutDetails:
         campaign = coordinator.campaigns.get(stored.id) or Campaign(
             stored
         )  # it may not have been taken up yet
-        return rollout_details(campaign, status, offset, limit)
+        return rollout_details(campaign, decided, orders, clock.now_ms(), page)
 
     details: RolloutDetails = request.app.state.server.look(read)
     return details

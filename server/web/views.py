@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from protocol.ids import NAME_PATTERN, VERSION_PATTERN
 from server.accounts import Role
+from server.rollouts.records import REASON_CHARS_MAX
 
 
 class Problem(BaseModel):
@@ -69,10 +70,58 @@ class Member(BaseModel):
     full_bytes: int
 
 
-class RolloutDetails(RolloutSummary):
-    """A rollout with a page of its devices."""
+class WaveView(BaseModel):
+    """One wave of a rollout's plan."""
 
-    waves: dict[str, dict[str, int]] = Field(description="devices of each wave, by what became of them")
+    name: str
+    size: str = Field(description="how many devices, and which")
+    soak_ms: int
+    counts: dict[str, int] = Field(description="its devices, by what became of them; empty before it begins")
+
+
+class Evidence(BaseModel):
+    """What the outcomes so far say (docs/rollouts.md)."""
+
+    text: str
+    odds: float = Field(description="against the release, so many to one")
+    limit: float = Field(description="odds at which the rollout stops")
+    is_proved: bool = Field(description="by Wald's test, once all are decided")
+    stop_line: list[int] = Field(
+        description="failures at which it stops, among the first 1, 2, … devices that were asked, if all are of one tier"
+    )
+    course: list[tuple[int, int]] = Field(
+        description="devices that count and failures among them, as it went"
+    )
+
+
+class DecisionView(BaseModel):
+    """What was decided, by whom, on what numbers."""
+
+    at_ms: int
+    by: str = Field(description="operator who ordered it; empty where the server decided")
+    action: str
+    wave: str
+    text: str
+    reason: str = Field(description="that the operator gave")
+    numbers: dict[str, float | int | str]
+
+
+class RolloutDetails(RolloutSummary):
+    """A rollout with its waves, its evidence, every decision, and a page of its devices."""
+
+    created_by: str
+    wave: int = Field(description="number of the wave under way, from 0")
+    waves: list[WaveView]
+    in_flight: int
+    in_flight_max: int | None
+    pace_per_minute: int | None
+    failures_max: int | None = Field(
+        description="failures in a wave at which it stops at the latest; null: only the tests count"
+    )
+    standing: str = Field(description="what it waits for")
+    evidence: Evidence | None = Field(description="null where failures are only counted")
+    decisions: list[DecisionView] = Field(description="oldest first")
+    orders: int = Field(description="given so far: to be sent with the next one")
     codes: dict[str, int] = Field(description="devices that did not commit, by the code of the reason")
     members: list[Member]
     members_total: int
@@ -223,11 +272,41 @@ class SignIn(BaseModel):
     password: str = Field(max_length=256)
 
 
-class RolloutOrder(BaseModel):
-    """What to roll out, and how carefully."""
+class NewRollout(BaseModel):
+    """What to roll out, and how (docs/rollouts.md)."""
 
     family: str = Field(pattern=f"^{NAME_PATTERN}$")
     version: str = Field(pattern=f"^{VERSION_PATTERN}$")
-    canary_count: int = Field(2, ge=1, le=100_000)
+    waves: str = Field(
+        "2,100%", max_length=1000, description="as `whimbrel rollout start --waves` takes them"
+    )
+    soak_s: list[int] = Field([0], max_length=50, description="one for all waves, or one for each")
+    in_flight_max: int | None = Field(
+        None, ge=1, le=10_000_000, description="null: half a percent of the fleet, at least 5"
+    )
+    pace_per_minute: int | None = Field(None, ge=1, le=10_000_000)
     wave_timeout_s: int = Field(3600, ge=1, le=31_536_000)
-    failures_max: int = Field(0, ge=0, le=1_000_000)
+    failures_max: int | None = Field(None, ge=0, le=1_000_000, description="null: only the tests count")
+    acceptable: float = Field(0.01, gt=0, lt=1, description="failures that a good release may have")
+    unacceptable: float = Field(0.05, gt=0, lt=1, description="failures that a release must not have")
+    from_version: str = Field("", max_length=64, description="only devices that run this one")
+
+
+class NewOrder(BaseModel):
+    """What to do with a rollout."""
+
+    action: Literal["pause", "resume", "promote", "abort"]
+    reason: str = Field("", max_length=REASON_CHARS_MAX)
+    seen: int = Field(
+        ge=0, le=1_000_000, description="orders that you know of: any further one is a conflict"
+    )
+
+
+class OrderView(BaseModel):
+    """An order that was given; the server carries it out within a quarter of a second."""
+
+    rollout: str
+    number: int
+    action: str
+    by: str
+    at_ms: int

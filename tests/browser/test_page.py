@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from playwright.sync_api import Page, expect
 
 from protocol.messages import Link, Report, UpdateReport, encode_message
+from server.rollout_orders import order_rollout
 from tests.browser.conftest import sign_in
 from tests.browser.lab import FAMILY, WAIT_S, BrowserLab
 
@@ -67,11 +69,60 @@ def test_a_bad_version_is_seen_to_come_back(page: Page, lab: BrowserLab, shots: 
     expect(page.locator("h1")).to_contain_text("digits v3")
     expect(page.locator("h1 .chip")).to_have_text("stopped", timeout=WAIT_MS)
     expect(page.locator("#view")).to_contain_text("trial.answers", timeout=WAIT_MS)
+    expect(page.locator(".chart")).to_have_attribute(
+        "aria-label", re.compile("2 of 2 failed"), timeout=WAIT_MS
+    )
+    expect(page.locator(".story")).to_contain_text("stop")
     page.screenshot(path=shots / "stopped.png", full_page=True)
     page.locator("table a", has_text="device-").first.click()
     expect(page.locator(".story")).to_contain_text("rolled back v3")
     expect(page.locator(".figures").first).to_contain_text("v2")
     page.screenshot(path=shots / "device.png", full_page=True)
+
+
+def test_a_rollout_is_paused_resumed_and_aborted(page: Page, lab: BrowserLab, shots: Path) -> None:
+    sign_in(page, "operator")
+    page.goto(lab.url + "#/rollouts")
+    page.select_option("#release", "digits/v1")
+    page.fill("#waves", "1,100%")
+    page.fill("#soak", "600")
+    page.click("form.card button.main")
+    expect(page.locator("h1")).to_contain_text("digits v1")
+    expect(page.locator(".waves")).to_contain_text("1 committed", timeout=WAIT_MS)
+    page.fill("#why", "the lab reports odd answers")
+    order(page, "Pause")
+    expect(page.locator("h1 .chip")).to_have_text("paused", timeout=WAIT_MS)
+    expect(page.locator(".story")).to_contain_text("the lab reports odd answers")
+    expect(page.locator("#view button", has_text="Promote")).to_have_count(0)  # an approver's
+    page.screenshot(path=shots / "paused.png", full_page=True)
+    order(page, "Resume")
+    expect(page.locator("h1 .chip")).to_have_text("running", timeout=WAIT_MS)
+    order(page, "Abort")
+    expect(page.locator("h1 .chip")).to_have_text("stopped", timeout=WAIT_MS)
+    expect(page.locator("#view button")).to_have_count(0)
+    expect(page.locator(".story")).to_contain_text("by operator")
+
+
+def order(page: Page, action: str) -> None:
+    page.click(f"#view button:has-text('{action}')")
+    page.click("#ask-yes")
+
+
+def test_of_two_operators_the_second_is_told(page: Page, lab: BrowserLab) -> None:
+    sign_in(page, "operator")
+    page.goto(lab.url + "#/rollouts")
+    page.select_option("#release", "digits/v1")
+    page.fill("#waves", "1,100%")
+    page.fill("#soak", "600")
+    page.click("form.card button.main")
+    expect(page.locator("h1 .chip")).to_have_text("running", timeout=WAIT_MS)
+    name = page.url.rpartition("/")[2]
+    with page.expect_response(re.compile(f"/rollouts/{name}\\?")):
+        pass
+    page.click("#view button:has-text('Pause')")
+    order_rollout(lab.home, name, "abort", by="somebody else", reason="first")
+    page.click("#ask-yes")
+    expect(page.locator("#said")).to_contain_text("somebody else aborted it")
 
 
 def test_who_may_only_look_is_offered_nothing_else(page: Page, lab: BrowserLab) -> None:

@@ -13,6 +13,13 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
+export function svg(tag, properties = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(properties)) element.setAttribute(name, value);
+  element.append(...children.flat(Infinity));
+  return element;
+}
+
 export function bytes(count) {
   if (count < 1000) return `${count} B`;
   let size = count;
@@ -55,7 +62,7 @@ export function figures(pairs) {
 }
 
 // A bar of parts, with the same in words beside it: colour alone says nothing.
-const ORDER = ["committed", "running", "asked", "rejected", "withdrawn", "rolled_back", "failed", "silent"];
+const ORDER = ["committed", "running", "asked", "rejected", "withdrawn", "rolled_back", "failed", "silent", "deferred"];
 export function statusBar(counts, label) {
   const names = Object.keys(counts).filter((name) => counts[name]).sort((a, b) => ORDER.indexOf(a) - ORDER.indexOf(b));
   const total = names.reduce((sum, name) => sum + counts[name], 0);
