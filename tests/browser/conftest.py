@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests.browser.lab import PASSWORD, BrowserLab
 
@@ -34,12 +34,17 @@ def page(browser: Browser, lab: BrowserLab) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
     complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("console", lambda message: complaints.append(message.text) if _is_complaint(message) else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(lab.url)
     yield page
     context.close()
     assert complaints == []
+
+
+def _is_complaint(message: ConsoleMessage) -> bool:
+    """The browser itself notes every request that was refused; what cannot be done as things stand (409) is told to the user by the page."""
+    return message.type == "error" and "409 (Conflict)" not in message.text
 
 
 @pytest.fixture(scope="session")
