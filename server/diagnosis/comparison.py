@@ -36,6 +36,9 @@ SATURATED_SHARE: Final = 0.5
 SKETCH_ROWS: Final = 16
 """Random combinations of a change's rows that are kept; their products estimate in how many directions it goes."""
 
+DIRECTIONS_MIN: Final = 64
+"""Directions that noise of a matrix's shape goes in: with fewer, a change by training can go in as many."""
+
 _SKETCH_SEED: Final = 36
 _ROW_WEIGHTS_MAX: Final = 1 << 20
 _CODE_COUNT: Final = 256
@@ -83,7 +86,7 @@ class TensorChange:
         gain: Newer weights as a multiple of the older ones, least squares.
         rounding: Mean square of the change over what rounding to both grids explains; infinite where there is no grid.
         directions: In how many directions the change goes, as a share of what noise of the same shape would; None for what is no
-            matrix.
+            matrix, or a small one.
         blocks: What became of its blocks.
         old_values: Different values in a block of the older version, on average.
         new_values: Likewise in the newer one.
@@ -298,6 +301,8 @@ class _Comparison:
         others = products[~np.eye(SKETCH_ROWS, dtype=bool)]
         rows = self._weights // self._columns
         noise = rows * self._columns / (rows + self._columns)
+        if noise < DIRECTIONS_MIN:
+            return None
         return float(energy**2 / max(float(np.mean(others**2)), 1e-300) / noise)
 
 

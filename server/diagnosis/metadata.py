@@ -57,7 +57,7 @@ def _tokenizer(old: Model, new: Model, changed: Sequence[str]) -> Iterator[Findi
             evidence |= {f"old_{_LISTS[key]}": len(before), f"new_{_LISTS[key]}": len(after)}
             evidence[f"first_other_{_LISTS[key]}"] = _first_difference(before, after)
             (cut if len(after) < len(before) else others).append(key)
-        elif key != _TYPES or len(_list(old, key)) == len(_list(new, key)):
+        elif key != _TYPES:  # see `_special`
             others.append(key)
     counts = [
         f"{evidence[f'new_{name}']} of {evidence[f'old_{name}']} {name}"
@@ -94,7 +94,7 @@ def _special(old: Model, new: Model, changed: Sequence[str]) -> Iterator[Finding
             for number, (was, now) in enumerate(zip(before, after, strict=False))
             if was != now and normal in {was, now}
         ]
-        if moved:
+        if moved or len(before) == len(after):
             keys.append(_TYPES)
             named = [f"{number} {_text(tokens[number])}" for number in moved[:3] if number < len(tokens)]
             differences.append(f"{len(moved)} token(s) changed between text and special: {', '.join(named)}")

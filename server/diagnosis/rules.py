@@ -253,7 +253,10 @@ def _trained(changes: Sequence[TensorChange], everything: Sequence[TensorChange]
         yield _changed("quantization.other", "the same weights to within rounding", changes)
         return
     group = beyond or changes
-    relative = max(each.relative for each in group)
+    matrices = [each for each in group if len(each.dims) > 1]
+    relative = max(
+        each.relative for each in matrices or group
+    )  # biases start at zero, and may move by any factor
     code, words = (
         ("weights.trained_far", "moved very far")
         if relative >= FAR_RELATIVE

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float32]
 Kind = gguf.GGMLQuantizationType
 Fields = dict[str, npt.NDArray[Any]]
 
-LAYERS = 6
+LAYERS = 5
 WIDTH = 256
 TOKENS = 400
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
