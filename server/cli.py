@@ -28,6 +28,7 @@ from server import (
     keys_cli,
     operations,
     provenance_cli,
+    tiers_cli,
     verify_cli,
 )
 from server.config import (
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     keys_cli.add_parser(commands, common)
     verify_cli.add_parser(commands, common)
     diagnose_cli.add_parser(commands, common, _print)
+    tiers_cli.add_parser(commands, common, _print)
     return parser
 
 
@@ -256,6 +258,7 @@ def _release_add(arguments: argparse.Namespace) -> int:
     name = f"{arguments.family} {arguments.version}"
     lines = [
         f"Draft {name}: {bytes_text(record.release.bytes_total)} in {len(record.release.files)} file(s)",
+        *tiers_cli.added_lines(arguments, record.release.resources.tiers),
         f"Publish it with `whimbrel release publish {name}`",
     ]
     _print(arguments, _release_json(record), lines)

@@ -65,6 +65,7 @@ from server.releases.publisher import Publisher
 from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
 from server.signing import change_signed, signed_paths
+from server.tiers.judging import check_still_fits, for_tiers
 
 
 class RolloutStatus(Struct, frozen=True, kw_only=True):
@@ -158,6 +159,7 @@ def add_release(
 
     Raises:
         AlreadyPublishedError: A published release has this name.
+        RequestError: It fits none of the server's tiers, or none of those that are named. It is for those that it fits.
         WhimbrelError: As `server.releases.importer.import_release`.
     """
     with opened(folder) as home:
@@ -180,6 +182,7 @@ def add_release(
         if provenance is not None:
             statement = _statement(release, provenance)
             release = msgspec.structs.replace(release, provenance_sha256=home.blobs.put(statement).digest)
+        release = for_tiers(home, release)
         record = ReleaseRecord(release=release, added_ms=home.clock.now_ms())
         home.store.add_release(record)
         return record
@@ -192,7 +195,7 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         The release. It stays a draft while its family's role lacks signatures; see `server.ceremony`.
 
     Raises:
-        RequestError: There is no such draft.
+        RequestError: There is no such draft, or it does not fit a tier that it is for.
         AlreadyPublishedError: It is published.
         MissingKeyError: A signing key is not there.
         StorageError: A file of the draft is missing or damaged.
@@ -202,6 +205,7 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         if record.published_ms is not None:
             home.store.add_release(record)  # raises the error that says so
         release = record.release
+        check_still_fits(home, release)
         description = home.blobs.put(encode_release(release))
         for file in release.files:
             home.blobs.describe(parse_digest(file.sha256))

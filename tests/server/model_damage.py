@@ -34,7 +34,7 @@ class Description:
     special: Sequence[int] = (0, 1, 2)
     rope_base: float = 10_000.0
     name: str = "small"
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, int] = field(default_factory=dict)
 
 
 def base_weights(seed: int = 1) -> dict[str, Floats]:
@@ -67,6 +67,8 @@ def write_language_model(
     writer.add_token_types([3 if number in said.special else 1 for number in range(said.tokens)])
     writer.add_token_merges([f"a{number} b{number}" for number in range(said.merges)])
     writer.add_eos_token_id(said.end_token)
+    for key, value in said.more.items():
+        writer.add_uint32(key, value)
     if said.template is not None:
         writer.add_chat_template(said.template)
     for name, values in weights.items():
