@@ -16,8 +16,8 @@ Floats = npt.NDArray[np.float32]
 Kind = gguf.GGMLQuantizationType
 Fields = dict[str, npt.NDArray[Any]]
 
-LAYERS = 5
-WIDTH = 256
+LAYERS = 4
+WIDTH = 192
 TOKENS = 400
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
 MATRICES = {"attn_q": (WIDTH, WIDTH), "ffn_down": (WIDTH, 2 * WIDTH)}
@@ -100,8 +100,17 @@ def edit_blocks(
     return out
 
 
-def rewrite_metadata(source: Path, out: Path, changes: Mapping[str, Any]) -> Path:
-    """Write a model again with the same tensors, and other values for some metadata; None leaves a key out."""
+def rewrite_metadata(
+    source: Path, out: Path, changes: Mapping[str, Any], layers_max: int | None = None
+) -> Path:
+    """Write a model again with other values for some metadata; None leaves a key out.
+
+    Args:
+        source: The model.
+        out: The copy.
+        changes: Values by key.
+        layers_max: Layers that are kept, the first ones; all of them if not given.
+    """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for key, item in reader.fields.items():
@@ -112,7 +121,9 @@ def rewrite_metadata(source: Path, out: Path, changes: Mapping[str, Any]) -> Pat
             element = item.types[-1] if item.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, value, item.types[0], sub_type=element)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        prefix, _, rest = tensor.name.partition(".")
+        if layers_max is None or prefix != "blk" or int(rest.partition(".")[0]) < layers_max:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

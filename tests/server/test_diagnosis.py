@@ -1,5 +1,6 @@
 """Each kind of damage, made on purpose, is named; healthy pairs give no finding that matters."""
 
+import ctypes
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_damaged_blocks_of_a_layer_are_named(tmp_path: Path, base: Path, edit: E
 def test_zeroed_scales_are_counted(tmp_path: Path, base: Path) -> None:
     new = damage.edit_blocks(base, tmp_path / "new.gguf", LAYER[:1], damage.zero_scales(0.25))
     (found,) = diagnosed(base, new).findings
-    assert (found.evidence["blocks"], found.evidence["blocks_of_tensors"]) == (512, 2048)
+    assert (found.evidence["blocks"], found.evidence["blocks_of_tensors"]) == (288, 1152)
 
 
 def test_one_scale_for_a_whole_tensor_is_a_bad_quantization_and_no_fine_tune(
@@ -233,7 +234,7 @@ def test_the_command_prints_for_people_and_for_programs(
     assert main(["diagnose", str(base), str(new)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("Most likely block scales are zero (blk.3.")
-    assert "Tensors: 2 of 16 changed" in text
+    assert "Tensors: 2 of 13 changed" in text
     assert main(["diagnose", str(base), str(new), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["findings"][0]["code"] == "scales.zero"
@@ -255,6 +256,55 @@ def test_two_versions_of_a_family_are_compared(tmp_path: Path, capsys: pytest.Ca
 def test_an_identical_tensor_is_not_read_twice(base: Path) -> None:
     changes: list[TensorChange] = diagnosed(base, base).tensors
     assert all(each.is_identical for each in changes)
+
+
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two layers of a real model, with its whole tokenizer."""
+    changes = {"llama.block_count": 2}
+    return damage.rewrite_metadata(
+        language_model(), tmp_path_factory.mktemp("short") / "short.gguf", changes, layers_max=2
+    )
+
+
+def _requantized(source: Path, out: Path, kind: int) -> Path:
+    """llama.cpp's own quantizer on weights that are quantized already."""
+    import llama_cpp  # noqa: PLC0415 - where it is not installed, `short_model` has skipped the test
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread, parameters.allow_requantize = kind, 1, True
+    assert llama_cpp.llama_model_quantize(bytes(source), bytes(out), ctypes.byref(parameters)) == 0
+    return out
+
+
+@pytest.mark.llama
+def test_a_real_model_in_another_quantization_is_healthy_and_in_a_bad_one_is_not(
+    tmp_path: Path, short_model: Path
+) -> None:
+    found = diagnosed(short_model, _requantized(short_model, tmp_path / "q8_0.gguf", 7))
+    assert found.conclusion == "Nothing that matters changed."
+    assert [each.code for each in found.findings] == ["quantization.other", "metadata.changed"]
+    found = diagnosed(short_model, _requantized(short_model, tmp_path / "q2_k.gguf", 10))
+    assert grave(found) == ["quantization.coarse"]
+    assert all("ffn_down" in name for name in found.findings[0].where)
+
+
+@pytest.mark.llama
+def test_a_real_model_with_a_cut_tokenizer_or_another_template_is_named(
+    tmp_path: Path, short_model: Path
+) -> None:
+    fields = damage.gguf.GGUFReader(short_model).fields
+    key = "tokenizer.ggml"
+    cut = {
+        f"{key}.{name}": fields[f"{key}.{name}"].contents()[:20_000]
+        for name in ("tokens", "token_type", "merges")
+    }
+    found = diagnosed(short_model, damage.rewrite_metadata(short_model, tmp_path / "cut.gguf", cut))
+    assert grave(found) == ["tokenizer.cut"]
+    assert "20000 of 49152 tokens and 20000 of 48900 merges" in found.findings[0].summary
+    template = {"tokenizer.chat_template": "[INST] {{ messages[0].content }} [/INST]"}
+    found = diagnosed(short_model, damage.rewrite_metadata(short_model, tmp_path / "template.gguf", template))
+    assert grave(found) == ["template.changed"]
 
 
 @pytest.mark.llama

@@ -13,7 +13,6 @@ from server.cli import main
 from server.tiers.files import Measured, Tier, read_tiers
 from server.tiers.fit import Subject, fit
 from server.tiers.needs import ModelNeeds, llama_needs
-
 from tests.server import model_damage
 from tests.server.model_damage import Description
 from tests.server.samples import write_health, write_model
