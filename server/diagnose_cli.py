@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace, show: Printer) -> int:
         "tensors_compared": len(found.tensors),
         "prompts": msgspec.to_builtins(divergences),
     }
-    show(arguments, value, list(_lines(found, divergences)))
+    show(arguments, value, [_plain(line) for line in _lines(found, divergences)])
     return 0
 
 
@@ -132,9 +132,9 @@ def _prompts(plan: HealthPlan | None, file: Path | None) -> list[TextPrompt]:
 
 
 def _asked(old: Model, new: Model, prompts: list[TextPrompt]) -> tuple[list[Divergence], list[Finding]]:
-    before = ask(old.path, prompts)
+    before = ask(old.path, prompts, old.label)
     try:
-        after = ask(new.path, prompts)
+        after = ask(new.path, prompts, new.label)
     except ModelFileError as error:
         return [], [finding("prompts.unanswered", error.message, [prompt.name for prompt in prompts])]
     divergences = compare_answers(prompts, before, after)
@@ -175,6 +175,11 @@ def _lines(found: Diagnosis, divergences: list[Divergence]) -> Iterator[str]:
         yield f"Prompts: {sum(each.is_worse for each in divergences)} of {len(divergences)} worse"
     for divergence in sorted(worse, key=lambda each: not each.is_worse)[:_PROMPTS_SHOWN]:
         yield f"  {told(divergence)}"
+
+
+def _plain(line: str) -> str:
+    """Whoever named a tensor does not get to move the cursor of whoever reads it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def _row(change: TensorChange) -> list[str]:

@@ -9,7 +9,7 @@ import msgspec
 from protocol.errors import RequestError
 from server import operations
 from server.config import read_config
-from server.display import Printer, bytes_text, table
+from server.display import Printer, table
 from server.home import opened
 from server.tiers.files import TIERS_FOLDER, Tier, read_tiers
 from server.tiers.fit import Fit
@@ -45,9 +45,9 @@ def fit_lines(fits: list[Fit]) -> Iterator[str]:
         [
             each.tier,
             "fits" if each.is_good else "refused",
-            f"{bytes_text(each.model_bytes)} {each.source}",
-            bytes_text(each.swap_bytes),
-            bytes_text(each.disk_bytes),
+            f"{_megabytes(each.model_bytes)} {each.source}",
+            _megabytes(each.swap_bytes),
+            _megabytes(each.disk_bytes),
             "-" if each.token_ms is None else f"{each.token_ms:.1f} ms",
         ]
         for each in fits
@@ -128,6 +128,11 @@ def _fits(arguments: argparse.Namespace) -> list[Fit]:
     release = operations.show_release(arguments.dir, arguments.family, arguments.version).record.release
     with opened(arguments.dir) as home:
         return judge_release(home, release)
+
+
+def _megabytes(count: int) -> str:
+    """As tiers have them: 2**20 bytes."""
+    return f"{count / (1 << 20):.1f} MB"
 
 
 def _speed(tier: Tier) -> str:

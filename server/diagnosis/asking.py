@@ -71,8 +71,14 @@ class Trouble(Struct, frozen=True, kw_only=True, tag=True):
     is_missing: bool = False  # it is the runtime that is not there
 
 
-def ask(model: Path, prompts: Sequence[TextPrompt], timeout_s: float = TIMEOUT_S) -> list[Answer]:
+def ask(model: Path, prompts: Sequence[TextPrompt], label: str, timeout_s: float = TIMEOUT_S) -> list[Answer]:
     """Ask a GGUF model.
+
+    Args:
+        model: Its file.
+        prompts: What to ask.
+        label: What a person calls it.
+        timeout_s: For everything together.
 
     Raises:
         ModelFileError: The runtime does not load it, crashes, or does not answer in time: the file is to blame.
@@ -88,17 +94,17 @@ def ask(model: Path, prompts: Sequence[TextPrompt], timeout_s: float = TIMEOUT_S
             timeout=timeout_s,
         )
     except subprocess.TimeoutExpired:
-        raise ModelFileError(f"{model.name} did not answer within {timeout_s:g} s") from None
+        raise ModelFileError(f"{label} did not answer within {timeout_s:g} s") from None
     try:
         result = msgspec.json.decode(child.stdout, type=list[Answer] | Trouble)
     except msgspec.MsgspecError:
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-        raise ModelFileError(f"llama.cpp crashed with {model.name}: {how}") from None
+        raise ModelFileError(f"llama.cpp crashed with {label}: {how}") from None
     if isinstance(result, Trouble):
         if result.is_missing:
             raise EngineError(
                 "prompts need llama-cpp-python, which is not installed",
-                hint="install whimbrel with the extra 'llama'",
+                hint="install whimbrel with the extra 'llama', or pass --no-prompts",
             )
-        raise ModelFileError(f"{model.name}: {result.detail[:_DETAIL_CHARS]}")
+        raise ModelFileError(f"{label}: {result.detail[:_DETAIL_CHARS]}")
     return result

@@ -49,7 +49,7 @@ def _answered(order: Order) -> list[Answer] | Trouble:
         )
         return [_answer(llama, prompt, order) for prompt in order.prompts]
     except (ValueError, RuntimeError, IndexError, AssertionError) as error:
-        return Trouble(detail=f"llama.cpp refuses the file: {' '.join(str(error).split())}")
+        return Trouble(detail=f"llama.cpp does not answer: {' '.join(str(error).split())}")
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 The codes are stable: programs may rely on them. Pure data.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
@@ -221,4 +222,6 @@ def _places(found: Finding) -> str:
 
 
 def _rounded(value: float | str) -> float | int | str:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.4g}") if math.isfinite(value) else "infinite"  # which JSON has no number for

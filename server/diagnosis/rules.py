@@ -5,6 +5,7 @@ A change that is no larger than what the grids of both versions explain is a qua
 from other weights. And what tells training from noise: training moves a matrix in a few directions, noise in all of them.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -254,9 +255,9 @@ def _trained(changes: Sequence[TensorChange], everything: Sequence[TensorChange]
         return
     group = beyond or changes
     matrices = [each for each in group if len(each.dims) > 1]
-    relative = max(
-        each.relative for each in matrices or group
-    )  # biases start at zero, and may move by any factor
+    # Biases and adapters start at zero, and may move by any factor.
+    sizes = [each.relative for each in matrices or group if math.isfinite(each.relative)]
+    relative = max(sizes, default=0.0)
     code, words = (
         ("weights.trained_far", "moved very far")
         if relative >= FAR_RELATIVE

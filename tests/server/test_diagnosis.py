@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -50,8 +51,6 @@ def grave(found: Diagnosis) -> list[str]:
 
 @pytest.mark.parametrize("layout", sorted(set(GGML_NUMBERS) & COMPARABLE - {Layout.BF16}))
 def test_weights_are_those_that_ggml_reads(layout: Layout) -> None:
-    import gguf  # noqa: PLC0415 - the reference
-
     floats = np.random.default_rng(1).normal(0, 1, 256)
     kinds: dict[Layout, Any] = {Layout.F32: np.float32, Layout.F16: np.float16}
     data = floats.astype(kinds[layout]).tobytes() if layout in kinds else blocks(layout, 16, seed=3)
@@ -293,7 +292,7 @@ def test_a_real_model_in_another_quantization_is_healthy_and_in_a_bad_one_is_not
 def test_a_real_model_with_a_cut_tokenizer_or_another_template_is_named(
     tmp_path: Path, short_model: Path
 ) -> None:
-    fields = damage.gguf.GGUFReader(short_model).fields
+    fields = gguf.GGUFReader(short_model).fields
     key = "tokenizer.ggml"
     cut = {
         f"{key}.{name}": fields[f"{key}.{name}"].contents()[:20_000]
