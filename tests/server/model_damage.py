@@ -116,7 +116,7 @@ def rewrite_metadata(
     for key, item in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture":
             continue
-        value = changes.get(key, item.contents())
+        value = changes[key] if key in changes else item.contents()
         if value is not None:
             element = item.types[-1] if item.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, value, item.types[0], sub_type=element)
@@ -128,22 +128,6 @@ def rewrite_metadata(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return out
-
-
-def add_noise(source: Path, out: Path, layer: int, size: float, seed: int = 5) -> Path:
-    """Write a Q4_1 model again with noise on the matrices of one layer, quantized anew; `size` is relative to their weights."""
-    rng = np.random.default_rng(seed)
-    data = bytearray(source.read_bytes())
-    for tensor in gguf.GGUFReader(source).tensors:
-        if tensor.name.startswith(f"blk.{layer}.") and tensor.tensor_type == Kind.Q4_1:
-            values = gguf.quants.dequantize(tensor.data, Kind.Q4_1)
-            noisy = values + size * values.std() * rng.standard_normal(values.shape)
-            start = int(tensor.data_offset)
-            data[start : start + int(tensor.n_bytes)] = gguf.quants.quantize(
-                noisy.astype(np.float32), Kind.Q4_1
-            ).tobytes()
-    out.write_bytes(data)
     return out
 
 
@@ -191,6 +175,11 @@ def coarse_codes(fields: Fields, _: Layout) -> None:
 def swapped_nibbles(fields: Fields, _: Layout) -> None:
     """Low and high nibbles are packed the wrong way round."""
     fields["codes"][:] = np.roll(fields["codes"], 16, axis=1)
+
+
+def random_codes(fields: Fields, _: Layout) -> None:
+    """Scales as they were, and noise between them."""
+    fields["codes"][:] = np.random.default_rng(3).integers(0, 16, fields["codes"].shape)
 
 
 def larger_scales(fields: Fields, _: Layout) -> None:

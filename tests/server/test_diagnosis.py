@@ -259,11 +259,11 @@ def test_an_identical_tensor_is_not_read_twice(base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first two layers of a real model, with its whole tokenizer."""
-    changes = {"llama.block_count": 2}
-    return damage.rewrite_metadata(
-        language_model(), tmp_path_factory.mktemp("short") / "short.gguf", changes, layers_max=2
-    )
+    """The first two layers of a real model; its vocabulary has no part in the test, and would take most of the time."""
+    changes: dict[str, object] = {f"tokenizer.ggml.{name}": ["a"] for name in ("tokens", "merges")}
+    changes |= {"tokenizer.ggml.token_type": [1], "llama.block_count": 2}
+    short = tmp_path_factory.mktemp("short") / "short.gguf"
+    return damage.rewrite_metadata(language_model(), short, changes, layers_max=2)
 
 
 def _requantized(source: Path, out: Path, kind: int) -> Path:
@@ -289,29 +289,12 @@ def test_a_real_model_in_another_quantization_is_healthy_and_in_a_bad_one_is_not
 
 
 @pytest.mark.llama
-def test_a_real_model_with_a_cut_tokenizer_or_another_template_is_named(
-    tmp_path: Path, short_model: Path
-) -> None:
-    fields = gguf.GGUFReader(short_model).fields
-    key = "tokenizer.ggml"
-    cut = {
-        f"{key}.{name}": fields[f"{key}.{name}"].contents()[:20_000]
-        for name in ("tokens", "token_type", "merges")
-    }
-    found = diagnosed(short_model, damage.rewrite_metadata(short_model, tmp_path / "cut.gguf", cut))
-    assert grave(found) == ["tokenizer.cut"]
-    assert "20000 of 49152 tokens and 20000 of 48900 merges" in found.findings[0].summary
-    template = {"tokenizer.chat_template": "[INST] {{ messages[0].content }} [/INST]"}
-    found = diagnosed(short_model, damage.rewrite_metadata(short_model, tmp_path / "template.gguf", template))
-    assert grave(found) == ["template.changed"]
-
-
-@pytest.mark.llama
 def test_prompts_that_got_worse_are_shown_with_the_logits_of_the_first_other_token(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = language_model()
-    new = damage.add_noise(model, tmp_path / "new.gguf", layer=7, size=0.5)
+    names = [f"blk.7.{name}.weight" for name in ("attn_q", "attn_v", "ffn_down")]
+    new = damage.edit_blocks(model, tmp_path / "new.gguf", names, damage.random_codes)
     plan = {
         "prompts": [
             {
