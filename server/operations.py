@@ -65,7 +65,7 @@ from server.releases.publisher import Publisher
 from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
 from server.signing import change_signed, signed_paths
-from server.tiers.judging import check_still_fits, for_tiers
+from server.tiers.judging import check_still_fits, for_tiers, read_named
 
 
 class RolloutStatus(Struct, frozen=True, kw_only=True):
@@ -166,8 +166,9 @@ def add_release(
         known = home.store.release(parse_family(family), parse_version(version))
         if known is not None and known.published_ms is not None:
             home.store.add_release(known)  # raises the error that says so, before a large file is copied
+        read_named(home, tiers or ())  # before a large file is copied
         if isinstance(provenance, Path):
-            decode_statement(_read(provenance), str(provenance))  # before a large file is copied
+            decode_statement(_read(provenance), str(provenance))  # likewise
         release = import_release(
             home.blobs,
             family=family,

@@ -12,7 +12,7 @@ from protocol.tensors import parse_gguf
 from server.adapters.blobs import FileSource, storage_errors
 from server.home import Home
 from server.signing import signed_paths
-from server.tiers.files import read_tiers
+from server.tiers.files import Tier, read_tiers
 from server.tiers.fit import Fit, Subject, fit
 from server.tiers.needs import ModelNeeds, llama_needs, onnx_needs
 
@@ -29,18 +29,24 @@ def judge_release(home: Home, release: Release, names: Sequence[str] = ()) -> li
         RequestError: A tier file is malformed, or there is no tier of a name.
         StorageError: A file of the release cannot be read.
     """
-    tiers = read_tiers(home.config.folder)
-    if not tiers:
+    tiers = read_named(home, names)
+    chosen = {name: tier for name, tier in tiers.items() if names or tier.runtime == release.runtime}
+    if not chosen:
         return []
-    if unknown := sorted(set(names) - set(tiers)):
-        raise RequestError(f"there is no tier {unknown[0][:64]}", hint=f"known are {', '.join(tiers)[:200]}")
-    chosen = {
-        name: tier
-        for name, tier in tiers.items()
-        if name in names or (not names and tier.runtime == release.runtime)
-    }
     subject = _subject(home, release)
     return [fit(subject, name, tier, _before(home, release, name)) for name, tier in chosen.items()]
+
+
+def read_named(home: Home, names: Sequence[str]) -> dict[str, Tier]:
+    """The tiers of these names, or all of them if none are named; nothing where a server has none.
+
+    Raises:
+        RequestError: A tier file is malformed, or there is no tier of a name.
+    """
+    tiers = read_tiers(home.config.folder)
+    if tiers and (unknown := sorted(set(names) - set(tiers))):
+        raise RequestError(f"there is no tier {unknown[0][:64]}", hint=f"known are {', '.join(tiers)[:200]}")
+    return {name: tier for name, tier in tiers.items() if name in names or not names}
 
 
 def for_tiers(home: Home, release: Release) -> Release:
