@@ -24,12 +24,14 @@ from protocol.messages import Report
 from server import (
     ceremony,
     delta_cli,
+    diagnose_cli,
     identity_cli,
     keys_cli,
     operations,
     provenance_cli,
     rollout_cli,
     rollout_orders,
+    tiers_cli,
     users_cli,
     verify_cli,
 )
@@ -106,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     delta_cli.add_parser(commands, common)
     keys_cli.add_parser(commands, common)
     verify_cli.add_parser(commands, common)
+    diagnose_cli.add_parser(commands, common, _print)
+    tiers_cli.add_parser(commands, common, _print)
     return parser
 
 
@@ -236,6 +240,7 @@ def _release_add(arguments: argparse.Namespace) -> int:
     how = ", encrypted" if record.is_encrypted else ""
     lines = [
         f"Draft {name}: {bytes_text(record.release.bytes_total)} in {len(record.release.files)} file(s){how}",
+        *tiers_cli.added_lines(arguments, record.release.resources.tiers),
         f"Publish it with `whimbrel release publish {name}`",
     ]
     _print(arguments, _release_json(record), lines)

@@ -68,6 +68,7 @@ from server.rollouts.records import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
 from server.rollouts.waves import Wave
 from server.signing import change_signed, signed_paths
+from server.tiers.judging import check_still_fits, for_tiers, read_named
 
 
 class RolloutPlan(Struct, frozen=True, kw_only=True):
@@ -186,12 +187,14 @@ def add_release(
     Raises:
         AlreadyPublishedError: A published release has this name.
         RequestError: It would show a file to everybody that is encrypted in another release.
+        RequestError: It fits none of the server's tiers, or none of those that are named. It is for those that it fits.
         WhimbrelError: As `server.releases.importer.import_release`.
     """
     with opened(folder) as home:
         known = home.store.release(parse_family(family), parse_version(version))
         if known is not None and known.published_ms is not None:
             home.store.add_release(known)  # raises the error that says so, before a large file is copied
+        read_named(home, tiers or ())  # before a large file is copied
         if isinstance(provenance, Path):
             decode_statement(_read(provenance), str(provenance))  # before a large file is copied
         if is_encrypted is None:
@@ -210,6 +213,7 @@ def add_release(
         if provenance is not None:
             statement = _statement(release, provenance)
             release = msgspec.structs.replace(release, provenance_sha256=home.blobs.put(statement).digest)
+        release = for_tiers(home, release)
         encryption.check_files(home.store.releases(), release, is_encrypted=is_encrypted)
         record = ReleaseRecord(release=release, added_ms=home.clock.now_ms(), is_encrypted=is_encrypted)
         home.store.add_release(record)
@@ -223,7 +227,7 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         The release. It stays a draft while its family's role lacks signatures; see `server.ceremony`.
 
     Raises:
-        RequestError: There is no such draft.
+        RequestError: There is no such draft, or it does not fit a tier that it is for.
         AlreadyPublishedError: It is published.
         MissingKeyError: A signing key is not there.
         StorageError: A file of the draft is missing or damaged.
@@ -233,6 +237,7 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         if record.published_ms is not None:
             home.store.add_release(record)  # raises the error that says so
         release = record.release
+        check_still_fits(home, release)
         description = home.blobs.put(encode_release(release))
         for file in release.files:
             home.blobs.describe(parse_digest(file.sha256))

@@ -7,7 +7,7 @@ beyond those of llama.cpp's own loader: offsets must be contiguous and nothing m
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from protocol.errors import ModelFileError
 from protocol.tensors.cursor import Cursor
@@ -91,10 +91,17 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class ArrayValue:
-    """A metadata array whose elements were checked and passed over."""
+    """A metadata array whose elements were checked and passed over.
+
+    Attributes:
+        element_type: As GGUF numbers it.
+        count: Of its elements.
+        offset: Where in the file the first of them starts.
+    """
 
     element_type: int
     count: int
+    offset: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +209,28 @@ def _skip_array(cursor: Cursor, field: str) -> ArrayValue:
     if kind not in _SCALARS and kind != _STRING:  # arrays of arrays least of all
         raise ModelFileError(f"GGUF: {field} is an array of type {kind}, which is not accepted")
     element_bytes = 8 if kind == _STRING else struct.calcsize(_SCALARS[kind])
+    start = cursor.position
     if count * element_bytes > cursor.remaining:
         raise ModelFileError(f"GGUF: {field} has {count} elements, more than the file can hold")
     if kind != _STRING:
         cursor.skip(count * element_bytes, field)
-        return ArrayValue(kind, count)
+        return ArrayValue(kind, count, start)
     cursor.skip_strings(count, MAX_STRING_BYTES, field)
-    return ArrayValue(kind, count)
+    return ArrayValue(kind, count, start)
+
+
+def read_array(source: ReadAt, array: ArrayValue) -> list[bytes]:
+    """The elements of a metadata array that `parse_gguf` has checked, each as its bytes: strings as UTF-8, numbers little-endian.
+
+    Raises:
+        ModelFileError: The source is not the one that was parsed.
+    """
+    cursor = Cursor(source, "GGUF", position=array.offset, end=min(source.length, MAX_METADATA_BYTES))
+    if array.element_type == _STRING:
+        return [cursor.read(cursor.unsigned(8, "string length"), "string") for _ in range(array.count)]
+    width = struct.calcsize(_SCALARS[array.element_type])
+    data = cursor.read(array.count * width, "array")
+    return [data[at : at + width] for at in range(0, len(data), width)]
 
 
 def _alignment(metadata: dict[str, Scalar | ArrayValue]) -> int:

@@ -1,0 +1,110 @@
+"""Asking both versions the same prompts, each in a child process of its own: a damaged model may take its process with it.
+
+What comes back are tokens and logits; which of them are worse is decided in `answers.py`.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+from protocol.errors import EngineError, ModelFileError
+from protocol.release import TextPrompt
+
+ANSWER_TOKENS_MAX: Final = 48
+"""Tokens of an answer that are compared: as long as the longest that a device judges."""
+
+CANDIDATES: Final = 5
+"""Tokens with the largest logits that are kept at each step."""
+
+TIMEOUT_S: Final = 900
+"""For all prompts of one version: a model of several GB on a slow machine takes minutes to load."""
+
+_DETAIL_CHARS: Final = 300
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A token with its logit."""
+
+    token: int
+    text: str
+    logit: float
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """What a version says to a prompt.
+
+    Attributes:
+        name: Of the prompt.
+        prompt_tokens: The prompt as its tokenizer sees it.
+        tokens: The greedy continuation, up to the end of the line.
+        text: The same as text.
+        steps: For each token of the continuation, the likeliest tokens; the first is the one that was taken.
+        logprob_mean: Mean natural log-probability of the expected completion per token, None where it is not finite.
+    """
+
+    name: str
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    steps: list[list[Candidate]]
+    logprob_mean: float | None
+
+
+class Order(Struct, frozen=True, kw_only=True):
+    """What a child is told."""
+
+    model: str
+    prompts: Annotated[list[TextPrompt], Meta(max_length=256)]
+    tokens_max: int = ANSWER_TOKENS_MAX
+    candidates: int = CANDIDATES
+
+
+class Trouble(Struct, frozen=True, kw_only=True, tag=True):
+    """A child's last word, if it could not answer."""
+
+    detail: str
+    is_missing: bool = False  # it is the runtime that is not there
+
+
+def ask(model: Path, prompts: Sequence[TextPrompt], label: str, timeout_s: float = TIMEOUT_S) -> list[Answer]:
+    """Ask a GGUF model.
+
+    Args:
+        model: Its file.
+        prompts: What to ask.
+        label: What a person calls it.
+        timeout_s: For everything together.
+
+    Raises:
+        ModelFileError: The runtime does not load it, crashes, or does not answer in time: the file is to blame.
+        EngineError: The runtime is not installed.
+    """
+    order = Order(model=str(model), prompts=list(prompts))
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "server.diagnosis.asking_child"],
+            input=msgspec.json.encode(order),
+            capture_output=True,
+            check=False,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelFileError(f"{label} did not answer within {timeout_s:g} s") from None
+    try:
+        result = msgspec.json.decode(child.stdout, type=list[Answer] | Trouble)
+    except msgspec.MsgspecError:
+        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+        raise ModelFileError(f"llama.cpp crashed with {label}: {how}") from None
+    if isinstance(result, Trouble):
+        if result.is_missing:
+            raise EngineError(
+                "prompts need llama-cpp-python, which is not installed",
+                hint="install whimbrel with the extra 'llama', or pass --no-prompts",
+            )
+        raise ModelFileError(f"{label}: {result.detail[:_DETAIL_CHARS]}")
+    return result
