@@ -71,6 +71,8 @@ def test_instructions_up_to_their_bounds_are_followed(
         ([(1, 0, 0)], bytes(2), b"", 2, "announced result"),
         ([(0, 1, 0)], b"", b"ab", 2, "announced result"),
         ([(1, 1, 0)], bytes(1), b"a", 3, "announced result"),
+        ([(1, 2, 0)], bytes(2), b"ab", 3, "announced result"),
+        ([(2, 1, 0)], bytes(2), b"ab", 3, "announced result"),
         ([(0, 0, 0)] * 3, b"", b"", 1, "stream of 72 bytes is longer than 48"),
         ([(2, 0, 0)], bytes(2), b"", 1, "stream of 2 bytes is longer than 1"),
         ([(0, 2, 0)], b"", b"ab", 1, "stream of 2 bytes is longer than 1"),
