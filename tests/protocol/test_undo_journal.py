@@ -145,6 +145,46 @@ def test_a_first_record_that_was_torn_is_a_beginning() -> None:
     assert UndoJournal(file, HEADER).load() is None
 
 
+def test_the_only_record_without_its_saved_bytes_is_damage_and_no_beginning() -> None:
+    file = medium()
+    journal = UndoJournal(file, HEADER)
+    journal.store(entry(journal, 0, 2000))
+    file.data[2 * ENTRY_BYTES] ^= 1
+    with pytest.raises(DamagedJournalError, match="is damaged"):
+        UndoJournal(file, HEADER).load()
+
+
+def test_a_record_whose_head_never_arrived_is_none() -> None:
+    file = medium()
+    for slot in range(2):
+        file.data[slot * ENTRY_BYTES + 100] = 1
+    assert UndoJournal(file, HEADER).load() is None
+
+
+def test_bytes_of_a_model_are_never_taken_for_a_record() -> None:
+    """Whoever made the old file may have put a record into it, for just this delta."""
+    file = medium(LENGTH)
+    forger = UndoJournal(file, HEADER)
+    for _ in range(8):
+        forger.store(replace(entry(forger), phase=Phase.APPLIED))
+    forged = bytes(file.data[:ENTRY_BYTES])
+    file = medium(LENGTH)
+    journal = UndoJournal(file, HEADER)
+    journal.save(BytesSource(forged), 0, len(forged))
+    journal.store(entry(journal))
+    found = UndoJournal(file, HEADER).load()
+    assert found is not None
+    assert found.phase is Phase.APPLYING
+
+
+def test_a_record_of_another_version_does_not_count() -> None:
+    file, first, second = stored_twice()
+    length = _HEAD_BYTES + len(second.reader) + 20 + 24
+    file.data[:4] = b"WBJ2"
+    file.data[length : length + 16] = hashlib.sha256(file.data[:length]).digest()[:16]
+    assert UndoJournal(file, HEADER).load() == first
+
+
 def test_a_journal_of_another_delta_is_refused() -> None:
     file, _, _ = stored_twice()
     with pytest.raises(PatchError, match="belongs to another delta"):
@@ -198,6 +238,7 @@ def test_a_file_that_ends_early_is_no_target() -> None:
     ("ring_bytes", "step_bytes"),
     [
         (LENGTH, STEP_BYTES),
+        (LENGTH - 1, (LENGTH - 1 - 700) // 2 - 1000),
         (RING, 5000),
         (RING + 1, 5000),
         (RING - 1, 4999),
@@ -213,6 +254,13 @@ def test_a_step_is_as_long_as_the_ring_lets_it_be(ring_bytes: int, step_bytes: i
             UndoJournal(medium(max(ring_bytes, 0)), HEADER)
     else:
         assert UndoJournal(medium(ring_bytes), HEADER).step_bytes == step_bytes
+
+
+def test_the_journal_of_two_empty_files_has_a_byte_of_a_ring() -> None:
+    header = replace(HEADER, base_length=0, result_length=0)
+    assert UndoJournal(medium(1), header).step_bytes == STEP_BYTES
+    with pytest.raises(StorageError, match="too short"):
+        UndoJournal(medium(0), header)
 
 
 def test_a_journal_is_long_enough_for_its_delta_and_no_longer_than_the_file_needs() -> None:
