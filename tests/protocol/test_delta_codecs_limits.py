@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import zstandard
 
-from protocol.delta import bsdiff
 from protocol.delta.bsdiff import decode_bsdiff
 from protocol.delta.compression import compress, decompress, decompress_up_to
 from protocol.errors import PatchError
@@ -120,7 +119,7 @@ def test_what_the_library_still_refuses_is_a_bad_file_and_no_crash(
     def patch(*_: object) -> bytes:
         raise kind
 
-    monkeypatch.setattr(bsdiff.core, "patch", patch)
+    monkeypatch.setattr("bsdiff4.core.patch", patch)
     with pytest.raises(PatchError, match="cannot be applied"):
         decode([(10, 0, 0)], bytes(10), b"", 10)
 
@@ -147,7 +146,9 @@ def test_a_frame_that_does_not_say_its_length_is_refused() -> None:
 
 
 def test_a_frame_that_needs_a_dictionary_is_refused() -> None:
-    samples = [b"sample %d of many samples %d" % (number, number * 7) for number in range(2000)]
+    samples: list[bytes | bytearray | memoryview] = [
+        b"sample %d of many samples %d" % (number, number * 7) for number in range(2000)
+    ]
     dictionary = zstandard.train_dictionary(1024, samples)
     frame = zstandard.ZstdCompressor(dict_data=dictionary).compress(samples[5])
     assert zstandard.get_frame_parameters(frame).dict_id
