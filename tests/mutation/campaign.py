@@ -121,7 +121,8 @@ def report(outcome: Outcome, out: TextIO) -> bool:
         _row(out, module, [result for result in outcome.results if result.mutant.module == module], outcome)
     _row(out, "all", outcome.results, outcome)
     killed = sum(result.is_killed for result in outcome.results)
-    is_enough = killed >= KILLED_MIN * len(outcome.results)
+    # A few mutants are no measure: what survives of a sample has to be listed, and that is all.
+    is_enough = outcome.is_sample or killed >= KILLED_MIN * len(outcome.results)
     return is_enough and not outcome.unexplained() and not outcome.wrong_entries() and not outcome.unrun()
 
 

@@ -155,4 +155,7 @@ GROUPS: Final[dict[str, Group]] = {
         ),
         without=("test_any_bytes_as", "tensor_payload", "come_back", "moved_tensor"),
     ),
+    "journal": Group(
+        modules=("protocol/delta/undo_journal.py",), tests=("tests/protocol/test_undo_journal.py",)
+    ),
 }

@@ -9,7 +9,7 @@ import pytest
 from tests.mutation.campaign import Options, read_mutants, report, run
 from tests.mutation.mutants import mutants_of
 from tests.mutation.survivors import load_survivors, stale
-from tests.mutation.targets import GROUPS, KILLED_MIN, ROOT, Group
+from tests.mutation.targets import GROUPS, ROOT, Group
 
 MODULES = [module for group in GROUPS.values() for module in group.modules]
 SAMPLE = 36
@@ -146,4 +146,3 @@ def test_a_sample_of_mutants_is_killed(tmp_path: Path) -> None:
     is_well = report(found, out)
     assert len(found.results) == SAMPLE
     assert is_well, out.getvalue()
-    assert sum(result.is_killed for result in found.results) >= KILLED_MIN * SAMPLE

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import zstandard
 
-from protocol.delta import bsdiff
 from protocol.delta.bsdiff import decode_bsdiff
 from protocol.delta.compression import compress, decompress, decompress_up_to
 from protocol.errors import PatchError
@@ -71,6 +70,8 @@ def test_instructions_up_to_their_bounds_are_followed(
         ([(1, 0, 0)], bytes(2), b"", 2, "announced result"),
         ([(0, 1, 0)], b"", b"ab", 2, "announced result"),
         ([(1, 1, 0)], bytes(1), b"a", 3, "announced result"),
+        ([(1, 2, 0)], bytes(2), b"ab", 3, "announced result"),
+        ([(2, 1, 0)], bytes(2), b"ab", 3, "announced result"),
         ([(0, 0, 0)] * 3, b"", b"", 1, "stream of 72 bytes is longer than 48"),
         ([(2, 0, 0)], bytes(2), b"", 1, "stream of 2 bytes is longer than 1"),
         ([(0, 2, 0)], b"", b"ab", 1, "stream of 2 bytes is longer than 1"),
@@ -118,7 +119,7 @@ def test_what_the_library_still_refuses_is_a_bad_file_and_no_crash(
     def patch(*_: object) -> bytes:
         raise kind
 
-    monkeypatch.setattr(bsdiff.core, "patch", patch)
+    monkeypatch.setattr("bsdiff4.core.patch", patch)
     with pytest.raises(PatchError, match="cannot be applied"):
         decode([(10, 0, 0)], bytes(10), b"", 10)
 
@@ -145,7 +146,9 @@ def test_a_frame_that_does_not_say_its_length_is_refused() -> None:
 
 
 def test_a_frame_that_needs_a_dictionary_is_refused() -> None:
-    samples = [b"sample %d of many samples %d" % (number, number * 7) for number in range(2000)]
+    samples: list[bytes | bytearray | memoryview] = [
+        b"sample %d of many samples %d" % (number, number * 7) for number in range(2000)
+    ]
     dictionary = zstandard.train_dictionary(1024, samples)
     frame = zstandard.ZstdCompressor(dict_data=dictionary).compress(samples[5])
     assert zstandard.get_frame_parameters(frame).dict_id
