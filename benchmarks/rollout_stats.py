@@ -82,16 +82,15 @@ class Tests:
 
     def reach(self, *, is_decided: bool) -> int:
         """The wave under way, or the next one."""
-        if is_decided:
-            if self._test.is_plausible:
-                self._widen()
-            else:
-                self._reach = min(self._fleet, self._reach + self._size)  # more evidence
+        reached = self._reach
+        if is_decided and not self._test.is_plausible:
+            self._reach = min(self._fleet, self._reach + self._size)  # more evidence
+        elif is_decided:
+            while self._reach == reached and self._wave + 1 < len(self._sizes):
+                self._widen()  # more than once where a wave that was extended has used up the next one
         return self._reach
 
     def _widen(self) -> None:
-        if self._wave + 1 >= len(self._sizes):
-            return
         self._wave += 1
         share = self._shares[self._wave]
         before = self._reach
@@ -336,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--fleet", type=int, default=FLEET, help="devices (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rule", choices=sorted(RULES), action="append", help="only this one; repeatable")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument(
         "--exact",
@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(found) if arguments.json else text)
         return 0
     began_s = time.monotonic()
-    jobs = [(rate, rule) for rate in RATES for rule in RULES]  # the longest first
+    jobs = [(rate, rule) for rate in RATES for rule in arguments.rule or RULES]  # the longest first
     with ProcessPoolExecutor(arguments.workers) as pool:
         futures = [
             pool.submit(measure, rate, rule, arguments.rollouts, arguments.seed, arguments.fleet)

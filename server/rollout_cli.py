@@ -131,6 +131,10 @@ def _add_start(start: argparse.ArgumentParser) -> None:
         default=_duration("1d"),
         help="that a device's own policy may hold it before it is passed over (default: 1d)",
     )
+    _add_judgement(start)
+
+
+def _add_judgement(start: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--acceptable",
         metavar="RATE",

@@ -241,15 +241,18 @@ class Steering:
             unready = [self._registry.get(device) for device in queue.unready]
             ready = {device.device for device in self._ready(campaign, unready, now_ms)}
             if ready:
+                fresh = [device for device in queue.unready if device in ready]
                 queue.unready = [device for device in queue.unready if device not in ready]
-                queue.ready = self._sorted(campaign, [*queue.ready, *ready])
+                queue.ready = self._sorted(campaign, queue.ready + fresh)
         taken = [self._registry.get(device) for device in queue.ready[:count]]
-        if campaign.wave.percent is not None and not all(device.is_online for device in taken):
+        is_short = len(taken) < len(queue.ready) and not all(device.is_online for device in taken)
+        if is_short and campaign.wave.percent is not None:
             # A hint, and for the order only: who is not connected would keep a place from somebody who is.
             devices = (self._registry.get(device) for device in queue.ready)
             taken = sorted(devices, key=lambda device: not device.is_online)[:count]
-        chosen = {device.device for device in taken}
-        queue.ready = [device for device in queue.ready if device not in chosen]
+        if taken:
+            chosen = {device.device for device in taken}
+            queue.ready = [device for device in queue.ready if device not in chosen]
         return taken
 
     def _queue(self, campaign: Campaign, now_ms: int) -> _Queue:

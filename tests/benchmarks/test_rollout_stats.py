@@ -1,11 +1,13 @@
 """The statistics of rollouts, with fewer of them."""
 
 import json
+import random
 
 import pytest
 from msgspec.structs import replace
 
-from benchmarks.rollout_stats import FLEET, RULES, Row, lines_of, main, measure, promises, wilson
+from benchmarks.rollout_stats import FLEET, PLAN, RULES, Row, lines_of, main, measure, play, promises, wilson
+from server.rollouts.waves import parse_waves
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,14 @@ def test_the_rules_stop_where_their_thresholds_say(rows: list[Row]) -> None:
     assert by[0.01, "count"].stopped == 30  # within a thousand devices a failure is as good as certain
     assert by[0.01, "tests"].asked_median == FLEET
     assert len(lines_of(rows)) == 1 + len(rows)
+
+
+def test_a_rollout_ends_when_it_is_stopped_or_has_asked_everybody() -> None:
+    rng = random.Random(5)
+    plan = parse_waves(PLAN)
+    played = [play(RULES["tests"](300, plan), 0.05, 300, 5, rng) for _ in range(100)]
+    assert {each.asked for each in played if not each.is_stopped} == {300}
+    assert sum(each.is_stopped for each in played) > 50
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
