@@ -70,7 +70,7 @@ export function statusBar(counts, label) {
   return h("div", { class: "bar" },
     h("div", { class: "track", role: "img", "aria-label": `${label}: ${text}` },
       names.map((name) => { const part = h("i", { class: `s-${name}` }); part.style.flexGrow = counts[name]; return part; })),
-    h("div", { class: "small soft" }, `${total ? `${total} devices: ` : ""}${text}`));
+    h("div", { class: "small soft" }, `${total ? `${total} ${total === 1 ? "device" : "devices"}: ` : ""}${text}`));
 }
 
 export function link(path, ...children) {

@@ -143,7 +143,7 @@ function evidence(found, rollout) {
 }
 
 function chart({ stop_line: line, course }) {
-  const [width, height, left, bottom] = [640, 200, 46, 34];
+  const [width, height, left, bottom] = [640, 206, 46, 40];
   const asked = line.length;
   const failed = Math.max(line[asked - 1] + 1, ...course.map((each) => each[1] + 1));
   const x = (count) => left + (count / asked) * (width - left - 10);
@@ -157,8 +157,8 @@ function chart({ stop_line: line, course }) {
   return svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `Failures by devices asked: ${last[1]} of ${last[0]} failed; it stops at ${line[Math.min(Math.max(last[0], 1), asked) - 1]}` },
   marks.map((mark) => [svg("line", { class: "grid", x1: left, x2: width - 10, y1: y(mark), y2: y(mark) }), svg("text", { x: left - 8, y: y(mark) + 4, "text-anchor": "end" }, String(mark))]),
-  [0, 0.25, 0.5, 0.75, 1].map((share) => svg("text", { x: x(asked * share), y: height - 14, "text-anchor": share === 1 ? "end" : "middle" }, String(Math.round(asked * share)))),
-  svg("text", { x: (width + left) / 2, y: height - 1, "text-anchor": "middle" }, "devices, in the order of asking"),
+  [0, 0.25, 0.5, 0.75, 1].map((share) => svg("text", { x: x(asked * share), y: height - 22, "text-anchor": share === 1 ? "end" : "middle" }, String(Math.round(asked * share)))),
+  svg("text", { x: (width + left) / 2, y: height - 4, "text-anchor": "middle" }, "devices, in the order of asking"),
   svg("polygon", { class: "stop-area", points: `${x(1)},${y(failed)} ${stop} ${x(asked)},${y(failed)}` }),
   svg("polyline", { class: "stop-line", points: stop }),
   svg("text", { class: "stop-text", x: x(asked) - 6, y: y(failed) + 14, "text-anchor": "end" }, "stops here"),
