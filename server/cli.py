@@ -20,7 +20,16 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import WhimbrelError
-from server import ceremony, delta_cli, identity_cli, keys_cli, operations, provenance_cli, verify_cli
+from server import (
+    ceremony,
+    delta_cli,
+    identity_cli,
+    keys_cli,
+    operations,
+    provenance_cli,
+    score_cli,
+    verify_cli,
+)
 from server.config import (
     DEFAULT_FLEET,
     DEFAULT_FOLDER,
@@ -95,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     delta_cli.add_parser(commands, common)
     keys_cli.add_parser(commands, common)
     verify_cli.add_parser(commands, common)
+    score_cli.add_parser(commands, common, _print)
     return parser
 
 

@@ -64,7 +64,7 @@ from server.releases.provenance import (
 from server.releases.publisher import Publisher
 from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
-from server.signing import change_signed, signed_paths
+from server.signing import change_signed, named_documents, signed_paths
 
 
 class RolloutStatus(Struct, frozen=True, kw_only=True):
@@ -198,18 +198,18 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         StorageError: A file of the draft is missing or damaged.
     """
     with opened(folder) as home:
-        record = _release(home, parse_family(family), parse_version(version))
+        record = find_release(home, parse_family(family), parse_version(version))
         if record.published_ms is not None:
             home.store.add_release(record)  # raises the error that says so
         release = record.release
         description = home.blobs.put(encode_release(release))
         for file in release.files:
             home.blobs.describe(parse_digest(file.sha256))
-        if release.provenance_sha256 is not UNSET:
-            home.blobs.describe(parse_digest(release.provenance_sha256))
+        for _, digest in named_documents(release):
+            home.blobs.describe(digest)
         path = release_target(Family(release.family), Version(release.version))
         change_signed(home, added=[blob_target(path, description)])
-        return _release(home, Family(release.family), Version(release.version))
+        return find_release(home, Family(release.family), Version(release.version))
 
 
 def withdraw_release(folder: Path, family: str, version: str) -> list[Standing]:
@@ -224,7 +224,7 @@ def withdraw_release(folder: Path, family: str, version: str) -> list[Standing]:
         RequestError: It is not published, or was withdrawn before.
     """
     with opened(folder) as home:
-        record = _release(home, parse_family(family), parse_version(version))
+        record = find_release(home, parse_family(family), parse_version(version))
         path = release_target(Family(record.release.family), Version(record.release.version))
         if record.published_ms is None:
             raise RequestError(f"{family} {version} is not published", hint="a draft reaches no device")
@@ -241,9 +241,11 @@ def show_release(folder: Path, family: str, version: str) -> ReleaseDetails:
         StorageError: Its provenance is missing or damaged.
     """
     with opened(folder) as home:
-        record = _release(home, parse_family(family), parse_version(version))
+        record = find_release(home, parse_family(family), parse_version(version))
         return ReleaseDetails(
-            record=record, digest=release_digest(record.release), provenance=_provenance(home, record.release)
+            record=record,
+            digest=release_digest(record.release),
+            provenance=read_statement(home, record.release),
         )
 
 
@@ -271,8 +273,8 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
         folder: The server's.
         family: Of a published release.
         version: Of a published release.
-        target: Folder that gets `release.json`, `root.json`, `provenance.json` where there is one, and the files; made if it
-            is not there.
+        target: Folder that gets `release.json`, `root.json`, `provenance.json` and `scorecard.json` where there are some, and the
+            files; made if it is not there.
 
     Raises:
         RequestError: There is no such release, or the target cannot be written.
@@ -287,9 +289,8 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
             target.mkdir(parents=True, exist_ok=True)
             (target / "release.json").write_bytes(encode_release(record.release))
             (target / "root.json").write_bytes(repository.roots[-1])  # older keys may be anywhere by now
-            if record.release.provenance_sha256 is not UNSET:
-                path = home.blobs.path(Digest(record.release.provenance_sha256))
-                shutil.copyfile(path, target / "provenance.json")
+            for name, digest in named_documents(record.release):
+                shutil.copyfile(home.blobs.path(digest), target / name)
             for file in record.release.files:
                 shutil.copyfile(home.blobs.path(Digest(file.sha256)), target / file.name)
         except OSError as error:
@@ -340,7 +341,7 @@ def start_rollout(
     if canary_count < 1 or wave_timeout_ms < 1 or failures_max < 0:
         raise RequestError("a rollout needs a canary, time, and no negative number of failures")
     with opened(folder) as home:
-        record = _release(home, parse_family(family), parse_version(version))
+        record = find_release(home, parse_family(family), parse_version(version))
         if record.published_ms is None:
             raise RequestError(
                 f"{family} {version} is not published",
@@ -420,7 +421,12 @@ def _lay_out(config: ServerConfig, now_ms: int) -> None:
     write_file(config.folder / CONFIG_FILE, config_text(config).encode())
 
 
-def _release(home: Home, family: Family, version: Version) -> ReleaseRecord:
+def find_release(home: Home, family: Family, version: Version) -> ReleaseRecord:
+    """A release by its name.
+
+    Raises:
+        RequestError: There is none; says which there are.
+    """
     record = home.store.release(family, version)
     if record is not None:
         return record
@@ -440,7 +446,12 @@ def _statement(release: Release, provenance: Path | Origin) -> bytes:
     return data
 
 
-def _provenance(home: Home, release: Release) -> Statement | None:
+def read_statement(home: Home, release: Release) -> Statement | None:
+    """The statement about where a release comes from; None if nobody made one.
+
+    Raises:
+        StorageError: It is missing or damaged.
+    """
     if release.provenance_sha256 is UNSET:
         return None
     path = home.blobs.path(Digest(release.provenance_sha256))

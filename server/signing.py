@@ -7,6 +7,7 @@ from msgspec import UNSET
 
 from protocol.errors import RequestError, TrustError
 from protocol.ids import (
+    Digest,
     Family,
     Version,
     digest_of,
@@ -14,6 +15,7 @@ from protocol.ids import (
 )
 from protocol.release import (
     ARTIFACTS_ROLE,
+    Release,
     encode_release,
     file_target,
     release_target,
@@ -111,13 +113,19 @@ def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[T
         == digest_of(encode_release(record.release))
     ]
     files = {file.sha256 for record in records for file in record.release.files}
-    files |= {
-        record.release.provenance_sha256
-        for record in records
-        if record.release.provenance_sha256 is not UNSET
-    }
+    files |= {digest for record in records for _, digest in named_documents(record.release)}
     blobs = [home.blobs.describe(parse_digest(sha256)) for sha256 in sorted(files)]
     return records, [blob_target(file_target(blob.digest), blob) for blob in blobs]
+
+
+def named_documents(release: Release) -> list[tuple[str, Digest]]:
+    """What a release names beside its files: file names for people, and digests."""
+    named = []
+    if release.provenance_sha256 is not UNSET:
+        named.append(("provenance.json", Digest(release.provenance_sha256)))
+    if release.scorecard_sha256 is not None:
+        named.append(("scorecard.json", Digest(release.scorecard_sha256)))
+    return named
 
 
 def signed_paths(home: Home) -> set[str]:
