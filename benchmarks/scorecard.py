@@ -2,7 +2,7 @@
 
 `python -m benchmarks.scorecard --mmlu FOLDER --gsm8k FILE [--sample N] [--gsm8k-sample N] [--shots K] [--agree N]`, or `make bench-score`.
 Makes Q8_0 and Q4_0 from the Q4_1 file that the examples use (all three keep its Q8_0 embedding), adds them to a server of its own, and runs
-`whimbrel score` on Q8_0 alone, on Q4_1 against Q8_0, on Q4_1 against Q4_0, and on Q4_0 against Q8_0. Then N questions of MMLU are evaluated again, by a way that shares no code with the scorecard: llama-cpp-python's
+`whimbrel score` on Q4_1 against Q8_0, on Q4_1 against Q4_0, and on Q4_0 against Q8_0. Then N questions of MMLU are evaluated again, by a way that shares no code with the scorecard: llama-cpp-python's
 own class, every prompt from its first token, one token at a time, and lm-evaluation-harness's formula (`loglikelihood` of " A" to " D", the
 largest wins). Intervals are computed again with SciPy and by drawing questions. A run that was stopped goes on.
 """
@@ -36,7 +36,6 @@ FAMILY = "smollm2"
 FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # llama.h, llama_ftype
 EMBEDDING_TYPE = 8  # ggml.h: Q8_0
 PAIRS = (("q4_1", "q8_0"), ("q4_1", "q4_0"), ("q4_0", "q8_0"))
-WHOLE = "q8_0"  # the finest: what the others are compared with
 LETTERS = "ABCD"
 CONTEXT = 4096
 DRAWS = 20_000
@@ -78,7 +77,7 @@ def whimbrel(*words: str) -> str:
 
 
 def score(home: Path, version: str, against: str, options: argparse.Namespace) -> tuple[Any, float]:
-    """A scorecard and the seconds that it took; `against` may be empty."""
+    """A scorecard and the seconds that it took."""
     words = [
         "score",
         FAMILY,
@@ -86,7 +85,8 @@ def score(home: Path, version: str, against: str, options: argparse.Namespace) -
         "--dir",
         str(home),
         "--json",
-        *(["--against", against] if against else []),
+        "--against",
+        against,
     ]
     words += ["--suite", f"golden={EXAMPLE / 'golden.toml'}", "--suite", f"edge={EXAMPLE / 'edge.toml'}"]
     words += ["--suite", f"mmlu={options.mmlu}", "--suite", f"gsm8k={options.gsm8k}"]
@@ -95,7 +95,7 @@ def score(home: Path, version: str, against: str, options: argparse.Namespace) -
     words += ["--threads", str(options.threads), "--context", str(CONTEXT)]
     words += ["--drift-texts", str(options.drift_texts)]
     words += [word for tokens in options.memory_at for word in ("--memory-at", str(tokens))]
-    words += ["--html", str(home.parent / f"{version}{'-against-' if against else ''}{against}.html")]
+    words += ["--html", str(home.parent / f"{version}-against-{against}.html")]
     begin = time.perf_counter()
     told = json.loads(whimbrel(*words))
     return told["scorecard"], time.perf_counter() - begin
@@ -118,6 +118,14 @@ def show(by_version: dict[str, Any], cards: dict[tuple[str, str], Any]) -> None:
             print(
                 f"{version:<8} {suite['name']:<12} {suite['right']:4} of {suite['count']:<6} "
                 f"{100 * share['value']:6.1f} % ({100 * share['low']:.1f} to {100 * share['high']:.1f})"
+            )
+    print("\nversion  suite        accuracy before them, on the same questions")
+    for (version, against), card in cards.items():
+        for suite in card["drift"]["suites"]:
+            share = suite["before"]
+            print(
+                f"{against:<8} {suite['name']:<12} {100 * share['value']:6.1f} % ({100 * share['low']:.1f} to {100 * share['high']:.1f})"
+                f"   before {version}"
             )
     print("\npair                 suite     gained lost other   points (95 %)            p")
     for (version, against), card in cards.items():
@@ -289,11 +297,11 @@ def main(arguments: list[str] | None = None) -> int:
         files = prepare(options.out)
         cards, seconds = {}, {}
         for version, against in PAIRS:
+            print(f"{version} against {against}", file=sys.stderr, flush=True)
             cards[version, against], seconds[version, against] = score(
                 options.out / "server", version, against, options
             )
-        whole, _ = score(options.out / "server", WHOLE, "", options)
-        show({WHOLE: whole} | {version: card for (version, _), card in cards.items()}, cards)
+        show({version: card for (version, _), card in cards.items()}, cards)
         check_intervals(cards)
         _, again = score(options.out / "server", *PAIRS[0], options)
         print(f"\nthe first scorecard took {seconds[PAIRS[0]]:.0f} s, the same again {again:.1f} s")

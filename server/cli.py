@@ -285,6 +285,7 @@ def _release_show(arguments: argparse.Namespace) -> int:
         **_release_json(details.record),
         "digest": details.digest,
         "provenance": msgspec.to_builtins(details.provenance),
+        "scorecard": msgspec.to_builtins(details.scorecard),
     }
     _print(arguments, value, provenance_cli.details_lines(details, state))
     return 0

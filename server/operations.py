@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import Struct
 
-from protocol.errors import RequestError, StorageError
+from protocol.errors import RequestError
 from protocol.ids import (
     Digest,
     Family,
     Version,
-    digest_of,
     parse_digest,
     parse_family,
     parse_fleet_id,
@@ -46,6 +45,7 @@ from server.config import (
     config_text,
     parse_broker,
 )
+from server.documents import named_documents, read_card, read_statement
 from server.fleet.registry import DeviceRecord
 from server.home import BLOBS_FOLDER, KEYS_FOLDER, LOCK_FILE, METADATA_FOLDER, Home, opened, write_metadata
 from server.ports import Clock, ReleaseRecord
@@ -64,7 +64,8 @@ from server.releases.provenance import (
 from server.releases.publisher import Publisher
 from server.rollouts.campaign import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
-from server.signing import change_signed, named_documents, signed_paths
+from server.scorecard.card import Scorecard
+from server.signing import change_signed, signed_paths
 
 
 class RolloutStatus(Struct, frozen=True, kw_only=True):
@@ -82,11 +83,13 @@ class ReleaseDetails(Struct, frozen=True, kw_only=True):
         record: The release.
         digest: Of its description, which is what a device trusts.
         provenance: Where its files come from, if anybody said so.
+        scorecard: How good it is, if anybody measured it.
     """
 
     record: ReleaseRecord
     digest: Digest
     provenance: Statement | None
+    scorecard: Scorecard | None
 
 
 def init_repository(
@@ -238,7 +241,7 @@ def show_release(folder: Path, family: str, version: str) -> ReleaseDetails:
 
     Raises:
         RequestError: There is no such release.
-        StorageError: Its provenance is missing or damaged.
+        StorageError: Its provenance or its scorecard is missing or damaged.
     """
     with opened(folder) as home:
         record = find_release(home, parse_family(family), parse_version(version))
@@ -246,6 +249,7 @@ def show_release(folder: Path, family: str, version: str) -> ReleaseDetails:
             record=record,
             digest=release_digest(record.release),
             provenance=read_statement(home, record.release),
+            scorecard=read_card(home, record.release),
         )
 
 
@@ -444,22 +448,6 @@ def _statement(release: Release, provenance: Path | Origin) -> bytes:
     data = _read(provenance)
     check_statement(decode_statement(data, str(provenance)), release, str(provenance))
     return data
-
-
-def read_statement(home: Home, release: Release) -> Statement | None:
-    """The statement about where a release comes from; None if nobody made one.
-
-    Raises:
-        StorageError: It is missing or damaged.
-    """
-    if release.provenance_sha256 is UNSET:
-        return None
-    path = home.blobs.path(Digest(release.provenance_sha256))
-    with storage_errors(path):
-        data = path.read_bytes()
-    if digest_of(data) != release.provenance_sha256:
-        raise StorageError(f"{path} is damaged", hint="add the release again")
-    return decode_statement(data, str(path))
 
 
 def _read(path: Path) -> bytes:

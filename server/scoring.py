@@ -6,15 +6,15 @@ from pathlib import Path
 
 import msgspec
 
-from protocol.errors import ReleaseError, RequestError, StorageError
+from protocol.errors import ReleaseError, RequestError
 from protocol.ids import Digest, Family, Version, digest_of, parse_family, parse_version
 from protocol.release import Release, release_target
-from server.adapters.blobs import storage_errors
+from server.documents import read_statement
 from server.home import Home, opened
-from server.operations import find_release, read_statement
+from server.operations import find_release
 from server.ports import ReleaseRecord
 from server.releases.provenance import scorecard_digests, with_scorecard
-from server.scorecard.card import Scorecard, decode_card, encode_card
+from server.scorecard.card import Scorecard, encode_card
 from server.scorecard.items import Suite, SuiteKind
 from server.scorecard.keeping import WORK_FOLDER, Plan, keep_score
 from server.scorecard.runner import Progress
@@ -78,23 +78,6 @@ def score_release(
         if not note:
             note = _bind(home, record, data)
         return Scored(card=card, digest=digest_of(data), is_bound=not note, note=note)
-
-
-def read_card(home: Home, release: Release) -> Scorecard | None:
-    """The scorecard that a release names; None if it names none.
-
-    Raises:
-        StorageError: It is missing or damaged.
-        ReleaseError: It is not understood.
-    """
-    if release.scorecard_sha256 is None:
-        return None
-    path = home.blobs.path(Digest(release.scorecard_sha256))
-    with storage_errors(path):
-        data = path.read_bytes()
-    if digest_of(data) != release.scorecard_sha256:
-        raise StorageError(f"{path} is damaged", hint="score the release again")
-    return decode_card(data, str(path))
 
 
 def _read_suites(named: Sequence[tuple[SuiteKind, Path]], plan: Plan) -> list[Suite]:

@@ -3,11 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import msgspec
-from msgspec import UNSET
 
 from protocol.errors import RequestError, TrustError
 from protocol.ids import (
-    Digest,
     Family,
     Version,
     digest_of,
@@ -15,13 +13,13 @@ from protocol.ids import (
 )
 from protocol.release import (
     ARTIFACTS_ROLE,
-    Release,
     encode_release,
     file_target,
     release_target,
 )
 from protocol.trust import Target
 from server.adapters.pending import PendingFolder
+from server.documents import named_documents
 from server.home import Home, write_metadata
 from server.ports import ReleaseRecord, Repository
 from server.releases.catalog import blob_target
@@ -116,16 +114,6 @@ def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[T
     files |= {digest for record in records for _, digest in named_documents(record.release)}
     blobs = [home.blobs.describe(parse_digest(sha256)) for sha256 in sorted(files)]
     return records, [blob_target(file_target(blob.digest), blob) for blob in blobs]
-
-
-def named_documents(release: Release) -> list[tuple[str, Digest]]:
-    """What a release names beside its files: file names for people, and digests."""
-    named = []
-    if release.provenance_sha256 is not UNSET:
-        named.append(("provenance.json", Digest(release.provenance_sha256)))
-    if release.scorecard_sha256 is not None:
-        named.append(("scorecard.json", Digest(release.scorecard_sha256)))
-    return named
 
 
 def signed_paths(home: Home) -> set[str]:

@@ -129,10 +129,20 @@ class GroupDrift(Struct, frozen=True, kw_only=True):
 
 
 class SuiteDrift(Struct, frozen=True, kw_only=True):
-    """What changed in one suite; `changed` counts other answers, wrong ones for wrong ones included."""
+    """What changed in one suite.
+
+    Attributes:
+        name: Of the suite.
+        kind: Likewise.
+        before: Share of right answers of the version before, on the same questions.
+        paired: Both versions on the same questions.
+        changed: Other answers, wrong ones for wrong ones included.
+        groups: By name.
+    """
 
     name: str
     kind: SuiteKind
+    before: Interval
     paired: Paired
     changed: int
     groups: tuple[GroupDrift, ...]

@@ -42,6 +42,9 @@ from server.scorecard.verdict import Limits, checks_of, verdict_of
 from server.scorecard.work import Memory, MemoryOrder, Model, Speed, SpeedOrder
 from server.scorecard.worker import ANSWER_S_MAX
 
+ASKED_BY: Final = 1
+"""Grows when models are asked in another way, so that no journal from before is believed."""
+
 WORK_FOLDER: Final = "scorecards"
 """In the folder of a server: journals."""
 
@@ -230,6 +233,7 @@ def _pair(folder: Path, release: Release, against: Release, plan: Plan) -> Itera
 def _identity(release: Release, plan: Plan) -> dict[str, object]:
     """All that an answer depends on beside the question."""
     return {
+        "asked_by": ASKED_BY,
         "files": [file.sha256 for file in release.files],
         "runtime": release.runtime,
         "runtime_version": _runtime_version(release.runtime),

@@ -79,9 +79,11 @@ def _figures(card: Scorecard) -> list[tuple[str, str]]:
         found.append((f"{card.speed.p99_ms.value:.1f} ms", f"p99 of one {card.speed.step}"))
     if card.memory is not None and card.memory.contexts:
         found.append((bytes_text(card.memory.contexts[0].peak_bytes), "peak memory, smallest context"))
-    for suite in card.suites:
-        if suite.accuracy is not None and not suite.prompts:
-            found.append((share_text(suite.accuracy)[0], f"{suite.name}, {suite.count:,} questions"))
+    found += [
+        (share_text(suite.accuracy)[0], f"{suite.name}, {suite.count:,} questions")
+        for suite in card.suites
+        if suite.accuracy is not None and not suite.prompts
+    ]
     if card.drift is not None and card.drift.texts is not None:
         found.append((f"{card.drift.texts.mean.value:.4f}", "mean KL divergence, nats"))
     return found

@@ -181,7 +181,7 @@ def _resource_lines(card: Scorecard) -> Iterator[str]:
 
 def _drift_lines(drift: Drift) -> Iterator[str]:
     yield f"Against {drift.against.version}"
-    titles = ["SUITE", "BOTH", "GAINED", "LOST", "OTHER ANSWERS", "POINTS", "95 %", "P (MCNEMAR)"]
+    titles = ["SUITE", "BOTH", "BEFORE", "GAINED", "LOST", "OTHER ANSWERS", "POINTS", "95 %", "P (MCNEMAR)"]
     yield from table(titles, drift_rows(drift))
     texts = drift.texts
     if texts is not None:
@@ -207,6 +207,7 @@ def _drift_row(suite: SuiteDrift) -> list[str]:
     return [
         suite.name,
         f"{flips.count:,}",
+        share_text(suite.before)[0],
         str(flips.gained),
         str(flips.lost),
         str(suite.changed),

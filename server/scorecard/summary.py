@@ -113,11 +113,11 @@ def _prompt_score(item: Item, reply: Reply, is_good: bool) -> PromptScore:  # no
     )
 
 
-def suite_drift(suite: Suite, before: Replies, now: Replies) -> SuiteDrift | None:
+def suite_drift(suite: Suite, earlier: Replies, now: Replies) -> SuiteDrift | None:
     """What changed; None where the two have no question in common."""
     both = [
         (item, first, second)
-        for item, first, second in zip(suite.items, before, now, strict=True)
+        for item, first, second in zip(suite.items, earlier, now, strict=True)
         if first is not None and second is not None
     ]
     if not both:
@@ -129,6 +129,7 @@ def suite_drift(suite: Suite, before: Replies, now: Replies) -> SuiteDrift | Non
     return SuiteDrift(
         name=suite.name,
         kind=suite.kind,
+        before=wilson(sum(before for _, before, _ in flips), len(flips)),
         paired=_paired(flips),
         changed=sum(answer_of(item, first) != answer_of(item, second) for item, first, second in both),
         groups=tuple(

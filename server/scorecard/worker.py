@@ -1,10 +1,11 @@
 """The process that runs one model, and the handle by which another one uses it.
 
 A process of its own, so that memory is the model's alone, and a runtime that dies or hangs costs one answer (ADR 8). This module is also the
-child: `python -m server.scorecard.worker`, the model as its argument, orders on standard input, answers on standard output, each a frame of
+child: `python -m server.scorecard.worker`, the model and the parent's number as arguments, orders on standard input, answers on standard output, each a frame of
 four bytes of length and so many of MessagePack.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -40,6 +41,7 @@ from server.scorecard.work import (
 ANSWER_S_MAX: Final = 900
 """After which a worker is taken for hung. The longest order is a measurement of memory: 8,192 tokens of a large model."""
 
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _LENGTH_BYTES: Final = 4
 _DETAIL_CHARS_MAX: Final = 400
 
@@ -58,7 +60,7 @@ class Worker:
 
     def __init__(self, model: Model, timeout_s: float = ANSWER_S_MAX) -> None:
         self._timeout_s = timeout_s
-        command = [sys.executable, "-m", __name__, msgspec.json.encode(model).decode()]
+        command = [sys.executable, "-m", __name__, msgspec.json.encode(model).decode(), str(os.getpid())]
         try:
             self._child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -133,6 +135,11 @@ class Worker:
 
 def main() -> int:
     """The child: answers until its input ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(
+        _PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # a measurement may take minutes
+    if os.getppid() != int(sys.argv[2]):  # it died before the line above
+        return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the whole group; the parent decides
     model = msgspec.json.decode(sys.argv[1], type=Model)
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
