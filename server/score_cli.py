@@ -37,6 +37,14 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
     score.add_argument("family", metavar="FAMILY", help="model family, for example digits")
     score.add_argument("version", metavar="VERSION", help="for example 2.0")
     score.add_argument("--against", metavar="OLD", help="version that it replaces")
+    _add_questions(score)
+    _add_conditions(score)
+    score.add_argument("--limits", metavar="FILE", type=Path, help="TOML file: what is good enough")
+    score.add_argument("--html", metavar="FILE", type=Path, help="write a page as well")
+    score.set_defaults(run=lambda arguments: _score(arguments, show))
+
+
+def _add_questions(score: argparse.ArgumentParser) -> None:
     score.add_argument(
         "--suite",
         metavar="KIND=PATH",
@@ -81,6 +89,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         default=64,
         help="solutions or inputs over which distributions are compared (default: %(default)s)",
     )
+
+
+def _add_conditions(score: argparse.ArgumentParser) -> None:
     score.add_argument(
         "--threads",
         metavar="N",
@@ -103,9 +114,6 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         default=[],
         help=f"length of context at which memory is measured; repeatable (default: {_CONTEXTS})",
     )
-    score.add_argument("--limits", metavar="FILE", type=Path, help="TOML file: what is good enough")
-    score.add_argument("--html", metavar="FILE", type=Path, help="write a page as well")
-    score.set_defaults(run=lambda arguments: _score(arguments, show))
 
 
 def _score(arguments: argparse.Namespace, show: Printer) -> int:

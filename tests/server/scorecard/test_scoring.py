@@ -395,7 +395,10 @@ def test_suites_of_one_kind_are_told_apart(home: Path, tmp_path: Path) -> None:
     for name in ("a", "b", "other/a"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         inputs(tmp_path / f"{name}.jsonl", 3)
-    suites: list[tuple[SuiteKind, Path]] = [("classes", tmp_path / "a.jsonl"), ("classes", tmp_path / "b.jsonl")]
+    suites: list[tuple[SuiteKind, Path]] = [
+        ("classes", tmp_path / "a.jsonl"),
+        ("classes", tmp_path / "b.jsonl"),
+    ]
     scored = score_release(home, "digits", "v1", suites=suites, plan=QUICK)
     assert [suite.name for suite in scored.card.suites] == [
         "health plan",
