@@ -119,6 +119,14 @@ def show(by_version: dict[str, Any], cards: dict[tuple[str, str], Any]) -> None:
                 f"{version:<8} {suite['name']:<12} {suite['right']:4} of {suite['count']:<6} "
                 f"{100 * share['value']:6.1f} % ({100 * share['low']:.1f} to {100 * share['high']:.1f})"
             )
+    print("\nprompt                     mean log-probability under " + ", ".join(by_version))
+    rows: dict[str, list[float]] = {}
+    for card in by_version.values():
+        for suite in card["suites"]:
+            for prompt in suite["prompts"] if suite["name"] in {"golden", "edge"} else ():
+                rows.setdefault(prompt["name"], []).append(prompt["logprob_mean"])
+    for name, values in rows.items():
+        print(f"{name:<26} " + "  ".join(f"{value:6.2f}" for value in values))
     print("\nversion  suite        accuracy before them, on the same questions")
     for (version, against), card in cards.items():
         for suite in card["drift"]["suites"]:
