@@ -3,7 +3,7 @@
 `python -m benchmarks.scorecard --mmlu FOLDER --gsm8k FILE [--sample N] [--gsm8k-sample N] [--shots K] [--agree N]`, or `make bench-score`.
 Makes Q8_0 and Q4_0 from the Q4_1 file that the examples use (all three keep its Q8_0 embedding), adds them to a server of its own, and runs
 `whimbrel score` on Q4_1 against Q8_0, on Q4_1 against Q4_0, and on Q4_0 against Q8_0. Then N questions of MMLU are evaluated again, by a way that shares no code with the scorecard: llama-cpp-python's
-own class, every prompt from its first token, one token at a time, and lm-evaluation-harness's formula (`loglikelihood` of " A" to " D", the
+own class, every prompt from its first token, in one batch and token by token, and lm-evaluation-harness's formula (`loglikelihood` of " A" to " D", the
 largest wins). Intervals are computed again with SciPy and by drawing questions. A run that was stopped goes on.
 """
 
@@ -182,19 +182,19 @@ def check_intervals(cards: dict[tuple[str, str], Any]) -> None:
     print(f"most {100 * worst_change:.2f} points; McNemar's p-values are SciPy's")
 
 
-def independent(file: Path, questions: Sequence[tuple[str, str]], threads: int) -> list[list[float]]:
-    """Log-likelihoods of " A" to " D" after each prompt, from its first token on, token by token."""
+def independent(
+    file: Path, questions: Sequence[tuple[str, str]], threads: int, batch: int
+) -> list[list[float]]:
+    """Log-likelihoods of " A" to " D" after each prompt, from its first token on, so many tokens at a time."""
     llama_cpp.llama_log_set(_silence, ctypes.c_void_p())
-    model = llama_cpp.Llama(os.fspath(file), n_ctx=CONTEXT, n_threads=threads, n_batch=1, verbose=False)
+    model = llama_cpp.Llama(os.fspath(file), n_ctx=CONTEXT, n_threads=threads, n_batch=batch, verbose=False)
     found = []
     for prompt, _ in questions:
         context = model.tokenize(prompt.encode(), add_bos=False, special=True)
         model.reset()
-        for token in context:
-            model.eval([token])
-        row = np.ctypeslib.as_array(llama_cpp.llama_get_logits(model.ctx), shape=(model.n_vocab(),)).astype(
-            np.float64
-        )
+        model.eval(context)
+        pointer = llama_cpp.llama_get_logits(model.ctx)
+        row = np.ctypeslib.as_array(pointer, shape=(model.n_vocab(),)).astype(np.float64)
         row = row - np.logaddexp.reduce(row)
         joined = [
             model.tokenize(f"{prompt} {letter}".encode(), add_bos=False, special=True) for letter in LETTERS
@@ -230,7 +230,7 @@ def harness_prompts(mmlu: Path, names: Sequence[str], shots: int) -> list[tuple[
     return made
 
 
-def agree(file: Path, folder: Path, options: argparse.Namespace) -> None:
+def agree(file: Path, options: argparse.Namespace) -> None:
     """The scorecard's own answers beside the independent ones."""
     from server.scorecard.items import LETTERS as LETTERS_OF_SUITE  # noqa: PLC0415 - only this part looks inside
     from server.scorecard.suites import read_suite  # noqa: PLC0415 - likewise
@@ -245,19 +245,24 @@ def agree(file: Path, folder: Path, options: argparse.Namespace) -> None:
         worker.ask(Load())
         answers = [worker.ask(Ask(question=item.question)) for item in suite.items]
     ours = [each.reply.scores for each in answers if isinstance(each, Replied)]
-    theirs = independent(file, questions, options.threads)
     rights = [LETTERS_OF_SUITE.index(right) for _, right in questions]
-    ours_right = sum(int(np.argmax(scores)) == right for scores, right in zip(ours, rights, strict=True))
-    theirs_right = sum(int(np.argmax(scores)) == right for scores, right in zip(theirs, rights, strict=True))
-    same = sum(int(np.argmax(one)) == int(np.argmax(other)) for one, other in zip(ours, theirs, strict=True))
-    gap = max(
-        abs(one - other) for a, b in zip(ours, theirs, strict=True) for one, other in zip(a, b, strict=True)
-    )
+
+    def right_of(found: Sequence[Sequence[float]]) -> int:
+        return sum(int(np.argmax(scores)) == right for scores, right in zip(found, rights, strict=True))
+
     print(
-        f"\nMMLU, {file.name}, {options.shots}-shot, {len(ours)} questions: the scorecard has {ours_right} right, the independent evaluation {theirs_right};"
+        f"\nMMLU, {file.name}, {options.shots}-shot, {len(ours)} questions: the scorecard has {right_of(ours)} right"
     )
-    print(f"the same answer to {same}; log-likelihoods differ by at most {gap:.4f}")
-    (folder / "agreement.json").write_text(json.dumps({"ours": ours, "theirs": theirs, "rights": rights}))
+    for name, batch in (("512 tokens at a time", 512), ("token by token", 1)):
+        theirs = independent(file, questions, options.threads, batch)
+        pairs = list(zip(ours, theirs, strict=True))
+        same = sum(int(np.argmax(one)) == int(np.argmax(other)) for one, other in pairs)
+        gap = max(abs(one - other) for both in pairs for one, other in zip(*both, strict=True))
+        print(
+            f"  the independent evaluation, {name}: {right_of(theirs)} right, the same answer to {same};"
+            f" log-likelihoods differ by at most {gap:.4f}",
+            flush=True,
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -314,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         _, again = score(options.out / "server", *PAIRS[0], options)
         print(f"\nthe first scorecard took {seconds[PAIRS[0]]:.0f} s, the same again {again:.1f} s")
         if options.agree:
-            agree(files["q4_1"], options.out, options)
+            agree(files["q4_1"], options)
     except WhimbrelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
