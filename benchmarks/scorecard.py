@@ -159,6 +159,7 @@ def check_intervals(cards: dict[tuple[str, str], Any]) -> None:
     """Every interval again: Wilson by SciPy, differences by drawing questions with replacement."""
     rng = np.random.default_rng(7)
     worst_share = worst_change = 0.0
+    drawn_count = 0
     for card in cards.values():
         for suite in card["suites"]:
             direct = stats.binomtest(suite["right"], suite["count"]).proportion_ci(method="wilson")
@@ -168,6 +169,7 @@ def check_intervals(cards: dict[tuple[str, str], Any]) -> None:
             flips = suite["paired"]
             if flips["gained"] + flips["lost"] < 10:
                 continue  # drawing questions cannot draw what has not been seen
+            drawn_count += 1
             count = flips["count"]
             shares = [flips["gained"] / count, flips["lost"] / count]
             drawn = rng.multinomial(count, [*shares, 1 - sum(shares)], DRAWS)
@@ -177,9 +179,15 @@ def check_intervals(cards: dict[tuple[str, str], Any]) -> None:
             exact = stats.binomtest(flips["gained"], flips["gained"] + flips["lost"], 0.5).pvalue
             assert abs(exact - flips["p_value"]) < 1e-9, (exact, flips)
     print(
-        f"\nintervals: shares differ from SciPy's Wilson by at most {worst_share:.1e}; differences from {DRAWS:,} draws of the questions by at"
+        f"\nintervals: shares differ from SciPy's Wilson by at most {worst_share:.1e}, McNemar's p-values are SciPy's"
     )
-    print(f"most {100 * worst_change:.2f} points; McNemar's p-values are SciPy's")
+    if drawn_count:
+        print(
+            f"{drawn_count} changes with ten flips or more: their ends differ from {DRAWS:,} draws of the questions by at"
+            f" most {100 * worst_change:.2f} points"
+        )
+    else:
+        print("no suite had the ten flips that it takes to draw its questions again")
 
 
 def independent(
