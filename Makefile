@@ -21,6 +21,8 @@ AT_REST_OPTIONS ?=
 SWAP_OPTIONS ?=
 ACCELERATORS ?= openvino cuda
 SUITE ?=
+EVALS ?=
+SAMPLE ?= 200
 
 # The environment is known by the lock file that it was made from.
 define environment
@@ -191,6 +193,11 @@ bench-delta: ## measure the delta coder beside its peers on real pairs of models
 bench-delta-large: ## measure the delta coder on files of 0.1, 1 and 4 GB: linear time, bounded memory (needs 14 GB of disk)
 	$(call environment,bench)
 	$(BIN)/python -m benchmarks.large $(BENCH_OPTIONS)
+
+.PHONY: bench-score
+bench-score: setup ## scorecards of SmolLM2 in three quantizations, and the same by other means: EVALS=folder with mmlu/ and gsm8k/ (SAMPLE=N questions)
+	@[ -d "$(EVALS)/mmlu/test" ] || { echo "whimbrel: EVALS=$(EVALS) has no mmlu/test (github.com/hendrycks/test) beside gsm8k/test.jsonl (github.com/openai/grade-school-math)" >&2; exit 1; }
+	$(BIN)/python -m benchmarks.scorecard --mmlu "$(EVALS)/mmlu" --gsm8k "$(EVALS)/gsm8k/test.jsonl" --sample $(SAMPLE) $(BENCH_OPTIONS)
 
 .PHONY: fault-matrix
 fault-matrix: setup ## put a device under every fault in every state, and write the table of what it does into docs/durability.md

@@ -31,6 +31,7 @@ from server import (
     provenance_cli,
     rollout_cli,
     rollout_orders,
+    score_cli,
     tiers_cli,
     users_cli,
     verify_cli,
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     verify_cli.add_parser(commands, common)
     diagnose_cli.add_parser(commands, common, _print)
     tiers_cli.add_parser(commands, common, _print)
+    score_cli.add_parser(commands, common, _print)
     return parser
 
 
@@ -271,6 +273,7 @@ def _release_show(arguments: argparse.Namespace) -> int:
         "digest": details.digest,
         "provenance": msgspec.to_builtins(details.provenance),
         "shut_out": operations.devices_shut_out(arguments.dir, arguments.family, arguments.version),
+        "scorecard": msgspec.to_builtins(details.scorecard),
     }
     lines = provenance_cli.details_lines(details, state) + rollout_cli.shut_out_lines(value["shut_out"])
     _print(arguments, value, lines)

@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import Struct
 
-from protocol.errors import RequestError, StorageError, UnknownReleaseError
+from protocol.errors import RequestError, UnknownReleaseError
 from protocol.ids import (
     Digest,
     Family,
     Version,
-    digest_of,
     parse_digest,
     parse_family,
     parse_fleet_id,
@@ -46,6 +45,7 @@ from server.config import (
     config_text,
     parse_broker,
 )
+from server.documents import named_documents, read_card, read_statement
 from server.fleet.registry import DeviceRecord
 from server.home import BLOBS_FOLDER, KEYS_FOLDER, LOCK_FILE, METADATA_FOLDER, Home, opened, write_metadata
 from server.ports import Clock, ReleaseRecord
@@ -67,6 +67,7 @@ from server.rollouts.evidence import Rules
 from server.rollouts.records import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import ACTIVE, RolloutState
 from server.rollouts.waves import Wave
+from server.scorecard.card import Scorecard
 from server.signing import change_signed, signed_paths
 from server.tiers.judging import check_still_fits, for_tiers, read_named
 
@@ -108,11 +109,13 @@ class ReleaseDetails(Struct, frozen=True, kw_only=True):
         record: The release.
         digest: Of its description, which is what a device trusts.
         provenance: Where its files come from, if anybody said so.
+        scorecard: How good it is, if anybody measured it.
     """
 
     record: ReleaseRecord
     digest: Digest
     provenance: Statement | None
+    scorecard: Scorecard | None
 
 
 def init_repository(
@@ -233,7 +236,7 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         StorageError: A file of the draft is missing or damaged.
     """
     with opened(folder) as home:
-        record = _release(home, parse_family(family), parse_version(version))
+        record = find_release(home, parse_family(family), parse_version(version))
         if record.published_ms is not None:
             home.store.add_release(record)  # raises the error that says so
         release = record.release
@@ -241,11 +244,11 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         description = home.blobs.put(encode_release(release))
         for file in release.files:
             home.blobs.describe(parse_digest(file.sha256))
-        if release.provenance_sha256 is not UNSET:
-            home.blobs.describe(parse_digest(release.provenance_sha256))
+        for _, digest in named_documents(release):
+            home.blobs.describe(digest)
         path = release_target(Family(release.family), Version(release.version))
         change_signed(home, added=[blob_target(path, description)])
-        return _release(home, Family(release.family), Version(release.version))
+        return find_release(home, Family(release.family), Version(release.version))
 
 
 def withdraw_release(folder: Path, family: str, version: str) -> list[Standing]:
@@ -260,7 +263,7 @@ def withdraw_release(folder: Path, family: str, version: str) -> list[Standing]:
         RequestError: It is not published, or was withdrawn before.
     """
     with opened(folder) as home:
-        record = _release(home, parse_family(family), parse_version(version))
+        record = find_release(home, parse_family(family), parse_version(version))
         path = release_target(Family(record.release.family), Version(record.release.version))
         if record.published_ms is None:
             raise RequestError(f"{family} {version} is not published", hint="a draft reaches no device")
@@ -274,12 +277,15 @@ def show_release(folder: Path, family: str, version: str) -> ReleaseDetails:
 
     Raises:
         RequestError: There is no such release.
-        StorageError: Its provenance is missing or damaged.
+        StorageError: Its provenance or its scorecard is missing or damaged.
     """
     with opened(folder) as home:
-        record = _release(home, parse_family(family), parse_version(version))
+        record = find_release(home, parse_family(family), parse_version(version))
         return ReleaseDetails(
-            record=record, digest=release_digest(record.release), provenance=_provenance(home, record.release)
+            record=record,
+            digest=release_digest(record.release),
+            provenance=read_statement(home, record.release),
+            scorecard=read_card(home, record.release),
         )
 
 
@@ -307,8 +313,8 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
         folder: The server's.
         family: Of a published release.
         version: Of a published release.
-        target: Folder that gets `release.json`, `root.json`, `provenance.json` where there is one, and the files; made if it
-            is not there.
+        target: Folder that gets `release.json`, `root.json`, `provenance.json` and `scorecard.json` where there are some, and the
+            files; made if it is not there.
 
     Raises:
         RequestError: There is no such release, or the target cannot be written.
@@ -323,9 +329,8 @@ def export_release(folder: Path, family: str, version: str, target: Path) -> Non
             target.mkdir(parents=True, exist_ok=True)
             (target / "release.json").write_bytes(encode_release(record.release))
             (target / "root.json").write_bytes(repository.roots[-1])  # older keys may be anywhere by now
-            if record.release.provenance_sha256 is not UNSET:
-                path = home.blobs.path(Digest(record.release.provenance_sha256))
-                shutil.copyfile(path, target / "provenance.json")
+            for name, digest in named_documents(record.release):
+                shutil.copyfile(home.blobs.path(digest), target / name)
             for file in record.release.files:
                 shutil.copyfile(home.blobs.path(Digest(file.sha256)), target / file.name)
         except OSError as error:
@@ -391,7 +396,7 @@ def start_rollout(
     if plan.rules is not None:
         plan.rules.checked()
     with opened(folder) as home:
-        record = _release(home, parse_family(family), parse_version(version))
+        record = find_release(home, parse_family(family), parse_version(version))
         if record.published_ms is None:
             raise RequestError(
                 f"{family} {version} is not published",
@@ -457,7 +462,7 @@ def devices_shut_out(folder: Path, family: str, version: str) -> list[str]:
         RequestError: There is no such release.
     """
     with opened(folder) as home:
-        if not _release(home, parse_family(family), parse_version(version)).is_encrypted:
+        if not find_release(home, parse_family(family), parse_version(version)).is_encrypted:
             return []
         identities, now_ms = home.store.identities(), home.clock.now_ms()
         return [
@@ -501,7 +506,12 @@ def _lay_out(config: ServerConfig, now_ms: int) -> None:
     write_file(config.folder / CONFIG_FILE, config_text(config).encode())
 
 
-def _release(home: Home, family: Family, version: Version) -> ReleaseRecord:
+def find_release(home: Home, family: Family, version: Version) -> ReleaseRecord:
+    """A release by its name.
+
+    Raises:
+        RequestError: There is none; says which there are.
+    """
     record = home.store.release(family, version)
     if record is not None:
         return record
@@ -519,17 +529,6 @@ def _statement(release: Release, provenance: Path | Origin) -> bytes:
     data = _read(provenance)
     check_statement(decode_statement(data, str(provenance)), release, str(provenance))
     return data
-
-
-def _provenance(home: Home, release: Release) -> Statement | None:
-    if release.provenance_sha256 is UNSET:
-        return None
-    path = home.blobs.path(Digest(release.provenance_sha256))
-    with storage_errors(path):
-        data = path.read_bytes()
-    if digest_of(data) != release.provenance_sha256:
-        raise StorageError(f"{path} is damaged", hint="add the release again")
-    return decode_statement(data, str(path))
 
 
 def _read(path: Path) -> bytes:

@@ -86,8 +86,16 @@ def details_lines(details: ReleaseDetails, state: str) -> list[str]:
         f"Needs: {', '.join(needs)}",
         f"Trial: {trial}",
         *table(["FILE", "SIZE", "SHA256"], files),
+        *_scorecard_lines(details),
         *_provenance_lines(details),
     ]
+
+
+def _scorecard_lines(details: ReleaseDetails) -> Iterator[str]:
+    if details.scorecard is None:
+        yield "Scorecard: none; `whimbrel score` makes one"
+    else:
+        yield f"Scorecard: {details.scorecard.verdict}, sha256 {details.record.release.scorecard_sha256}"
 
 
 def _provenance_lines(details: ReleaseDetails) -> Iterator[str]:

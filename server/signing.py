@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
-from msgspec import UNSET
 
 from protocol.errors import RequestError, TrustError
 from protocol.ids import (
@@ -21,6 +20,7 @@ from protocol.release import (
 )
 from protocol.trust import Target
 from server.adapters.pending import PendingFolder
+from server.documents import named_documents
 from server.home import Home, write_metadata
 from server.ports import ReleaseRecord, Repository
 from server.releases.catalog import blob_target
@@ -119,11 +119,7 @@ def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[T
         if record.is_encrypted and file.length and draft.digest(file_target(Digest(file.sha256))) is None
     }
     files = {file.sha256 for record in records for file in record.release.files} - secret
-    files |= {
-        record.release.provenance_sha256
-        for record in records
-        if record.release.provenance_sha256 is not UNSET
-    }
+    files |= {digest for record in records for _, digest in named_documents(record.release)}
     blobs = [home.blobs.describe(parse_digest(sha256)) for sha256 in sorted(files)]
     targets = [blob_target(file_target(blob.digest), blob) for blob in blobs]
     return records, targets + _encrypted(home, draft, sorted(secret))

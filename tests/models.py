@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import gguf
 import msgspec
 import numpy as np
 import onnx
@@ -87,3 +88,64 @@ def language_model() -> Path:
         return fetch(Path(__file__).parents[1] / CACHE)
     except TransportError as error:
         pytest.skip(f"the language model is not in {CACHE} and cannot be downloaded: {error}")
+
+
+def write_language_model(path: Path, seed: int, *, noise: float = 0.0) -> Path:
+    """Write a text model of random weights that llama.cpp runs: 2 layers, grouped queries, tokens that are bytes and a few pieces.
+
+    Args:
+        path: Where.
+        seed: Of the weights.
+        noise: Added to the weights, as a share of them, from a seed of its own.
+    """
+    width, heads, groups, inner, layers = 64, 4, 2, 128, 2
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁A",
+        "▁B",
+        "▁C",
+        "▁D",
+    ]
+    rng, more = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        drawn = rng.normal(0, 1, (rows, columns)) * (1 + noise * more.normal(0, 1, (rows, columns)))
+        return np.asarray(drawn * 1.5 / np.sqrt(columns), np.float32)
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(1024)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(len(pieces))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * 259 + [-float(rank) for rank in range(len(pieces) - 259)])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 259)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_tensor("token_embd.weight", matrix(len(pieces), width))
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for layer in range(layers):
+        shapes = {"attn_q": (width, width), "attn_output": (width, width), "ffn_gate": (inner, width)}
+        shapes |= dict.fromkeys(("attn_k", "attn_v"), (width // heads * groups, width))
+        shapes |= {"ffn_up": (inner, width), "ffn_down": (width, inner)}
+        for name, shape in shapes.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", matrix(*shape))
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -69,6 +69,7 @@ def server(tmp_path: Path, run: Run) -> Iterator[int]:
 def test_a_device_is_provisioned_updated_and_asked_with_the_commands_of_the_readme(
     tmp_path: Path, run: Run, server: int
 ) -> None:
+    assert run("whimbrel", "score", "digits", "v1", "--dir", "fleet").startswith("digits v1: passed\n")
     run("whimbrel", "release", "export", "digits", "v1", "-o", "factory", "--dir", "fleet")
     (tmp_path / "device.toml").write_text(
         f'device = "pi-1"\nfleet = "lab"\nfamily = "digits"\nstate_folder = "state"\nbroker = "127.0.0.1:{server}"\n'

@@ -100,7 +100,14 @@ def quantize_to_q4_1(source: Path, out: Path) -> None:
     quantize(source, out, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1, token_embedding_type=llama_cpp.GGML_TYPE_Q8_0)
 
 
-def quantize(source: Path, out: Path, file_type: int, *, token_embedding_type: int | None = None) -> None:
+def quantize(
+    source: Path,
+    out: Path,
+    file_type: int,
+    *,
+    token_embedding_type: int | None = None,
+    allows_quantized: bool = False,
+) -> None:
     """Quantizes with llama.cpp's own quantizer.
 
     Args:
@@ -108,6 +115,7 @@ def quantize(source: Path, out: Path, file_type: int, *, token_embedding_type: i
         out: The result; replaced when it exists.
         file_type: What kind of file, as llama.cpp numbers them (`llama_ftype`).
         token_embedding_type: Of the embedding (`ggml_type`), where it is not what the kind of file brings.
+        allows_quantized: The source may be quantized itself: its weights are dequantized first.
 
     Raises:
         EngineError: llama.cpp refuses.
@@ -117,6 +125,7 @@ def quantize(source: Path, out: Path, file_type: int, *, token_embedding_type: i
     parameters.ftype = file_type
     if token_embedding_type is not None:
         parameters.token_embedding_type = token_embedding_type
+    parameters.allow_requantize = allows_quantized
     parameters.nthread = _THREADS
     code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(parameters))
     if code != 0:

@@ -31,7 +31,7 @@ PROMPT_KINDS: Final[dict[RuntimeName, type[ClassPrompt | TextPrompt]]] = {
     "llama": TextPrompt,
 }
 
-EXPORTED_NAMES: Final = frozenset({"release.json", "root.json", "provenance.json"})
+EXPORTED_NAMES: Final = frozenset({"release.json", "root.json", "provenance.json", "scorecard.json"})
 """What stands beside the files of a release when it is written into a folder."""
 
 _NOTHING: Final = StoredBlob(digest=digest_of(b""), length=0, tree=build_tree(())[0])

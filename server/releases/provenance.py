@@ -243,6 +243,28 @@ def make_statement(release: Release, origin: Origin) -> bytes:
     return data
 
 
+def with_scorecard(statement: Statement, release: Release) -> bytes:
+    """A statement that a person made here, with the scorecard of the release in place of the one that it named.
+
+    Raises:
+        ReleaseError: A build system made it, which alone can say something else.
+    """
+    digest = release.scorecard_sha256
+    assert digest is not None, "a scorecard to be named"
+    if statement.predicate.build_definition.build_type != BUILD_TYPE:
+        raise ReleaseError(
+            "its provenance is the statement of a build system, and does not name this scorecard",
+            hint=f"have it list the byproduct scorecard with the sha256 {digest}, and add the release again",
+        )
+    run = statement.predicate.run_details
+    named = [Resource(name="scorecard", digest={"sha256": digest})]
+    run = msgspec.structs.replace(run, byproducts=named)
+    predicate = msgspec.structs.replace(statement.predicate, run_details=run)
+    data = _encoder.encode(msgspec.structs.replace(statement, predicate=predicate))
+    check_statement(decode_statement(data, "provenance"), release, "provenance")
+    return data
+
+
 def _has_password(uri: str) -> bool:
     try:
         return urlsplit(uri).password is not None

@@ -1,0 +1,234 @@
+"""`whimbrel score`: measure a version, compare it with the one that it replaces, say whether it is good enough."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final, Self, get_args
+
+import msgspec
+
+from protocol.errors import RequestError, StorageError
+from server.display import Printer
+from server.scorecard.items import SuiteKind
+from server.scorecard.keeping import Plan
+from server.scorecard.page import render
+from server.scorecard.report import text_lines
+from server.scorecard.suites import SHOTS_MAX, Asking
+from server.scorecard.verdict import Limits, read_limits
+from server.scorecard.work import MemoryOrder
+from server.scoring import Scored, score_release
+
+_COUNT_MAX: Final = 1_000_000
+_CONTEXT_MAX: Final = 1 << 20
+_TENTHS: Final = 10
+_CONTEXTS: Final = ", ".join(str(tokens) for tokens in MemoryOrder().contexts)
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) -> None:
+    """Add `score` to the commands of `whimbrel`."""
+    score = commands.add_parser(
+        "score",
+        parents=[common],
+        help="measure a version and compare it with another; 1 if it is not good enough",
+        description="Makes the scorecard of a version, bound to the digests of its files. What was measured is kept: a run that"
+        " was interrupted goes on, and one that was complete is read back.",
+    )
+    score.add_argument("family", metavar="FAMILY", help="model family, for example digits")
+    score.add_argument("version", metavar="VERSION", help="for example 2.0")
+    score.add_argument("--against", metavar="OLD", help="version that it replaces")
+    _add_questions(score)
+    _add_conditions(score)
+    score.add_argument("--limits", metavar="FILE", type=Path, help="TOML file: what is good enough")
+    score.add_argument("--html", metavar="FILE", type=Path, help="write a page as well")
+    score.set_defaults(run=lambda arguments: _score(arguments, show))
+
+
+def _add_questions(score: argparse.ArgumentParser) -> None:
+    score.add_argument(
+        "--suite",
+        metavar="KIND=PATH",
+        type=_suite,
+        action="append",
+        default=[],
+        help=f"questions beside the prompts of the health plan; KIND is one of {', '.join(get_args(SuiteKind))}; repeatable",
+    )
+    score.add_argument(
+        "--sample",
+        metavar="[KIND=]N",
+        type=_sample,
+        action="append",
+        default=[],
+        help="questions of each suite, or of those of one kind (default: all); repeatable",
+    )
+    score.add_argument(
+        "--seed",
+        metavar="S",
+        type=_count(0, _COUNT_MAX),
+        default=0,
+        help="draws the sample (default: %(default)s)",
+    )
+    score.add_argument(
+        "--shots",
+        metavar="K",
+        type=_count(0, SHOTS_MAX),
+        default=5,
+        help="solved examples before each question (default: %(default)s)",
+    )
+    score.add_argument(
+        "--answer-tokens",
+        metavar="N",
+        type=_count(1, 4096),
+        default=256,
+        help="longest answer to a problem (default: %(default)s)",
+    )
+    score.add_argument(
+        "--drift-texts",
+        metavar="N",
+        type=_count(0, _COUNT_MAX),
+        default=64,
+        help="solutions or inputs over which distributions are compared (default: %(default)s)",
+    )
+
+
+def _add_conditions(score: argparse.ArgumentParser) -> None:
+    score.add_argument(
+        "--threads",
+        metavar="N",
+        type=_count(1, 1024),
+        default=max(1, (os.cpu_count() or 1) // 2),
+        help="of one inference (default: half of the cores)",
+    )
+    score.add_argument(
+        "--context",
+        metavar="N",
+        type=_count(64, _CONTEXT_MAX),
+        default=4096,
+        help="tokens of examples, question and answer together (default: %(default)s)",
+    )
+    score.add_argument(
+        "--memory-at",
+        metavar="N",
+        type=_count(64, _CONTEXT_MAX),
+        action="append",
+        default=[],
+        help=f"length of context at which memory is measured; repeatable (default: {_CONTEXTS})",
+    )
+
+
+def _score(arguments: argparse.Namespace, show: Printer) -> int:
+    page: Path | None = arguments.html
+    if page is not None and (not page.parent.is_dir() or page.is_dir()):
+        raise StorageError(f"{page} cannot be written", hint="choose another --html")
+    plan = Plan(
+        asking=Asking(
+            sample=dict(arguments.sample).get("", 0),
+            samples={kind: count for kind, count in arguments.sample if kind},
+            seed=arguments.seed,
+            shots=arguments.shots,
+            tokens_max=arguments.answer_tokens,
+        ),
+        limits=Limits() if arguments.limits is None else read_limits(arguments.limits),
+        threads=arguments.threads,
+        context_tokens=arguments.context,
+        drift_texts=arguments.drift_texts,
+        memory=MemoryOrder(contexts=tuple(sorted(set(arguments.memory_at))))
+        if arguments.memory_at
+        else MemoryOrder(),
+    )
+    if arguments.against == arguments.version:
+        raise RequestError(
+            f"{arguments.version} is what is measured", hint="give another version with --against"
+        )
+    with _Progress(is_quiet=arguments.json) as progress:
+        scored = score_release(
+            arguments.dir,
+            arguments.family,
+            arguments.version,
+            suites=arguments.suite,
+            plan=plan,
+            against=arguments.against,
+            progress=progress,
+        )
+    if page is not None:
+        try:
+            page.write_text(render(scored.card, scored.digest), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{page}: {error.strerror}", hint="choose another --html") from error
+    value = {
+        "digest": scored.digest,
+        "is_bound": scored.is_bound,
+        "note": scored.note,
+        "scorecard": msgspec.to_builtins(scored.card),
+    }
+    show(arguments, value, [*text_lines(scored.card), "", *_bound_lines(scored)])
+    return 0 if scored.card.verdict == "passed" else 1
+
+
+def _bound_lines(scored: Scored) -> list[str]:
+    subject = scored.card.subject
+    lines = [f"Scorecard: sha256 {scored.digest}"]
+    if scored.is_bound:
+        return [*lines, f"{subject.family} {subject.version} names it, and publishing signs it"]
+    return [*lines, f"{subject.family} {subject.version} does not name it: {scored.note}"]
+
+
+class _Progress:
+    """On stderr: a line that is rewritten where a person looks at one, and else a line for each tenth."""
+
+    def __init__(self, *, is_quiet: bool) -> None:
+        self._is_quiet = is_quiet
+        self._is_rewritten = sys.stderr.isatty()
+        self._said: tuple[str, int] = ("", -1)
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self._is_quiet:
+            return
+        if self._is_rewritten:
+            sys.stderr.write(f"\r\x1b[K{what}: {done:,} of {total:,}")
+            sys.stderr.flush()
+            self._said = (what, 0)
+        elif self._said != (what, _TENTHS * done // total):
+            self._said = (what, _TENTHS * done // total)
+            sys.stderr.write(f"{what}: {done:,} of {total:,}\n")
+            sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_rewritten and self._said[1] >= 0:
+            sys.stderr.write("\r\x1b[K")
+
+
+def _suite(text: str) -> tuple[SuiteKind, Path]:
+    name, equals, path = text.partition("=")
+    for kind in get_args(SuiteKind):
+        if name == kind and equals and path:
+            return kind, Path(path)
+    raise argparse.ArgumentTypeError(
+        f"{text[:60]!r} is not KIND=PATH with one of {', '.join(get_args(SuiteKind))}"
+    )
+
+
+def _sample(text: str) -> tuple[str, int]:
+    kind, equals, number = text.rpartition("=")
+    if equals and kind not in get_args(SuiteKind):
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r} is not N or KIND=N with one of {', '.join(get_args(SuiteKind))}"
+        )
+    count: int = _count(1, _COUNT_MAX)(number)
+    return kind, count
+
+
+def _count(low: int, high: int) -> Any:
+    def count(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no integer") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+        return value
+
+    return count
