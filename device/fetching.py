@@ -23,7 +23,7 @@ from protocol.director import UnknownTimeError
 from protocol.errors import ReleaseError, WhimbrelError
 from protocol.ids import Digest, Family, Version
 from protocol.messages import KeyAnswer, MetadataBundle
-from protocol.release import ARTIFACTS_ROLE, release_target, releases_role
+from protocol.release import ARTIFACTS_ROLE, encode_release, release_target, releases_role
 from protocol.trust import Target, Verified
 
 
@@ -292,8 +292,12 @@ class Fetching:
         self._desk.extend(self._sync.end())
         if self._check(time_ms):
             self.targets = verified.targets
-            description = Artifact(target.digest, target.length, target.custom.chunks)
-            self._begin([description], read_last=True)
+            update = self._ledger.update
+            if update.release is not None and update.release_sha256 == target.digest:
+                self._on_described(encode_release(update.release))  # it was read before an interruption
+            else:
+                description = Artifact(target.digest, target.length, target.custom.chunks)
+                self._begin([description], read_last=True)
         return True
 
     def _adopt(self, verified: Verified) -> bool:

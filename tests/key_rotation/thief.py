@@ -12,7 +12,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from protocol.chunks import chunk_count, encode_chunk
 from protocol.ids import DeviceId, Digest, Family, Version
-from protocol.messages import Desired, encode_message
+from protocol.messages import Desired
 from protocol.release import ARTIFACTS_ROLE, delta_target, file_target, release_target, releases_role
 from server.adapters.blobs import FolderBlobs
 from server.adapters.clock import SystemClock
@@ -31,7 +31,7 @@ HIGHEST: Final = (1 << 63) - 1
 LAST_NUMBER: Final = (1 << 53) - 1
 """The highest number that a wish can have."""
 
-ONLINE: Final = ("timestamp", "snapshot", "artifacts")
+ONLINE: Final = ("timestamp", "snapshot", "artifacts", "director")
 
 
 class Thief:
@@ -130,10 +130,12 @@ class Thief:
         self._publish(draft, {role: sign(role, document, [signer_of("his", private)])})
 
     def ask(self, devices: Iterable[str], version: str, sequence: int) -> None:
-        """Tell devices to run a version."""
+        """Tell devices to run a version, with the director's key."""
+        director = Publisher(self._keys).director(self._repository)
         for name in devices:
             desired = Desired(sequence=sequence, rollout="thief", family=FAMILY, version=version)
-            self.say(TOPICS.desired(DeviceId(name)), encode_message(desired))
+            topic = TOPICS.desired(DeviceId(name))
+            self.say(topic, director.seal(topic, desired, SystemClock().now_ms()))
 
     def _publish(self, draft: Draft, forged: dict[str, bytes]) -> None:
         now_ms = SystemClock().now_ms()

@@ -13,7 +13,6 @@ from protocol.trust import Floors, is_signed, verify, verify_time
 from server.coordinator import WISH_PERIOD_MS
 from server.effects import PublishDesired
 from server.events import BrokerConnected, DeadlineReached, MetadataChanged, ReportReceived
-from server.fleet.registry import DeviceRecord, next_desired_sequence
 from server.ports import Repository
 from server.releases.metadata import Draft
 from server.releases.publisher import Publisher
@@ -144,9 +143,3 @@ def test_every_wish_is_signed_anew_once_another_key_speaks_for_the_director() ->
     assert asked(play) == []
     play.happen(MetadataChanged(dataclasses.replace(catalog, director="another")))
     assert asked(play) == ["a", "b"]
-
-
-def test_a_number_that_only_a_forger_counted_to_is_not_counted_on_from() -> None:
-    update = UpdateReport(rollout="r1", sequence=(1 << 53) - 1, version="2", outcome="failed")
-    record = DeviceRecord(device=DEVICE, report=report("a", 1, "1", update), desired_sequence=7)
-    assert next_desired_sequence(record) == 8
