@@ -117,6 +117,7 @@ class Server:
         self._transport: MqttTransport | None = None
         self._thread: threading.Thread | None = None
         self._changes = -1
+        self._has_unread_keys = False
         self._forget_ms = 0  # when old events of devices are dropped next
         self._known_labels: list[Labels] = []
         self._records_saved = 0
@@ -459,11 +460,14 @@ class Server:
         return MetadataChanged(self._catalog(repository))
 
     def _reload_keys(self) -> None:
-        """What another process signed may have changed who signs."""
+        """What another process signed may have changed who signs. A file that goes at this very moment is no reason to stay with the old ones."""
         try:
             self._publisher = Publisher(KeyFolder(self.config.folder / KEYS_FOLDER).load())
+            self._has_unread_keys = False
         except WhimbrelError as error:
-            _LOG.warning("keys are not read again: %s", error)
+            if not self._has_unread_keys:
+                _LOG.warning("keys are not read yet: %s", error)
+            self._has_unread_keys = True
 
     def _remind(self) -> None:
         """Say which documents end soon that only people can sign."""
@@ -509,14 +513,14 @@ class Server:
     def _poll_store(self) -> None:
         """Notice what commands of other processes, or of other threads, put into the store."""
         changes = self._opened.changes()
-        if changes == self._changes:
+        if changes == self._changes and not self._has_unread_keys:
             return
         self._changes = changes
         assert self._transport is not None
         self._enrolment.refresh(self._transport)
         events: list[Event] = []
         repository = self._opened.repository()
-        if repository is not None and repository != self._repository:
+        if repository is not None and (repository != self._repository or self._has_unread_keys):
             self._reload_keys()
             events.append(MetadataChanged(self._catalog(repository)))
         known = self._coordinator.campaigns

@@ -35,8 +35,9 @@ class Group:
 
 GROUPS: Final[dict[str, Group]] = {
     "trust": Group(
-        modules=("protocol/trust.py",),
+        modules=("protocol/trust.py", "protocol/director.py", "device/assignments.py"),
         tests=(
+            "tests/device/test_director.py",
             "tests/protocol/test_trust.py",
             "tests/protocol/test_trust_attacks.py",
             "tests/protocol/test_trust_limits.py",

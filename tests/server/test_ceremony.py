@@ -279,7 +279,7 @@ def test_a_running_server_signs_with_the_new_keys(home: Path, run: Run) -> None:
         run("keys", "make", "timestamp-2", "-o", "fleet/keys", "--no-passphrase")
         assert run("keys", "rotate", "timestamp", "fleet/keys/timestamp-2.pub")["is_published"]
         (home / "keys/timestamp.pem").unlink()
-        assert wait_until(lambda: len(server._repository.roots) == 2)
+        assert wait_until(lambda: len(server._repository.roots) == 2 and not server._has_unread_keys)
         signed = server._signed((), ("files/none",))
         assert signatures(signed.documents.timestamp) == 1
     assert Device(home).versions() == {"v1"}
