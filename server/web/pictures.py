@@ -18,6 +18,8 @@ from server.rollouts.campaign import Campaign
 from server.rollouts.decisions import rate_text, standing
 from server.rollouts.evidence import RateTest
 from server.rollouts.records import Decision, MemberRecord, MemberStatus, RolloutRecord
+from server.scorecard.card import Scorecard
+from server.scorecard.report import text_lines
 from server.web.views import (
     AirBytes,
     DecisionView,
@@ -35,6 +37,7 @@ from server.web.views import (
     ReleaseSummary,
     RolloutDetails,
     RolloutSummary,
+    ScorecardView,
     Trial,
     VersionCount,
     WaveView,
@@ -294,9 +297,9 @@ def release_summary(coordinator: Coordinator, record: ReleaseRecord) -> ReleaseS
 
 
 def release_details(
-    coordinator: Coordinator, record: ReleaseRecord, provenance: Statement | None
+    coordinator: Coordinator, record: ReleaseRecord, provenance: Statement | None, card: Scorecard | None
 ) -> ReleaseDetails:
-    """A release with what leads to it."""
+    """A release with what leads to it, and what is known about it."""
     release = record.release
     return ReleaseDetails(
         **release_summary(coordinator, record).model_dump(),
@@ -309,6 +312,7 @@ def release_details(
         prompts=len(release.health.prompts),
         deltas=_deltas_to(coordinator, record),
         provenance=None if provenance is None else msgspec.to_builtins(provenance),
+        scorecard=None if card is None else ScorecardView(verdict=card.verdict, lines=text_lines(card)),
     )
 
 

@@ -168,7 +168,7 @@ def release(request: Request, family: FamilyName, version: VersionName, _: Viewe
     """One release: its files, the deltas that lead to it, where it comes from."""
     details = operations.show_release(request.app.state.server.config.folder, family, version)
     found: ReleaseDetails = request.app.state.server.look(
-        lambda core: release_details(core, details.record, details.provenance)
+        lambda core: release_details(core, details.record, details.provenance, details.scorecard)
     )
     return found
 

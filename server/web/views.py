@@ -253,6 +253,13 @@ class ReleaseSummary(BaseModel):
     devices: int = Field(description="that run it")
 
 
+class ScorecardView(BaseModel):
+    """What was measured of a version (docs/scorecard.md)."""
+
+    verdict: Literal["passed", "failed", "undecided", "incomplete"]
+    lines: list[str] = Field(description="as `whimbrel score` prints them")
+
+
 class ReleaseDetails(ReleaseSummary):
     """A release with its files, what leads to it, and where it comes from."""
 
@@ -263,6 +270,7 @@ class ReleaseDetails(ReleaseSummary):
     prompts: int = Field(description="golden prompts that a device must answer in its trial")
     deltas: list[Delta]
     provenance: dict[str, object] | None = Field(description="in-toto statement, where there is one")
+    scorecard: ScorecardView | None = Field(description="that the release names; null where it names none")
 
 
 class SignIn(BaseModel):

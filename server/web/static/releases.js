@@ -25,6 +25,8 @@ export async function releasePage(body, { parts: [family, version], say, confirm
           bytes(each.bytes), percent(each.bytes / each.whole_bytes)])) : h("p", { class: "soft" }, "No delta is signed: devices fetch whole files.")),
       h("section", { class: "card" }, h("h2", {}, "Files"), table("Files", ["Name", "Size", "SHA-256"], release.files.map((each) => [each.name, bytes(each.bytes), h("code", {}, each.sha256)])),
         h("p", { class: "small soft" }, "Description: ", h("code", {}, release.digest), ", added ", time(release.added_ms), release.published_ms ? [", published ", time(release.published_ms)] : null)),
+      h("section", { class: "card" }, h("h2", {}, "Scorecard ", release.scorecard ? h("span", { class: `chip v-${release.scorecard.verdict}` }, release.scorecard.verdict) : null),
+        release.scorecard ? h("pre", { tabindex: 0 }, release.scorecard.lines.join("\n")) : h("p", { class: "soft" }, `Nobody kept score: whimbrel score ${family} ${version}`)),
       h("section", { class: "card" }, h("h2", {}, "Where it comes from"), release.provenance
         ? h("pre", { tabindex: 0 }, JSON.stringify(release.provenance, null, 2)) : h("p", { class: "soft" }, "Nobody said so: release add --provenance")));
   }
