@@ -405,8 +405,10 @@ def _director(targets: Targets) -> tuple[bytes, ...] | None:
 
 def _public_bytes(key: Any) -> bytes:
     try:
-        return bytes.fromhex(key.keyval.get("public", ""))
-    except (TypeError, ValueError):
+        return bytes.fromhex(
+            key.keyval["public"]
+        )  # a text: a key that says something else is refused when it is read
+    except ValueError:
         return b""
 
 

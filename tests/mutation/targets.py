@@ -36,8 +36,10 @@ class Group:
 GROUPS: Final[dict[str, Group]] = {
     "trust": Group(
         modules=("protocol/trust.py", "protocol/director.py", "device/assignments.py"),
+        only=(("device/assignments.py", "signer_of"),),  # the rest says when to look
         tests=(
             "tests/device/test_director.py",
+            "tests/protocol/test_trust_director.py",
             "tests/protocol/test_trust.py",
             "tests/protocol/test_trust_attacks.py",
             "tests/protocol/test_trust_limits.py",
