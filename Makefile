@@ -130,6 +130,11 @@ browser-test: setup ## drive the server's page in Chromium: rollouts, keys alone
 	$(BIN)/python -m pytest tests/browser
 	@echo "pictures are in .cache/browser"
 
+.PHONY: token-test
+token-test: setup ## sign with a key on a token (PKCS 11): SoftHSM in the place of the device (apt-get install softhsm2 opensc)
+	$(call environment,token)
+	$(BIN)/python -m pytest tests/tokens
+
 .PHONY: mutation
 mutation: setup ## remove every check of trust, chunks, importers and deltas, one by one: a test has to fail (goes on where it was stopped)
 	$(BIN)/python -m tests.mutation --workers $(WORKERS)

@@ -19,6 +19,7 @@ pin --no-deps tests/accelerators/openvino.in --output-file locks/openvino.lock
 pin --no-deps tests/accelerators/cuda.in --output-file locks/cuda.lock
 pin_part --no-deps tests/accelerators/vulkan.in --output-file locks/vulkan.lock
 pin_part pyproject.toml --extra fuzz --extra editable --output-file locks/fuzz.lock
+pin_part pyproject.toml --extra token --extra editable --output-file locks/token.lock
 pin_part pyproject.toml --extra browser --extra editable --output-file locks/browser.lock
 
 # On Linux the ordinary build of PyTorch brings several GB of CUDA, which nothing here uses: there the CPU build of the same

@@ -5,19 +5,20 @@ from securesystemslib.signer import CryptoSigner, Key, SSlibKey  # type: ignore[
 from tuf.api.metadata import DelegatedRole, Metadata, Targets  # type: ignore[attr-defined]  # likewise
 
 from protocol.director import DIRECTOR_KEYS_MAX
+from protocol.errors import TrustError
 from protocol.release import ARTIFACTS_ROLE, DIRECTOR_ROLE
 from tests.protocol.metadata import DIGITS, Author, Believer, key, signed
 
 
-def named(*keys: Key, threshold: int = 1) -> tuple[bytes, ...] | None:
-    """Whom a device holds for the director where targets names `keys`."""
+def named(*keys: Key, threshold: int = 1, unknown: str = "") -> tuple[bytes, ...] | None:
+    """Whom a device holds for the director where targets names `keys`, and an id that no key stands behind."""
     author = Author()
     author.documents()
     targets = Metadata[Targets].from_bytes(author.top_targets(by=[])).signed
     assert targets.delegations is not None
     assert targets.delegations.roles is not None
     if keys:
-        ids = [each.keyid for each in keys]
+        ids = [*([unknown] if unknown else []), *(each.keyid for each in keys)]
         targets.delegations.roles[DIRECTOR_ROLE] = DelegatedRole(
             DIRECTOR_ROLE, ids, threshold, terminating=False, paths=["director/*"]
         )
@@ -68,3 +69,13 @@ def test_no_more_keys_are_tried_than_fit_into_the_record() -> None:
     names = [f"d{number}" for number in range(DIRECTOR_KEYS_MAX + 2)]
     found = named(*(key(name).public_key for name in names))
     assert found == tuple(public(name) for name in names[:DIRECTOR_KEYS_MAX])
+
+
+def test_an_id_that_no_key_stands_behind_is_passed_over() -> None:
+    assert named(key("d1").public_key, unknown="f" * 64) == (public("d1"),)
+
+
+def test_one_key_under_two_ids_is_no_director() -> None:
+    again = key("d1").public_key.keyval["public"]
+    with pytest.raises(TrustError, match="director"):
+        named(key("d1").public_key, ed25519("f", again))
