@@ -639,7 +639,9 @@ def test_whatever_happens_requests_are_numbered_saved_first_and_never_sent_for_a
             if isinstance(effect, Save) and isinstance(effect.record, DeviceRecord):
                 saved[effect.record.device] = effect.record.desired_sequence
             if isinstance(effect, PublishDesired) and words[0] != "connect":
-                if effect.device not in saved:  # signed anew: it was durable before it left for the first time
+                if (
+                    effect.device not in saved
+                ):  # signed anew: it was durable before it left for the first time
                     assert effect.desired is not None, "a request left before it was durable"
                     assert effect.desired.sequence == highest[effect.device], "likewise"
                     continue
