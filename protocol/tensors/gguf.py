@@ -225,7 +225,7 @@ def read_array(source: ReadAt, array: ArrayValue) -> list[bytes]:
     Raises:
         ModelFileError: The source is not the one that was parsed.
     """
-    cursor = Cursor(source, "GGUF", position=array.offset, end=min(source.length, MAX_METADATA_BYTES))
+    cursor = Cursor(source, "GGUF", position=array.offset)  # it was found within MAX_METADATA_BYTES
     if array.element_type == _STRING:
         return [cursor.read(cursor.unsigned(8, "string length"), "string") for _ in range(array.count)]
     width = struct.calcsize(_SCALARS[array.element_type])

@@ -87,6 +87,7 @@ GROUPS: Final[dict[str, Group]] = {
         tests=(
             "tests/protocol/test_tensors_cursor.py",
             "tests/protocol/test_tensors_gguf.py",
+            "tests/protocol/test_tensors_gguf_arrays.py",
             "tests/protocol/test_tensors_limits.py",
             "tests/protocol/test_tensors_maps.py",
         ),
