@@ -93,7 +93,7 @@ def publish_release(
     """Sign a draft with the keys that are on the server; stays a draft where people have to sign as well."""
     server = request.app.state.server
     record = operations.publish_release(server.config.folder, family, version)
-    found: ReleaseSummary = server.look(lambda core: release_summary(core, record))
+    found: ReleaseSummary = server.look(lambda core: release_summary(core, record, is_withdrawn=False))
     return found
 
 
@@ -103,7 +103,7 @@ def withdraw_release(
 ) -> ReleaseSummary:
     """Take a release out of the signed metadata."""
     server = request.app.state.server
-    operations.withdraw_release(server.config.folder, family, version)
+    waiting = operations.withdraw_release(server.config.folder, family, version)
     record = operations.show_release(server.config.folder, family, version).record
-    found: ReleaseSummary = server.look(lambda core: release_summary(core, record))
+    found: ReleaseSummary = server.look(lambda core: release_summary(core, record, is_withdrawn=not waiting))
     return found

@@ -12,13 +12,12 @@ from protocol.release import delta_target, release_digest
 from server.coordinator import Coordinator
 from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
+from server.operations import ReleaseDetails as KnownRelease
 from server.ports import ReleaseRecord
-from server.releases.provenance import Statement
 from server.rollouts.campaign import Campaign
 from server.rollouts.decisions import rate_text, standing
 from server.rollouts.evidence import RateTest
 from server.rollouts.records import Decision, MemberRecord, MemberStatus, RolloutRecord
-from server.scorecard.card import Scorecard
 from server.scorecard.report import text_lines
 from server.web.views import (
     AirBytes,
@@ -276,12 +275,11 @@ def device_story(record: DeviceRecord, events: Iterable[DeviceEvent]) -> DeviceS
     )
 
 
-def release_summary(coordinator: Coordinator, record: ReleaseRecord) -> ReleaseSummary:
-    """A release, and where it stands."""
+def release_summary(coordinator: Coordinator, record: ReleaseRecord, *, is_withdrawn: bool) -> ReleaseSummary:
+    """A release, and where it stands by the store: the core learns of what was just signed a moment later."""
     release = record.release
     family, version = Family(release.family), Version(release.version)
-    is_signed = coordinator.catalog.release(family, version) is not None
-    state: str = "published" if is_signed else "withdrawn" if record.published_ms is not None else "draft"
+    state = "draft" if record.published_ms is None else "withdrawn" if is_withdrawn else "published"
     return ReleaseSummary.model_validate(
         {
             "family": family,
@@ -296,13 +294,12 @@ def release_summary(coordinator: Coordinator, record: ReleaseRecord) -> ReleaseS
     )
 
 
-def release_details(
-    coordinator: Coordinator, record: ReleaseRecord, provenance: Statement | None, card: Scorecard | None
-) -> ReleaseDetails:
+def release_details(coordinator: Coordinator, details: KnownRelease, *, is_withdrawn: bool) -> ReleaseDetails:
     """A release with what leads to it, and what is known about it."""
+    record, provenance, card = details.record, details.provenance, details.scorecard
     release = record.release
     return ReleaseDetails(
-        **release_summary(coordinator, record).model_dump(),
+        **release_summary(coordinator, record, is_withdrawn=is_withdrawn).model_dump(),
         digest=release_digest(release),
         files=[
             ReleaseFileView(name=file.name, bytes=file.length, sha256=file.sha256) for file in release.files

@@ -157,18 +157,24 @@ def rollout(
 def releases(request: Request, _: Viewer) -> list[ReleaseSummary]:
     """All releases, newest first."""
     records = request.app.state.store.releases()
-    found: list[ReleaseSummary] = request.app.state.server.look(
-        lambda core: [release_summary(core, record) for record in reversed(records)]
-    )
+    withdrawn = operations.is_withdrawn(request.app.state.server.config.folder, records)
+
+    def read(coordinator: Coordinator) -> list[ReleaseSummary]:
+        pairs = zip(reversed(records), reversed(withdrawn), strict=True)
+        return [release_summary(coordinator, record, is_withdrawn=gone) for record, gone in pairs]
+
+    found: list[ReleaseSummary] = request.app.state.server.look(read)
     return found
 
 
 @router.get("/releases/{family}/{version}")
 def release(request: Request, family: FamilyName, version: VersionName, _: Viewer) -> ReleaseDetails:
     """One release: its files, the deltas that lead to it, where it comes from."""
-    details = operations.show_release(request.app.state.server.config.folder, family, version)
+    folder = request.app.state.server.config.folder
+    details = operations.show_release(folder, family, version)
+    (is_withdrawn,) = operations.is_withdrawn(folder, [details.record])
     found: ReleaseDetails = request.app.state.server.look(
-        lambda core: release_details(core, details.record, details.provenance, details.scorecard)
+        lambda core: release_details(core, details, is_withdrawn=is_withdrawn)
     )
     return found
 

@@ -249,7 +249,7 @@ class ReleaseSummary(BaseModel):
     bytes: int
     added_ms: int
     published_ms: int | None
-    state: Literal["draft", "waiting", "published", "withdrawn"]
+    state: Literal["draft", "published", "withdrawn"]
     devices: int = Field(description="that run it")
 
 

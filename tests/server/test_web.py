@@ -554,9 +554,13 @@ def test_a_rollout_is_started_and_seen(tmp_path: Path) -> None:
         assert (second.status, second.json["code"]) == (409, "request.conflict")
         assert "a mistake" in second.json["message"]
         site.sign_in("approver")
-        assert site.change("/api/v1/releases/digits/v2/publish").json["version"] == "v2"
+        assert site.change("/api/v1/releases/digits/v2/publish").json["state"] == "published"
+        assert site.ask("/api/v1/releases/digits/v2").json["state"] == "published"
         assert site.change("/api/v1/releases/digits/v2/publish").status == 409
-        assert site.change("/api/v1/releases/digits/v2/withdraw").status == 200
+        assert site.change("/api/v1/releases/digits/v2/withdraw").json["state"] == "withdrawn"
+        assert {each["version"]: each["state"] for each in site.ask("/api/v1/releases").json}[
+            "v2"
+        ] == "withdrawn"
         with opened(site.folder) as home:
             record = home.store.release(Family("digits"), Version("v2"))
         assert record is not None
