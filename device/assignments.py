@@ -110,6 +110,7 @@ class Assignments:
             return
         signer = signer_of(received, self._desk)
         if signer is not None:
+            self._look_ms = self._desk.now_ms  # only looks in vain have to wait for each other
             self._take(received, signer)
             return
         self._refused = received

@@ -547,3 +547,15 @@ def test_9_a_download_that_outlives_its_metadata_looks_again_before_anything_is_
     device.settle()
     assert (device.state, device.answer()) == (State.FAILED, digest_of(V1))
     assert device.engine.trials == []
+
+
+def test_15_a_director_that_is_replaced_twice_in_a_row_is_followed_at_once(cache: Cache) -> None:
+    """Looks are rationed for the sake of forged wishes; one that was worth it keeps none waiting."""
+    device = online(cache)
+    cache.publish("v3", V3)
+    for version, data in (("v2", V2), ("v3", V3)):
+        rotated(cache, "director")
+        cache.desire(version)
+        tell(device, cache.retained[TOPICS.desired(DEVICE)])
+        device.settle()
+        assert (device.answer(), alarm(device)) == (digest_of(data), "")
