@@ -553,9 +553,11 @@ def test_15_a_director_that_is_replaced_twice_in_a_row_is_followed_at_once(cache
     """Looks are rationed for the sake of forged wishes; one that was worth it keeps none waiting."""
     device = online(cache)
     cache.publish("v3", V3)
+    begun_ms = device.now_ms
     for version, data in (("v2", V2), ("v3", V3)):
         rotated(cache, "director")
         cache.desire(version)
         tell(device, cache.retained[TOPICS.desired(DEVICE)])
         device.settle()
         assert (device.answer(), alarm(device)) == (digest_of(data), "")
+    assert device.now_ms - begun_ms < LOOK_PERIOD_MS
