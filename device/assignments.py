@@ -12,8 +12,9 @@ from typing import Final
 
 from device.desk import Desk
 from device.fetching import Fetching
+from protocol.constants import DESIRED_LEAP_MAX
 from protocol.director import ForgedDesiredError, received_statement
-from protocol.errors import WhimbrelError
+from protocol.errors import ExpiredMetadataError, WhimbrelError
 from protocol.messages import Desired, ReceivedDesired
 
 LOOK_PERIOD_MS: Final = 600_000
@@ -47,6 +48,59 @@ def signer_of(received: ReceivedDesired, desk: Desk) -> bytes | None:
         each.key for each in director.keys if desk.trust.is_signed(each.key, statement, received.signature)
     )
     return next(signers, None)
+
+
+def is_news(desk: Desk, assignment: Assignment) -> bool:
+    """Whether a wish asks for something new: older ones change nothing, and neither do leaps (`DESIRED_LEAP_MAX`).
+
+    One for the update that is under way may have been signed anew, perhaps with another key; that is noted.
+    """
+    desired, signer, expires_ms = assignment.desired, assignment.signer, assignment.expires_ms
+    ledger = desk.ledger
+    update = ledger.record.update
+    if not ledger.may_wish(signer):
+        return False
+    if update is not None and update.finished_ms is None and update.desired == desired:
+        if signer == update.signer and expires_ms is not None and update.expires_ms is not None:
+            expires_ms = max(expires_ms, update.expires_ms)  # an older copy takes nothing away
+        ledger.note(signer=signer, expires_ms=expires_ms)
+        ledger.count(signer, max(desired.sequence, ledger.record.desired_sequence))
+        return False
+    return 0 < desired.sequence - ledger.record.desired_sequence <= DESIRED_LEAP_MAX
+
+
+def check_wish(desk: Desk, time_ms: int) -> None:
+    """Newer metadata was verified: whoever wished may have lost the right to, and the wish may have come late (SPEC 8.4).
+
+    Args:
+        desk: Holds the update that rests on the wish.
+        time_ms: What signed documents are judged by.
+
+    Raises:
+        ForgedDesiredError: Nobody has signed the wish who may.
+        ExpiredMetadataError: It has ended; it may come again, signed anew.
+    """
+    ledger = desk.ledger
+    if (received := ledger.update.unproven) is not None and not _prove(received, desk):
+        raise ForgedDesiredError("nobody has signed this wish whom the metadata names director")
+    update = ledger.update
+    if not ledger.may_wish(update.signer):
+        raise ForgedDesiredError("the metadata names another director than the one that signed this wish")
+    if update.expires_ms is not None and time_ms >= update.expires_ms:
+        ledger.count(update.signer, update.desired.sequence - 1)
+        raise ExpiredMetadataError("the wish has expired and was not signed anew")
+
+
+def _prove(received: ReceivedDesired, desk: Desk) -> bool:
+    """It is known by now who may wish: whether they did."""
+    signer = signer_of(received, desk)
+    if signer is None:
+        return False
+    ledger = desk.ledger
+    ledger.note(unproven=None, signer=signer, expires_ms=received.expires_ms if signer else None)
+    ledger.count(signer, max(received.desired.sequence, ledger.record.desired_sequence))
+    desk.persist()
+    return True
 
 
 class Assignments:

@@ -18,7 +18,7 @@ from device.admission import (
     model_bytes,
     plan_update,
 )
-from device.assignments import Assignment, signer_of
+from device.assignments import Assignment, check_wish, is_news
 from device.desk import Desk
 from device.download import Tally
 from device.effects import (
@@ -37,7 +37,6 @@ from device.serving import Serving
 from device.slots import SlotHealth, SlotName
 from device.states import RESTING, REVOCABLE, State, Trigger
 from device.trial import TRIES_MAX, Verdict, judge
-from protocol.constants import DESIRED_LEAP_MAX
 from protocol.director import ForgedDesiredError
 from protocol.errors import ExpiredMetadataError, ReleaseError, WhimbrelError
 from protocol.messages import ReceivedDesired, TrialEvidence
@@ -189,28 +188,21 @@ class Update:
 
     def request(self, assignment: Assignment) -> None:
         """A wish arrived; older and repeated ones change nothing, and neither do leaps (`DESIRED_LEAP_MAX`)."""
-        desired, signer, expires_ms = assignment.desired, assignment.signer, assignment.expires_ms
-        update = self._ledger.record.update
-        if not self._ledger.may_wish(signer):
-            return
-        if update is not None and update.finished_ms is None and update.desired == desired:
-            if signer == update.signer and expires_ms is not None and update.expires_ms is not None:
-                expires_ms = max(expires_ms, update.expires_ms)  # an older copy takes nothing away
-            self._ledger.note(signer=signer, expires_ms=expires_ms)  # signed anew, perhaps with another key
-            self._ledger.count(signer, max(desired.sequence, self._ledger.record.desired_sequence))
-            return
-        if not 0 < desired.sequence - self._ledger.record.desired_sequence <= DESIRED_LEAP_MAX:
+        if not is_news(self._desk, assignment):
             return
         if self._desk.state not in RESTING + REVOCABLE or self._desk.is_paused:
             self._pending = assignment
             return
+        desired, signer = assignment.desired, assignment.signer
         self._ledger.count(signer, desired.sequence)
         family = self._desk.config.family
         if (desired.family, desired.version) == (family, self._ledger.record.active_slot.version):
             self._withdraw()
             return
         self._start(
-            UpdateRecord(desired=desired, started_ms=self._desk.now_ms, signer=signer, expires_ms=expires_ms)
+            UpdateRecord(
+                desired=desired, started_ms=self._desk.now_ms, signer=signer, expires_ms=assignment.expires_ms
+            )
         )
 
     def try_unproven(self, received: ReceivedDesired) -> bool:
@@ -271,36 +263,15 @@ class Update:
         self.fetching.sync()
 
     def _is_still_wanted(self, time_ms: int) -> bool:
-        """Newer metadata was verified: whoever wished may have lost the right to, and the wish may have come late (SPEC 8.4)."""
-        if (received := self._ledger.update.unproven) is not None and not self._prove(received):
-            self._refuse(
-                ForgedDesiredError.code, "nobody has signed this wish whom the metadata names director"
-            )
+        """Newer metadata was verified: whether the wish still counts by it."""
+        try:
+            check_wish(self._desk, time_ms)
+        except ForgedDesiredError as error:
+            self._refuse(error.code, error.message)
             return False
-        update = self._ledger.update
-        if not self._ledger.may_wish(update.signer):
-            self._refuse(
-                ForgedDesiredError.code,
-                "the metadata names another director than the one that signed this wish",
-            )
+        except ExpiredMetadataError as error:
+            self._fail(error.code, error.message, retryable=error.is_retryable)
             return False
-        if update.expires_ms is not None and time_ms >= update.expires_ms:
-            self._ledger.count(update.signer, update.desired.sequence - 1)  # it may come again, signed anew
-            self._fail(
-                ExpiredMetadataError.code, "the wish has expired and was not signed anew", retryable=True
-            )
-            return False
-        return True
-
-    def _prove(self, received: ReceivedDesired) -> bool:
-        """It is known by now who may wish: whether they did."""
-        signer = signer_of(received, self._desk)
-        if signer is None:
-            return False
-        expires_ms = received.expires_ms if signer else None
-        self._ledger.note(unproven=None, signer=signer, expires_ms=expires_ms)
-        self._ledger.count(signer, max(received.desired.sequence, self._ledger.record.desired_sequence))
-        self._desk.persist()
         return True
 
     def _on_release(self, data: bytes) -> None:
