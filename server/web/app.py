@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from server.adapters.store import SqlStore
@@ -18,9 +18,12 @@ from server.web import acting, metrics, reading
 from server.web.access import Doors
 from server.web.feed import Feed
 from server.web.problems import add_handlers
+from server.web.views import Problem
 
 STATIC: Final = Path(__file__).parent / "static"
 BODY_BYTES_MAX: Final = 65_536
+"""Of a request: the longest one is an order with its reason."""
+
 
 _HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -73,7 +76,7 @@ def create_app(server: Server, store: SqlStore, clock: Clock, *, is_secure: bool
 
     @app.middleware("http")
     async def finish(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call(request)
+        response = _too_long(request) or await call(request)
         for name, value in _HEADERS.items():
             response.headers.setdefault(name, value)
         if request.url.path.startswith("/api/"):
@@ -88,3 +91,17 @@ def create_app(server: Server, store: SqlStore, clock: Clock, *, is_secure: bool
 
     app.mount("/static", StaticFiles(directory=STATIC))
     return app
+
+
+def _too_long(request: Request) -> Response | None:
+    """A refusal, where the body is longer than any that is understood, or does not say how long it is."""
+    length = request.headers.get("content-length", "0")
+    is_stated = length.isascii() and length.isdigit() and "transfer-encoding" not in request.headers
+    if is_stated and int(length[:20]) <= BODY_BYTES_MAX:
+        return None
+    problem = Problem(
+        code="web.too_long",
+        message=f"the body has to say its length, and may have {BODY_BYTES_MAX} bytes",
+        hint="send less, with Content-Length",
+    )
+    return JSONResponse(problem.model_dump(), 413)

@@ -47,6 +47,7 @@ class Feed:
         self._figures = b"{}"
         self._listeners: set[asyncio.Queue[bytes | None]] = set()
         self._looks = 0
+        self._looking = asyncio.Lock()
 
     @property
     def is_full(self) -> bool:
@@ -78,6 +79,10 @@ class Feed:
             self._listeners.discard(queue)
 
     async def _look(self) -> None:
+        async with self._looking:  # what was read first is told first
+            await self._tell_news()
+
+    async def _tell_news(self) -> None:
         is_counting = self._looks % FIGURES_EVERY == 0
         self._looks += 1
         changed, figures = await asyncio.to_thread(

@@ -12,12 +12,13 @@ from protocol.release import delta_target, release_digest
 from server.coordinator import Coordinator
 from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
-from server.operations import ReleaseDetails as KnownRelease
 from server.ports import ReleaseRecord
+from server.releases.provenance import Statement
 from server.rollouts.campaign import Campaign
 from server.rollouts.decisions import rate_text, standing
 from server.rollouts.evidence import RateTest
 from server.rollouts.records import Decision, MemberRecord, MemberStatus, RolloutRecord
+from server.scorecard.card import Scorecard
 from server.scorecard.report import text_lines
 from server.web.views import (
     AirBytes,
@@ -294,9 +295,15 @@ def release_summary(coordinator: Coordinator, record: ReleaseRecord, *, is_withd
     )
 
 
-def release_details(coordinator: Coordinator, details: KnownRelease, *, is_withdrawn: bool) -> ReleaseDetails:
+def release_details(
+    coordinator: Coordinator,
+    record: ReleaseRecord,
+    provenance: Statement | None,
+    card: Scorecard | None,
+    *,
+    is_withdrawn: bool,
+) -> ReleaseDetails:
     """A release with what leads to it, and what is known about it."""
-    record, provenance, card = details.record, details.provenance, details.scorecard
     release = record.release
     return ReleaseDetails(
         **release_summary(coordinator, record, is_withdrawn=is_withdrawn).model_dump(),

@@ -66,6 +66,7 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
         (403, "not with this role"),
         (404, "there is no such thing"),
         (409, "it cannot be done as things stand; says why"),
+        (413, "the body is too long, or does not say how long it is"),
         (422, "a field is not as it has to be"),
         (429, "not now; see Retry-After"),
         (503, "the server cannot do it for now: its disk, its database, its keys"),

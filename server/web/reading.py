@@ -174,7 +174,9 @@ def release(request: Request, family: FamilyName, version: VersionName, _: Viewe
     details = operations.show_release(folder, family, version)
     (is_withdrawn,) = operations.is_withdrawn(folder, [details.record])
     found: ReleaseDetails = request.app.state.server.look(
-        lambda core: release_details(core, details, is_withdrawn=is_withdrawn)
+        lambda core: release_details(
+            core, details.record, details.provenance, details.scorecard, is_withdrawn=is_withdrawn
+        )
     )
     return found
 

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPResponse
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from server.home import opened
 from server.operations import add_release, init_repository, publish_release
 from server.runtime import Server
 from server.web.access import COOKIE, Doors
+from server.web.app import BODY_BYTES_MAX
 from server.web.feed import Feed
 from server.web.problems import SignInError, TooManyError
 from server.web.serving import WebServer
@@ -307,6 +308,31 @@ def test_a_field_that_is_wrong_is_named(site: Site) -> None:
     assert answer.json["message"].startswith("body.in_flight_max")
     waves = site.change("/api/v1/rollouts", {"family": "digits", "version": "v1", "waves": "50%,10%"})
     assert (waves.status, "10%" in waves.json["message"]) == (409, True)
+
+
+@pytest.mark.parametrize(
+    ("header", "value"),
+    [
+        ("Content-Length", str(BODY_BYTES_MAX + 1)),
+        ("Content-Length", "1" + "0" * 15),
+        ("Transfer-Encoding", "chunked"),
+    ],
+    ids=["long", "endless", "unknown"],
+)
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(site: Site, header: str, value: str) -> None:
+    connection = HTTPConnection(site.web.url.removeprefix("http://"), timeout=20)
+    connection.putrequest("POST", "/api/v1/session")
+    connection.putheader(header, value)
+    connection.endheaders()  # and nothing follows
+    with connection.getresponse() as answer:
+        assert (answer.status, json.loads(answer.read())["code"]) == (413, "web.too_long")
+    connection.close()
+
+
+def test_a_body_of_the_greatest_length_is_read(site: Site) -> None:
+    rest = BODY_BYTES_MAX - len(json.dumps({"user": "viewer", "password": ""}))
+    answer = site.ask("/api/v1/session", {"user": "viewer", "password": "x" * rest})
+    assert (answer.status, answer.json["code"]) == (422, "web.field")
 
 
 def test_a_path_says_all_its_methods(site: Site) -> None:
