@@ -245,7 +245,8 @@ def test_an_answer_to_a_claim_survives_a_broker_that_forgets(
 ) -> None:
     path, claim = lab.device(), lab.claim()
     words = ["enroll", "--config", str(path), "--claim", str(claim), "--wait", "2"]
-    with Server(lab.config, seed=1):
+    with Server(lab.config, seed=1) as server:
+        server.wait_connected(WAIT_S)  # or the only request could come before anybody listens
         assert cli.main(words) == 1
     accept_device(
         lab.home, DEVICE
