@@ -64,8 +64,7 @@ def is_news(desk: Desk, assignment: Assignment) -> bool:
         if signer == update.signer and expires_ms is not None and update.expires_ms is not None:
             expires_ms = max(expires_ms, update.expires_ms)  # an older copy takes nothing away
         ledger.note(signer=signer, expires_ms=expires_ms)
-        ledger.count(signer, max(desired.sequence, ledger.record.desired_sequence))
-        return False
+        ledger.count(signer, max(desired.sequence, ledger.record.desired_sequence))  # so it is no news
     return 0 < desired.sequence - ledger.record.desired_sequence <= DESIRED_LEAP_MAX
 
 
