@@ -24,6 +24,8 @@ from server.accounts import (
 from server.adapters import database
 from server.adapters.keys import KeyFolder
 from server.adapters.store import SqlStore
+from server.cli import main
+from server.config import DATABASE_FILE
 from server.fleet.history import DeviceEvent
 from server.fleet.identities import CertificateRecord, CertificateRemoval, Identities
 from server.fleet.registry import DeviceRecord
@@ -506,6 +508,19 @@ def test_a_writer_does_not_wait_for_another_one_for_ever(
     impatient.save([DeviceRecord(device=A)])
     assert len(store.devices()) == 1
     impatient.close()
+
+
+def test_a_folder_keeps_its_records_where_it_was_told_to(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "server"
+    assert main(["init", str(folder), "--database", url]) == 0
+    assert main(["devices", "--dir", str(folder)]) == 0
+    assert "No device has reported yet" in capsys.readouterr().out
+    assert not (folder / DATABASE_FILE).exists()
+    store = SqlStore(url)
+    assert store.repository() is not None
+    store.close()
 
 
 # --- databases that are not as they should be
