@@ -33,6 +33,7 @@ from device.fetching import Fetching, artifacts_of
 from device.journal import InstallItem, SlotRecord, UpdateRecord
 from device.policy import Step
 from device.ports import ModelSource, TrialOrder
+from device.retrying import retry_wait_ms
 from device.serving import Serving
 from device.slots import SlotHealth, SlotName
 from device.states import RESTING, REVOCABLE, State, Trigger
@@ -44,10 +45,6 @@ from protocol.release import decode_release, release_digest
 
 ATTEMPTS_MAX: Final = 6
 """Times an update is begun before a failure that may pass is reported as final."""
-
-RETRY_BASE_MS: Final = 5_000
-RETRY_CAP_MS: Final = 600_000
-"""Full jitter: a retry waits for a random time up to `RETRY_BASE_MS` doubled per attempt, at most this."""
 
 UNPROVEN_BYTES_MAX: Final = 4_096
 """A wish that is kept as it came until it is known who may wish; real ones have 100 bytes."""
@@ -529,8 +526,7 @@ class Update:
     def _schedule_retry(self) -> None:
         if self._desk.hold(Step.FETCH) is not None:
             return
-        longest_ms = min(RETRY_BASE_MS << self._ledger.update.attempts, RETRY_CAP_MS)
-        self._retry_ms = self._desk.now_ms + self._desk.rng.randint(RETRY_BASE_MS // 5, longest_ms)
+        self._retry_ms = self._desk.now_ms + retry_wait_ms(self._desk.rng, self._ledger.update.attempts)
 
     def _retry(self) -> None:
         self._retry_ms = None

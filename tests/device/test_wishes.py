@@ -3,8 +3,11 @@
 Who may wish is for `test_director.py`.
 """
 
+from itertools import pairwise
+
 import pytest
 
+from device.assignments import LOOK_PERIOD_MS
 from device.effects import Subscribe
 from device.journal import Director, UpdateRecord
 from device.states import State
@@ -20,6 +23,7 @@ from tests.device.test_director import (
     alarm,
     ask_again,
     forged_by_a_stranger,
+    looks,
     online,
     tell,
     wish,
@@ -272,3 +276,67 @@ def test_a_first_wish_without_a_signature_never_expires_where_the_metadata_names
     assert (update(device).unproven, update(device).expires_ms) == (None, None)
     device.settle()
     assert device.answer() == digest_of(V2)
+
+
+# --- looks for the sake of a wish
+
+
+def without_metadata(cache: Cache) -> dict[str, bytes]:
+    """Take the documents away from a broker; returns them."""
+    taken = {topic: data for topic, data in cache.retained.items() if "/md/" in topic}
+    for topic in taken:
+        del cache.retained[topic]
+    return taken
+
+
+def silent(cache: Cache) -> Device:
+    """A device that looks in vain: no server answers, and the broker has no documents."""
+    device = online(cache)
+    device.answer_requests = None
+    return device
+
+
+def test_a_look_that_was_cut_short_begins_anew_as_soon_as_it_can(cache: Cache) -> None:
+    device = silent(cache)
+    rotated(cache, "director")
+    payload, documents = cache.desire("v2"), without_metadata(cache)
+    begun_ms = device.now_ms
+    for _ in range(3):
+        tell(device, payload)
+        device.disconnect()
+        device.connect()
+    cache.retained |= documents
+    device.settle()
+    assert (device.answer(), looks(device) > 3) == (digest_of(V2), True)
+    assert device.now_ms - begun_ms < LOOK_PERIOD_MS
+
+
+def test_a_look_that_nobody_answered_is_repeated_soon(cache: Cache) -> None:
+    device = silent(cache)
+    rotated(cache, "director")
+    payload, documents = cache.desire("v2"), without_metadata(cache)
+    tell(device, payload)
+    device.settle(until=lambda: alarm(device) == "transport.no_metadata")
+    cache.retained |= documents
+    back_ms = device.now_ms
+    device.settle()
+    assert (device.answer(), alarm(device)) == (digest_of(V2), "")
+    assert device.now_ms - back_ms < LOOK_PERIOD_MS // 10
+
+
+def test_looks_that_nobody_answers_become_rare(cache: Cache) -> None:
+    """Who keeps the documents back and forges a wish costs a device not much more than who only forges."""
+    device = silent(cache)
+    without_metadata(cache)
+    tell(device, forged_by_a_stranger(cache))
+    begun_ms, times = device.now_ms, []
+
+    def is_over() -> bool:
+        if looks(device) > len(times):
+            times.append(device.now_ms)
+        return device.now_ms > begun_ms + DAY_MS
+
+    device.settle(until=is_over, deadlines=10_000)
+    waits = [later - earlier for earlier, later in pairwise(times)]
+    assert min(waits) < LOOK_PERIOD_MS // 2
+    assert sum(waits[-20:]) / 20 > LOOK_PERIOD_MS * 2 // 3

@@ -27,7 +27,7 @@ FAST: Final = ("fsync=off", "full_page_writes=off", "synchronous_commit=off", "m
 """A cluster that lives as long as some tests need survive no power cut."""
 
 
-def _find_binaries() -> Path | None:
+def _find_binaries() -> Path:
     """The newest PostgreSQL; Debian keeps each version in a folder that is on no path."""
     if (found := shutil.which("pg_ctl")) is not None:
         return Path(found).resolve().parent
@@ -119,7 +119,6 @@ def _unprivileged() -> pwd.struct_passwd | None:
 
 
 def _run(user: pwd.struct_passwd | None, program: str, *arguments: str) -> None:
-    identity = {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     done = subprocess.run(
         [BINARIES / program, *arguments],
         stdin=subprocess.DEVNULL,
@@ -129,6 +128,8 @@ def _run(user: pwd.struct_passwd | None, program: str, *arguments: str) -> None:
         env={"LC_ALL": "C", "PATH": os.environ["PATH"]},
         check=False,
         text=True,
-        **identity,
+        user=None if user is None else user.pw_uid,
+        group=None if user is None else user.pw_gid,
+        extra_groups=None if user is None else [],
     )
     assert done.returncode == 0, done.stderr
