@@ -329,7 +329,8 @@ def test_looks_that_nobody_answers_become_rare(cache: Cache) -> None:
     device = silent(cache)
     without_metadata(cache)
     tell(device, forged_by_a_stranger(cache))
-    begun_ms, times = device.now_ms, []
+    begun_ms = device.now_ms
+    times: list[int] = []
 
     def is_over() -> bool:
         if looks(device) > len(times):
