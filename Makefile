@@ -56,6 +56,7 @@ setup: ## make the development environment (compiles llama.cpp once: about eight
 test: setup ## run all tests, in WORKERS processes (default: as many as there are processors)
 	$(BIN)/python -m examples.smollm2.fetch
 	@command -v mosquitto >/dev/null || echo "note: mosquitto is not installed (apt-get install mosquitto): its tests are skipped"
+	@ls /usr/lib/postgresql/*/bin/pg_ctl >/dev/null 2>&1 || command -v pg_ctl >/dev/null || echo "note: PostgreSQL is not installed (apt-get install postgresql): its tests are skipped"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"
 	$(BIN)/python -m pytest -m alone
 

@@ -66,7 +66,7 @@ class Agent:
             events.Probed: self._on_probed,
             events.InstallProgressed: Update.install_progressed,
             events.SlotMeasured: self._on_measured,
-            events.TrialFinished: Update.trial_finished,
+            events.TrialFinished: lambda update, event: update.conclusion.trial_finished(event),
             events.ServingStarted: lambda _, event: self._serving.started(event),
             events.EffectFailed: self._on_effect_failed,
             events.OperatorAsked: lambda _, event: self._operator.asked(event),
@@ -152,18 +152,18 @@ class Agent:
         """The engine answers, or cannot: finish what waited for it."""
         assert self._update is not None
         if self.state is State.COMMITTING:
-            self._update.committed()
+            self._update.conclusion.committed()
         elif self.state is State.ROLLING_BACK and self._desk.ledger.update.is_recall:
             self._operator.settled()
         elif self.state is State.ROLLING_BACK:
-            self._update.restored()
+            self._update.conclusion.restored()
         if not self._has_resumed:
             self._has_resumed = True
             self._update.resume_after_boot()
 
     def _on_swap_failed(self, code: str) -> None:
         assert self._update is not None
-        self._update.swap_failed(code)
+        self._update.conclusion.swap_failed(code)
 
     def _on_deadline(self, update: Update, _event: events.DeadlineReached) -> None:
         self._serving.timeout()

@@ -12,13 +12,18 @@ from typing import Final
 
 from device.desk import Desk
 from device.fetching import Fetching
+from device.retrying import retry_wait_ms
+from device.sync import MetadataUnavailableError
 from protocol.constants import DESIRED_LEAP_MAX
 from protocol.director import ForgedDesiredError, received_statement
 from protocol.errors import ExpiredMetadataError, WhimbrelError
 from protocol.messages import Desired, ReceivedDesired
 
 LOOK_PERIOD_MS: Final = 600_000
-"""Between two looks at the metadata for the sake of wishes that nobody known has signed: whoever forges them can cost a device no more than that."""
+"""Between two looks at the metadata for the sake of wishes that nobody known has signed: whoever forges them can cost a device no more than that.
+
+A look that was cut short does not count, and one that nobody answered is repeated sooner, after waits that grow to about this.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,7 @@ def is_news(desk: Desk, assignment: Assignment) -> bool:
         if signer == update.signer and expires_ms is not None and update.expires_ms is not None:
             expires_ms = max(expires_ms, update.expires_ms)  # an older copy takes nothing away
         ledger.note(signer=signer, expires_ms=expires_ms)
-        ledger.count(signer, max(desired.sequence, ledger.record.desired_sequence))
-        return False
+        ledger.count(signer, max(desired.sequence, ledger.record.desired_sequence))  # so it is no news
     return 0 < desired.sequence - ledger.record.desired_sequence <= DESIRED_LEAP_MAX
 
 
@@ -128,6 +132,7 @@ class Assignments:
         self._suspect: ReceivedDesired | None = None  # signed by nobody who is known
         self._refused: ReceivedDesired | None = None  # as the newest metadata said
         self._look_ms = 0  # not before that
+        self._unanswered = 0  # looks in a row
 
     def deadline(self) -> int | None:
         """When to call `look`."""
@@ -159,6 +164,7 @@ class Assignments:
 
     def looked(self) -> None:
         """Newer metadata was verified."""
+        self._unanswered = 0
         received, self._suspect = self._suspect, None
         if received is None:
             return
@@ -171,7 +177,12 @@ class Assignments:
         self._alarm(ForgedDesiredError.code)
 
     def failed(self, error: WhimbrelError) -> None:
-        """There is no metadata by which the wish could be judged; it is looked for again."""
+        """There is no metadata by which the wish could be judged; it is looked for again, sooner where nobody has answered."""
+        if isinstance(error, MetadataUnavailableError):
+            self._unanswered += 1
+            self._look_ms = self._desk.now_ms + retry_wait_ms(self._desk.rng, self._unanswered)
+        else:
+            self._unanswered = 0
         self._alarm(error.code)
 
     def _take(self, received: ReceivedDesired, signer: bytes) -> None:

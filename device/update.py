@@ -1,4 +1,5 @@
-"""One update from the wish to its end: what happens on entering each state of the table. Pure. What comes from the air is for `fetching.py`.
+"""One update from the wish to its end: what happens on entering each state of the table. Pure. What comes from the air is for `fetching.py`, the
+trial and what follows from it for `conclusion.py`.
 
 Syncing and admitting decide whether it can succeed; downloading and installing leave the active slot alone, or what
 they take from it can be put back; the trial decides; the commit point is one durable record. `agent.py` says which event leads here.
@@ -6,8 +7,6 @@ they take from it can be put back; the trial decides; the commit point is one du
 
 import dataclasses
 from typing import Final
-
-from msgspec.structs import replace
 
 from device import events
 from device.admission import (
@@ -19,6 +18,7 @@ from device.admission import (
     plan_update,
 )
 from device.assignments import Assignment, check_wish, is_news
+from device.conclusion import Conclusion
 from device.desk import Desk
 from device.download import Tally
 from device.effects import (
@@ -27,27 +27,22 @@ from device.effects import (
     MeasureSlot,
     Probe,
     RemoveBlobs,
-    StartTrial,
 )
 from device.fetching import Fetching, artifacts_of
 from device.journal import InstallItem, SlotRecord, UpdateRecord
 from device.policy import Step
-from device.ports import ModelSource, TrialOrder
+from device.retrying import retry_wait_ms
 from device.serving import Serving
 from device.slots import SlotHealth, SlotName
 from device.states import RESTING, REVOCABLE, State, Trigger
-from device.trial import TRIES_MAX, Verdict, judge
+from device.trial import Verdict
 from protocol.director import ForgedDesiredError
 from protocol.errors import ExpiredMetadataError, ReleaseError, WhimbrelError
-from protocol.messages import ReceivedDesired, TrialEvidence
+from protocol.messages import ReceivedDesired
 from protocol.release import decode_release, release_digest
 
 ATTEMPTS_MAX: Final = 6
 """Times an update is begun before a failure that may pass is reported as final."""
-
-RETRY_BASE_MS: Final = 5_000
-RETRY_CAP_MS: Final = 600_000
-"""Full jitter: a retry waits for a random time up to `RETRY_BASE_MS` doubled per attempt, at most this."""
 
 UNPROVEN_BYTES_MAX: Final = 4_096
 """A wish that is kept as it came until it is known who may wish; real ones have 100 bytes."""
@@ -72,6 +67,7 @@ class Update:
         self.fetching = Fetching(
             desk, root, self._is_still_wanted, self._on_release, self._on_downloaded, self._on_keys_refused
         )
+        self.conclusion = Conclusion(desk, serving, self.finish)
         self._retry_ms: int | None = None
         self._told: tuple[int, str, str] | None = None  # trouble that was reported although it is not durable
         self._pending: Assignment | None = None  # arrived while the slot could not be given up
@@ -180,7 +176,7 @@ class Update:
             case State.VERIFYING:
                 self._ask_measurement()
             case State.TRIAL:
-                self._begin_trial()
+                self.conclusion.begin_trial()
             case State.FAILED if self._ledger.update.retry:
                 self._schedule_retry()
 
@@ -409,7 +405,7 @@ class Update:
         )
         self._desk.move(Trigger.VERIFIED)
         self._desk.report()
-        self._begin_trial()
+        self.conclusion.begin_trial()
 
     def _delta_unusable(self, code: str, detail: str) -> None:
         """A delta did not lead to the signed file: begin again with whole files, once."""
@@ -424,82 +420,6 @@ class Update:
         self._desk.persist()
         self._desk.report()
         self._begin_sync()
-
-    # --- trial, commit, rollback ---------------------------------------------------------------------------
-
-    def _begin_trial(self) -> None:
-        """Count the try durably, then start: a model that takes the device down is counted too."""
-        if self._desk.hold(Step.TRIAL) is not None:
-            if self._ledger.record.state is not State.TRIAL:
-                self._desk.persist()
-            return
-        update, slot = self._ledger.update, self._ledger.slot
-        if update.tries >= TRIES_MAX:
-            self._conclude(Verdict("trial.crashed", f"{TRIES_MAX} trials did not come to an end"), None)
-            return
-        self._ledger.note(tries=update.tries + 1)
-        self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.ON_TRIAL))
-        self._desk.persist()
-        file = self._ledger.record.slots[slot].main_file
-        order = TrialOrder(
-            ModelSource(self._ledger.release.runtime, ""),
-            self._ledger.release.health,
-            self._desk.config.memory_bytes_max,
-        )
-        self._desk.emit(StartTrial(self._desk.ask(), slot, file, order))
-
-    def trial_finished(self, event: events.TrialFinished) -> None:
-        """The evidence is there: judge it."""
-        if self._desk.answers(event.serial):
-            verdict = judge(event.evidence, self._ledger.release.health, self._desk.config.memory_bytes_max)
-            self._conclude(verdict, event.evidence)
-
-    def _conclude(self, verdict: Verdict, evidence: TrialEvidence | None) -> None:
-        self._desk.drop_question()  # a trial that is still under way has nothing to say any more
-        slot = self._ledger.slot
-        self._ledger.note(evidence=evidence, code=verdict.code, detail=verdict.detail)
-        if verdict.passed:
-            self._desk.move(Trigger.TRIAL_PASSED)
-            content = replace(self._ledger.record.slots[slot], health=SlotHealth.GOOD)
-            if evidence is not None and evidence.memory_peak_bytes:
-                content = replace(content, memory_bytes=evidence.memory_peak_bytes)
-            self._ledger.set_slot(slot, content)
-            self._ledger.change(active=slot)
-            self._desk.persist()  # the commit point: from here on the new slot is the active one
-            # Read back from the medium before the trial.
-            self._ledger.files = dict(self._ledger.record.slots[slot].files)
-            self._serving.begin(slot)
-            return
-        self._desk.move(Trigger.TRIAL_FAILED, verdict.code)
-        if not verdict.code.startswith("storage."):  # a disk that fails says nothing about the release
-            self._ledger.quarantine()
-        self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.BAD))
-        self._desk.persist()
-        self._desk.report()
-        if self._serving.slot is self._ledger.record.active:
-            self.restored()  # the old version never stopped answering
-
-    def swap_failed(self, code: str) -> None:
-        """The version that was just committed cannot be served: the one before takes its place again.
-
-        The release is to blame if the runtime says so; a disk that fails or loses what was on it says nothing about it.
-        """
-        self._desk.move(Trigger.SWAP_FAILED, code)
-        if code.startswith("engine."):
-            self._ledger.quarantine()
-        self._ledger.note(code=code, detail="the new version could not be served")
-
-    def committed(self) -> None:
-        """The engine answers with the new version."""
-        self._desk.move(Trigger.COMMITTED)
-        self.finish("committed")
-
-    def restored(self) -> None:
-        """The version before answers: the update is over."""
-        slot = self._ledger.slot
-        self._ledger.set_slot(slot, SlotRecord(health=SlotHealth.BAD))
-        self._desk.move(Trigger.RESTORED)
-        self.finish("rolled_back")
 
     # --- ends ----------------------------------------------------------------------------------------------
 
@@ -529,8 +449,7 @@ class Update:
     def _schedule_retry(self) -> None:
         if self._desk.hold(Step.FETCH) is not None:
             return
-        longest_ms = min(RETRY_BASE_MS << self._ledger.update.attempts, RETRY_CAP_MS)
-        self._retry_ms = self._desk.now_ms + self._desk.rng.randint(RETRY_BASE_MS // 5, longest_ms)
+        self._retry_ms = self._desk.now_ms + retry_wait_ms(self._desk.rng, self._ledger.update.attempts)
 
     def _retry(self) -> None:
         self._retry_ms = None
@@ -574,9 +493,9 @@ class Update:
             return
         state, update = self._desk.state, self._ledger.record.update
         if state is State.TRIAL:
-            self._conclude(Verdict(event.code, event.detail), None)
+            self.conclusion.conclude(Verdict(event.code, event.detail), None)
         elif state is State.COMMITTING:
-            self._uncommit(event)
+            self.conclusion.take_back(event)
         elif event.code.startswith("patch.") and state is State.INSTALLING:
             self._delta_unusable(event.code, event.detail)
         elif state in REVOCABLE:
@@ -589,18 +508,3 @@ class Update:
             self._told = told
             self._ledger.note(code=update.code or event.code, detail=update.detail or event.detail)
             self._desk.report()
-
-    def _uncommit(self, event: events.EffectFailed) -> None:
-        """The commit point did not become durable, or what follows it failed: the version before stays."""
-        before = self._ledger.slot.other
-        self._ledger.change(active=before)
-        self._ledger.note(code=event.code, detail=event.detail)
-        self._desk.move(Trigger.SWAP_FAILED, event.code)
-        if self._serving.slot is None and not self._ledger.update.is_in_place:
-            # At a boot: that slot has not been measured yet, and the answer about the other one must not be taken for its.
-            self._ledger.files = {}
-            self._serving.take_inventory()
-        else:
-            self._ledger.files = dict(self._ledger.record.active_slot.files)
-            self._serving.go_back(before)
-        self._desk.persist()

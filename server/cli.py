@@ -138,6 +138,12 @@ def _add_init(commands: Any) -> None:
     init.add_argument(
         "--port", type=_port, default=DEFAULT_PORT, help="of the embedded broker (default: %(default)s)"
     )
+    init.add_argument(
+        "--database",
+        default="",
+        metavar="URL",
+        help="postgresql://USER@HOST/DATABASE (default: an SQLite file in DIR)",
+    )
     init.add_argument("--json", action="store_true", help="print JSON for programs")
     init.set_defaults(run=_init)
 
@@ -212,7 +218,11 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
 
 def _init(arguments: argparse.Namespace) -> int:
     root = operations.init_repository(
-        arguments.folder, arguments.fleet, broker=arguments.broker, port=arguments.port
+        arguments.folder,
+        arguments.fleet,
+        broker=arguments.broker,
+        port=arguments.port,
+        database=arguments.database,
     )
     lines = [
         f"Repository of fleet {arguments.fleet} in {arguments.folder}",

@@ -181,15 +181,64 @@ class BlobStore(Protocol):
         ...
 
 
-class Store(Protocol):
-    """The truth: every answer comes from what was committed, every write is durable on return."""
+class Records(Protocol):
+    """What a coordinator has written, and begins with. The simulator's server keeps it in memory, with the same answers."""
 
-    def save(self, records: Sequence[Record | KeyChange]) -> None:
-        """Write all records in one transaction; a record replaces the one with its key."""
+    def save(self, records: Sequence[Record]) -> None:
+        """Write all records in one transaction; a record replaces the one with its key, the last of several counts.
+
+        A rollout is created otherwise: the record of one that there is not is dropped.
+        """
         ...
 
     def devices(self) -> list[DeviceRecord]:
-        """Every device that ever reported."""
+        """Every device that ever reported, in the order of their names."""
+        ...
+
+    def rollouts(self) -> list[RolloutRecord]:
+        """Every rollout, oldest first."""
+        ...
+
+    def members(self, rollout: str | None = None) -> list[MemberRecord]:
+        """What rollouts asked of devices, and what came of it; in the order of rollouts and devices by name."""
+        ...
+
+    def refusals(self) -> list[DeltaRefusal]:
+        """Deltas that are not worth sending, in any order."""
+        ...
+
+    def idle_deltas(self) -> list[IdleDelta]:
+        """Deltas that nobody needs, in the order of their paths."""
+        ...
+
+    def cached(self) -> list[CacheEntry]:
+        """Blobs that a broker may retain, in any order."""
+        ...
+
+    def create_rollout(self, make: Callable[[int, list[RolloutRecord]], RolloutRecord]) -> RolloutRecord:
+        """Store a new rollout in a transaction; `make` gets its number and all rollouts so far."""
+        ...
+
+    def order_rollout(
+        self, rollout: str, make: Callable[[RolloutRecord | None, list[Order]], Order]
+    ) -> Order:
+        """Store an order in a transaction that excludes every other one; `make` gets the rollout and the orders so far."""
+        ...
+
+    def orders(self, rollout: str | None = None) -> list[Order]:
+        """What operators ordered, by the name of the rollout, oldest first."""
+        ...
+
+    def decisions(self, rollout: str) -> list[Decision]:
+        """What was decided about a rollout, oldest first."""
+        ...
+
+
+class Store(Records, Protocol):
+    """The truth: every answer comes from what was committed, every write is durable on return and excludes every other one."""
+
+    def save(self, records: Sequence[Record | KeyChange]) -> None:
+        """As `Records.save`, content keys among them."""
         ...
 
     def device_events(self, device: DeviceId, count_max: int) -> list[DeviceEvent]:
@@ -200,32 +249,12 @@ class Store(Protocol):
         """Drop what is older than `before_ms`."""
         ...
 
-    def rollouts(self) -> list[RolloutRecord]:
-        """Every rollout, oldest first."""
-        ...
-
-    def members(self, rollout: str | None = None) -> list[MemberRecord]:
-        """What rollouts asked of devices, and what came of it."""
-        ...
-
-    def refusals(self) -> list[DeltaRefusal]:
-        """Deltas that are not worth sending."""
-        ...
-
-    def idle_deltas(self) -> list[IdleDelta]:
-        """Deltas that nobody needs."""
-        ...
-
     def content_key(self, blob: Digest) -> ContentKeyRecord | None:
         """The key of an encrypted artifact."""
         ...
 
     def has_content_keys(self) -> bool:
         """Whether there are any."""
-        ...
-
-    def cached(self) -> list[CacheEntry]:
-        """Blobs that a broker may retain."""
         ...
 
     def releases(self) -> list[ReleaseRecord]:
@@ -262,24 +291,6 @@ class Store(Protocol):
         Raises:
             AlreadyPublishedError: One of them has been published before.
         """
-        ...
-
-    def create_rollout(self, make: Callable[[int, list[RolloutRecord]], RolloutRecord]) -> RolloutRecord:
-        """Store a new rollout in a transaction; `make` gets its number and all rollouts so far."""
-        ...
-
-    def order_rollout(
-        self, rollout: str, make: Callable[[RolloutRecord | None, list[Order]], Order]
-    ) -> Order:
-        """Store an order in a transaction that excludes every other one; `make` gets the rollout and the orders so far."""
-        ...
-
-    def orders(self, rollout: str | None = None) -> list[Order]:
-        """What operators ordered, oldest first."""
-        ...
-
-    def decisions(self, rollout: str) -> list[Decision]:
-        """What was decided about a rollout, oldest first."""
         ...
 
     def label(self, labels: Labels) -> None:
@@ -377,6 +388,7 @@ __all__ = [
     "MemberRecord",
     "Order",
     "Record",
+    "Records",
     "ReleaseRecord",
     "Repository",
     "RolloutRecord",

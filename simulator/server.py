@@ -5,8 +5,8 @@ leaves, the same effects. A crash keeps the store and the blobs.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
 
 from protocol.chunks import encode_chunk
 from protocol.errors import StorageError, WhimbrelError
@@ -45,110 +45,26 @@ from server.events import (
     RolloutOrdered,
     RolloutRequested,
     SigningFailed,
-    Started,
 )
-from server.fleet.registry import DeviceRecord
 from server.operations import RolloutPlan
 from server.ports import (
-    CacheEntry,
-    CacheRemoval,
-    DeltaRefusal,
-    IdleDelta,
-    IdleDeltaRemoval,
     Record,
     Repository,
 )
 from server.releases.catalog import Catalog, blob_target
-from server.rollouts.records import Decision, MemberRecord, Order, OrderAction, RolloutRecord
+from server.rollouts.records import Order, OrderAction, RolloutRecord
 from server.runtime import BATCH_EVENTS_MAX, SIGNING_RETRY_MS, bundle
 from simulator.clock import RightClock
 from simulator.loop import US_PER_MS, US_PER_S
 from simulator.models import FLEET, MemoryBlobs, SimulatedDelta, delta_between, publisher_of
 from simulator.network import Line
+from simulator.store import MemoryStore
 from simulator.streams import Stream
 
 if TYPE_CHECKING:
     from simulator.world import World
 
 _SERVER_ID: Final = "whimbrel-server"
-
-
-class MemoryStore:
-    """What was saved, by kind and key; a crash of the server does not touch it."""
-
-    def __init__(self, repository: Repository) -> None:
-        self.repository = repository
-        self.releases: list[Release] = []
-        self.records_saved = 0
-        self.transactions = 0
-        self._tables: dict[type, dict[Any, Record]] = {
-            kind: {}
-            for kind in (
-                DeviceRecord,
-                RolloutRecord,
-                MemberRecord,
-                Decision,
-                Order,
-                DeltaRefusal,
-                IdleDelta,
-                CacheEntry,
-            )
-        }
-
-    def save(self, records: Sequence[Record]) -> None:
-        """As `Store.save`."""
-        self.transactions += 1
-        self.records_saved += len(records)
-        for record in records:
-            if isinstance(record, CacheRemoval):
-                self._tables[CacheEntry].pop(record.name, None)
-            elif isinstance(record, IdleDeltaRemoval):
-                self._tables[IdleDelta].pop(record.path, None)
-            else:
-                self._tables[type(record)][_key(record)] = record
-
-    def started(self, catalog: Catalog) -> Started:
-        """What the coordinator begins with."""
-        return Started(
-            catalog=catalog,
-            devices=self._all(DeviceRecord),
-            rollouts=self._all(RolloutRecord),
-            members=self._all(MemberRecord),
-            refusals=self._all(DeltaRefusal),
-            idle=self._all(IdleDelta),
-            cached=self._all(CacheEntry),
-            orders=[order for order in self._all(Order) if not order.answer],
-        )
-
-    def decisions(self, rollout: str) -> list[Decision]:
-        """What was decided about a rollout, oldest first."""
-        return [decision for decision in self._all(Decision) if decision.rollout == rollout]
-
-    def rollout(self, rollout: str) -> RolloutRecord:
-        """One rollout."""
-        record = self._tables[RolloutRecord][rollout]
-        assert isinstance(record, RolloutRecord)
-        return record
-
-    def _all(self, kind: type) -> list[Any]:
-        return list(self._tables[kind].values())
-
-
-def _key(record: Record) -> Any:
-    match record:
-        case DeviceRecord():
-            return record.device
-        case RolloutRecord():
-            return record.id
-        case MemberRecord():
-            return record.rollout, record.device
-        case Decision() | Order():
-            return record.rollout, record.number
-        case DeltaRefusal() | IdleDelta():
-            return record.path
-        case CacheEntry():
-            return record.name
-    raise AssertionError(f"{type(record).__name__} has no key")
 
 
 class SimulatedServer:
@@ -183,8 +99,6 @@ class SimulatedServer:
         self._chance = Stream(world.scenario.seed, "server", "reconnect")
         self._line = Line(world.scenario.server.bytes_per_s)
         self._answers: set[tuple[DeviceId, Digest, int]] = set()
-        self._rollouts = 0
-        self._orders = 0
 
     @property
     def coordinator(self) -> Coordinator:
@@ -247,33 +161,36 @@ class SimulatedServer:
         plan: RolloutPlan,
     ) -> str:
         """Ask for a rollout; the server takes it up."""
-        self._rollouts += 1
-        record = RolloutRecord(
-            id=f"r{self._rollouts}",
-            family=Family(family),
-            version=Version(version),
-            created_ms=self.clock.now_ms(),
-            canary_count=canary_count,
-            wave_timeout_ms=wave_timeout_ms,
-            failures_max=failures_max,
-            waves=plan.waves,
-            rules=plan.rules,
-            in_flight_max=plan.in_flight_max,
-            pace_per_minute=plan.pace_per_minute,
-            from_version=plan.from_version,
-        )
-        self.store.save([record])
+
+        def make(number: int, _before: list[RolloutRecord]) -> RolloutRecord:
+            return RolloutRecord(
+                id=f"r{number}",
+                family=Family(family),
+                version=Version(version),
+                created_ms=self.clock.now_ms(),
+                canary_count=canary_count,
+                wave_timeout_ms=wave_timeout_ms,
+                failures_max=failures_max,
+                waves=plan.waves,
+                rules=plan.rules,
+                in_flight_max=plan.in_flight_max,
+                pace_per_minute=plan.pace_per_minute,
+                from_version=plan.from_version,
+            )
+
+        record = self.store.create_rollout(make)
         if self.is_up:
             self._post(RolloutRequested(record))
         return record.id
 
     def order(self, rollout: str, action: OrderAction) -> None:
         """Order something of a rollout; the server acts."""
-        self._orders += 1
-        order = Order(
-            rollout=rollout, number=self._orders, action=action, by="operator", at_ms=self.clock.now_ms()
-        )
-        self.store.save([order])
+
+        def make(_record: RolloutRecord | None, before: list[Order]) -> Order:
+            number, now_ms = len(before) + 1, self.clock.now_ms()
+            return Order(rollout=rollout, number=number, action=action, by="operator", at_ms=now_ms)
+
+        order = self.store.order_rollout(rollout, make)
         if self.is_up:
             self._post(RolloutOrdered(order))
 

@@ -13,11 +13,14 @@ What is fetched stays in .cache/accelerators, once per lock file.
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Final
+
+from tools.environment import LLAMA_OPTIONS
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 FOLDER: Final = ROOT / ".cache" / "accelerators"
@@ -55,7 +58,7 @@ def install(name: str) -> Path:
     environment = dict(os.environ)
     if name == "vulkan":
         print("compiling llama.cpp for Vulkan: twenty minutes on two cores", flush=True)
-        environment["CMAKE_ARGS"] = "-DGGML_VULKAN=ON -DLLAVA_BUILD=OFF"
+        environment["CMAKE_ARGS"] = shlex.join(("-DGGML_VULKAN=ON", *LLAMA_OPTIONS))
         pip.append("--no-cache-dir")  # or pip would take the one that was compiled without
     command = [*pip, "--require-hashes", "--requirement", str(lock), "--target", str(folder)]
     if subprocess.run(command, env=environment, check=False).returncode:

@@ -1,43 +1,37 @@
-"""The store in a relational database: SQLite by default, PostgreSQL by URL. The only importer of `sqlalchemy`.
+"""The store in a relational database. With `database.py` the only importer of `sqlalchemy`.
 
 Records are JSON in the shape of their structs, beside the columns that queries need: a field that is added later costs
-no migration. Every write is one transaction that is durable on return (SQLite: write-ahead log, `synchronous=FULL`).
+no migration. Every write is one transaction that is durable on return (SQLite: write-ahead log, `synchronous=FULL`) and
+excludes every other one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
-import msgspec
 from msgspec import Struct
 from sqlalchemy import (
     BigInteger,
     Column,
     Connection,
-    Engine,
     Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
     and_,
-    bindparam,
-    create_engine,
     delete,
-    event,
     func,
     insert,
     inspect,
     select,
     update,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from protocol.errors import AlreadyPublishedError, RequestError, StorageError, StorageFullError
+from protocol.errors import AlreadyPublishedError, RequestError, StorageError
 from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.trust import Documents
 from server.accounts import AccountRecord, Accounts, SessionRecord, SessionRemoval, UserRecord, UserRemoval
-from server.display import address_text
+from server.adapters.database import Database, decoded, encode, replace_rows, text
 from server.fleet.history import DeviceEvent
 from server.fleet.identities import (
     CertificateRecord,
@@ -64,12 +58,10 @@ from server.ports import (
 from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
 
 SCHEMA_VERSION: Final = 1
-LOCK_WAIT_S: Final = 30
-"""How long a writer waits for another process; the longest transaction signs a few documents."""
 
 _schema: Final = MetaData()
-_NAME = String(128)
-_PATH = String(192)
+_NAME = text(128)
+_PATH = text(192)
 _CONSTANTS = Table("constants", _schema, Column("name", _NAME, primary_key=True), Column("value", Integer))
 _DOCUMENTS = Table("documents", _schema, Column("name", _NAME, primary_key=True), Column("body", LargeBinary))
 _RELEASES = Table(
@@ -168,33 +160,10 @@ _REMOVALS: Final[dict[type[Struct], tuple[Table, str]]] = {
     UserRemoval: (_USERS, "name"),
     SessionRemoval: (_SESSIONS, "digest"),
 }
-_Kind = TypeVar("_Kind", bound=Struct)
-_encode: Final = msgspec.json.Encoder().encode
 
 
-class SqlStore:
-    """`Store` in a database; safe to use from several threads and processes.
-
-    Args:
-        url: SQLAlchemy URL.
-
-    Raises:
-        RequestError: The URL names no usable database.
-        StorageError: The database cannot be opened.
-    """
-
-    def __init__(self, url: str) -> None:
-        try:
-            arguments = {"timeout": LOCK_WAIT_S} if url.startswith("sqlite") else {}
-            self._engine: Engine = create_engine(url, connect_args=arguments)
-        except (ArgumentError, NoSuchModuleError, ImportError) as error:
-            raise RequestError(
-                f"database {address_text(url)!r}: {error}",
-                hint="use sqlite:///FILE or a URL with an installed driver",
-            ) from error
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _prepare_sqlite)
-            event.listen(self._engine, "begin", _begin_sqlite)
+class SqlStore(Database):
+    """`Store` in a database; safe to use from several threads and processes."""
 
     def create(self, repository: Repository) -> None:
         """Lay out an empty database around a new repository.
@@ -248,21 +217,21 @@ class SqlStore:
             if isinstance(record, RolloutRecord):
                 rollouts.append(record)
             elif isinstance(record, DeviceEvent):
-                events.append({"device": record.device, "at_ms": record.at_ms, "body": _encode(record)})
+                events.append({"device": record.device, "at_ms": record.at_ms, "body": encode(record)})
             elif type(record) in _REMOVALS:
                 table, name = _REMOVALS[type(record)]
                 rows.setdefault(table, {})[getattr(record, name),] = None
             else:
                 table, names = _KEYS[type(record)]
                 key = tuple(getattr(record, name) for name in names)
-                row = dict(zip(names, key, strict=True)) | {"body": _encode(record)}
+                row = dict(zip(names, key, strict=True)) | {"body": encode(record)}
                 rows.setdefault(table, {})[key] = row
         for table, by_key in rows.items():
-            _replace(connection, table, by_key)
+            replace_rows(connection, table, by_key)
         if events:
             connection.execute(insert(_EVENTS), events)
         for rollout in rollouts:
-            body = _encode(rollout)
+            body = encode(rollout)
             connection.execute(update(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id).values(body=body))
 
     def devices(self) -> list[DeviceRecord]:
@@ -327,7 +296,7 @@ class SqlStore:
         with self._writing() as connection:
             _refuse_published(connection, family, version)
             connection.execute(delete(_RELEASES).where(_named(family, version)))
-            connection.execute(insert(_RELEASES).values(family=family, version=version, body=_encode(record)))
+            connection.execute(insert(_RELEASES).values(family=family, version=version, body=encode(record)))
 
     def repository(self) -> Repository | None:
         """What was signed last."""
@@ -339,14 +308,13 @@ class SqlStore:
     ) -> Repository:
         """Replace the repository in one transaction that excludes every other signer."""
         with self._writing() as connection:
-            _lock(connection)
             before = _read_repository(connection)
             if before is None:
                 raise RequestError("there is no repository here", hint="run `whimbrel init`")
             for record in published:
                 family, version = Family(record.release.family), Version(record.release.version)
                 _refuse_published(connection, family, version)
-                body = _encode(record)
+                body = encode(record)
                 connection.execute(update(_RELEASES).where(_named(family, version)).values(body=body))
             after = update_repository(before)
             if after != before:
@@ -358,11 +326,11 @@ class SqlStore:
         """Store a new rollout."""
         with self._writing() as connection:
             bodies = connection.execute(select(_ROLLOUTS.c.body).order_by(_ROLLOUTS.c.number)).scalars()
-            before = [_decoded(RolloutRecord, body) for body in bodies]
+            before = [decoded(RolloutRecord, body) for body in bodies]
             highest = connection.execute(select(func.max(_ROLLOUTS.c.number))).scalar()
             number = (highest or 0) + 1
             record = make(number, before)
-            connection.execute(insert(_ROLLOUTS).values(number=number, id=record.id, body=_encode(record)))
+            connection.execute(insert(_ROLLOUTS).values(number=number, id=record.id, body=encode(record)))
             _count_change(connection)
             return record
 
@@ -371,11 +339,10 @@ class SqlStore:
     ) -> Order:
         """Store an order in a transaction that excludes every other one."""
         with self._writing() as connection:
-            _lock(connection)
             body = connection.execute(select(_ROLLOUTS.c.body).where(_ROLLOUTS.c.id == rollout)).scalar()
             query = select(_ORDERS.c.body).where(_ORDERS.c.rollout == rollout).order_by(_ORDERS.c.number)
-            before = [_decoded(Order, each) for each in connection.execute(query).scalars()]
-            order = make(None if body is None else _decoded(RolloutRecord, body), before)
+            before = [decoded(Order, each) for each in connection.execute(query).scalars()]
+            order = make(None if body is None else decoded(RolloutRecord, body), before)
             self._write(connection, [order])
             _count_change(connection)
             return order
@@ -408,7 +375,6 @@ class SqlStore:
     def change_identities(self, change: Callable[[Identities], Sequence[IdentityRecord]]) -> Identities:
         """Write what `change` decides, in one transaction that excludes every other change; returns how things stand then."""
         with self._writing() as connection:
-            _lock(connection)
             records = change(_read_identities(connection))
             if records:
                 self._write(connection, records)
@@ -420,10 +386,22 @@ class SqlStore:
         with self._reading() as connection:
             return _read_accounts(connection)
 
+    def accounts_of(self, digest: str) -> Accounts:
+        """One sign-in or token, by the digest of its secret, and its user: what a request needs of all accounts."""
+        with self._reading() as connection:
+            query = select(_SESSIONS.c.body).where(_SESSIONS.c.digest == digest)
+            sessions = [decoded(SessionRecord, body) for body in connection.execute(query).scalars()]
+            users = [_read_user(connection, session.user) for session in sessions]
+        return Accounts([user for user in users if user is not None], sessions)
+
+    def user(self, name: str) -> UserRecord | None:
+        """A user, if there is one of this name."""
+        with self._reading() as connection:
+            return _read_user(connection, name)
+
     def change_accounts(self, change: Callable[[Accounts], Sequence[AccountRecord]]) -> None:
         """Write what `change` decides, in one transaction that excludes every other change."""
         with self._writing() as connection:
-            connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
             records = change(_read_accounts(connection))
             if records:
                 self._write(connection, records)
@@ -431,10 +409,6 @@ class SqlStore:
     def changes(self) -> int:
         """Grows with everything that other processes want noticed."""
         return int(self._scalar(select(_CONSTANTS.c.value).where(_CONSTANTS.c.name == "changes")) or 0)
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
 
     def _add_tables(self) -> None:
         """Make the tables that came later; an older program does without them, so the layout keeps its version."""
@@ -444,54 +418,6 @@ class SqlStore:
             with self._writing() as connection:
                 _schema.create_all(connection)
 
-    def _load(self, kind: type[_Kind], query: Any) -> list[_Kind]:
-        with self._reading() as connection:
-            return [_decoded(kind, body) for body in connection.execute(query).scalars()]
-
-    def _scalar(self, query: Any) -> Any:
-        with self._reading() as connection:
-            return connection.execute(query).scalar()
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        with _database_errors(self._engine), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        with _database_errors(self._engine), self._engine.connect() as raw:
-            connection = raw.execution_options(whimbrel_writes=True)
-            with connection.begin():
-                yield connection
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # SQLAlchemy's BEGIN is ours to spell, see `_begin_sqlite`
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    """A transaction that reads first and writes later would fail when another process wrote in between."""
-    writes = connection.get_execution_options().get("whimbrel_writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _replace(
-    connection: Connection, table: Table, rows: dict[tuple[Any, ...], dict[str, Any] | None]
-) -> None:
-    """Delete and insert: the one upsert that every database spells alike."""
-    keys = [column.name for column in table.primary_key.columns]
-    old = delete(table).where(and_(*(table.c[name] == bindparam(f"key_{name}") for name in keys)))
-    connection.execute(
-        old, [{f"key_{name}": value for name, value in zip(keys, key, strict=True)} for key in rows]
-    )
-    new = [row for row in rows.values() if row is not None]
-    if new:
-        connection.execute(insert(table), new)
-
 
 def _named(family: Family, version: Version) -> Any:
     return and_(_RELEASES.c.family == family, _RELEASES.c.version == version)
@@ -499,15 +425,10 @@ def _named(family: Family, version: Version) -> Any:
 
 def _refuse_published(connection: Connection, family: Family, version: Version) -> None:
     body = connection.execute(select(_RELEASES.c.body).where(_named(family, version))).scalar()
-    if body is not None and _decoded(ReleaseRecord, body).published_ms is not None:
+    if body is not None and decoded(ReleaseRecord, body).published_ms is not None:
         raise AlreadyPublishedError(
             f"{family} {version} is published and cannot change", hint="publish under another version"
         )
-
-
-def _lock(connection: Connection) -> None:
-    """On SQLite the transaction holds the write lock from its beginning; elsewhere this row is the lock."""
-    connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
 
 
 def _count_change(connection: Connection) -> None:
@@ -519,8 +440,8 @@ def _read_identities(connection: Connection) -> Identities:
     claims = connection.execute(select(_CLAIMS.c.body)).scalars()
     certificates = connection.execute(select(_CERTIFICATES.c.body)).scalars()
     return Identities(
-        [_decoded(ClaimRecord, body) for body in claims],
-        [_decoded(CertificateRecord, body) for body in certificates],
+        [decoded(ClaimRecord, body) for body in claims],
+        [decoded(CertificateRecord, body) for body in certificates],
     )
 
 
@@ -528,8 +449,13 @@ def _read_accounts(connection: Connection) -> Accounts:
     users = connection.execute(select(_USERS.c.body).order_by(_USERS.c.name)).scalars()
     sessions = connection.execute(select(_SESSIONS.c.body)).scalars()
     return Accounts(
-        [_decoded(UserRecord, body) for body in users], [_decoded(SessionRecord, body) for body in sessions]
+        [decoded(UserRecord, body) for body in users], [decoded(SessionRecord, body) for body in sessions]
     )
+
+
+def _read_user(connection: Connection, name: str) -> UserRecord | None:
+    body = connection.execute(select(_USERS.c.body).where(_USERS.c.name == name)).scalar()
+    return None if body is None else decoded(UserRecord, body)
 
 
 def _read_repository(connection: Connection) -> Repository | None:
@@ -564,23 +490,6 @@ def _write_repository(connection: Connection, repository: Repository) -> None:
         "targets": documents.targets,
     }
     bodies |= {_DELEGATED + role: data for role, data in documents.delegated}
-    _replace(connection, _DOCUMENTS, {(name,): {"name": name, "body": body} for name, body in bodies.items()})
-
-
-def _decoded(kind: type[_Kind], body: bytes) -> _Kind:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
-        raise StorageError(
-            f"database: a {kind.__name__} cannot be read: {error}", hint="restore it from a backup"
-        ) from error
-
-
-@contextmanager
-def _database_errors(engine: Engine) -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:
-        reason = str(error.orig)
-        kind = StorageFullError if "disk is full" in reason else StorageError
-        raise kind(f"database {engine.url.render_as_string()}: {reason}") from error
+    replace_rows(
+        connection, _DOCUMENTS, {(name,): {"name": name, "body": body} for name, body in bodies.items()}
+    )

@@ -104,7 +104,8 @@ def visit(request: Request) -> Visit:
     is_token = header.lower().startswith("bearer ")
     secret = header[7:].strip() if is_token else request.cookies.get(COOKIE, "")
     store, clock = request.app.state.store, request.app.state.clock
-    held = store.accounts().holder(token_digest(secret), clock.now_ms()) if secret else None
+    digest = token_digest(secret)
+    held = store.accounts_of(digest).holder(digest, clock.now_ms()) if secret else None
     if held is None or (held[1].kind == "token") != is_token:
         raise SignInError("sign in first")
     user, session = held

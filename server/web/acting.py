@@ -34,7 +34,7 @@ router = APIRouter(prefix="/api/v1", responses=RESPONSES)
 def sign_in(request: Request, response: Response, form: SignIn) -> Visitor:
     """Sign in; the answer sets the cookie."""
     state = request.app.state
-    user = state.doors.check(state.store.accounts().users.get(form.user), form.user, form.password)
+    user = state.doors.check(state.store.user(form.user), form.user, form.password)
     now_ms = state.clock.now_ms()
     token, session = new_page_session(user, now_ms)
     state.store.change_accounts(lambda accounts: accounts.begin(session, now_ms))

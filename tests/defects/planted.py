@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 from device import blobs, executor, install
 from device.assignments import Assignment
+from device.conclusion import Conclusion
 from device.executor import Executor
 from device.ledger import Ledger
 from device.ports import Cipher, Disk
@@ -48,10 +49,10 @@ def skipped_fsync() -> Iterator[None]:
 def commit_before_trial() -> Iterator[None]:
     """The new version becomes the active one without having answered a prompt."""
 
-    def begin(update: Update) -> None:
-        update._conclude(Verdict("", "looks fine"), None)
+    def begin(conclusion: Conclusion) -> None:
+        conclusion.conclude(Verdict("", "looks fine"), None)
 
-    with patch.object(Update, "_begin_trial", begin):
+    with patch.object(Conclusion, "begin_trial", begin):
         yield
 
 

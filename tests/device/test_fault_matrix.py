@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from device.conclusion import Conclusion
 from device.states import State
 from device.update import Update
 from tests.device.fault_matrix import ROWS, BrokenError, Fault, Row, cell, rendered, run
@@ -27,8 +28,8 @@ def test_the_table_in_the_document_is_what_devices_do() -> None:
 
 
 def test_a_release_that_is_blamed_for_a_failing_disk_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    swap_failed = Update.swap_failed
-    monkeypatch.setattr(Update, "swap_failed", lambda update, _code: swap_failed(update, "engine.failed"))
+    swap_failed = Conclusion.swap_failed
+    monkeypatch.setattr(Conclusion, "swap_failed", lambda own, _code: swap_failed(own, "engine.failed"))
     with pytest.raises(BrokenError, match="quarantined"):
         run(Row(State.COMMITTING), Fault.FAILING)
 

@@ -12,9 +12,7 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +22,13 @@ from typing import Final
 from device.journal import UpdateRecord
 from device.slots import measure_slot
 from device.states import RESTING, State
-from protocol.errors import WhimbrelError
 from protocol.ids import DeviceId, digest_of
 from protocol.messages import Desired
 from server import operations
 from server.adapters.keys import PASSPHRASE_VARIABLE
 from server.config import FOLDER_VARIABLE
 from server.rollouts.states import RolloutState
+from tests.endings import run_in_folder
 from tests.key_rotation.fleet import FAMILY, Fleet, NotReachedError, broker_of
 from tests.key_rotation.runbook import run_line, sections
 from tests.key_rotation.thief import HIGHEST, LAST_NUMBER, Thief
@@ -439,32 +437,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.devices < 2:
         parser.error("at least two devices: one stays on while another is off")
-    folder = Path(tempfile.mkdtemp(prefix="whimbrel-keys-"))
-    is_kept = True
-    try:
-        outcome = run(
+
+    def work(folder: Path) -> Outcome:
+        return run(
             folder,
             devices=arguments.devices,
             broker=arguments.broker,
             seed=arguments.seed,
             is_reduced=arguments.reduced,
         )
-        is_kept = bool(outcome.violation)
-    except WhimbrelError as error:
-        sys.stderr.write(f"key rotation: {error}\n")
-        return 1
-    finally:
-        if is_kept:
-            sys.stderr.write(f"what was left behind is in {folder}\n")
-        else:
-            shutil.rmtree(folder)
-    if arguments.json:
-        sys.stdout.write(
-            json.dumps({**vars(outcome), "steps": [vars(step) for step in outcome.steps]}) + "\n"
-        )
-    else:
-        sys.stdout.write(summary(outcome))
-    return 1 if outcome.violation else 0
+
+    def text(outcome: Outcome) -> str:
+        if arguments.json:
+            return json.dumps({**vars(outcome), "steps": [vars(step) for step in outcome.steps]}) + "\n"
+        return summary(outcome)
+
+    return run_in_folder("key rotation", work, lambda outcome: not outcome.violation, text)
 
 
 def summary(outcome: Outcome) -> str:

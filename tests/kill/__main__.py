@@ -9,9 +9,7 @@ slot that is byte for byte a signed release and answers; every update must come 
 import argparse
 import json
 import random
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,13 +18,13 @@ from pathlib import Path
 from typing import Final
 
 from device.states import RESTING, State
-from protocol.errors import WhimbrelError
 from protocol.release import Release
 from server import operations
 from server.config import read_config
 from server.rollouts.records import RolloutRecord
 from server.rollouts.states import FINAL, RolloutState
 from server.runtime import Server
+from tests.endings import run_in_folder
 from tests.kill.device import Device, Trace
 from tests.kill.models import VERSIONS, write_models
 
@@ -267,30 +265,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--in-place", action="store_true", help="the device rewrites its only copy")
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="whimbrel-kill-"))
-    is_kept = True
-    try:
-        outcome = run(
-            arguments.count,
-            arguments.seed,
-            folder,
-            in_place=arguments.in_place,
-            show=sys.stderr.isatty(),
-        )
-        is_kept = bool(outcome.violations)
-    except WhimbrelError as error:
-        sys.stderr.write(f"kill test: {error}\n")
-        return 1
-    finally:
-        if is_kept:
-            sys.stderr.write(f"what was left behind is in {folder}\n")
-        else:
-            shutil.rmtree(folder)
-    if arguments.json:
-        sys.stdout.write(json.dumps({"seed": arguments.seed, **vars(outcome)}) + "\n")
-    else:
-        sys.stdout.write(summary(outcome, arguments.seed))
-    return 1 if outcome.violations else 0
+
+    def work(folder: Path) -> Outcome:
+        is_watched = sys.stderr.isatty()
+        return run(arguments.count, arguments.seed, folder, in_place=arguments.in_place, show=is_watched)
+
+    def text(outcome: Outcome) -> str:
+        if arguments.json:
+            return json.dumps({"seed": arguments.seed, **vars(outcome)}) + "\n"
+        return summary(outcome, arguments.seed)
+
+    return run_in_folder("kill test", work, lambda outcome: not outcome.violations, text)
 
 
 def summary(outcome: Outcome, seed: int) -> str:

@@ -36,9 +36,15 @@ class Group:
 GROUPS: Final[dict[str, Group]] = {
     "trust": Group(
         modules=("protocol/trust.py", "protocol/director.py", "device/assignments.py"),
-        only=(("device/assignments.py", "signer_of"),),  # the rest says when to look
+        only=(  # the rest says when to look
+            ("device/assignments.py", "signer_of"),
+            ("device/assignments.py", "is_news"),
+            ("device/assignments.py", "check_wish"),
+            ("device/assignments.py", "_prove"),
+        ),
         tests=(
             "tests/device/test_director.py",
+            "tests/device/test_wishes.py",
             "tests/protocol/test_trust_director.py",
             "tests/protocol/test_trust.py",
             "tests/protocol/test_trust_attacks.py",

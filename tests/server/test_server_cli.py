@@ -119,7 +119,13 @@ def test_init_never_overwrites(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--fleet", "Not A Name"], ["--broker", "nowhere"], ["--broker", "host:99999"]]
+    "words",
+    [
+        ["--fleet", "Not A Name"],
+        ["--broker", "nowhere"],
+        ["--broker", "host:99999"],
+        ["--database", "mysql://host/db"],
+    ],
 )
 def test_a_wrong_setting_leaves_no_folder_behind(run: Run, tmp_path: Path, words: list[str]) -> None:
     run("init", "server", *words, code=1)

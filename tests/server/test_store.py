@@ -1,197 +1,20 @@
+"""Blobs, keys and locks in the folder of a server. The store is for `test_store_contract.py`."""
+
 import os
-import sqlite3
 import stat
-import threading
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from protocol.chunks import child_plan, root_plan
 from protocol.constants import CHUNK_BYTES
-from protocol.delta.format import Profile
-from protocol.errors import AlreadyPublishedError, RequestError, StorageError
-from protocol.ids import DeviceId, Digest, Family, Version, digest_of
-from protocol.release import release_target
+from protocol.errors import RequestError, StorageError
+from protocol.ids import Digest, digest_of
 from server.adapters.blobs import PARTIAL_AGE_MS, FileSource, FolderBlobs, write_file
 from server.adapters.keys import KeyFolder
 from server.adapters.lock import FolderLock, is_locked
-from server.adapters.store import SqlStore
-from server.fleet.registry import DeviceRecord
-from server.ports import (
-    CacheEntry,
-    CacheRemoval,
-    DeltaRefusal,
-    IdleDelta,
-    IdleDeltaRemoval,
-    ReleaseRecord,
-    Repository,
-)
-from server.releases.catalog import blob_target
-from server.releases.publisher import ROLES, Publisher
-from server.rollouts.records import MemberRecord, RolloutRecord
-from tests.server.samples import NOW_MS, paper_release, report, stored
-
-
-@pytest.fixture(scope="module")
-def publisher(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
-    keys = KeyFolder(tmp_path_factory.mktemp("keys") / "keys")
-    keys.create()
-    return Publisher(keys.load())
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'store.sqlite'}"
-
-
-@pytest.fixture
-def store(url: str, publisher: Publisher) -> Iterator[SqlStore]:
-    store = SqlStore(url)
-    store.create(publisher.create(NOW_MS).repository)
-    yield store
-    store.close()
-
-
-def _rollout(number: int, before: list[RolloutRecord]) -> RolloutRecord:
-    assert len(before) == number - 1
-    return RolloutRecord(id=f"r{number}", family=Family("digits"), version=Version("2"), created_ms=NOW_MS)
-
-
-def test_what_was_saved_is_there_after_a_restart(store: SqlStore, url: str) -> None:
-    device = DeviceRecord(device=DeviceId("a"), report=report("a", 3, "1"), seen_ms=5)
-    rollout = store.create_rollout(_rollout)
-    member = MemberRecord(
-        rollout="r1", device=DeviceId("a"), wave="canary", status="asked", sequence=1, asked_ms=NOW_MS
-    )
-    refusal = DeltaRefusal(base=digest_of(b"a"), result=digest_of(b"b"), length=9)
-    fast = msgspec.structs.replace(refusal, profile=Profile.FAST)
-    idle = IdleDelta(path=refusal.path, since_ms=NOW_MS, blob=stored(b"delta"))
-    entry = CacheEntry(name=digest_of(b"c"), length=7)
-    store.save([device, member, refusal, fast, idle, entry])
-    repository = store.repository()
-    store.close()
-    again = SqlStore(url)
-    again.check()
-    assert again.devices() == [device]
-    assert again.rollouts() == [rollout]
-    assert again.members() == again.members("r1") == [member]
-    assert again.members("r2") == []
-    assert sorted(again.refusals(), key=lambda each: each.path) == [refusal, fast]
-    assert again.idle_deltas() == [idle]
-    assert again.cached() == [entry]
-    assert again.repository() == repository
-    again.close()
-
-
-def test_a_database_of_an_older_program_gets_the_tables_that_came_later(store: SqlStore, url: str) -> None:
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
-        connection.execute("DROP TABLE idle_deltas")
-        connection.execute("DROP TABLE refused_targets")
-        connection.commit()
-    again = SqlStore(url)
-    again.check()
-    assert again.refusals() == []
-    idle = IdleDelta(path="deltas/a/b", since_ms=NOW_MS, blob=stored(b"delta"))
-    again.save([idle])
-    assert store.idle_deltas() == [idle]
-    again.save([IdleDeltaRemoval(path="deltas/a/b")])
-    assert store.idle_deltas() == []
-    again.close()
-
-
-def test_the_last_of_several_records_with_one_key_stays(store: SqlStore) -> None:
-    records = [DeviceRecord(device=DeviceId("a"), seen_ms=seen) for seen in (1, 2)]
-    store.save([*records, CacheEntry(name=digest_of(b"c"), length=7), CacheRemoval(name=digest_of(b"c"))])
-    store.save([DeviceRecord(device=DeviceId("a"), seen_ms=3), DeviceRecord(device=DeviceId("b"))])
-    assert [(device.device, device.seen_ms) for device in store.devices()] == [("a", 3), ("b", 0)]
-    assert store.cached() == []
-
-
-def test_a_rollout_is_replaced_by_its_newer_record_and_keeps_its_place(store: SqlStore) -> None:
-    first, second = store.create_rollout(_rollout), store.create_rollout(_rollout)
-    moved = msgspec.structs.replace(first, reason="why")
-    store.save([moved])
-    assert store.rollouts() == [moved, second]
-
-
-def test_a_published_release_cannot_change(store: SqlStore) -> None:
-    draft = ReleaseRecord(release=paper_release("1"), added_ms=1)
-    store.add_release(draft)
-    store.add_release(msgspec.structs.replace(draft, added_ms=2))
-    published = msgspec.structs.replace(draft, published_ms=3)
-    store.sign(lambda before: before, published)
-    assert store.release(Family("digits"), Version("1")) == published
-    with pytest.raises(AlreadyPublishedError):
-        store.add_release(draft)
-    with pytest.raises(AlreadyPublishedError):
-        store.sign(lambda before: before, published)
-    assert store.releases() == [published]
-
-
-def test_a_signature_that_fails_leaves_everything_as_it_was(store: SqlStore) -> None:
-    draft = ReleaseRecord(release=paper_release("1"), added_ms=1)
-    store.add_release(draft)
-    before = store.repository()
-
-    def fail(_: Repository) -> Repository:
-        raise RequestError("no")
-
-    with pytest.raises(RequestError):
-        store.sign(fail, msgspec.structs.replace(draft, published_ms=3))
-    assert store.repository() == before
-    assert store.releases() == [draft]
-
-
-def test_signers_in_parallel_lose_nothing(store: SqlStore, url: str, publisher: Publisher) -> None:
-    def sign(name: str) -> None:
-        mine = SqlStore(url)
-        target = blob_target(release_target(Family("digits"), Version(name)), stored(name.encode()))
-        for _ in range(3):
-            mine.sign(lambda before: publisher.publish(before, [target], (), NOW_MS).repository)
-        mine.close()
-
-    threads = [threading.Thread(target=sign, args=(f"v{number}",)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    repository = store.repository()
-    assert repository is not None
-    assert len(publisher.refresh(repository, NOW_MS).targets) == 4
-
-
-def test_changes_are_counted_for_what_other_processes_wait_for(store: SqlStore, publisher: Publisher) -> None:
-    seen = [store.changes()]
-    store.create_rollout(_rollout)
-    seen.append(store.changes())
-    store.sign(lambda before: publisher.publish(before, (), (), NOW_MS).repository)
-    seen.append(store.changes())
-    store.sign(lambda before: before)
-    store.save([DeviceRecord(device=DeviceId("a"))])
-    assert seen == [0, 1, 2]
-    assert store.changes() == 2
-
-
-def test_a_database_is_laid_out_once(store: SqlStore, publisher: Publisher) -> None:
-    with pytest.raises((RequestError, StorageError)):
-        store.create(publisher.create(NOW_MS).repository)
-
-
-def test_a_database_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.sqlite"
-    path.write_bytes(b"this is no database" * 100)
-    store = SqlStore(f"sqlite:///{path}")
-    with pytest.raises(RequestError, match="init"):
-        store.check()
-    store.close()
-    with pytest.raises(RequestError):
-        SqlStore("nonsense")
-    with pytest.raises(RequestError):
-        SqlStore("nodriver://x/y")
-
+from server.releases.publisher import ROLES
+from tests.server.samples import stored
 
 # Blobs
 

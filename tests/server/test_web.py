@@ -2,10 +2,12 @@
 
 import json
 import re
+import sqlite3
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPConnection, HTTPResponse
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from sqlalchemy import event
 
 from protocol.errors import RequestError
 from protocol.ids import DeviceId, Family, Version
@@ -209,6 +212,28 @@ def test_who_signs_out_is_out(site: Site) -> None:
     assert site.ask("/api/v1/fleet").status == 200
     assert site.ask("/api/v1/session", method="DELETE", X_CSRF_Token=site.csrf).status == 204
     assert site.ask("/api/v1/fleet").status == 401
+
+
+def test_a_request_looks_up_one_sign_in_and_its_user_however_many_there_are(site: Site) -> None:
+    site.sign_in("viewer")
+    store = site.web._store
+    assert store is not None
+    asked: list[tuple[str, Any]] = []
+
+    def note(*given: Any) -> None:
+        asked.append(given[2:4])
+
+    event.listen(store._engine, "before_cursor_execute", note)
+    assert site.ask("/api/v1/session").status == 200
+    event.remove(store._engine, "before_cursor_execute", note)
+    with closing(sqlite3.connect(site.folder / "whimbrel.sqlite")) as database:
+        plans = [
+            row[-1]
+            for query, values in asked
+            if query != "BEGIN"
+            for row in database.execute(f"EXPLAIN QUERY PLAN {query}", values)
+        ]
+    assert [plan.split(" USING INDEX ")[0] for plan in plans] == ["SEARCH sessions", "SEARCH users"]
 
 
 def test_another_page_cannot_act_with_the_cookie_of_a_browser(site: Site) -> None:

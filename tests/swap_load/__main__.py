@@ -7,9 +7,7 @@ dense as they can be; `--llama` does that with two language models. `--broken` p
 import argparse
 import json
 import random
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Final, NamedTuple
 from protocol.release import RuntimeName
 from protocol.tensors import BytesSource
 from protocol.tensors.gguf import parse_gguf
+from tests.endings import run_in_folder
 from tests.kill.models import write_models
 from tests.models import language_model
 from tests.swap_load import agent, swapper
@@ -86,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.broken and not (arguments.executor or arguments.llama):
         parser.error("--broken is for --executor or --llama")
-    folder = Path(tempfile.mkdtemp(prefix="whimbrel-swap-"))
-    questions: ClassQuestions | TextQuestions
-    try:
+
+    def work(folder: Path) -> Outcome:
+        questions: ClassQuestions | TextQuestions
         if arguments.llama or arguments.executor:
             runtime, models, questions = (
                 language_models(folder) if arguments.llama else classifiers(folder, arguments.seed)
@@ -117,11 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=_progress,
             )
         questions.check_that_versions_differ()
-    finally:
-        shutil.rmtree(folder)
-    sys.stdout.write(json.dumps(asdict(outcome)) + "\n" if arguments.json else summary(outcome))
-    is_whole = outcome.is_good and outcome.swaps >= arguments.swaps and not outcome.problems
-    return 0 if is_whole else 1
+        return outcome
+
+    def is_good(outcome: Outcome) -> bool:
+        return outcome.is_good and outcome.swaps >= arguments.swaps and not outcome.problems
+
+    def text(outcome: Outcome) -> str:
+        return json.dumps(asdict(outcome)) + "\n" if arguments.json else summary(outcome)
+
+    return run_in_folder("swap load", work, is_good, text)
 
 
 def _progress(text: str) -> None:
