@@ -54,7 +54,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         type=_margin,
         action="append",
         default=[],
-        help="how much worse is no worse: "
+        help="how much is no difference: "
         + ", ".join(f"{name}={getattr(Margins(), name):g}" for name in _MARGINS)
         + "; repeatable",
     )

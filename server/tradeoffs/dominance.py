@@ -1,9 +1,9 @@
 """Which versions nothing beats: the Pareto set of one tier, where figures are uncertain. Pure.
 
-A version beats another if it is no worse on every axis, better on at least one, and the other is better on none, all of that for certain:
-the whole 95 % interval of the difference has to say so. No worse allows for a margin where there is an interval (a test of non-inferiority);
-exact figures have none. What the data do not decide keeps a version in the set, and it is said on which axes. With margins, versions may
-beat each other in a circle; then none of the circle is out because of another of it.
+On an axis a version is better than another if the whole 95 % interval of the difference is beyond a margin, no worse if none of it is beyond
+the margin on the other side, worse likewise, and undecided else. It beats the other if it is no worse on every axis and better on at least
+one. Exact figures have no margin, so that without uncertainty this is Pareto's order. What the data do not decide keeps a version in the
+set, and it is said on which axes. With margins, versions may beat each other in a circle; then none of the circle is out because of another.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def beaten(contenders: Sequence[Contender], axes: Sequence[Axis], margins: Margi
     Args:
         contenders: All that can be among the best.
         axes: On which they are compared; without any nothing beats anything.
-        margins: How much worse still counts as no worse.
+        margins: How much is no difference.
     """
     outcomes = {
         (one, other): {axis: compare(axis, contenders[one], contenders[other], margins) for axis in axes}
@@ -58,8 +58,7 @@ def beaten(contenders: Sequence[Contender], axes: Sequence[Axis], margins: Margi
     perhaps: list[list[Rival]] = [[] for _ in contenders]
     for (one, other), found in outcomes.items():
         better: list[Axis] = [axis for axis, outcome in found.items() if outcome == "better"]
-        is_worse = "worse" in found.values() or "better" in outcomes[other, one].values()
-        if not better or is_worse:
+        if not better or "worse" in found.values():
             continue
         undecided: list[Axis] = [axis for axis, outcome in found.items() if outcome == "undecided"]
         rival = Rival(version=contenders[one].candidate.version, better=better, undecided=undecided)
@@ -90,25 +89,25 @@ def compare(axis: Axis, one: Contender, other: Contender, margins: Margins) -> O
     if None in {mine.low, mine.high, theirs.low, theirs.high}:
         return "undecided"
     is_exact = mine.low == mine.high and theirs.low == theirs.high
-    margin = 0.0 if is_exact else margins.latency * theirs.value
+    margin = 0.0 if is_exact else margins.latency * max(mine.value, theirs.value)
     return _outcome(
         (theirs.low or 0.0) - (mine.high or 0.0), (theirs.high or 0.0) - (mine.low or 0.0), margin
     )
 
 
 def _by_accuracy(one: Candidate, other: Candidate, margin: float) -> Outcome:
-    """No worse takes every suite; for better one suffices, by McNemar's test with Holm's adjustment for their number."""
+    """No worse takes every suite; for better one suffices, if McNemar's test with Holm's adjustment for their number says so too."""
     flips = list(flips_between(one, other).values())
-    if not flips:
+    outcomes = [_outcome(each.difference.low, each.difference.high, margin) for each in flips]
+    if "worse" in outcomes:
+        return "worse"
+    if not outcomes or "undecided" in outcomes:
         return "undecided"
     adjusted = holm([each.p_value for each in flips])
-    signs = [
-        (each.gained > each.lost) - (each.gained < each.lost) if p <= 1 - CONFIDENCE else 0
-        for each, p in zip(flips, adjusted, strict=True)
-    ]
-    if all(each.difference.low >= -margin for each in flips):
-        return "better" if 1 in signs and -1 not in signs else "same"
-    return "worse" if -1 in signs else "undecided"
+    is_better = any(
+        outcome == "better" and p <= 1 - CONFIDENCE for outcome, p in zip(outcomes, adjusted, strict=True)
+    )
+    return "better" if is_better else "same"
 
 
 def _by_drift(one: Candidate, other: Candidate, margin: float) -> Outcome:
@@ -121,11 +120,11 @@ def _by_drift(one: Candidate, other: Candidate, margin: float) -> Outcome:
 
 def _outcome(low: float, high: float, margin: float) -> Outcome:
     """Of a difference that lies between two ends, larger being better."""
-    if low > 0:
+    if low > margin:
         return "better"
     if low >= -margin:
         return "same"
-    return "worse" if high < 0 else "undecided"
+    return "worse" if high < -margin else "undecided"
 
 
 def _is_known(contender: Contender, axis: Axis) -> bool:

@@ -24,7 +24,7 @@ Standing = Literal["scored", "failed", "incomplete", "apart", "unscored"]
 """
 
 Outcome = Literal["better", "same", "worse", "undecided"]
-"""How one version stands to another on an axis. `same`: no worse, within the margin."""
+"""How one version stands to another on an axis, beyond the margin; `same`: no worse."""
 
 
 class Figure(Struct, frozen=True, kw_only=True):
@@ -49,7 +49,7 @@ class Figure(Struct, frozen=True, kw_only=True):
 
 
 class Margins(Struct, frozen=True, kw_only=True):
-    """How much worse still counts as no worse, where figures are uncertain.
+    """How much is no difference, where figures are uncertain.
 
     Attributes:
         accuracy: Share of right answers: 0.03 are 3 of 100 questions.

@@ -61,7 +61,7 @@ class Question(Struct, frozen=True, kw_only=True):
         reference: Version that their scorecards were compared with; empty for the one that most of them were.
         tiers: Names; none for all of the runtime.
         axes: On which versions are compared.
-        margins: How much worse still counts as no worse.
+        margins: How much is no difference.
         prices: Of data; None without.
         cards: Scorecards beside those that releases name, for versions with the same files.
         is_building: Build the deltas that are missing, to see how large they are.
@@ -358,8 +358,8 @@ def _notes(report: TradeoffReport) -> Iterator[str]:
     else:
         yield "There is no reference: score the versions with --against one of them, so that they can be compared."
     yield (
-        f"A version is out where another is no worse on every axis and better on one, for certain at {100 * report.confidence:g} %;"
-        f" no worse allows for {100 * report.margins.accuracy:g} points of accuracy, {report.margins.drift:g} nats of drift and"
+        f"A version is out where another is no worse on every axis and better on one, with {100 * report.confidence:g} % confidence;"
+        f" no difference are {100 * report.margins.accuracy:g} points of right answers, {report.margins.drift:g} nats of drift and"
         f" {100 * report.margins.latency:g} % of a measured latency. Figures of different origin are not compared."
     )
     for table in report.tiers:
