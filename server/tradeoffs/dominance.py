@@ -95,6 +95,15 @@ def compare(axis: Axis, one: Contender, other: Contender, margins: Margins) -> O
     )
 
 
+def contrast(axis: Axis, one: Contender, other: Contender, margins: Margins) -> Outcome:
+    """How `one` stands to `other`, looked at from either side: `same` only if neither is worse."""
+    there, back = compare(axis, one, other, margins), compare(axis, other, one, margins)
+    if "undecided" in {there, back} and not {"better", "worse"} & {there, back}:
+        return "undecided"
+    mirrored: dict[Outcome, Outcome] = {"better": "worse", "worse": "better"}
+    return mirrored.get(back, there) if there == "same" else there
+
+
 def _by_accuracy(one: Candidate, other: Candidate, margin: float) -> Outcome:
     """No worse takes every suite; for better one suffices, if McNemar's test with Holm's adjustment for their number says so too."""
     flips = list(flips_between(one, other).values())

@@ -98,7 +98,10 @@ def _axes(x_max: float, y_max: float) -> Sequence[str]:
     parts.append(
         f'<text x="{(_LEFT + right) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">over the air, to each device</text>'
     )
-    parts.append(f'<text x="{_LEFT - 60}" y="8">nats</text>')
+    middle = (_HEIGHT - _BOTTOM) / 2
+    parts.append(
+        f'<text x="0" y="0" transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">drift, nats</text>'
+    )
     return parts
 
 

@@ -187,6 +187,12 @@ class _Writer:
                 )
             elif option.is_best:
                 yield from self._costs(index, number)
+                if option.perhaps_beaten_by:
+                    rival = option.perhaps_beaten_by[0]
+                    yield from self._say(
+                        f" {{}} beats it in {_words(rival.better)}, if it is no worse in {_words(rival.undecided)}.",
+                        ("text", f"{there}.perhaps_beaten_by.0.version"),
+                    )
 
     def _costs(self, index: int, number: int) -> Iterator[Part]:
         """What a version takes on a tier."""
@@ -206,14 +212,14 @@ class _Writer:
                     ("text", f"{place}.memory.basis"),
                 ],
             )
-            if option.swap_bytes is not None:
+            if option.swap_bytes is not None and option.swap_bytes > option.memory.value:
                 words += " and {} while it replaces another"
                 quoted.append(("memory", f"{place}.swap_bytes"))
             said.append(list(self._say(words, *quoted)))
         said.append(list(self._air(place, option.air.devices)))
         yield from self._say(" {} ", ("text", f"{place}.version"))
         yield from _joined(said)
-        if option.cost is not None and option.air.devices:
+        if option.cost is not None:
             yield from self._say(", which costs {} {}", ("money", f"{place}.cost"), ("text", "currency"))
         yield Part(text=".")
 

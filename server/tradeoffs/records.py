@@ -195,7 +195,7 @@ class Option(Struct, frozen=True, kw_only=True):
         disk_bytes: Room during the update.
         energy: Millijoules for one inference, by the proxy.
         air: What travels.
-        cost: Of that, in the currency of the prices; None without a price.
+        cost: Of that, in the currency of the prices; None without a price, or without devices.
     """
 
     version: str
@@ -271,9 +271,9 @@ class Comparison(Struct, frozen=True, kw_only=True):
         version: The one.
         other: The other.
         suites: Answers by suite; prompts that have to be answered are left out.
-        accuracy: How the one stands to the other.
+        accuracy: How the one stands to the other; `same` only if neither is worse.
         drift: Likewise.
-        questions_needed: About how many questions of the suite that needs most decide whether it is worse; None where that is decided.
+        questions_needed: About how many questions of the suite that needs most decide it; None where it is decided.
     """
 
     version: str

@@ -150,7 +150,7 @@ def outcome_text(each: Comparison, axis: str) -> str:
     outcome = each.accuracy if axis == "accuracy" else each.drift
     if axis == "accuracy" and outcome == "undecided" and each.questions_needed is not None:
         return f"undecided, about {each.questions_needed:,} questions"
-    return "no worse" if outcome == "same" else outcome
+    return outcome
 
 
 def tier_text(each: TierTable) -> str:

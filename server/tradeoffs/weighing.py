@@ -23,10 +23,10 @@ from server.scorecard.statistics import CONFIDENCE
 from server.scorecard.verdict import questions_needed
 from server.tiers.files import Tier
 from server.tiers.fit import Fit
-from server.tiers.judging import judge_release, read_named
+from server.tiers.judging import Judge, read_named
 from server.tradeoffs.air import Field
 from server.tradeoffs.deltas import Progress, measure_deltas, read_sizes
-from server.tradeoffs.dominance import Beaten, Contender, beaten, compare, known_axes
+from server.tradeoffs.dominance import Beaten, Contender, beaten, contrast, known_axes
 from server.tradeoffs.energy import MODEL
 from server.tradeoffs.paragraph import write_paragraph
 from server.tradeoffs.prices import MB, Prices
@@ -107,6 +107,7 @@ def weigh(
         devices = _devices(home, question.family)
         field, missing = _field(home, question, entries, devices, progress)
         tables = _tables(home, question, entries[0].release)
+        judge = Judge(home)
         report = TradeoffReport(
             family=question.family,
             runtime=entries[0].release.runtime,
@@ -117,7 +118,9 @@ def weigh(
             currency="" if question.prices is None else question.prices.currency,
             candidates=candidates,
             comparisons=list(_comparisons(candidates, question.margins)),
-            tiers=[_tier_table(home, question, each, entries, candidates, field, devices) for each in tables],
+            tiers=[
+                _tier_table(judge, question, each, entries, candidates, field, devices) for each in tables
+            ],
             strays=_strays(tables, devices),
             missing=missing,
             notes=[],
@@ -228,7 +231,7 @@ def _strays(tables: Sequence[_Table], devices: Sequence[DeviceRecord]) -> int:
 
 
 def _tier_table(
-    home: Home,
+    judge: Judge,
     question: Question,
     table: _Table,
     entries: Sequence[Entry],
@@ -239,7 +242,7 @@ def _tier_table(
     here = [each for each in devices if table.devices_of is None or each.tier == table.devices_of]
     price = None if question.prices is None else question.prices.per_mb_of(table.name)
     options = [
-        _option(home, table, entry, each, field.air(entry.release, table.devices_of), price)
+        _option(judge, table, entry, each, field.air(entry.release, table.devices_of), price)
         for entry, each in zip(entries, candidates, strict=True)
     ]
     contenders = {
@@ -271,11 +274,11 @@ def _judged(option: Option, found: Beaten | None) -> Option:
 
 
 def _option(
-    home: Home, table: _Table, entry: Entry, each: Candidate, air: Air, price: float | None
+    judge: Judge, table: _Table, entry: Entry, each: Candidate, air: Air, price: float | None
 ) -> Option:
     found = None
     if table.tier is not None:
-        (found,) = judge_release(home, entry.release, [table.name])
+        found = judge.fit(entry.release, table.name, table.tier)
     fits = None if found is None else found.is_good
     return Option(
         version=each.version,
@@ -292,7 +295,7 @@ def _option(
         disk_bytes=None if found is None else found.disk_bytes,
         energy=None if each.energy_mj is None else Figure.exact(each.energy_mj, f"proxy of {each.inference}"),
         air=air,
-        cost=None if price is None else air.total_bytes / MB * price,
+        cost=None if price is None or not air.devices else air.total_bytes / MB * price,
     )
 
 
@@ -340,14 +343,14 @@ def _comparisons(candidates: Sequence[Candidate], margins: Margins) -> Iterator[
     for one, other in combinations(known, 2):
         suites = flips_between(one, other)
         first, second = Contender(candidate=one, figures={}), Contender(candidate=other, figures={})
-        outcome = compare("accuracy", first, second, margins)
+        outcome = contrast("accuracy", first, second, margins)
         needed = [questions_needed(each, margins.accuracy) for each in suites.values()]
         yield Comparison(
             version=one.version,
             other=other.version,
             suites=[SuiteFlips(name=name, flips=flips) for name, flips in suites.items()],
             accuracy=outcome,
-            drift=compare("drift", first, second, margins),
+            drift=contrast("drift", first, second, margins),
             questions_needed=max(needed) if needed and outcome == "undecided" else None,
         )
 
