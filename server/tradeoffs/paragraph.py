@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from server.display import bytes_text
-from server.tradeoffs.records import Comparison, Part, TierTable, TradeoffReport
+from server.tradeoffs.records import Comparison, Part, Shortfall, TierTable, TradeoffReport
 
 _FORMATS: Final[dict[str, Callable[[Any], str]]] = {
     "text": str,
@@ -59,12 +59,7 @@ class _Writer:
             yield from self._say(" with {} confidence.", ("confidence", "confidence"))
         else:
             yield Part(text=" looked at, and not compared with another version.")
-        for index, each in enumerate(report.candidates):
-            if each.standing != "scored":
-                place = f"candidates.{index}"
-                yield from self._say(
-                    " {} is no choice: {}.", ("text", f"{place}.version"), ("text", f"{place}.reason")
-                )
+        yield from self._excluded()
         for index, each in enumerate(report.candidates):
             if each.standing == "scored":
                 yield from self._quality(index)
@@ -93,6 +88,18 @@ class _Writer:
             if number:
                 yield Part(text=" and " if number == len(sources) - 1 else ", ")
             yield Part(text=str(self._at(source)), source=source)
+
+    def _excluded(self) -> Iterator[Part]:
+        """Versions that cannot be chosen, those with the same reason together."""
+        by_reason: dict[str, list[int]] = {}
+        for index, each in enumerate(self._report.candidates):
+            if each.reason:
+                by_reason.setdefault(each.reason, []).append(index)
+        for indexes in by_reason.values():
+            yield Part(text=" ")
+            yield from self._listed([f"candidates.{index}.version" for index in indexes])
+            words = " is no choice: {}." if len(indexes) == 1 else " are no choices: {}."
+            yield from self._say(words, ("text", f"candidates.{indexes[0]}.reason"))
 
     def _quality(self, index: int) -> Iterator[Part]:
         """What a version answers, and how far it is from the reference."""
@@ -175,9 +182,8 @@ class _Writer:
         for number, option in enumerate(table.options):
             there = f"{place}.options.{number}"
             if option.broken:
-                yield from self._say(
-                    " {} does not fit: {}.", ("text", f"{there}.version"), ("text", f"{there}.broken.0")
-                )
+                if self._report.candidates[number].standing == "scored":
+                    yield from self._refused(there, option.broken[0])
             elif option.beaten_by:
                 axes = _words(option.beaten_by[0].better)
                 yield from self._say(
@@ -193,6 +199,25 @@ class _Writer:
                         f" {{}} beats it in {_words(rival.better)}, if it is no worse in {_words(rival.undecided)}.",
                         ("text", f"{there}.perhaps_beaten_by.0.version"),
                     )
+
+    def _refused(self, place: str, broken: Shortfall) -> Iterator[Part]:
+        if broken.budget == "runtime":
+            yield from self._say(
+                " {} does not fit: {}.", ("text", f"{place}.version"), ("text", f"{place}.broken.0.detail")
+            )
+            return
+        kind = "ms" if broken.budget == "latency" else "memory"
+        words = {
+            "memory": "of memory while it replaces another",
+            "disk": "of disk",
+            "latency": "for each token",
+        }
+        yield from self._say(
+            f" {{}} does not fit: it needs {{}} {words[broken.budget]}, and there are {{}}.",
+            ("text", f"{place}.version"),
+            (kind, f"{place}.broken.0.needed"),
+            (kind, f"{place}.broken.0.available"),
+        )
 
     def _costs(self, index: int, number: int) -> Iterator[Part]:
         """What a version takes on a tier."""

@@ -8,6 +8,7 @@ from protocol.release import RuntimeName
 from server.scorecard.card import Verdict
 from server.scorecard.items import SuiteKind
 from server.scorecard.statistics import Interval, Paired
+from server.tiers.fit import Budget
 
 REPORT_VERSION: Final = 1
 
@@ -176,6 +177,22 @@ class Rival(Struct, frozen=True, kw_only=True):
     undecided: list[Axis] = []
 
 
+class Shortfall(Struct, frozen=True, kw_only=True):
+    """What a tier has too little of.
+
+    Attributes:
+        budget: Of what.
+        needed: In bytes, or in ms a token.
+        available: Likewise.
+        detail: One line with the parts.
+    """
+
+    budget: Budget
+    needed: float
+    available: float
+    detail: str
+
+
 class Option(Struct, frozen=True, kw_only=True):
     """A version on one tier.
 
@@ -186,7 +203,7 @@ class Option(Struct, frozen=True, kw_only=True):
         beaten_by: What beats it for certain.
         perhaps_beaten_by: What would beat it, if it is no worse where the data do not say.
         fits: Whether it fits the tier; None where no tier file says what there is.
-        broken: What does not suffice, with its numbers.
+        broken: What does not suffice.
         would_fit: What would, in words.
         latency: Milliseconds for one inference.
         memory: Bytes of the model with its context and its runtime.
@@ -204,7 +221,7 @@ class Option(Struct, frozen=True, kw_only=True):
     beaten_by: list[Rival]
     perhaps_beaten_by: list[Rival]
     fits: bool | None
-    broken: list[str]
+    broken: list[Shortfall]
     would_fit: list[str]
     latency: Figure | None
     memory: Figure | None

@@ -105,17 +105,18 @@ def _standing(entry: Entry, reference: Entry | None, *, is_reference: bool) -> t
     if not is_reference:
         command += f" --against {'VERSION' if reference is None else reference.release.version}"
     if card is None:
-        return "unscored", "it has no scorecard", command
+        return "unscored", "no scorecard", command
     if card.missing_count or card.verdict == "incomplete":
-        return "incomplete", f"its scorecard is not complete, {card.missing_count} missing", command
+        return "incomplete", f"scorecard not complete, {card.missing_count} missing", command
     if reference is None:
-        return "apart", "its scorecard compares it with no other version", command
+        return "apart", "scorecard without a comparison", command
     if not is_reference and (card.drift is None or files_of(card.drift.against) != reference.files):
-        other = "no other version" if card.drift is None else card.drift.against.version
-        return "apart", f"its scorecard compares it with {other}", command
+        if card.drift is None:
+            return "apart", "scorecard without a comparison", command
+        return "apart", f"scorecard against {card.drift.against.version}", command
     if card.verdict == "failed":
         names = [check.name for check in card.checks if check.status == "failed"]
-        return "failed", f"its scorecard failed in {', '.join(names)}", ""
+        return "failed", f"scorecard failed in {', '.join(names)}", ""
     return "scored", "", ""
 
 

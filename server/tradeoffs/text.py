@@ -192,7 +192,7 @@ def mark(option: Option) -> str:
 def option_lines(option: Option) -> Iterator[str]:
     """What stands behind a row: why a version is out, and where its figures come from."""
     name = option.version
-    yield from (f"{name} does not fit: {detail}" for detail in option.broken)
+    yield from (f"{name} does not fit: {each.detail}" for each in option.broken)
     if option.would_fit:
         yield f"  would fit: {'; '.join(option.would_fit)}"
     yield from (f"{name} is beaten by {rival_text(rival)}" for rival in option.beaten_by)

@@ -19,7 +19,7 @@ from server.operations import find_release
 from server.releases.catalog import Catalog
 from server.releases.delta_garbage import is_absent
 from server.scorecard.card import Scorecard, encode_card
-from server.scorecard.statistics import CONFIDENCE
+from server.scorecard.statistics import CONFIDENCE, paired
 from server.scorecard.verdict import questions_needed
 from server.tiers.files import Tier
 from server.tiers.fit import Fit
@@ -40,6 +40,7 @@ from server.tradeoffs.records import (
     Margins,
     Missing,
     Option,
+    Shortfall,
     SuiteFlips,
     TierTable,
     TradeoffReport,
@@ -168,10 +169,10 @@ def _reference(home: Home, question: Question, entries: Sequence[Entry]) -> Entr
     found = likely_reference(entries)
     if found is None:
         return None
-    known = [entry for entry in entries if entry.files == files_of(found)]
     records = [record.release for record in home.store.releases() if record.release.family == question.family]
-    others = [Entry(release=release, card=None) for release in records]
-    return next((entry for entry in [*known, *others] if entry.files == files_of(found)), None)
+    known = [*entries, *(Entry(release=release, card=None) for release in records)]
+    same = [entry for entry in known if entry.files == files_of(found)]
+    return min(same, key=lambda entry: entry.release.version != found.version, default=None)
 
 
 def _devices(home: Home, family: str) -> list[DeviceRecord]:
@@ -274,26 +275,33 @@ def _judged(option: Option, found: Beaten | None) -> Option:
 
 
 def _option(
-    judge: Judge, table: _Table, entry: Entry, each: Candidate, air: Air, price: float | None
+    judge: Judge, table: _Table, entry: Entry, about: Candidate, air: Air, price: float | None
 ) -> Option:
     found = None
     if table.tier is not None:
         found = judge.fit(entry.release, table.name, table.tier)
     fits = None if found is None else found.is_good
     return Option(
-        version=each.version,
-        is_eligible=each.standing == "scored" and fits is not False,
+        version=about.version,
+        is_eligible=about.standing == "scored" and fits is not False,
         is_best=False,
         beaten_by=[],
         perhaps_beaten_by=[],
         fits=fits,
-        broken=[] if found is None else [broken.detail for broken in found.broken],
+        broken=[]
+        if found is None
+        else [
+            Shortfall(budget=each.budget, needed=each.needed, available=each.available, detail=each.detail)
+            for each in found.broken
+        ],
         would_fit=[] if found is None else found.would_fit,
         latency=_latency(table.tier, table.name, entry, found),
         memory=_memory(entry.card, found),
         swap_bytes=None if found is None else found.swap_bytes,
         disk_bytes=None if found is None else found.disk_bytes,
-        energy=None if each.energy_mj is None else Figure.exact(each.energy_mj, f"proxy of {each.inference}"),
+        energy=None
+        if about.energy_mj is None
+        else Figure.exact(about.energy_mj, f"proxy of {about.inference}"),
         air=air,
         cost=None if price is None or not air.devices else air.total_bytes / MB * price,
     )
@@ -344,7 +352,11 @@ def _comparisons(candidates: Sequence[Candidate], margins: Margins) -> Iterator[
         suites = flips_between(one, other)
         first, second = Contender(candidate=one, figures={}), Contender(candidate=other, figures={})
         outcome = contrast("accuracy", first, second, margins)
-        needed = [questions_needed(each, margins.accuracy) for each in suites.values()]
+        needed = [
+            questions_needed(each, margins.accuracy)
+            for flips in suites.values()
+            for each in (flips, paired(flips.lost, flips.gained, flips.count))
+        ]
         yield Comparison(
             version=one.version,
             other=other.version,

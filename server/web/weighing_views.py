@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from server.tiers.fit import Budget
 from server.tradeoffs.records import Axis, Outcome, Standing
 from server.web.views import VersionCount
 
@@ -163,6 +164,15 @@ class AirView(BaseModel):
     )
 
 
+class ShortfallView(BaseModel):
+    """What a tier has too little of."""
+
+    budget: Budget
+    needed: float = Field(description="bytes, or ms a token")
+    available: float
+    detail: str
+
+
 class OptionView(BaseModel):
     """A version on one tier."""
 
@@ -172,7 +182,7 @@ class OptionView(BaseModel):
     beaten_by: list[RivalView]
     perhaps_beaten_by: list[RivalView]
     fits: bool | None
-    broken: list[str]
+    broken: list[ShortfallView]
     would_fit: list[str]
     latency: FigureView | None
     memory: FigureView | None

@@ -16,7 +16,7 @@ function card(tier) {
   const speed = tier.memory_gb_per_s ? `${tier.memory_gb_per_s} GB/s` : tier.measured ? `${tier.measured} measured` : "–";
   const running = tier.running.map((each) => `${each.version || "nothing"} on ${each.devices}`).join(", ");
   return h("section", { class: "card" }, h("h2", {}, `${tier.name} `, h("span", { class: "small soft" }, tier.runtime)),
-    figures([[String(tier.devices), running || "devices"], [mebibytes(tier.memory_mb * 2 ** 20), "memory for everything"], [mebibytes(tier.disk_mb * 2 ** 20), "disk for models"],
+    figures([[String(tier.devices), running || "devices"], [`${tier.memory_mb} MB`, "memory for everything"], [`${tier.disk_mb} MB`, "disk for models"],
       [speed, "speed of its memory"], [tier.token_ms_max ? `${tier.token_ms_max} ms` : "–", "longest time for a token"],
       [tier.stop_first ? "one" : "both", "versions in memory during the swap"]]),
     table(`Releases on ${tier.name}`, ["Release", "Verdict", "Model", "In the swap", "Disk", "A token", "Why"], tier.releases.map((each) => [

@@ -48,13 +48,13 @@ function mark(option, candidate) {
 
 function why(option, candidate) {
   const better = (rival) => `${rival.version} is better in ${rival.better.join(", ")}${rival.undecided.length ? `, if no worse in ${rival.undecided.join(", ")}` : ""}`;
-  return [...option.broken, candidate.reason, ...option.beaten_by.map(better), ...option.perhaps_beaten_by.map(better)].filter(Boolean).join("; ");
+  return [...option.broken.map((each) => each.detail), candidate.reason, ...option.beaten_by.map(better), ...option.perhaps_beaten_by.map(better)].filter(Boolean).join("; ");
 }
 
 function value(number, unit) {
   if (number === null) return "–";
   return { bytes: () => bytes(Math.round(number)), ms: () => `${number.toPrecision(3)} ms`, "per second": () => number.toFixed(1),
-    operations: () => `${(number / 1e9).toPrecision(3)} GFLOP`, share: () => `${(100 * number).toFixed(1)} %`, nats: () => number.toFixed(4) }[unit]();
+    operations: () => (number < 1e8 ? `${(number / 1e6).toPrecision(3)} MFLOP` : `${(number / 1e9).toPrecision(3)} GFLOP`), share: () => `${(100 * number).toFixed(1)} %`, nats: () => number.toFixed(4) }[unit]();
 }
 
 function change(row) {

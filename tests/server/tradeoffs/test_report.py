@@ -101,7 +101,7 @@ def test_only_what_fits_and_has_a_complete_scorecard_is_ever_best(home: Path) ->
     assert report.candidates[3].remedy == "whimbrel score digits new --against v1"
     # Beside v1, which may answer until then, 65 MB are too much.
     assert mark(tiny["slim"]) == "refused"
-    assert re.search(r"MB of memory, \d+ % over the 100 MB of the tier", tiny["slim"].broken[0])
+    assert re.search(r"MB of memory, \d+ % over the 100 MB of the tier", tiny["slim"].broken[0].detail)
     assert not any(option.is_best for option in tiny.values() if option.fits is False)
 
 
@@ -257,8 +257,8 @@ def test_every_part_of_the_paragraph_that_is_no_plain_word_names_its_place_in_th
             value = value[int(step)] if isinstance(value, list) else value[step]
         assert value == part.text or isinstance(value, int | float)
     text = report.paragraph_text
-    assert "wrong is no choice: its scorecard failed in " in text
-    assert "new is no choice: it has no scorecard." in text
+    assert "wrong is no choice: scorecard failed in " in text
+    assert "new is no choice: no scorecard." in text
     assert "EUR" in text
     assert "  " not in text
 
