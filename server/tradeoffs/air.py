@@ -13,7 +13,7 @@ from server.ports import DeltaSize
 from server.releases.catalog import Catalog
 from server.releases.delta_graph import BUILD_BYTES_PER_S, FleetGraph, Group
 from server.releases.delta_planner import is_worthwhile, pairs_for
-from server.tradeoffs.records import Air, Missing, Way
+from server.tradeoffs.records import Air, Missing, Way, WayKind
 
 WAYS_MAX: Final = 64
 """Shown of one version on one tier, those of most devices first; all of them are counted."""
@@ -122,7 +122,7 @@ class Field:
         is_known = pair in self._sizes or pair in self._refused or pair in self._deltas
         return not is_known and set(pair) <= set(self._lengths)
 
-    def _kind(self, edges: Sequence[Edge]) -> str:
+    def _kind(self, edges: Sequence[Edge]) -> WayKind:
         if not edges:
             return "there"
         if any(edge.path in self._estimated for edge in edges):

@@ -28,6 +28,10 @@ Outcome = Literal["better", "same", "worse", "undecided"]
 """How one version stands to another on an axis, beyond the margin; `same`: no worse."""
 
 
+WayKind = Literal["there", "whole", "delta", "estimated"]
+"""Nothing travels, whole files do, or deltas; `estimated` for deltas that were built to see how large they are and are not signed."""
+
+
 class Figure(Struct, frozen=True, kw_only=True):
     """A number, and where it comes from.
 
@@ -135,13 +139,13 @@ class Way(Struct, frozen=True, kw_only=True):
     Attributes:
         version: That they run; empty for none.
         devices: How many.
-        kind: Nothing travels, whole files do, or deltas; `estimated` for deltas that were built for this report and are not signed.
+        kind: What travels.
         wire_bytes: To each of them, chunk indexes included.
     """
 
     version: str
     devices: int
-    kind: Literal["there", "whole", "delta", "estimated"]
+    kind: WayKind
     wire_bytes: int
 
 

@@ -62,16 +62,16 @@ def text_lines(report: TradeoffReport) -> Iterator[str]:
     if report.comparisons:
         yield ""
         yield from table(COMPARISON_TITLES, comparison_rows(report))
-    for each in report.tiers:
+    for tier in report.tiers:
         yield ""
-        yield f"{each.name}: {tier_text(each)}"
-        yield from table(OPTION_TITLES, [option_row(option, report.currency) for option in each.options])
-        yield from (f"  {line}" for option in each.options for line in option_lines(option))
+        yield f"{tier.name}: {tier_text(tier)}"
+        yield from table(OPTION_TITLES, [option_row(option, report.currency) for option in tier.options])
+        yield from (f"  {line}" for option in tier.options for line in option_lines(option))
     if report.missing:
         yield ""
         yield from missing_lines(report)
     yield ""
-    yield from (f"{note}" for note in report.notes)
+    yield from report.notes
     yield ""
     yield from textwrap.wrap(report.paragraph_text, WIDTH)
 
@@ -81,10 +81,9 @@ def version_rows(report: TradeoffReport) -> list[list[str]]:
     rows = []
     for each in report.candidates:
         head = [each.version, bytes_text(each.size_bytes), standing_text(each)]
-        for suite in each.suites or [None]:
-            if suite is None:
-                rows.append([*head, "-", "-", "-", "-", "-"])
-                continue
+        if not each.suites:
+            rows.append([*head, "-", "-", "-", "-", "-"])
+        for suite in each.suites:
             right = f"{suite.right:,} of {suite.count:,}"
             if suite.kind in {"golden", "edge"}:  # all have to be answered: they are no sample
                 shares = ("-", "-", "-")

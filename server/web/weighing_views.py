@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from server.tiers.fit import Budget
-from server.tradeoffs.records import Axis, Outcome, Standing
+from server.tradeoffs.records import Axis, Outcome, Standing, WayKind
 from server.web.views import VersionCount
 
 
@@ -148,7 +148,7 @@ class WayView(BaseModel):
 
     version: str
     devices: int
-    kind: Literal["there", "whole", "delta", "estimated"]
+    kind: WayKind
     wire_bytes: int
 
 
