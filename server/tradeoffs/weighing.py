@@ -18,6 +18,7 @@ from server.home import Home, opened
 from server.operations import find_release
 from server.releases.catalog import Catalog
 from server.releases.delta_garbage import is_absent
+from server.releases.publisher import Publisher
 from server.scorecard.card import Scorecard, encode_card
 from server.scorecard.statistics import CONFIDENCE, paired
 from server.scorecard.verdict import questions_needed
@@ -191,7 +192,7 @@ def _field(
     records = home.store.releases()
     repository = home.store.repository()
     assert repository is not None, "an open folder has been signed"
-    published = home.publisher().checked(repository, home.clock.now_ms())
+    published = Publisher({}).checked(repository, home.clock.now_ms())  # whoever looks needs no keys
     catalog = Catalog.of(
         published.targets,
         [record.release for record in records if record.published_ms is not None],

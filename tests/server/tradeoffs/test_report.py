@@ -168,6 +168,15 @@ def test_deltas_that_are_missing_are_built_when_asked_for_and_measured_exactly(
     assert ask(home, "near").tiers == report.tiers  # what was built is remembered
 
 
+def test_whoever_looks_needs_no_keys(home: Path) -> None:
+    keys = home / "keys"
+    keys.rename(home / "elsewhere")
+    try:
+        assert len(ask(home, "v1", "slim").candidates) == 2
+    finally:
+        (home / "elsewhere").rename(keys)
+
+
 def test_latency_says_where_it_comes_from(home: Path) -> None:
     report = ask(home, "v1", "slim")
     modelled, scored = options(report, "pi")["v1"].latency, options(report, "tiny")["v1"].latency
