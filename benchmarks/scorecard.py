@@ -2,7 +2,8 @@
 
 `python -m benchmarks.scorecard --mmlu FOLDER --gsm8k FILE [--sample N] [--gsm8k-sample N] [--shots K] [--agree N]`, or `make bench-score`.
 Makes Q8_0 and Q4_0 from the Q4_1 file that the examples use (all three keep its Q8_0 embedding), adds them to a server of its own, and runs
-`whimbrel score` on Q4_1 against Q8_0, on Q4_1 against Q4_0, and on Q4_0 against Q8_0. Then N questions of MMLU are evaluated again, by a way that shares no code with the scorecard: llama-cpp-python's
+`whimbrel score` on Q4_1 against Q4_0, on Q4_1 against Q8_0, on Q4_0 against Q8_0, and on Q8_0 alone, and puts the three side by side on two
+hardware tiers (`whimbrel tradeoffs`). Then N questions of MMLU are evaluated again, by a way that shares no code with the scorecard: llama-cpp-python's
 own class, every prompt from its first token, in one batch and token by token, and lm-evaluation-harness's formula (`loglikelihood` of " A" to " D", the
 largest wins). Intervals are computed again with SciPy and by drawing questions. A run that was stopped goes on.
 """
@@ -27,7 +28,12 @@ from scipy import stats
 from examples.smollm2.fetch import CACHE, fetch
 from examples.smollm2.llama import quantize
 from protocol.errors import WhimbrelError
+from protocol.ids import DeviceId
+from protocol.messages import Capacity, Report
 from protocol.release import HealthPlan
+from server.fleet.registry import DeviceRecord
+from server.home import opened
+from server.operations import show_release
 from server.scorecard.suites import Asking, read_prompts
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +41,13 @@ EXAMPLE = ROOT / "examples" / "smollm2"
 FAMILY = "smollm2"
 FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # llama.h, llama_ftype
 EMBEDDING_TYPE = 8  # ggml.h: Q8_0
-PAIRS = (("q4_1", "q8_0"), ("q4_1", "q4_0"), ("q4_0", "q8_0"))
+PAIRS = (("q4_1", "q4_0"), ("q4_1", "q8_0"), ("q4_0", "q8_0"))
+REFERENCE = "q8_0"
+TIERS = {
+    "gateway": "memory_mb = 480\nmemory_gb_per_s = 8.0\nstop_first = true",
+    "pi4": "memory_mb = 1024\nmemory_gb_per_s = 4.0\ntoken_ms_max = 120.0",
+}
+FLEET = {"gateway": 20, "pi4": 400}
 LETTERS = "ABCD"
 CONTEXT = 4096
 DRAWS = 20_000
@@ -77,7 +89,14 @@ def whimbrel(*words: str) -> str:
 
 
 def score(home: Path, version: str, against: str, options: argparse.Namespace) -> tuple[Any, float]:
-    """A scorecard and the seconds that it took."""
+    """A scorecard and the seconds that it took.
+
+    Args:
+        home: The server's folder.
+        version: What is scored.
+        against: What it is compared with; empty for nothing.
+        options: How.
+    """
     words = [
         "score",
         FAMILY,
@@ -85,8 +104,7 @@ def score(home: Path, version: str, against: str, options: argparse.Namespace) -
         "--dir",
         str(home),
         "--json",
-        "--against",
-        against,
+        *(("--against", against) if against else ()),
     ]
     words += ["--suite", f"golden={EXAMPLE / 'golden.toml'}", "--suite", f"edge={EXAMPLE / 'edge.toml'}"]
     words += ["--suite", f"mmlu={options.mmlu}", "--suite", f"gsm8k={options.gsm8k}"]
@@ -95,10 +113,48 @@ def score(home: Path, version: str, against: str, options: argparse.Namespace) -
     words += ["--threads", str(options.threads), "--context", str(CONTEXT)]
     words += ["--drift-texts", str(options.drift_texts)]
     words += [word for tokens in options.memory_at for word in ("--memory-at", str(tokens))]
-    words += ["--html", str(home.parent / f"{version}-against-{against}.html")]
+    words += ["--html", str(home.parent / f"{version}{f'-against-{against}' if against else ''}.html")]
     begin = time.perf_counter()
     told = json.loads(whimbrel(*words))
     return told["scorecard"], time.perf_counter() - begin
+
+
+def weigh(home: Path) -> None:
+    """The three versions side by side, for a fleet that runs Q8_0; tiers, devices and prices are assumed."""
+    (home / "tiers").mkdir(exist_ok=True)
+    for name, lines in TIERS.items():
+        (home / "tiers" / f"{name}.toml").write_text(f'disk_mb = 4096\nruntime = "llama"\n{lines}\n')
+    prices = home.parent / "prices.toml"
+    prices.write_text('currency = "EUR"\nper_mb = 0.01\n')
+    record = show_release(home, FAMILY, REFERENCE).record
+    if record.published_ms is None:
+        whimbrel("release", "publish", FAMILY, REFERENCE, "--dir", str(home))
+    files = {file.name: file.sha256 for file in record.release.files}
+    with opened(home) as there:
+        now_ms = there.clock.now_ms()
+        there.store.save(
+            [device(tier, n, files, now_ms) for tier, count in FLEET.items() for n in range(count)]
+        )
+    words = ["tradeoffs", FAMILY, REFERENCE, "q4_1", "q4_0", "--dir", str(home), "--prices", str(prices)]
+    print("\n" + whimbrel(*words, "--deltas", "--html", str(home.parent / "tradeoffs.html")))
+
+
+def device(tier: str, number: int, files: dict[str, str], now_ms: int) -> DeviceRecord:
+    """A device as the server knows it, that runs the reference."""
+    name = f"{tier}-{number}"
+    said = Report(
+        device=name,
+        sequence=1,
+        state="idle",
+        family=FAMILY,
+        version=REFERENCE,
+        files=files,
+        tier=tier,
+        capacity=Capacity(
+            link_bytes_per_s=250_000, processor_percent=50, delta_memory_bytes=256 << 20, links_max=4
+        ),
+    )
+    return DeviceRecord(device=DeviceId(name), report=said, seen_ms=now_ms)
 
 
 def show(by_version: dict[str, Any], cards: dict[tuple[str, str], Any]) -> None:
@@ -324,8 +380,12 @@ def main(arguments: list[str] | None = None) -> int:
             )
         show({version: card for (version, _), card in cards.items()}, cards)
         check_intervals(cards)
-        _, again = score(options.out / "server", *PAIRS[0], options)
-        print(f"\nthe first scorecard took {seconds[PAIRS[0]]:.0f} s, the same again {again:.1f} s")
+        _, again = score(options.out / "server", *PAIRS[-1], options)
+        print(f"\nthe last scorecard took {seconds[PAIRS[-1]]:.0f} s, the same again {again:.1f} s")
+        score(
+            options.out / "server", REFERENCE, "", options
+        )  # before it is published, so that it names its scorecard
+        weigh(options.out / "server")
         if options.agree:
             agree(files["q4_1"], options)
     except WhimbrelError as error:

@@ -33,6 +33,7 @@ from server import (
     rollout_orders,
     score_cli,
     tiers_cli,
+    tradeoffs_cli,
     users_cli,
     verify_cli,
 )
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose_cli.add_parser(commands, common, _print)
     tiers_cli.add_parser(commands, common, _print)
     score_cli.add_parser(commands, common, _print)
+    tradeoffs_cli.add_parser(commands, common, _print)
     return parser
 
 

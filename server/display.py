@@ -1,11 +1,15 @@
 """What people are shown: tables, sizes and addresses as text."""
 
 import argparse
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final, Self
 
 Printer = Callable[[argparse.Namespace, Any, list[str]], None]
 """Shows a value to programs, or lines to people, as the arguments of a command ask for."""
+
+
+_TENTHS: Final = 10
 
 
 def table(titles: list[str], rows: list[list[str]]) -> list[str]:
@@ -37,3 +41,36 @@ def address_text(address: str) -> str:
     if not separator:
         scheme, rest = "", address
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"[:80]
+
+
+class Progress:
+    """How far something has come, on stderr: a line that is rewritten where a person looks at one, and else a line for each tenth.
+
+    Args:
+        is_quiet: Say nothing, for programs.
+    """
+
+    def __init__(self, *, is_quiet: bool) -> None:
+        self._is_quiet = is_quiet
+        self._is_rewritten = sys.stderr.isatty()
+        self._said: tuple[str, int] = ("", -1)
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Say how far it is."""
+        if self._is_quiet:
+            return
+        if self._is_rewritten:
+            sys.stderr.write(f"\r\x1b[K{what}: {done:,} of {total:,}")
+            sys.stderr.flush()
+            self._said = (what, 0)
+        elif self._said != (what, _TENTHS * done // total):
+            self._said = (what, _TENTHS * done // total)
+            sys.stderr.write(f"{what}: {done:,} of {total:,}\n")
+            sys.stderr.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_rewritten and self._said[1] >= 0:
+            sys.stderr.write("\r\x1b[K")

@@ -12,7 +12,15 @@ from msgspec import Struct
 from protocol.delta.format import Profile
 from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.messages import KeyAnswer
-from protocol.release import ChunkTree, DeltaName, Encryption, Release, ReleaseFile, delta_target
+from protocol.release import (
+    ChunkTree,
+    DeltaName,
+    Encryption,
+    InPlaceNeeds,
+    Release,
+    ReleaseFile,
+    delta_target,
+)
 from protocol.trust import Documents, Target
 from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
@@ -25,6 +33,20 @@ class StoredBlob(Struct, frozen=True, kw_only=True):
     digest: Digest
     length: int
     tree: ChunkTree
+
+
+class DeltaSize(Struct, frozen=True, kw_only=True):
+    """What building a delta showed.
+
+    Attributes:
+        length: Of the delta, which is the same once it is encrypted.
+        memory_bytes: That its decoder declares.
+        in_place: What it takes where its base is rewritten; None if it was not made for that.
+    """
+
+    length: int
+    memory_bytes: int
+    in_place: InPlaceNeeds | None
 
 
 class EncryptedBlob(Struct, frozen=True, kw_only=True):

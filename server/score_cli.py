@@ -2,14 +2,13 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
-from typing import Any, Final, Self, get_args
+from typing import Any, Final, get_args
 
 import msgspec
 
 from protocol.errors import RequestError, StorageError
-from server.display import Printer
+from server.display import Printer, Progress
 from server.scorecard.items import SuiteKind
 from server.scorecard.keeping import Plan
 from server.scorecard.page import render
@@ -21,7 +20,6 @@ from server.scoring import Scored, score_release
 
 _COUNT_MAX: Final = 1_000_000
 _CONTEXT_MAX: Final = 1 << 20
-_TENTHS: Final = 10
 _CONTEXTS: Final = ", ".join(str(tokens) for tokens in MemoryOrder().contexts)
 
 
@@ -140,7 +138,7 @@ def _score(arguments: argparse.Namespace, show: Printer) -> int:
         raise RequestError(
             f"{arguments.version} is what is measured", hint="give another version with --against"
         )
-    with _Progress(is_quiet=arguments.json) as progress:
+    with Progress(is_quiet=arguments.json) as progress:
         scored = score_release(
             arguments.dir,
             arguments.family,
@@ -171,34 +169,6 @@ def _bound_lines(scored: Scored) -> list[str]:
     if scored.is_bound:
         return [*lines, f"{subject.family} {subject.version} names it, and publishing signs it"]
     return [*lines, f"{subject.family} {subject.version} does not name it: {scored.note}"]
-
-
-class _Progress:
-    """On stderr: a line that is rewritten where a person looks at one, and else a line for each tenth."""
-
-    def __init__(self, *, is_quiet: bool) -> None:
-        self._is_quiet = is_quiet
-        self._is_rewritten = sys.stderr.isatty()
-        self._said: tuple[str, int] = ("", -1)
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if self._is_quiet:
-            return
-        if self._is_rewritten:
-            sys.stderr.write(f"\r\x1b[K{what}: {done:,} of {total:,}")
-            sys.stderr.flush()
-            self._said = (what, 0)
-        elif self._said != (what, _TENTHS * done // total):
-            self._said = (what, _TENTHS * done // total)
-            sys.stderr.write(f"{what}: {done:,} of {total:,}\n")
-            sys.stderr.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_rewritten and self._said[1] >= 0:
-            sys.stderr.write("\r\x1b[K")
 
 
 def _suite(text: str) -> tuple[SuiteKind, Path]:

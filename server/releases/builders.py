@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import msgspec
 from msgspec import Struct
@@ -29,7 +29,7 @@ from protocol.release import DeltaName, InPlaceNeeds, ReleaseFile
 from protocol.tensors import Region, map_files, map_regions
 from server.adapters.blobs import FileSource, FolderBlobs, storage_errors
 from server.events import DeltaBuilt, DeltaFailed, Event
-from server.ports import EncryptedBlob, StoredBlob
+from server.ports import DeltaSize, EncryptedBlob, StoredBlob
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -65,18 +65,45 @@ def build_delta(
         StorageError: A file is missing, or there is no room.
         PatchLimitError: A file is beyond the format's limits.
     """
-    with ExitStack() as opened, blobs.partial() as partial:
+    with blobs.partial() as partial:
+        made = _make(blobs, name, base_files, result_files, partial)
+        return BuiltDelta(
+            blob=blobs.put_file(Path(partial.name)),
+            memory_bytes=made.memory_bytes,
+            in_place=made.in_place,
+        )
+
+
+def measure_delta(
+    blobs: FolderBlobs,
+    name: DeltaName,
+    base_files: Mapping[str, Digest],
+    result_files: Mapping[str, Digest],
+) -> DeltaSize:
+    """Build a delta to see how large it is, and throw it away; like `build_delta`."""
+    with blobs.partial() as partial:
+        return _make(blobs, name, base_files, result_files, partial)
+
+
+def _make(
+    blobs: FolderBlobs,
+    name: DeltaName,
+    base_files: Mapping[str, Digest],
+    result_files: Mapping[str, Digest],
+    output: BinaryIO,
+) -> DeltaSize:
+    with ExitStack() as opened:
         base, base_map = _open(blobs, name.base, base_files, opened)
         result, result_map = _open(blobs, name.result, result_files, opened)
         # One process: the pool already runs as many builds as the server has been given cores for.
         stats = make_delta(
-            base, result, partial, maps=(base_map, result_map), profile=name.profile, in_place=None
+            base, result, output, maps=(base_map, result_map), profile=name.profile, in_place=None
         )
-        partial.flush()
-        return BuiltDelta(
-            blob=blobs.put_file(Path(partial.name)),
+        output.flush()
+        return DeltaSize(
+            length=stats.patch_length,
             memory_bytes=stats.header.decoder_memory_bytes,
-            in_place=in_place_needs(base, result, FileSource(partial)),
+            in_place=in_place_needs(base, result, FileSource(output)),
         )
 
 

@@ -95,11 +95,12 @@ class FleetGraph:
 
     Args:
         catalog: What is signed.
+        beside: Files and deltas that are not signed yet, to see what ways there would be.
     """
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, beside: Iterable[Edge] = ()) -> None:
         self.catalog = catalog
-        self.edges = edges_of(catalog.targets, {})
+        self.edges = [*edges_of(catalog.targets, {}), *beside]
         self._nodes = {edge.base for edge in self.edges} | {edge.result for edge in self.edges}
         self._groups: dict[tuple[object, ...], Group] = {}
         self._routes: dict[tuple[str, str, frozenset[Digest], Capacity | None], dict[Digest, Route]] = {}

@@ -1,12 +1,9 @@
-"""A scorecard as a page of its own: one file, nothing from outside, light and dark. Pure; the only importer of jinja2 in the server."""
+"""A scorecard as a page of its own. Pure."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from html import escape
-from pathlib import Path
 from typing import Final
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from server.display import bytes_text
@@ -23,8 +20,8 @@ from server.scorecard.report import (
     speed_rows,
 )
 from server.scorecard.statistics import Interval
+from server.templates import template
 
-_FOLDER: Final = Path(__file__).parent
 _WIDTH: Final = 680
 _LABEL: Final = 210
 _VALUE: Final = 150
@@ -40,28 +37,24 @@ def render(card: Scorecard, digest: str) -> str:
         card: What it shows.
         digest: Of the scorecard's bytes.
     """
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            card=card,
-            digest=digest,
-            headline=_headline(card),
-            verdict=VERDICTS[card.verdict],
-            figures=_figures(card),
-            accuracy=Markup(_accuracy(card)),  # noqa: S704 - built by us, every text in it is escaped
-            change=Markup(_change(card.drift.suites)) if card.drift else "",  # noqa: S704 - likewise
-            speed=speed_rows(card.speed) if card.speed else [],
-            memory=memory_rows(card),
-            memory_plot=Markup(_memory(card)),  # noqa: S704 - likewise
-            costs=cost_rows(card),
-            groups=[_group_plot(suite) for suite in card.drift.suites if suite.groups] if card.drift else [],
-            divergences=divergence_rows(card.drift.divergences) if card.drift else [],
-            divergences_shown=DIVERGENCES_SHOWN,
-            share_text=share_text,
-            change_text=change_text,
-            bytes_text=bytes_text,
-        )
+    return template("scorecard/page.html.j2").render(
+        card=card,
+        digest=digest,
+        headline=_headline(card),
+        verdict=VERDICTS[card.verdict],
+        figures=_figures(card),
+        accuracy=Markup(_accuracy(card)),  # noqa: S704 - built by us, every text in it is escaped
+        change=Markup(_change(card.drift.suites)) if card.drift else "",  # noqa: S704 - likewise
+        speed=speed_rows(card.speed) if card.speed else [],
+        memory=memory_rows(card),
+        memory_plot=Markup(_memory(card)),  # noqa: S704 - likewise
+        costs=cost_rows(card),
+        groups=[_group_plot(suite) for suite in card.drift.suites if suite.groups] if card.drift else [],
+        divergences=divergence_rows(card.drift.divergences) if card.drift else [],
+        divergences_shown=DIVERGENCES_SHOWN,
+        share_text=share_text,
+        change_text=change_text,
+        bytes_text=bytes_text,
     )
 
 
@@ -199,8 +192,3 @@ def _picture(height: float, parts: Sequence[str], description: str) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 30 else name[:29] + "…"
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    return Environment(autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(_FOLDER))

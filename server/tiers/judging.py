@@ -17,6 +17,53 @@ from server.tiers.fit import Fit, Subject, fit
 from server.tiers.needs import ModelNeeds, llama_needs, onnx_needs
 
 
+class Judge:
+    """Judges releases by what devices may run at one moment; files are read once.
+
+    Args:
+        home: The server's folder.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._subjects: dict[str, Subject] = {}
+        signed = signed_paths(home)
+        self._published = [
+            record.release
+            for record in home.store.releases()
+            if record.published_ms is not None
+            and release_target(Family(record.release.family), Version(record.release.version)) in signed
+        ]
+
+    def fit(self, release: Release, name: str, tier: Tier) -> Fit:
+        """How a release whose files are in the blob store fits a tier.
+
+        Raises:
+            StorageError: A file of the release cannot be read.
+        """
+        before = [
+            self._subject(each)
+            for each in self._published
+            if (each.family, each.version != release.version) == (release.family, True)
+            and (not each.resources.tiers or name in each.resources.tiers)
+        ]
+        return fit(self._subject(release), name, tier, before)
+
+    def _subject(self, release: Release) -> Subject:
+        key = f"{release.family} {release.version}"
+        found = self._subjects.get(key)
+        if found is None:
+            first = release.files[0]
+            path = self._home.blobs.path(Digest(first.sha256))
+            found = self._subjects[key] = Subject(
+                runtime=release.runtime,
+                needs=_needs(path, release.runtime, release.bytes_total),
+                stated_bytes=release.resources.memory_bytes,
+                sha256=first.sha256,
+            )
+        return found
+
+
 def judge_release(home: Home, release: Release, names: Sequence[str] = ()) -> list[Fit]:
     """How a release whose files are in the blob store fits tiers; nothing where a server has none.
 
@@ -33,8 +80,8 @@ def judge_release(home: Home, release: Release, names: Sequence[str] = ()) -> li
     chosen = {name: tier for name, tier in tiers.items() if names or tier.runtime == release.runtime}
     if not chosen:
         return []
-    subject = _subject(home, release)
-    return [fit(subject, name, tier, _before(home, release, name)) for name, tier in chosen.items()]
+    judge = Judge(home)
+    return [judge.fit(release, name, tier) for name, tier in chosen.items()]
 
 
 def read_named(home: Home, names: Sequence[str]) -> dict[str, Tier]:
@@ -86,31 +133,6 @@ def check_still_fits(home: Home, release: Release) -> None:
                 f"{name} does not fit tier {each.tier}: {each.broken[0].detail}",
                 hint=f"add {name} again: it will be for the tiers that it fits",
             )
-
-
-def _before(home: Home, release: Release, tier: str) -> list[Subject]:
-    """Published versions of the family that devices of a tier may run."""
-    signed = signed_paths(home)
-    return [
-        _subject(home, each.release)
-        for each in home.store.releases()
-        if each.release.family == release.family
-        and each.release.version != release.version
-        and each.published_ms is not None
-        and release_target(Family(each.release.family), Version(each.release.version)) in signed
-        and (not each.release.resources.tiers or tier in each.release.resources.tiers)
-    ]
-
-
-def _subject(home: Home, release: Release) -> Subject:
-    first = release.files[0]
-    path = home.blobs.path(Digest(first.sha256))
-    return Subject(
-        runtime=release.runtime,
-        needs=_needs(path, release.runtime, release.bytes_total),
-        stated_bytes=release.resources.memory_bytes,
-        sha256=first.sha256,
-    )
 
 
 def _needs(path: Path, runtime: RuntimeName, weights_bytes: int) -> ModelNeeds:

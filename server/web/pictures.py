@@ -19,9 +19,12 @@ from server.rollouts.decisions import rate_text, standing
 from server.rollouts.evidence import RateTest
 from server.rollouts.records import Decision, MemberRecord, MemberStatus, RolloutRecord
 from server.scorecard.card import Scorecard
+from server.scorecard.comparing import CardComparison
 from server.scorecard.report import text_lines
 from server.web.views import (
     AirBytes,
+    CardComparisonView,
+    CardRow,
     DecisionView,
     Delta,
     Device,
@@ -300,6 +303,7 @@ def release_details(
     record: ReleaseRecord,
     provenance: Statement | None,
     card: Scorecard | None,
+    comparison: CardComparison | None,
     *,
     is_withdrawn: bool,
 ) -> ReleaseDetails:
@@ -317,6 +321,25 @@ def release_details(
         deltas=_deltas_to(coordinator, record),
         provenance=None if provenance is None else msgspec.to_builtins(provenance),
         scorecard=None if card is None else ScorecardView(verdict=card.verdict, lines=text_lines(card)),
+        comparison=None if comparison is None else _comparison(comparison),
+    )
+
+
+def _comparison(found: CardComparison) -> CardComparisonView:
+    return CardComparisonView(
+        version=found.version,
+        is_paired=found.is_paired,
+        rows=[
+            CardRow(
+                name=row.name,
+                unit=row.unit,
+                before=row.before,
+                now=row.now,
+                change=None if row.change is None else (row.change.value, row.change.low, row.change.high),
+                is_better=row.is_better,
+            )
+            for row in found.rows
+        ],
     )
 
 

@@ -8,6 +8,7 @@ from fastapi.responses import StreamingResponse
 from protocol.ids import DeviceId
 from server import operations
 from server.coordinator import Coordinator
+from server.overview import compare_with_before
 from server.rollouts.campaign import Campaign
 from server.web.access import Viewer, visit
 from server.web.names import DeviceName, FamilyName, RolloutName, VersionName
@@ -173,9 +174,10 @@ def release(request: Request, family: FamilyName, version: VersionName, _: Viewe
     folder = request.app.state.server.config.folder
     details = operations.show_release(folder, family, version)
     (is_withdrawn,) = operations.is_withdrawn(folder, [details.record])
+    comparison = compare_with_before(folder, family, version)
     found: ReleaseDetails = request.app.state.server.look(
         lambda core: release_details(
-            core, details.record, details.provenance, details.scorecard, is_withdrawn=is_withdrawn
+            core, details.record, details.provenance, details.scorecard, comparison, is_withdrawn=is_withdrawn
         )
     )
     return found

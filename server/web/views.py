@@ -260,6 +260,27 @@ class ScorecardView(BaseModel):
     lines: list[str] = Field(description="as `whimbrel score` prints them")
 
 
+class CardRow(BaseModel):
+    """One figure of two scorecards."""
+
+    name: str
+    unit: Literal["bytes", "ms", "per second", "operations", "share", "nats"]
+    before: float | None
+    now: float | None
+    change: tuple[float, float, float] | None = Field(
+        description="value and ends of its 95 % interval, where both were measured on the same"
+    )
+    is_better: bool | None = Field(description="null where the interval does not say")
+
+
+class CardComparisonView(BaseModel):
+    """The scorecard of a version beside that of the one before."""
+
+    version: str = Field(description="the one before")
+    is_paired: bool = Field(description="whether both were asked the same questions")
+    rows: list[CardRow]
+
+
 class ReleaseDetails(ReleaseSummary):
     """A release with its files, what leads to it, and where it comes from."""
 
@@ -271,6 +292,7 @@ class ReleaseDetails(ReleaseSummary):
     deltas: list[Delta]
     provenance: dict[str, object] | None = Field(description="in-toto statement, where there is one")
     scorecard: ScorecardView | None = Field(description="that the release names; null where it names none")
+    comparison: CardComparisonView | None = Field(description="null without a scorecard, or another version")
 
 
 class SignIn(BaseModel):

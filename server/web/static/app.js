@@ -8,6 +8,7 @@ import { fleetPage } from "./fleet.js";
 import { releasePage, releasesPage } from "./releases.js";
 import { rolloutPage, rolloutsPage } from "./rollouts.js";
 import { signInPage } from "./signin.js";
+import { tiersPage } from "./tiers.js";
 
 const PAGES = [
   [/^$/, fleetPage, "Fleet"],
@@ -15,6 +16,7 @@ const PAGES = [
   [/^rollouts\/([^/]+)$/, rolloutPage, "Rollout"],
   [/^devices$/, devicesPage, "Devices"],
   [/^devices\/([^/]+)$/, devicePage, "Device"],
+  [/^tiers$/, tiersPage, "Tiers"],
   [/^releases$/, releasesPage, "Releases"],
   [/^releases\/([^/]+)\/([^/]+)$/, releasePage, "Release"],
 ];
@@ -65,7 +67,7 @@ async function show() {
 
 function navigation(path) {
   const first = path.split("/")[0];
-  const pages = [["", "Fleet"], ["rollouts", "Rollouts"], ["devices", "Devices"], ["releases", "Releases"]];
+  const pages = [["", "Fleet"], ["rollouts", "Rollouts"], ["devices", "Devices"], ["tiers", "Tiers"], ["releases", "Releases"]];
   replace(document.getElementById("nav"), pages.map(([to, text]) =>
     h("a", { href: `#/${to}`, "aria-current": to === first ? "page" : undefined }, text)));
   document.getElementById("fleet-name").textContent = visitor.fleet;

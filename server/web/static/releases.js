@@ -2,6 +2,7 @@
 
 import { ask, may, post } from "./api.js";
 import { bytes, figures, h, link, percent, replace, table, time, words } from "./dom.js";
+import { comparison, tradeoffs } from "./tradeoffs.js";
 
 export async function releasesPage(body) {
   const releases = await ask("releases");
@@ -10,7 +11,7 @@ export async function releasesPage(body) {
       h("span", { class: `chip r-${each.state}` }, each.state), String(each.devices), time(each.added_ms)]), "No release yet: whimbrel release add"));
 }
 
-export async function releasePage(body, { parts: [family, version], say, confirmed }) {
+export async function releasePage(body, { parts: [family, version], onLeave, say, confirmed }) {
   async function load() {
     const release = await ask(path({ family, version }));
     replace(body, h("h1", {}, `${family} ${version} `, h("span", { class: `chip r-${release.state}` }, release.state)),
@@ -26,7 +27,8 @@ export async function releasePage(body, { parts: [family, version], say, confirm
       h("section", { class: "card" }, h("h2", {}, "Files"), table("Files", ["Name", "Size", "SHA-256"], release.files.map((each) => [each.name, bytes(each.bytes), h("code", {}, each.sha256)])),
         h("p", { class: "small soft" }, "Description: ", h("code", {}, release.digest), ", added ", time(release.added_ms), release.published_ms ? [", published ", time(release.published_ms)] : null)),
       h("section", { class: "card" }, h("h2", {}, "Scorecard ", release.scorecard ? h("span", { class: `chip v-${release.scorecard.verdict}` }, release.scorecard.verdict) : null),
-        release.scorecard ? h("pre", { tabindex: 0 }, release.scorecard.lines.join("\n")) : h("p", { class: "soft" }, `Nobody kept score: whimbrel score ${family} ${version}`)),
+        comparison(release.comparison), release.scorecard ? h("pre", { tabindex: 0 }, release.scorecard.lines.join("\n")) : h("p", { class: "soft" }, `Nobody kept score: whimbrel score ${family} ${version}`)),
+      tradeoffs(family, version, onLeave),
       h("section", { class: "card" }, h("h2", {}, "Where it comes from"), release.provenance
         ? h("pre", { tabindex: 0 }, JSON.stringify(release.provenance, null, 2)) : h("p", { class: "soft" }, "Nobody said so: release add --provenance")));
   }

@@ -1,0 +1,1 @@
+"""Trade-offs: what beats what, and what the report says."""
