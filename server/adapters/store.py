@@ -1,43 +1,41 @@
-"""The store in a relational database: SQLite by default, PostgreSQL by URL. The only importer of `sqlalchemy`.
+"""The store in a relational database. With `database.py` and `trail.py` the only importer of `sqlalchemy`.
 
 Records are JSON in the shape of their structs, beside the columns that queries need: a field that is added later costs
 no migration. Every write is one transaction that is durable on return (SQLite: write-ahead log, `synchronous=FULL`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
-import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import (
     BigInteger,
     Column,
     Connection,
-    Engine,
     Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
     and_,
-    bindparam,
-    create_engine,
     delete,
-    event,
     func,
     insert,
     inspect,
     select,
     update,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from protocol.errors import AlreadyPublishedError, RequestError, StorageError, StorageFullError
+from protocol.errors import AlreadyPublishedError, RequestError, StorageError
 from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.trust import Documents
 from server.accounts import AccountRecord, Accounts, SessionRecord, SessionRemoval, UserRecord, UserRemoval
-from server.display import address_text
+from server.adapters.database import decoded, encode, replace_rows
+from server.adapters.trail import TRAIL, Trace, Trail, prepare_trail, write_traces
+from server.alerts.records import Alert
+from server.audit import Act
 from server.fleet.history import DeviceEvent
 from server.fleet.identities import (
     CertificateRecord,
@@ -61,11 +59,10 @@ from server.ports import (
     ReleaseRecord,
     Repository,
 )
-from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
+from server.rollouts.records import Decision, Labels, MemberRecord, MemberStatus, Order, RolloutRecord
+from server.rollouts.states import RolloutState
 
 SCHEMA_VERSION: Final = 1
-LOCK_WAIT_S: Final = 30
-"""How long a writer waits for another process; the longest transaction signs a few documents."""
 
 _schema: Final = MetaData()
 _NAME = String(128)
@@ -168,35 +165,12 @@ _REMOVALS: Final[dict[type[Struct], tuple[Table, str]]] = {
     UserRemoval: (_USERS, "name"),
     SessionRemoval: (_SESSIONS, "digest"),
 }
-_Kind = TypeVar("_Kind", bound=Struct)
-_encode: Final = msgspec.json.Encoder().encode
 
 
-class SqlStore:
-    """`Store` in a database; safe to use from several threads and processes.
+class SqlStore(Trail):
+    """`Store` in a database; safe to use from several threads and processes. Acts and alerts that are given to a change are noted with it."""
 
-    Args:
-        url: SQLAlchemy URL.
-
-    Raises:
-        RequestError: The URL names no usable database.
-        StorageError: The database cannot be opened.
-    """
-
-    def __init__(self, url: str) -> None:
-        try:
-            arguments = {"timeout": LOCK_WAIT_S} if url.startswith("sqlite") else {}
-            self._engine: Engine = create_engine(url, connect_args=arguments)
-        except (ArgumentError, NoSuchModuleError, ImportError) as error:
-            raise RequestError(
-                f"database {address_text(url)!r}: {error}",
-                hint="use sqlite:///FILE or a URL with an installed driver",
-            ) from error
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _prepare_sqlite)
-            event.listen(self._engine, "begin", _begin_sqlite)
-
-    def create(self, repository: Repository) -> None:
+    def create(self, repository: Repository, acts: Sequence[Act] = ()) -> None:
         """Lay out an empty database around a new repository.
 
         Raises:
@@ -211,6 +185,8 @@ class SqlStore:
             constants = [{"name": "schema", "value": SCHEMA_VERSION}, {"name": "changes", "value": 0}]
             connection.execute(insert(_CONSTANTS), constants)
             _write_repository(connection, repository)
+            prepare_trail(connection)
+            write_traces(connection, acts)
 
     def check(self) -> None:
         """Refuse a database that this program does not understand.
@@ -231,7 +207,7 @@ class SqlStore:
             )
         self._add_tables()
 
-    def save(self, records: Sequence[Record | KeyChange]) -> None:
+    def save(self, records: Sequence[Record | KeyChange | Trace]) -> None:
         """Write all records in one transaction; a record replaces the one with its key."""
         with self._writing() as connection:
             self._write(connection, records)
@@ -239,31 +215,35 @@ class SqlStore:
     def _write(
         self,
         connection: Connection,
-        records: Sequence[Record | KeyChange | IdentityRecord | AccountRecord | Labels],
+        records: Sequence[Record | KeyChange | IdentityRecord | AccountRecord | Labels | Trace],
     ) -> None:
         rows: dict[Table, dict[tuple[Any, ...], dict[str, Any] | None]] = {}
         rollouts = []
         events = []
+        traces: list[Trace] = []
         for record in records:
             if isinstance(record, RolloutRecord):
                 rollouts.append(record)
+            elif isinstance(record, Act | Alert):
+                traces.append(record)
             elif isinstance(record, DeviceEvent):
-                events.append({"device": record.device, "at_ms": record.at_ms, "body": _encode(record)})
+                events.append({"device": record.device, "at_ms": record.at_ms, "body": encode(record)})
             elif type(record) in _REMOVALS:
                 table, name = _REMOVALS[type(record)]
                 rows.setdefault(table, {})[getattr(record, name),] = None
             else:
                 table, names = _KEYS[type(record)]
                 key = tuple(getattr(record, name) for name in names)
-                row = dict(zip(names, key, strict=True)) | {"body": _encode(record)}
+                row = dict(zip(names, key, strict=True)) | {"body": encode(record)}
                 rows.setdefault(table, {})[key] = row
         for table, by_key in rows.items():
-            _replace(connection, table, by_key)
+            replace_rows(connection, table, by_key)
         if events:
             connection.execute(insert(_EVENTS), events)
         for rollout in rollouts:
-            body = _encode(rollout)
+            body = encode(rollout)
             connection.execute(update(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id).values(body=body))
+        write_traces(connection, traces)
 
     def devices(self) -> list[DeviceRecord]:
         """Every device that ever reported."""
@@ -278,6 +258,35 @@ class SqlStore:
         """Drop what is older than `before_ms`."""
         with self._writing() as connection:
             connection.execute(delete(_EVENTS).where(_EVENTS.c.at_ms < before_ms))
+
+    def forget_members(self, before_ms: int) -> list[str]:
+        """Drop the devices of rollouts that ended before `before_ms`, but for the last one of each family that finished: what it led to counts.
+
+        How many devices came how far stays in the record of the rollout. Returns the rollouts.
+        """
+        gone = []
+        with self._writing() as connection:
+            bodies = connection.execute(select(_ROLLOUTS.c.body).order_by(_ROLLOUTS.c.number)).scalars()
+            records = [decoded(RolloutRecord, body) for body in bodies]
+            latest = {each.family: each.id for each in records if each.state is RolloutState.FINISHED}
+            for record in records:
+                if (
+                    record.finished_ms is None
+                    or record.finished_ms >= before_ms
+                    or record.id in latest.values()
+                ):
+                    continue
+                mine = _MEMBERS.c.rollout == record.id
+                found = [
+                    decoded(MemberRecord, body)
+                    for body in connection.execute(select(_MEMBERS.c.body).where(mine)).scalars()
+                ]
+                if found:
+                    counts: Counter[MemberStatus] = Counter(member.status for member in found)
+                    connection.execute(delete(_MEMBERS).where(mine))
+                    self._write(connection, [replace(record, counts=dict(counts))])
+                    gone.append(record.id)
+        return gone
 
     def rollouts(self) -> list[RolloutRecord]:
         """Every rollout, oldest first."""
@@ -321,13 +330,14 @@ class SqlStore:
         found = self._load(ReleaseRecord, select(_RELEASES.c.body).where(_named(family, version)))
         return found[0] if found else None
 
-    def add_release(self, record: ReleaseRecord) -> None:
+    def add_release(self, record: ReleaseRecord, traces: Sequence[Trace] = ()) -> None:
         """Store a draft; a draft of the same name is replaced."""
         family, version = Family(record.release.family), Version(record.release.version)
         with self._writing() as connection:
             _refuse_published(connection, family, version)
             connection.execute(delete(_RELEASES).where(_named(family, version)))
-            connection.execute(insert(_RELEASES).values(family=family, version=version, body=_encode(record)))
+            connection.execute(insert(_RELEASES).values(family=family, version=version, body=encode(record)))
+            write_traces(connection, traces)
 
     def repository(self) -> Repository | None:
         """What was signed last."""
@@ -335,9 +345,12 @@ class SqlStore:
             return _read_repository(connection)
 
     def sign(
-        self, update_repository: Callable[[Repository], Repository], *published: ReleaseRecord
+        self,
+        update_repository: Callable[[Repository], Repository],
+        *published: ReleaseRecord,
+        traces: Sequence[Trace] = (),
     ) -> Repository:
-        """Replace the repository in one transaction that excludes every other signer."""
+        """Replace the repository in one transaction that excludes every other signer; `traces` are noted if it changes."""
         with self._writing() as connection:
             _lock(connection)
             before = _read_repository(connection)
@@ -346,38 +359,49 @@ class SqlStore:
             for record in published:
                 family, version = Family(record.release.family), Version(record.release.version)
                 _refuse_published(connection, family, version)
-                body = _encode(record)
+                body = encode(record)
                 connection.execute(update(_RELEASES).where(_named(family, version)).values(body=body))
             after = update_repository(before)
             if after != before:
                 _write_repository(connection, after)
                 _count_change(connection)
+            if after != before or published:
+                write_traces(connection, traces)
             return after
 
-    def create_rollout(self, make: Callable[[int, list[RolloutRecord]], RolloutRecord]) -> RolloutRecord:
-        """Store a new rollout."""
+    def create_rollout(
+        self,
+        make: Callable[[int, list[RolloutRecord]], RolloutRecord],
+        act: Callable[[RolloutRecord], Act] | None = None,
+    ) -> RolloutRecord:
+        """Store a new rollout, and `act` of it."""
         with self._writing() as connection:
+            _lock(connection)
             bodies = connection.execute(select(_ROLLOUTS.c.body).order_by(_ROLLOUTS.c.number)).scalars()
-            before = [_decoded(RolloutRecord, body) for body in bodies]
+            before = [decoded(RolloutRecord, body) for body in bodies]
             highest = connection.execute(select(func.max(_ROLLOUTS.c.number))).scalar()
             number = (highest or 0) + 1
             record = make(number, before)
-            connection.execute(insert(_ROLLOUTS).values(number=number, id=record.id, body=_encode(record)))
+            connection.execute(insert(_ROLLOUTS).values(number=number, id=record.id, body=encode(record)))
             _count_change(connection)
+            write_traces(connection, [] if act is None else [act(record)])
             return record
 
     def order_rollout(
-        self, rollout: str, make: Callable[[RolloutRecord | None, list[Order]], Order]
+        self,
+        rollout: str,
+        make: Callable[[RolloutRecord | None, list[Order]], Order],
+        act: Callable[[Order], Act] | None = None,
     ) -> Order:
-        """Store an order in a transaction that excludes every other one."""
+        """Store an order, and `act` of it, in a transaction that excludes every other one."""
         with self._writing() as connection:
             _lock(connection)
             body = connection.execute(select(_ROLLOUTS.c.body).where(_ROLLOUTS.c.id == rollout)).scalar()
             query = select(_ORDERS.c.body).where(_ORDERS.c.rollout == rollout).order_by(_ORDERS.c.number)
-            before = [_decoded(Order, each) for each in connection.execute(query).scalars()]
-            order = make(None if body is None else _decoded(RolloutRecord, body), before)
-            self._write(connection, [order])
+            before = [decoded(Order, each) for each in connection.execute(query).scalars()]
+            order = make(None if body is None else decoded(RolloutRecord, body), before)
             _count_change(connection)
+            self._write(connection, [order] if act is None else [order, act(order)])
             return order
 
     def orders(self, rollout: str | None = None) -> list[Order]:
@@ -390,11 +414,11 @@ class SqlStore:
         query = select(_DECISIONS.c.body).where(_DECISIONS.c.rollout == rollout)
         return self._load(Decision, query.order_by(_DECISIONS.c.number))
 
-    def label(self, labels: Labels) -> None:
+    def label(self, labels: Labels, acts: Sequence[Act] = ()) -> None:
         """Replace the labels of a device."""
         with self._writing() as connection:
-            self._write(connection, [labels])
             _count_change(connection)
+            self._write(connection, [labels, *acts])
 
     def labels(self) -> list[Labels]:
         """The labels of all devices that have some."""
@@ -405,14 +429,14 @@ class SqlStore:
         with self._reading() as connection:
             return _read_identities(connection)
 
-    def change_identities(self, change: Callable[[Identities], Sequence[IdentityRecord]]) -> Identities:
+    def change_identities(self, change: Callable[[Identities], Sequence[IdentityRecord | Act]]) -> Identities:
         """Write what `change` decides, in one transaction that excludes every other change; returns how things stand then."""
         with self._writing() as connection:
             _lock(connection)
             records = change(_read_identities(connection))
             if records:
-                self._write(connection, records)
                 _count_change(connection)
+                self._write(connection, records)
             return _read_identities(connection)
 
     def accounts(self) -> Accounts:
@@ -420,10 +444,10 @@ class SqlStore:
         with self._reading() as connection:
             return _read_accounts(connection)
 
-    def change_accounts(self, change: Callable[[Accounts], Sequence[AccountRecord]]) -> None:
+    def change_accounts(self, change: Callable[[Accounts], Sequence[AccountRecord | Act]]) -> None:
         """Write what `change` decides, in one transaction that excludes every other change."""
         with self._writing() as connection:
-            connection.execute(select(_CONSTANTS).where(_CONSTANTS.c.name == "changes").with_for_update())
+            _lock(connection)
             records = change(_read_accounts(connection))
             if records:
                 self._write(connection, records)
@@ -432,65 +456,14 @@ class SqlStore:
         """Grows with everything that other processes want noticed."""
         return int(self._scalar(select(_CONSTANTS.c.value).where(_CONSTANTS.c.name == "changes")) or 0)
 
-    def close(self) -> None:
-        """Close all connections."""
-        self._engine.dispose()
-
     def _add_tables(self) -> None:
         """Make the tables that came later; an older program does without them, so the layout keeps its version."""
         with self._reading() as connection:
             known = inspect(connection).get_table_names()
-        if set(_schema.tables) - set(known):
+        if {*_schema.tables, *TRAIL.tables} - set(known):
             with self._writing() as connection:
                 _schema.create_all(connection)
-
-    def _load(self, kind: type[_Kind], query: Any) -> list[_Kind]:
-        with self._reading() as connection:
-            return [_decoded(kind, body) for body in connection.execute(query).scalars()]
-
-    def _scalar(self, query: Any) -> Any:
-        with self._reading() as connection:
-            return connection.execute(query).scalar()
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        with _database_errors(self._engine), self._engine.connect() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        with _database_errors(self._engine), self._engine.connect() as raw:
-            connection = raw.execution_options(whimbrel_writes=True)
-            with connection.begin():
-                yield connection
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    connection.isolation_level = None  # SQLAlchemy's BEGIN is ours to spell, see `_begin_sqlite`
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    """A transaction that reads first and writes later would fail when another process wrote in between."""
-    writes = connection.get_execution_options().get("whimbrel_writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _replace(
-    connection: Connection, table: Table, rows: dict[tuple[Any, ...], dict[str, Any] | None]
-) -> None:
-    """Delete and insert: the one upsert that every database spells alike."""
-    keys = [column.name for column in table.primary_key.columns]
-    old = delete(table).where(and_(*(table.c[name] == bindparam(f"key_{name}") for name in keys)))
-    connection.execute(
-        old, [{f"key_{name}": value for name, value in zip(keys, key, strict=True)} for key in rows]
-    )
-    new = [row for row in rows.values() if row is not None]
-    if new:
-        connection.execute(insert(table), new)
+                prepare_trail(connection)
 
 
 def _named(family: Family, version: Version) -> Any:
@@ -499,7 +472,7 @@ def _named(family: Family, version: Version) -> Any:
 
 def _refuse_published(connection: Connection, family: Family, version: Version) -> None:
     body = connection.execute(select(_RELEASES.c.body).where(_named(family, version))).scalar()
-    if body is not None and _decoded(ReleaseRecord, body).published_ms is not None:
+    if body is not None and decoded(ReleaseRecord, body).published_ms is not None:
         raise AlreadyPublishedError(
             f"{family} {version} is published and cannot change", hint="publish under another version"
         )
@@ -519,8 +492,8 @@ def _read_identities(connection: Connection) -> Identities:
     claims = connection.execute(select(_CLAIMS.c.body)).scalars()
     certificates = connection.execute(select(_CERTIFICATES.c.body)).scalars()
     return Identities(
-        [_decoded(ClaimRecord, body) for body in claims],
-        [_decoded(CertificateRecord, body) for body in certificates],
+        [decoded(ClaimRecord, body) for body in claims],
+        [decoded(CertificateRecord, body) for body in certificates],
     )
 
 
@@ -528,7 +501,7 @@ def _read_accounts(connection: Connection) -> Accounts:
     users = connection.execute(select(_USERS.c.body).order_by(_USERS.c.name)).scalars()
     sessions = connection.execute(select(_SESSIONS.c.body)).scalars()
     return Accounts(
-        [_decoded(UserRecord, body) for body in users], [_decoded(SessionRecord, body) for body in sessions]
+        [decoded(UserRecord, body) for body in users], [decoded(SessionRecord, body) for body in sessions]
     )
 
 
@@ -564,23 +537,6 @@ def _write_repository(connection: Connection, repository: Repository) -> None:
         "targets": documents.targets,
     }
     bodies |= {_DELEGATED + role: data for role, data in documents.delegated}
-    _replace(connection, _DOCUMENTS, {(name,): {"name": name, "body": body} for name, body in bodies.items()})
-
-
-def _decoded(kind: type[_Kind], body: bytes) -> _Kind:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
-        raise StorageError(
-            f"database: a {kind.__name__} cannot be read: {error}", hint="restore it from a backup"
-        ) from error
-
-
-@contextmanager
-def _database_errors(engine: Engine) -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:
-        reason = str(error.orig)
-        kind = StorageFullError if "disk is full" in reason else StorageError
-        raise kind(f"database {engine.url.render_as_string()}: {reason}") from error
+    replace_rows(
+        connection, _DOCUMENTS, {(name,): {"name": name, "body": body} for name, body in bodies.items()}
+    )
