@@ -108,13 +108,13 @@ class Verified(NamedTuple):
     """What came of looking at a chain.
 
     Attributes:
-        count: Records that were read.
+        records: How many were read.
         first: Number of the oldest one that is kept; 0 if there is none.
         head: The newest one, as the database has noted it.
         faults: What is wrong, in words; nothing if the chain is whole.
     """
 
-    count: int
+    records: int
     first: int
     head: Head
     faults: list[str]
@@ -124,10 +124,7 @@ def new_act(
     by: Actor, at_ms: int, what: str, on: str, text: str = "", *, outcome: str = DONE, **details: str | float
 ) -> Act:
     """An act whose texts are short and printable, whatever they were."""
-    kept = {
-        name: _clean(value, ON_CHARS_MAX) if isinstance(value, str) else value
-        for name, value in details.items()
-    }
+    kept = {name: _detail(value) for name, value in details.items()}
     return Act(
         at_ms=at_ms,
         by=Actor(
@@ -228,6 +225,12 @@ def _faults(record: AuditRecord, number: int, before: Head | None) -> list[str]:
             f"record {before.number} was altered after record {number} was written, or record {number} was"
         ]
     return []
+
+
+def _detail(value: str | float) -> str | int | float:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _clean(value, ON_CHARS_MAX) if isinstance(value, str) else value
 
 
 def _clean(text: str, chars_max: int) -> str:

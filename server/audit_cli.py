@@ -76,7 +76,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         verified = home.store.verify_audit(expected)
     value = {
         "is_whole": not verified.faults,
-        "records": verified.count,
+        "records": verified.records,
         "first": verified.first,
         "head": str(verified.head),
         "faults": verified.faults,
@@ -84,7 +84,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     if verified.faults:
         lines = ["The audit trail is NOT whole:", *(f"  {fault}" for fault in verified.faults)]
     else:
-        kept = f"{verified.count} records from number {verified.first}" if verified.count else "no record yet"
+        kept = (
+            f"{verified.records} records from number {verified.first}"
+            if verified.records
+            else "no record yet"
+        )
         lines = [f"The audit trail is whole: {kept}", f"Newest: {verified.head}"]
     arguments.printer(arguments, value, lines)
     return 1 if verified.faults else 0

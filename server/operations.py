@@ -445,7 +445,7 @@ def start_rollout(
         def act(record: RolloutRecord) -> Act:
             waves = ", ".join(wave.size_text for wave in record.plan)
             return home.act(
-                "rollout.start", record.id, release=f"{family} {version}", waves=waves, by=plan.by
+                "rollout.start", record.id, release=f"{family} {version}", waves=waves, operator=plan.by
             )
 
         return home.store.create_rollout(make, act)

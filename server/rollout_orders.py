@@ -118,7 +118,7 @@ def order_rollout(
             )
 
         order = home.store.order_rollout(
-            rollout, make, lambda order: home.act(what, rollout, reason, by=by, number=order.number)
+            rollout, make, lambda order: home.act(what, rollout, reason, operator=by, number=order.number)
         )
         return Given(order=order, before=known[-1] if known else None)
 

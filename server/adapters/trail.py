@@ -120,7 +120,7 @@ class Trail(Database):
             head = _head(connection)
             query = select(_AUDIT.c.number, _AUDIT.c.body).order_by(_AUDIT.c.number)
             rows = connection.execute(query.execution_options(yield_per=500))
-            return verify(((row.number, row.body) for row in rows), head, expected)
+            return verify(((row.number, _bytes(row.body)) for row in rows), head, expected)
 
     def prune_audit(self, before_ms: int, now_ms: int) -> int:
         """Remove the oldest records, all from before `before_ms`, and note that; returns how many."""
@@ -289,6 +289,11 @@ def _refused_lately(connection: Connection, act: Act) -> int:
         _AUDIT.c.what == act.what, _AUDIT.c.outcome.not_in(NOTED), _AUDIT.c.at_ms > act.at_ms - _HOUR_MS
     )
     return int(connection.execute(query).scalar() or 0)
+
+
+def _bytes(body: object) -> bytes:
+    """A body as it was written: who alters one by hand may leave text behind, which SQLite allows."""
+    return body if isinstance(body, bytes) else str(body).encode()
 
 
 def _head(connection: Connection) -> Head:

@@ -87,7 +87,8 @@ def post(folder: Path, webhook: WebhookSettings, headers: dict[str, str], body: 
         connection.request(
             "POST", _target(webhook), body, headers, preload_content=False, decode_content=False
         )
-        return _answer(connection.getresponse())
+        answer = _answer(connection.getresponse())
+        return answer if cut.is_alive() else Answer(0, _TOO_SLOW)
     except (HTTPError, HTTPException, OSError, ValueError) as error:
         return Answer(0, _reason(error) if cut.is_alive() else _TOO_SLOW)
     finally:

@@ -1,7 +1,7 @@
 """What is told, and to whom it is on its way. Pure data."""
 
 import hashlib
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -26,7 +26,7 @@ Kind = Literal[
     "webhook.test",
 ]
 KINDS: Final[tuple[Kind, ...]] = Kind.__args__  # type: ignore[attr-defined]  # typing keeps them there
-"""What a webhook can ask for; `webhook.test` goes only to the one that is tested."""
+"""What a webhook can ask for; `webhook.test` comes by `whimbrel webhooks test` only."""
 
 DEVICES_NAMED_MAX: Final = 10
 """Devices that an alert names; of more it says how many."""
@@ -45,7 +45,6 @@ class Alert(Struct, frozen=True, kw_only=True):
         count: Devices that it is about; 0 where it is not about devices.
         devices: The first of them, by name.
         details: Facts for programs.
-        only: Webhook that it is for; empty for all that ask for its kind.
     """
 
     v: int = 1
@@ -58,7 +57,6 @@ class Alert(Struct, frozen=True, kw_only=True):
     count: int = 0
     devices: tuple[str, ...] = ()
     details: Details = msgspec.field(default_factory=dict)
-    only: str = ""
 
 
 DeliveryState = Literal["waiting", "delivered", "dropped"]
@@ -118,18 +116,24 @@ class WebhookStanding(Struct, frozen=True, kw_only=True):
     failed: Delivery | None = None
 
 
-def new_alert(kind: Kind, about: str, at_ms: int, text: str, key: str = "", **fields: Any) -> Alert:
+def new_alert(
+    kind: Kind,
+    about: str,
+    at_ms: int,
+    text: str,
+    *,
+    key: str = "",
+    due_ms: int | None = None,
+    details: Details | None = None,
+) -> Alert:
     """An alert; one of the same kind about the same thing, with the same `key` (by default: in the same millisecond), is the same alert."""
     named = "\n".join((kind, about, key or str(at_ms)))
-    digest = hashlib.sha256(named.encode()).hexdigest()
     return Alert(
-        **{
-            "id": f"msg_{digest[:32]}",
-            "kind": kind,
-            "about": about,
-            "at_ms": at_ms,
-            "due_ms": at_ms,
-            "text": text,
-        }
-        | fields
+        id=f"msg_{hashlib.sha256(named.encode()).hexdigest()[:32]}",
+        kind=kind,
+        about=about,
+        at_ms=at_ms,
+        due_ms=at_ms if due_ms is None else due_ms,
+        text=text,
+        details=details or {},
     )

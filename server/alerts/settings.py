@@ -38,8 +38,6 @@ class WebhookSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def wants(self, alert: Alert) -> bool:
         """Whether it asks for an alert."""
-        if alert.only:
-            return alert.only == self.name
         return any(_matches(pattern, alert.kind) for pattern in self.events)
 
     @property

@@ -84,7 +84,8 @@ class Watch:
         self._seen: dict[tuple[Kind, str, str], None] = {}
         self._groups: dict[tuple[Kind, str], _Group] = {}
         totals: dict[tuple[Kind, str], int] = {}
-        for record in (*members, *devices):
+        records: list[MemberRecord | DeviceRecord] = [*members, *devices]
+        for record in records:
             for kind, about, device in _troubles(record):
                 self._see(kind, about, device)
                 totals[kind, about] = totals.get((kind, about), 0) + 1

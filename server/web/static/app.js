@@ -8,6 +8,7 @@ import { fleetPage } from "./fleet.js";
 import { releasePage, releasesPage } from "./releases.js";
 import { rolloutPage, rolloutsPage } from "./rollouts.js";
 import { signInPage } from "./signin.js";
+import { auditPage } from "./trail.js";
 
 const PAGES = [
   [/^$/, fleetPage, "Fleet"],
@@ -17,6 +18,7 @@ const PAGES = [
   [/^devices\/([^/]+)$/, devicePage, "Device"],
   [/^releases$/, releasesPage, "Releases"],
   [/^releases\/([^/]+)\/([^/]+)$/, releasePage, "Release"],
+  [/^audit$/, auditPage, "Audit"],
 ];
 const view = document.getElementById("view");
 let leave = () => {};
@@ -65,7 +67,7 @@ async function show() {
 
 function navigation(path) {
   const first = path.split("/")[0];
-  const pages = [["", "Fleet"], ["rollouts", "Rollouts"], ["devices", "Devices"], ["releases", "Releases"]];
+  const pages = [["", "Fleet"], ["rollouts", "Rollouts"], ["devices", "Devices"], ["releases", "Releases"], ...(may("approver") ? [["audit", "Audit"]] : [])];
   replace(document.getElementById("nav"), pages.map(([to, text]) =>
     h("a", { href: `#/${to}`, "aria-current": to === first ? "page" : undefined }, text)));
   document.getElementById("fleet-name").textContent = visitor.fleet;
