@@ -34,7 +34,7 @@ ON_CHARS_MAX: Final = 200
 TEXT_CHARS_MAX: Final = 600
 DETAILS_MAX: Final = 16
 REFUSED_PER_HOUR_MAX: Final = 60
-"""Of one kind, so that somebody who guesses passwords does not fill the disk: 200 MB in a year at most."""
+"""Of one kind, so that somebody who guesses passwords does not fill the disk."""
 
 _UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _HEAD: Final = re.compile(r"(\d{1,12}):([0-9a-f]{64})")

@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import random
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -21,6 +22,7 @@ from server.releases.publisher import Publisher
 
 _DAY_MS: Final = 86_400_000
 _NAMED_MAX: Final = 3
+_DIGEST: Final = re.compile(r"([0-9a-f]{12})[0-9a-f]{52}")
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -108,7 +110,11 @@ class Bookkeeper:
                     if what == "delta.retire"
                     else "they pay for devices of the fleet"
                 )
-                acts.append(self._act(what, ", ".join(paths[:_NAMED_MAX]) + more, text, targets=len(paths)))
+                acts.append(
+                    self._act(
+                        what, ", ".join(map(_short, paths[:_NAMED_MAX])) + more, text, targets=len(paths)
+                    )
+                )
         return acts
 
     def refreshing(self) -> list[Act]:
@@ -117,7 +123,7 @@ class Bookkeeper:
 
     def removed(self, path: str, blobs: int) -> Act:
         """What is noted when the blobs of a retired delta are removed."""
-        return self._act("delta.remove", path, "it is not signed any more", blobs=blobs)
+        return self._act("delta.remove", _short(path), "it is not signed any more", blobs=blobs)
 
     # What people have to see to
 
@@ -201,3 +207,8 @@ class Bookkeeper:
         self, what: str, on: str, text: str = "", *, outcome: str = "done", **details: str | float
     ) -> Act:
         return new_act(SERVER, self._clock.now_ms(), what, on, text, outcome=outcome, **details)
+
+
+def _short(path: str) -> str:
+    """The path of a target with as much of its digests as tells them apart."""
+    return _DIGEST.sub(r"\1…", path)

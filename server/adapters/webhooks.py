@@ -4,6 +4,7 @@ Redirects are not followed and no proxy of the environment is asked: an alert go
 the status and one short piece of text are read, and all of it together may take so long and no longer.
 """
 
+import re
 import secrets
 import socket
 import ssl
@@ -32,6 +33,7 @@ ANSWER_BYTES_MAX: Final = 512
 
 SECRET_FILE_BYTES_MAX: Final = 4_096
 _RETRY_AFTER_S_MAX: Final = 86_400
+_OBJECT: Final = re.compile(r"^HTTPS?Connection\(host=.*?, port=\d+\): ")
 _TOO_SLOW: Final = f"no whole answer within {TOTAL_S} s"
 
 
@@ -76,21 +78,22 @@ def post(folder: Path, webhook: WebhookSettings, headers: dict[str, str], body: 
     except (RequestError, OSError) as error:  # an error of ssl is one of the system
         return Answer(0, f"[[webhook]] ca: {error}")
     opened: list[socket.socket] = []
-    cut = threading.Timer(TOTAL_S, _cut, [opened])
+    is_cut = threading.Event()
+    cut = threading.Timer(TOTAL_S, _cut, [opened, is_cut])
     cut.daemon = True
     cut.start()
     try:
         connection.connect()
         opened.append(connection.sock)  # the connection forgets it where the receiver closes
-        if not cut.is_alive():
+        if is_cut.is_set():
             return Answer(0, _TOO_SLOW)
         connection.request(
             "POST", _target(webhook), body, headers, preload_content=False, decode_content=False
         )
         answer = _answer(connection.getresponse())
-        return answer if cut.is_alive() else Answer(0, _TOO_SLOW)
+        return Answer(0, _TOO_SLOW) if is_cut.is_set() else answer
     except (HTTPError, HTTPException, OSError, ValueError) as error:
-        return Answer(0, _reason(error) if cut.is_alive() else _TOO_SLOW)
+        return Answer(0, _TOO_SLOW if is_cut.is_set() else _reason(error))
     finally:
         cut.cancel()
         connection.close()
@@ -128,8 +131,9 @@ def _answer(response: HTTPResponse) -> Answer:
     return Answer(status, text, min(seconds, _RETRY_AFTER_S_MAX) * 1000)
 
 
-def _cut(opened: list[socket.socket]) -> None:
+def _cut(opened: list[socket.socket], is_cut: threading.Event) -> None:
     """End whatever is waited for, from another thread."""
+    is_cut.set()
     for each in opened:
         with suppress(OSError):
             socket.socket.shutdown(each, socket.SHUT_RDWR)
@@ -137,5 +141,4 @@ def _cut(opened: list[socket.socket]) -> None:
 
 def _reason(error: Exception) -> str:
     """What went wrong, without the objects that libraries print."""
-    text = str(error)
-    return text.rpartition(">: ")[2] or type(error).__name__
+    return _OBJECT.sub("", str(error)) or type(error).__name__

@@ -318,7 +318,7 @@ def test_every_act_has_a_name_and_refusals_say_why(
         ("command", me, "repository.init", "lab", "done"),
         ("command", me, "release.add", "digits v1", "done"),
         ("page", "ada", "release.publish", "digits v1", "done"),
-        ("page", "ada", "release.publish", "digits v1", "release.published"),
+        ("page", "ada", "release.publish", "digits v1", "request.already_published"),
         ("page", "ada", "rollout.start", "r1", "done"),
         ("command", me, "order.abort", "r1", "done"),
         ("command", me, "device.label", "pi-1", "done"),

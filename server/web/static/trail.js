@@ -4,6 +4,7 @@ import { ask, may } from "./api.js";
 import { h, link, replace, table, time, words } from "./dom.js";
 
 const PAGE = 100;
+const MARKS = { "rollout.stopped": "d-stop", "rollout.paused": "d-stop", "rollout.completed": "d-finish" };
 
 export async function auditPage(body, { query, onLeave }) {
   if (!may("approver")) return replace(body, h("h1", {}, "Audit"), h("p", {}, "Who did what is shown to approvers."));
@@ -22,7 +23,7 @@ export async function auditPage(body, { query, onLeave }) {
     const asked = new URLSearchParams({ who: who.value, what: what.value, limit: PAGE });
     if (before) asked.set("before", before);
     const page = await ask(`audit?${asked}`);
-    replace(list, h("section", { class: "card" }, table("Acts, newest first", ["When", "Who", "What", "On", "Outcome"],
+    replace(list, h("section", { class: "card audit" }, table("Acts, newest first", ["When", "Who", "What", "On", "Outcome"],
       page.records.map((each) => [time(each.at_ms), actor(each), h("code", {}, each.what), each.on, outcome(each)]), "Nothing is noted that matches.")),
     h("div", { class: "row" },
       before ? h("button", { type: "button", onclick: () => { before = null; load(); } }, "Newest") : null,
@@ -65,7 +66,7 @@ export async function followAlerts(place, about, onLeave) {
 
 function alertList(alerts) {
   return h("section", { class: "card", id: "alerts" }, h("h2", {}, "Alerts"), alerts.length ? h("ol", { class: "story", reversed: true }, alerts.map((each) =>
-    h("li", { class: each.kind === "rollout.stopped" || each.kind === "rollout.paused" || each.count ? "d-stop" : "d-widen" }, time(each.at_ms), h("div", {}, h("b", {}, each.kind), `: ${each.text}`,
+    h("li", { class: MARKS[each.kind] || (each.count ? "d-stop" : "d-widen") }, time(each.at_ms), h("div", {}, h("b", {}, each.kind), `: ${each.text}`,
       each.count ? h("div", { class: "small" }, each.devices.flatMap((name, index) => [index ? ", " : null, link(`devices/${encodeURIComponent(name)}`, name)]),
         each.count > each.devices.length ? ` and ${each.count - each.devices.length} more` : null) : null,
       h("div", { class: "small soft" }, each.deliveries.length ? each.deliveries.map(arrived).join("; ") : "no webhook asks for it"))))) : h("p", { class: "soft" }, "None yet."));
