@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from protocol.errors import WhimbrelError
+from protocol.trust import Target
 from server.adapters.store import SqlStore
 from server.alerts.records import Alert, WebhookStanding, new_alert
 from server.alerts.sending import Sender
@@ -15,7 +16,6 @@ from server.alerts.watch import GROUP_INTERVAL_MS, GROUP_WAIT_MS, Watch
 from server.audit import SERVER, Act, new_act
 from server.config import ServerConfig
 from server.display import address_text
-from server.effects import SignMetadata
 from server.events import Started
 from server.ports import Clock, Repository
 from server.releases.publisher import Publisher
@@ -96,34 +96,25 @@ class Bookkeeper:
         if any(isinstance(each, Alert) for each in traces):
             self._sender.wake()
 
-    def signing(self, effect: SignMetadata) -> list[Act]:
-        """What is noted of deltas that are signed or taken out; a new date alone is none."""
+    def signing(self, added: Sequence[Target], retired: Sequence[str]) -> list[Act]:
+        """What is noted when documents are signed: deltas that are in them from now on or no more, or that they got a new date."""
         acts = []
-        for what, paths in (
-            ("delta.sign", [target.path for target in effect.added]),
-            ("delta.retire", list(effect.retired)),
-        ):
-            if paths:
-                more = ", …" if len(paths) > _NAMED_MAX else ""
-                text = (
-                    "nobody needs them any more"
-                    if what == "delta.retire"
-                    else "they pay for devices of the fleet"
+        if added:
+            paths = [target.path for target in added]
+            acts.append(
+                self._act(
+                    "delta.sign", _named(paths), "they pay for devices of the fleet", targets=len(paths)
                 )
-                acts.append(
-                    self._act(
-                        what, ", ".join(map(_short, paths[:_NAMED_MAX])) + more, text, targets=len(paths)
-                    )
-                )
-        return acts
-
-    def refreshing(self) -> list[Act]:
-        """What is noted where documents get a new date."""
-        return [self._act("metadata.refresh", "timestamp", "documents were about to end")]
+            )
+        if retired:
+            acts.append(
+                self._act("delta.retire", _named(retired), "nobody needs them any more", targets=len(retired))
+            )
+        return acts or [self._act("metadata.refresh", "timestamp", "documents were about to end")]
 
     def removed(self, path: str, blobs: int) -> Act:
         """What is noted when the blobs of a retired delta are removed."""
-        return self._act("delta.remove", _short(path), "it is not signed any more", blobs=blobs)
+        return self._act("delta.remove", _named([path]), "it is not signed any more", blobs=blobs)
 
     # What people have to see to
 
@@ -209,6 +200,7 @@ class Bookkeeper:
         return new_act(SERVER, self._clock.now_ms(), what, on, text, outcome=outcome, **details)
 
 
-def _short(path: str) -> str:
-    """The path of a target with as much of its digests as tells them apart."""
-    return _DIGEST.sub(r"\1…", path)
+def _named(paths: Sequence[str]) -> str:
+    """The first of some targets, with as much of their digests as tells them apart."""
+    more = ", …" if len(paths) > _NAMED_MAX else ""
+    return ", ".join(_DIGEST.sub(r"\1…", path) for path in paths[:_NAMED_MAX]) + more

@@ -224,7 +224,11 @@ def add_release(
         record = ReleaseRecord(release=release, added_ms=home.clock.now_ms(), is_encrypted=is_encrypted)
         named = ", ".join(release.resources.tiers)
         added = home.act(
-            "release.add", name, tiers=named, encrypted=is_encrypted, digest=release_digest(release)
+            "release.add",
+            name,
+            tiers=named,
+            encrypted="yes" if is_encrypted else "",
+            digest=release_digest(release),
         )
         home.store.add_release(record, [added])
         return record

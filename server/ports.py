@@ -14,6 +14,8 @@ from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.messages import KeyAnswer
 from protocol.release import ChunkTree, DeltaName, Encryption, Release, ReleaseFile, delta_target
 from protocol.trust import Documents, Target
+from server.alerts.records import Trace
+from server.audit import Act
 from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
 from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
@@ -184,7 +186,7 @@ class BlobStore(Protocol):
 class Store(Protocol):
     """The truth: every answer comes from what was committed, every write is durable on return."""
 
-    def save(self, records: Sequence[Record | KeyChange]) -> None:
+    def save(self, records: Sequence[Record | KeyChange | Trace]) -> None:
         """Write all records in one transaction; a record replaces the one with its key."""
         ...
 
@@ -236,8 +238,8 @@ class Store(Protocol):
         """One release."""
         ...
 
-    def add_release(self, record: ReleaseRecord) -> None:
-        """Store a draft; a draft of the same name is replaced.
+    def add_release(self, record: ReleaseRecord, traces: Sequence[Trace] = ()) -> None:
+        """Store a draft, and `traces` with it; a draft of the same name is replaced.
 
         Raises:
             AlreadyPublishedError: A published release has this name.
@@ -252,26 +254,35 @@ class Store(Protocol):
         self,
         update: Callable[[Repository], Repository],
         *published: ReleaseRecord,
+        traces: Sequence[Trace] = (),
     ) -> Repository:
         """Replace the repository by `update(repository)` in one transaction that excludes every other signer.
 
         Args:
             update: Signs; what it raises leaves everything as it was.
             published: Releases that become published in the same transaction.
+            traces: What is noted and told with it, unless nothing changes.
 
         Raises:
             AlreadyPublishedError: One of them has been published before.
         """
         ...
 
-    def create_rollout(self, make: Callable[[int, list[RolloutRecord]], RolloutRecord]) -> RolloutRecord:
-        """Store a new rollout in a transaction; `make` gets its number and all rollouts so far."""
+    def create_rollout(
+        self,
+        make: Callable[[int, list[RolloutRecord]], RolloutRecord],
+        act: Callable[[RolloutRecord], Act] | None = None,
+    ) -> RolloutRecord:
+        """Store a new rollout and what is noted of it in a transaction; `make` gets its number and all rollouts so far."""
         ...
 
     def order_rollout(
-        self, rollout: str, make: Callable[[RolloutRecord | None, list[Order]], Order]
+        self,
+        rollout: str,
+        make: Callable[[RolloutRecord | None, list[Order]], Order],
+        act: Callable[[Order], Act] | None = None,
     ) -> Order:
-        """Store an order in a transaction that excludes every other one; `make` gets the rollout and the orders so far."""
+        """Store an order and what is noted of it in a transaction that excludes every other one; `make` gets the rollout and the orders so far."""
         ...
 
     def orders(self, rollout: str | None = None) -> list[Order]:
@@ -282,7 +293,7 @@ class Store(Protocol):
         """What was decided about a rollout, oldest first."""
         ...
 
-    def label(self, labels: Labels) -> None:
+    def label(self, labels: Labels, acts: Sequence[Act] = ()) -> None:
         """Replace the labels of a device."""
         ...
 

@@ -19,6 +19,7 @@ from protocol.errors import MissingKeyError, RequestError, StorageError, Transpo
 from protocol.ids import DeviceId, Digest
 from protocol.messages import BUNDLE_BYTES_MAX, Desired, MetadataBundle, TimeStatement, encode_message
 from protocol.topics import Topics
+from protocol.trust import Target
 from server.adapters.blobs import FolderBlobs, storage_errors
 from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
@@ -441,7 +442,7 @@ class Server:
         store = self._opened
         self._changes = store.changes()
         try:
-            catalog = self._catalog(self._signed(SignMetadata()))
+            catalog = self._catalog(self._signed((), ()))
         except MissingKeyError as error:
             repository = store.repository()
             assert repository is not None
@@ -465,7 +466,7 @@ class Server:
 
     def _sign(self, effect: SignMetadata) -> Event:
         try:
-            repository = self._signed(effect)
+            repository = self._signed(effect.added, effect.retired)
         except (RequestError, StorageError) as error:
             self._opened_books.cannot_sign(error)
             return SigningFailed(effect.deltas, self._clock.now_ms() + SIGNING_RETRY_MS)
@@ -499,17 +500,16 @@ class Server:
             return None
         return BlobsRemoved(path)
 
-    def _signed(self, effect: SignMetadata) -> Repository:
+    def _signed(self, added: tuple[Target, ...], retired: tuple[str, ...]) -> Repository:
         """Sign what changed, or what expires soon, over whatever another process signed last."""
         now_ms = self._clock.now_ms()
 
         def update(before: Repository) -> Repository:
-            if effect.added or effect.retired:
-                return self._publisher.publish(before, effect.added, effect.retired, now_ms).repository
+            if added or retired:
+                return self._publisher.publish(before, added, retired, now_ms).repository
             return self._publisher.refresh(before, now_ms).repository
 
-        traces = self._opened_books.signing(effect) or self._opened_books.refreshing()
-        repository = self._opened.sign(update, traces=traces)
+        repository = self._opened.sign(update, traces=self._opened_books.signing(added, retired))
         write_metadata(self.config.folder, repository)
         return repository
 

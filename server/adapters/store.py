@@ -33,8 +33,8 @@ from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.trust import Documents
 from server.accounts import AccountRecord, Accounts, SessionRecord, SessionRemoval, UserRecord, UserRemoval
 from server.adapters.database import decoded, encode, replace_rows
-from server.adapters.trail import TRAIL, Trace, Trail, prepare_trail, write_traces
-from server.alerts.records import Alert
+from server.adapters.trail import TRAIL, Trail, prepare_trail, write_traces
+from server.alerts.records import Alert, Trace
 from server.audit import Act
 from server.fleet.history import DeviceEvent
 from server.fleet.identities import (

@@ -23,7 +23,7 @@ from sqlalchemy import (
 
 from server.adapters.database import Database, decoded, encode, replace_rows
 from server.alerts.delivery import WAITING_MAX, dropped
-from server.alerts.records import Alert, Delivery, Sent, WebhookStanding
+from server.alerts.records import ABOUT_CHARS_MAX, Alert, Delivery, Sent, Trace, WebhookStanding
 from server.audit import (
     NOTED,
     PRUNE,
@@ -40,7 +40,7 @@ from server.audit import (
 )
 
 TRAIL: Final = MetaData()
-_NAME: Final = String(128)
+_NAME: Final = String(ABOUT_CHARS_MAX)
 _AUDIT: Final = Table(
     "audit",
     TRAIL,
@@ -78,14 +78,13 @@ _DELIVERIES: Final = Table(
     Column("alert", String(64), primary_key=True, index=True),
     Column("state", String(16), nullable=False, index=True),
     Column("next_ms", BigInteger, nullable=False),
+    Column("failed_ms", BigInteger, nullable=False),  # last failure of one that has not arrived; 0 for none
     Column("body", LargeBinary, nullable=False),
 )
 
 _HOUR_MS: Final = 3_600_000
 _BATCH_MAX: Final = 200
 """Alerts that are given to webhooks in one transaction."""
-
-Trace = Act | Alert
 
 
 class Trail(Database):
@@ -150,7 +149,9 @@ class Trail(Database):
     def sent(self, about: str = "", count_max: int = 100) -> list[Sent]:
         """The latest alerts with what became of them, newest first."""
         query = select(_ALERTS.c.body).order_by(_ALERTS.c.at_ms.desc(), _ALERTS.c.id).limit(count_max)
-        alerts = self._load(Alert, query.where(_ALERTS.c.about == about) if about else query)
+        alerts = self._load(
+            Alert, query.where(_ALERTS.c.about == about[:ABOUT_CHARS_MAX]) if about else query
+        )
         ids = [alert.id for alert in alerts]
         found = self._load(
             Delivery,
@@ -320,7 +321,7 @@ def _put_alerts(connection: Connection, alerts: Sequence[Alert]) -> None:
             "at_ms": alert.at_ms,
             "due_ms": alert.due_ms,
             "is_open": 1,
-            "about": alert.about,
+            "about": alert.about[:ABOUT_CHARS_MAX],
             "body": encode(alert),
         }
     if rows:
@@ -334,6 +335,7 @@ def _put_deliveries(connection: Connection, deliveries: Sequence[Delivery]) -> N
             "alert": each.alert,
             "state": each.state,
             "next_ms": each.next_ms,
+            "failed_ms": (each.tried_ms or each.since_ms) if each.error else 0,
             "body": encode(each),
         }
         for each in deliveries
@@ -366,15 +368,13 @@ def _standing(connection: Connection, webhook: str) -> WebhookStanding:
     counts: dict[str, int] = {row[0]: row[1] for row in connection.execute(counted)}
     waiting = mine & (_DELIVERIES.c.state == "waiting")
     next_ms = connection.execute(select(func.min(_DELIVERIES.c.next_ms)).where(waiting)).scalar()
-    bodies = connection.execute(
-        select(_DELIVERIES.c.body).where(mine, _DELIVERIES.c.state.in_(["waiting", "dropped"]))
-    ).scalars()
-    failed = [each for each in (decoded(Delivery, body) for body in bodies) if each.error]
+    failed = select(_DELIVERIES.c.body).where(mine, _DELIVERIES.c.failed_ms > 0)
+    body = connection.execute(failed.order_by(_DELIVERIES.c.failed_ms.desc()).limit(1)).scalar()
     return WebhookStanding(
         name=webhook,
         waiting=counts.get("waiting", 0),
         delivered=counts.get("delivered", 0),
         dropped=counts.get("dropped", 0),
         next_ms=next_ms,
-        failed=max(failed, key=lambda each: each.tried_ms, default=None),
+        failed=None if body is None else decoded(Delivery, body),
     )

@@ -6,7 +6,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
-from server.audit import Details
+from server.audit import Act, Details
 
 Kind = Literal[
     "rollout.started",
@@ -28,6 +28,7 @@ Kind = Literal[
 KINDS: Final[tuple[Kind, ...]] = Kind.__args__  # type: ignore[attr-defined]  # typing keeps them there
 """What a webhook can ask for; `webhook.test` comes by `whimbrel webhooks test` only."""
 
+ABOUT_CHARS_MAX: Final = 128
 DEVICES_NAMED_MAX: Final = 10
 """Devices that an alert names; of more it says how many."""
 
@@ -58,6 +59,9 @@ class Alert(Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     details: Details = msgspec.field(default_factory=dict)
 
+
+Trace = Act | Alert
+"""What is saved beside a change, in its transaction."""
 
 DeliveryState = Literal["waiting", "delivered", "dropped"]
 

@@ -24,7 +24,7 @@ POLL_S: Final = 0.5
 """How often the database is asked for new alerts: commands of other processes write some."""
 
 STOP_S_MAX: Final = 1.0
-"""That the end of the server waits for a receiver."""
+"""That the end of the server waits for receivers, all together."""
 
 IDLE_S: Final = 30.0
 """A webhook for which nothing waits looks that often by itself."""
@@ -84,6 +84,11 @@ class Sender:
             _LOG.warning(
                 "%d alerts are given up: the webhooks that they were for are gone from the settings", gone
             )
+        for webhook in self._webhooks:
+            try:
+                read_secrets(self._folder, webhook)
+            except RequestError as error:
+                self._warn(webhook.name, f"webhook {webhook.name}: {error}")
         for thread in self._threads:
             thread.start()
 
@@ -98,7 +103,7 @@ class Sender:
             event.set()
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join(timeout=STOP_S_MAX)
+                thread.join(timeout=STOP_S_MAX / len(self._threads))
         with self._closing:
             self._is_closed = True
             self._store.close()

@@ -116,11 +116,12 @@ def visit(request: Request) -> Visit:
     if held is None or (held[1].kind == "token") != is_token:
         raise SignInError("sign in first")
     user, session = held
+    visitor = Visit(user, session, address_of(request))
     if not is_token and request.method in _CHANGING:
         sent = request.headers.get(CSRF_HEADER, "")
         if not hmac.compare_digest(sent.encode(), session.csrf.encode()):
-            raise DeniedError(f"the header {CSRF_HEADER} is not that of this sign-in")
-    return Visit(user, session, address_of(request))
+            deny(request, visitor, f"the header {CSRF_HEADER} is not that of this sign-in")
+    return visitor
 
 
 def address_of(request: Request) -> str:

@@ -45,6 +45,7 @@ from server.rollouts.evidence import Rules
 from server.rollouts.records import MemberRecord
 from server.rollouts.waves import parse_waves
 from server.runtime import Server
+from server.web.metrics import FleetCollector
 from tests.models import write_classifier, write_health_plan
 from tests.server.brokers import free_port, wait_until
 
@@ -527,7 +528,19 @@ def test_a_live_rollout_that_stops_sends_exactly_one_alert_with_the_evidence(
             assert wait_until(lambda: store.sent("r1")[0].deliveries[0].state == "delivered")
             acts = [(each.by.kind, each.what) for each in store.audit(what="rollout.", count_max=9)]
         ((standing, counters),) = server.webhooks()
+        figures = {
+            (sample.name, *sample.labels.values()): sample.value
+            for metric in FleetCollector(server).collect()
+            for sample in metric.samples
+            if sample.name.startswith("whimbrel_webhook")
+        }
         fleet.close()
+    assert figures == {
+        ("whimbrel_webhook_waiting", "ops"): 0,
+        ("whimbrel_webhook_attempts_total", "ops", "delivered"): 1,
+        ("whimbrel_webhook_attempts_total", "ops", "failed"): 0,
+        ("whimbrel_webhook_attempts_total", "ops", "dropped"): 0,
+    }
     assert (standing.delivered, counters) == (1, {"delivered": 1, "failed": 0, "dropped": 0})
     assert acts == [("server", "rollout.stop"), ("server", "rollout.begin"), ("command", "rollout.start")]
     told = receiver.received[0].told
