@@ -13,7 +13,7 @@ from server.adapters.store import SqlStore
 from server.alerts.records import Alert, WebhookStanding, new_alert
 from server.alerts.sending import Sender
 from server.alerts.watch import GROUP_INTERVAL_MS, GROUP_WAIT_MS, Watch
-from server.audit import SERVER, Act, new_act
+from server.audit import SERVER, Act, Details, new_act
 from server.config import ServerConfig
 from server.display import address_text
 from server.events import Started
@@ -126,7 +126,7 @@ class Bookkeeper:
             days = (at_ms - now_ms) / _DAY_MS
             text = f"the document of role {role} ends in {days:.0f} days: run `whimbrel keys renew {role}`"
             _LOG.warning("%s", text)
-            details = {"role": role, "expires_ms": at_ms}
+            details: Details = {"role": role, "expires_ms": at_ms}
             alerts.append(
                 new_alert(
                     "metadata.expiring",

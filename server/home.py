@@ -13,7 +13,7 @@ from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
 from server.adapters.lock import is_locked
 from server.adapters.store import SqlStore
-from server.audit import Act, new_act
+from server.audit import DONE, Act, new_act
 from server.config import (
     ServerConfig,
     read_config,
@@ -47,7 +47,7 @@ class Home:
 
     def act(self, what: str, on: str, text: str = "", **details: str | float) -> Act:
         """What is done here and now, by whoever does it, to be saved with it."""
-        return new_act(current_actor(), self.clock.now_ms(), what, on, text, **details)
+        return new_act(current_actor(), self.clock.now_ms(), what, on, text, outcome=DONE, **details)
 
     @contextmanager
     def attempting(self, what: str, on: str) -> Iterator[None]:

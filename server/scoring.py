@@ -10,6 +10,7 @@ from protocol.errors import ReleaseError, RequestError
 from protocol.ids import Digest, Family, Version, digest_of, parse_family, parse_version
 from protocol.release import Release, release_target
 from server.alerts.records import Alert, new_alert
+from server.audit import Details
 from server.documents import read_statement
 from server.home import Home, opened
 from server.operations import find_release
@@ -126,7 +127,7 @@ def _failed(home: Home, record: ReleaseRecord, card: Scorecard, digest: Digest) 
     name = f"{record.release.family} {record.release.version}"
     broken = [f"{check.name}: {check.detail}" for check in card.checks if check.status == "failed"]
     text = f"The scorecard of {name} failed: {'; '.join(broken) or 'see `whimbrel score`'}"
-    details = {"release": name, "failed": len(broken), "scorecard": digest}
+    details: Details = {"release": name, "failed": len(broken), "scorecard": digest}
     return new_alert("scorecard.failed", name, home.clock.now_ms(), text, key=digest, details=details)
 
 

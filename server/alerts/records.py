@@ -1,6 +1,7 @@
 """What is told, and to whom it is on its way. Pure data."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
@@ -128,7 +129,7 @@ def new_alert(
     *,
     key: str = "",
     due_ms: int | None = None,
-    details: Details | None = None,
+    details: Mapping[str, str | int | float] | None = None,
 ) -> Alert:
     """An alert; one of the same kind about the same thing, with the same `key` (by default: in the same millisecond), is the same alert."""
     named = "\n".join((kind, about, key or str(at_ms)))
@@ -139,5 +140,5 @@ def new_alert(
         at_ms=at_ms,
         due_ms=at_ms if due_ms is None else due_ms,
         text=text,
-        details=details or {},
+        details=dict(details or {}),
     )

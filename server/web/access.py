@@ -146,7 +146,7 @@ def deny(request: Request, visitor: Visit, why: str) -> NoReturn:
     raise DeniedError(why)
 
 
-def _at_least(role: Role) -> Callable[[Visit], Visit]:
+def _at_least(role: Role) -> Callable[[Request, Visit], Visit]:
     def check(request: Request, visitor: Annotated[Visit, Depends(visit)]) -> Visit:
         if not may(visitor.user.role, role):
             deny(request, visitor, f"{visitor.user.name} is {visitor.user.role}, this needs {role}")

@@ -25,7 +25,7 @@ from server.home import opened
 from server.ports import Repository
 from server.releases.publisher import Publisher
 from server.rollout_orders import label_device, order_rollout
-from server.rollouts.records import MemberRecord, RolloutRecord
+from server.rollouts.records import MemberRecord, MemberStatus, RolloutRecord
 from server.rollouts.states import RolloutState
 from tests.models import write_classifier, write_health_plan
 from tests.server.samples import NOW_MS
@@ -231,6 +231,7 @@ def test_the_devices_of_old_rollouts_go_and_their_numbers_stay(store: SqlStore) 
     def make(number: int, _: list[RolloutRecord]) -> RolloutRecord:
         return RolloutRecord(id=f"r{number}", family=Family("digits"), version=Version("2"), created_ms=1)
 
+    statuses: tuple[MemberStatus, ...] = ("committed", "committed", "silent")
     states = [RolloutState.STOPPED, RolloutState.FINISHED, RolloutState.FINISHED, RolloutState.RUNNING]
     for state in states:
         record = store.create_rollout(make)
@@ -244,7 +245,7 @@ def test_the_devices_of_old_rollouts_go_and_their_numbers_stay(store: SqlStore) 
                 sequence=1,
                 asked_ms=1,
             )
-            for n, status in enumerate(("committed", "committed", "silent"))
+            for n, status in enumerate(statuses)
         ]
         store.save([msgspec.structs.replace(record, state=state, finished_ms=ended), *members])
     assert store.forget_members(NOW_MS) == []
