@@ -118,7 +118,9 @@ def assign(folder: Path, role: str, keys: Iterable[Key], threshold: int) -> list
     keys = list(keys)
     if len({key.keyid for key in keys}) != len(keys):
         raise RequestError(f"role {role}: one key is named twice", hint="a threshold counts different keys")
-    return _changed(folder, lambda draft: draft.assign(role, keys, threshold))
+    named = ", ".join(f"{key_info(key).name} ({key.keyid[:8]})" for key in keys)
+    text = f"{threshold} of {len(keys)}: {named}"
+    return _changed(folder, "keys.assign", role, lambda draft: draft.assign(role, keys, threshold), text)
 
 
 def rotate(folder: Path, old: str, new: Key, role: str = "") -> list[Standing]:
@@ -139,7 +141,8 @@ def rotate(folder: Path, old: str, new: Key, role: str = "") -> list[Standing]:
             keys = [new if other.keyid == key.keyid else other for other in draft.keys(name)]
             draft.assign(name, keys, draft.role(name).threshold)
 
-    return _changed(folder, change)
+    text = f"{key_info(new).name} ({new.keyid[:8]}) in its place" + (f" in {role}" if role else "")
+    return _changed(folder, "keys.rotate", old, change, text)
 
 
 def revoke(folder: Path, old: str, role: str = "") -> list[Standing]:
@@ -160,7 +163,7 @@ def revoke(folder: Path, old: str, role: str = "") -> list[Standing]:
                 )
             draft.assign(name, keys, threshold)
 
-    return _changed(folder, change)
+    return _changed(folder, "keys.revoke", old, change, f"from {role}" if role else "")
 
 
 def renew(folder: Path, role: str) -> list[Standing]:
@@ -171,7 +174,7 @@ def renew(folder: Path, role: str) -> list[Standing]:
     """
     if role in {"snapshot", "timestamp"}:
         raise RequestError(f"the server signs {role} by itself")
-    return _changed(folder, lambda draft: draft.renew(role))
+    return _changed(folder, "keys.renew", role, lambda draft: draft.renew(role))
 
 
 def sign_pending(folder: Path, signer: Signer) -> tuple[list[str], list[Standing]]:
@@ -187,18 +190,21 @@ def sign_pending(folder: Path, signer: Signer) -> tuple[list[str], list[Standing
     Raises:
         RequestError: Nothing waits for this key.
     """
-    with opened(folder) as home:
+    key = key_info(signer.public_key)
+    with opened(folder) as home, home.attempting("keys.sign", key.name):
         pending = PendingFolder(folder)
         waiting, draft = read_waiting(home)
         wanted = {role: {key.keyid for key in draft.standing(role).unsigned} for role in waiting}
         signed = [role for role, keyids in wanted.items() if signer.public_key.keyid in keyids]
         if not signed:
-            name = key_info(signer.public_key).name
-            raise RequestError(f"nothing waits for a signature of {name}", hint="see `whimbrel keys list`")
+            raise RequestError(
+                f"nothing waits for a signature of {key.name}", hint="see `whimbrel keys list`"
+            )
         for role in signed:
             waiting[role] = add_signature(role, waiting[role], signer)
         pending.write(waiting)
-        return signed, change_signed(home)
+        act = home.act("keys.sign", ", ".join(signed), f"by {key.name} ({key.keyid[:8]})")
+        return signed, change_signed(home, act)
 
 
 def sign_file(path: Path, signer: Signer) -> None:
@@ -226,9 +232,10 @@ def publish(folder: Path) -> list[Standing]:
         RequestError: Nothing waits.
     """
     with opened(folder) as home:
-        if not read_waiting(home)[0]:
+        waiting = read_waiting(home)[0]
+        if not waiting:
             raise RequestError("nothing waits for signatures")
-        return change_signed(home)
+        return change_signed(home, home.act("keys.publish", ", ".join(sorted(waiting))))
 
 
 def drop(folder: Path) -> list[str]:
@@ -237,16 +244,20 @@ def drop(folder: Path) -> list[str]:
     Returns:
         The roles.
     """
-    with opened(folder):
+    with opened(folder) as home:
         pending = PendingFolder(folder)
         roles = pending.roles()
         pending.write({})
+        if roles:
+            home.store.save([home.act("keys.drop", ", ".join(roles))])
         return roles
 
 
-def _changed(folder: Path, change: Callable[[Draft], None]) -> list[Standing]:
-    with opened(folder) as home:
-        return change_signed(home, change)
+def _changed(
+    folder: Path, what: str, on: str, change: Callable[[Draft], None], text: str = ""
+) -> list[Standing]:
+    with opened(folder) as home, home.attempting(what, on):
+        return change_signed(home, home.act(what, on, text), change)
 
 
 def _repository(home: Home) -> Repository:

@@ -22,6 +22,7 @@ import msgspec
 from protocol.errors import WhimbrelError
 from protocol.messages import Report
 from server import (
+    audit_cli,
     ceremony,
     delta_cli,
     diagnose_cli,
@@ -36,6 +37,7 @@ from server import (
     tradeoffs_cli,
     users_cli,
     verify_cli,
+    webhooks_cli,
 )
 from server.config import (
     DEFAULT_FLEET,
@@ -106,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     rollout_cli.add_label_action(identity_cli.add_device_actions(devices, quiet, _print), quiet, _print)
     identity_cli.add_broker_parser(commands, common, _print)
     users_cli.add_parser(commands, common, _print)
+    audit_cli.add_parser(commands, common, _print)
+    webhooks_cli.add_parser(commands, common, _print)
     _add_serve(commands, common)
     delta_cli.add_parser(commands, common)
     keys_cli.add_parser(commands, common)

@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 
 from protocol.errors import RequestError
 from protocol.ids import FleetId, parse_fleet_id
+from server.alerts.settings import WebhookSettings, checked_webhooks
 from server.display import address_text
 from server.fleet.history import HISTORY_DAYS
 from server.fleet.identities import DEVICE_DAYS
@@ -63,6 +64,22 @@ class WebSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     url: str = ""
 
 
+class HistorySettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The table `[history]`: how many days is kept what nobody needs to run the fleet (docs/alerts.md).
+
+    Attributes:
+        audit_days: The audit trail: who did what.
+        device_days: What became of each device.
+        rollout_days: The devices of rollouts that have ended; how many came how far is kept for ever.
+        alert_days: Alerts, and what became of them.
+    """
+
+    audit_days: _Days = 400
+    device_days: _Days = HISTORY_DAYS
+    rollout_days: _Days = 365
+    alert_days: _Days = 90
+
+
 class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fleet: str
     broker: str = EMBEDDED
@@ -75,7 +92,9 @@ class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     certificate_days: _Days = DEVICE_DAYS
     tls: TlsSettings | None = None
     web: WebSettings | None = None
-    history_days: _Days = HISTORY_DAYS
+    history_days: _Days | None = None  # from before there was `[history]`
+    history: HistorySettings | None = None
+    webhook: list[WebhookSettings] = []
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -94,7 +113,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
         certificate_days: Life of a device's certificate.
         tls: How to speak to the broker with certificates; plainly where there is none.
         web: Where the page is; none without.
-        history_days: How long the events of devices are kept.
+        history: How long what is kept.
+        webhooks: Where alerts go.
     """
 
     folder: Path
@@ -109,7 +129,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     certificate_days: int = DEVICE_DAYS
     tls: TlsSettings | None = None
     web: WebSettings | None = None
-    history_days: int = HISTORY_DAYS
+    history: HistorySettings = HistorySettings()
+    webhooks: tuple[WebhookSettings, ...] = ()
 
     @property
     def delta_grace_ms(self) -> int:
@@ -170,6 +191,10 @@ def read_config(folder: Path) -> ServerConfig:
             f"{path}: [tls] with the embedded broker, which speaks plainly and on loopback only",
             hint='set broker = "HOST:PORT"',
         )
+    if file.history_days is not None and file.history is not None:
+        raise RequestError(
+            f"{path}: history_days beside [history]", hint="name device_days in [history] instead"
+        )
     return ServerConfig(
         folder=folder,
         fleet=parse_fleet_id(file.fleet),
@@ -183,7 +208,8 @@ def read_config(folder: Path) -> ServerConfig:
         certificate_days=file.certificate_days,
         tls=file.tls,
         web=None if file.web is None else _checked_web(file.web, path),
-        history_days=file.history_days,
+        history=file.history or HistorySettings(device_days=file.history_days or HISTORY_DAYS),
+        webhooks=checked_webhooks(file.webhook, str(path)),
     )
 
 
@@ -199,7 +225,6 @@ def config_text(config: ServerConfig) -> str:
         f"delta_timeout_s = {config.delta_timeout_s}",
         f"delta_grace_hours = {config.delta_grace_hours}  # then deltas go that nobody needs",
         f"certificate_days = {config.certificate_days}  # life of a device's certificate",
-        f"history_days = {config.history_days}  # how long the events of devices are kept",
     ]
     if config.database:
         lines.append(f"database = {_quoted(config.database)}")
@@ -207,6 +232,9 @@ def config_text(config: ServerConfig) -> str:
         lines += ["", *tls_lines(config.tls)]
     if config.web is not None:
         lines += ["", *web_lines(config.web)]
+    lines += ["", *_history_lines(config.history)]
+    for webhook in config.webhooks:
+        lines += ["", *_webhook_lines(webhook)]
     return "\n".join(lines) + "\n"
 
 
@@ -215,6 +243,28 @@ def web_lines(web: WebSettings) -> list[str]:
     lines = ["[web]", f"host = {_quoted(web.host)}", f"port = {web.port}"]
     named = {"certificate": web.certificate, "key": web.key, "url": web.url}
     return lines + [f"{name} = {_quoted(value)}" for name, value in named.items() if value]
+
+
+def _history_lines(history: HistorySettings) -> list[str]:
+    return [
+        "[history]  # days",
+        f"audit_days = {history.audit_days}  # who did what",
+        f"device_days = {history.device_days}  # what became of each device",
+        f"rollout_days = {history.rollout_days}  # the devices of rollouts that have ended",
+        f"alert_days = {history.alert_days}  # alerts that were told",
+    ]
+
+
+def _webhook_lines(webhook: WebhookSettings) -> list[str]:
+    lines = [
+        "[[webhook]]",
+        f"name = {_quoted(webhook.name)}",
+        f"url = {_quoted(webhook.url)}",
+        f"secret = {_quoted(webhook.secret)}  # file",
+        f"events = [{', '.join(map(_quoted, webhook.events))}]",
+        f"per_minute = {webhook.per_minute}",
+    ]
+    return [*lines, f"ca = {_quoted(webhook.ca)}"] if webhook.ca else lines
 
 
 def _checked_web(web: WebSettings, path: Path) -> WebSettings:

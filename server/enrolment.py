@@ -14,12 +14,14 @@ from protocol.messages import CertificateAnswer, Report
 from server.adapters.authority import Authority
 from server.adapters.mqtt import MqttTransport
 from server.adapters.store import SqlStore
+from server.audit import Act, Actor, new_act
 from server.config import ServerConfig
 from server.events import ClaimUsed, IdentityEvent, RenewalRequested
 from server.fleet.identities import (
     ClaimRecord,
     EnrolmentError,
     Identities,
+    IdentityRecord,
     PendingError,
     UnavailableError,
     answer,
@@ -161,9 +163,15 @@ class Enrolment:
         use_claim(
             self._identities, event.claim, event.request, event.topic, now_ms
         )  # refuses without a write
-        self._identities = self._store.change_identities(
-            lambda before: use_claim(before, event.claim, event.request, event.topic, now_ms)
-        )
+
+        def change(before: Identities) -> list[IdentityRecord | Act]:
+            records = use_claim(before, event.claim, event.request, event.topic, now_ms)
+            device = next((each.device for each in records if isinstance(each, ClaimRecord)), event.claim)
+            by = Actor(kind="device", name=device)
+            asked = new_act(by, now_ms, "device.enroll", device, "it used its claim", claim=event.claim)
+            return [*records, asked] if records else []
+
+        self._identities = self._store.change_identities(change)
         claim = self._identities.claims[event.claim]
         if claim.state == "pending":
             _LOG.info(
@@ -186,7 +194,11 @@ class Enrolment:
         )
         try:
             if change(self._identities):  # refuses without a write
-                self._identities = self._store.change_identities(change)
+                by = Actor(kind="device", name=event.device)
+                act = new_act(by, now_ms, "device.renew", event.device, "a further certificate was issued")
+                self._identities = self._store.change_identities(
+                    lambda before: [*records, act] if (records := change(before)) else []
+                )
         except (MissingKeyError, RequestError) as error:
             _LOG.error("certificates cannot be renewed: %s", error)
             raise UnavailableError("the server cannot issue certificates now") from error

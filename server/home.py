@@ -1,16 +1,19 @@
 """The folder of a server, opened: settings, database, blobs and keys; and the signed documents as files in it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from protocol.errors import WhimbrelError
+from server.actors import current_actor
 from server.adapters.blobs import FolderBlobs, write_file
 from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
 from server.adapters.lock import is_locked
 from server.adapters.store import SqlStore
+from server.audit import DONE, Act, new_act
 from server.config import (
     ServerConfig,
     read_config,
@@ -41,6 +44,21 @@ class Home:
     def content_keys(self) -> ContentKeys:
         """Encrypts artifacts, and keeps their keys."""
         return ContentKeys(self.config.folder / KEYS_FOLDER, self.store, self.blobs)
+
+    def act(self, what: str, on: str, text: str = "", **details: str | float) -> Act:
+        """What is done here and now, by whoever does it, to be saved with it."""
+        return new_act(current_actor(), self.clock.now_ms(), what, on, text, outcome=DONE, **details)
+
+    @contextmanager
+    def attempting(self, what: str, on: str) -> Iterator[None]:
+        """Note in the audit trail if what happens within is refused."""
+        try:
+            yield
+        except WhimbrelError as error:
+            act = new_act(current_actor(), self.clock.now_ms(), what, on, error.message, outcome=error.code)
+            with suppress(WhimbrelError):  # what was in the way may be in the way of the note as well
+                self.store.save([act])
+            raise
 
     @property
     def is_served(self) -> bool:

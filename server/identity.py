@@ -19,6 +19,7 @@ from protocol.ids import DeviceId, parse_device_id
 from server.adapters.authority import Authority, Issued, write_secret
 from server.adapters.blobs import storage_errors, write_file
 from server.adapters.tls import expires_ms
+from server.audit import Act
 from server.broker_files import (
     CA_FILE,
     CERTIFICATE_FILE,
@@ -37,6 +38,7 @@ from server.fleet.identities import (
     CertificateRecord,
     ClaimRecord,
     Identities,
+    IdentityRecord,
     Issue,
     Role,
     accept,
@@ -120,7 +122,7 @@ def claim_device(
     name = parse_device_id(device)
     if not 1 <= hours <= CLAIM_HOURS_MAX:
         raise RequestError(f"a claim of {hours} hours; allowed are 1 to {CLAIM_HOURS_MAX}")
-    with opened(folder) as home:
+    with opened(folder) as home, home.attempting("device.claim", name):
         authority, now_ms, key = ensure_authority(home), home.clock.now_ms(), make_key()
         record = ClaimRecord(
             claim=authority.new_claim(),
@@ -130,7 +132,10 @@ def claim_device(
             expires_ms=now_ms + hours * _HOUR_MS,
         )
         issued = authority.issue_claim(record.claim, key.public_key(), now_ms, record.expires_ms)
-        home.store.change_identities(lambda identities: open_claim(identities, name, lambda: record, now_ms))
+        act = home.act("device.claim", name, claim=record.claim, hours=hours)
+        home.store.change_identities(
+            lambda identities: [*open_claim(identities, name, lambda: record, now_ms), act]
+        )
         if claims_port is None:
             broker = read_broker(folder)
             claims_port = broker.claims_port if broker else CLAIMS_PORT
@@ -189,12 +194,12 @@ def accept_device(folder: Path, device: str, expected: str = "") -> Accepted:
         MissingKeyError: The key of the authority is not there.
     """
     name = parse_device_id(device)
-    with opened(folder) as home:
+    with opened(folder) as home, home.attempting("device.accept", name):
         now_ms = home.clock.now_ms()
         issue = issuer(authority_of(folder), now_ms, home.config.certificate_days)
         was_barred = name in home.store.identities().barred(now_ms)
         identities = home.store.change_identities(
-            lambda before: accept(before, name, issue, now_ms, expected)
+            lambda before: noted(accept(before, name, issue, now_ms, expected), home, "device.accept", name)
         )
         record = max(identities.valid(name, now_ms), key=lambda record: record.issued_ms)
         broker = read_broker(folder) if was_barred else None
@@ -208,9 +213,11 @@ def refuse_device(folder: Path, device: str) -> None:
         RequestError: It waits for none.
     """
     name = parse_device_id(device)
-    with opened(folder) as home:
+    with opened(folder) as home, home.attempting("device.refuse", name):
         now_ms = home.clock.now_ms()
-        home.store.change_identities(lambda before: refuse(before, name, now_ms))
+        home.store.change_identities(
+            lambda before: noted(refuse(before, name, now_ms), home, "device.refuse", name)
+        )
 
 
 def list_certificates(folder: Path) -> list[CertificateRecord]:
@@ -234,9 +241,12 @@ def revoke_name(folder: Path, name: str, role: Role = "device") -> list[Path]:
         parse_device_id(name)
     else:
         name = server_name(name)
-    with opened(folder) as home:
+    what = f"{role}.revoke"
+    with opened(folder) as home, home.attempting(what, name):
         now_ms = home.clock.now_ms()
-        identities = home.store.change_identities(lambda before: revoke(before, name, role, now_ms))
+        identities = home.store.change_identities(
+            lambda before: noted(revoke(before, name, role, now_ms), home, what, name)
+        )
         broker = read_broker(folder)
         return [] if broker is None else _write_rules(home, broker, identities, now_ms)
 
@@ -274,6 +284,9 @@ def configure_broker(folder: Path, broker: BrokerRecord) -> list[Path]:
             write_file(output / name, text.encode())
             written.append(output / name)
         write_file(folder / BROKER_FILE, msgspec.json.format(msgspec.json.encode(broker), indent=2))
+        home.store.save(
+            [home.act("broker.config", ", ".join(broker.hosts), kind=broker.kind, port=broker.port)]
+        )
         return written + _write_rules(home, broker, home.store.identities(), now_ms)
 
 
@@ -369,7 +382,8 @@ def issue_broker(
         )
     key = make_key()
     issued = authority.issue_broker(hosts, key.public_key(), now_ms)
-    home.store.change_identities(lambda _: [_record("broker", hosts[0], issued, now_ms)])
+    act = home.act("broker.certificate", hosts[0], serial=issued.serial)
+    home.store.change_identities(lambda _: [_record("broker", hosts[0], issued, now_ms), act])
     return _write_pair(output / CERTIFICATE_FILE, output / KEY_FILE, issued, key_pem(key))
 
 
@@ -377,8 +391,15 @@ def issue_server(home: Home, authority: Authority, output: Path, name: str, now_
     """Make a key and a certificate for a server, and note it."""
     key, full = make_key(), server_name(name)
     issued = authority.issue_server(full, key.public_key(), now_ms)
-    home.store.change_identities(lambda _: [_record("server", full, issued, now_ms)])
+    act = home.act("server.certificate", full, serial=issued.serial)
+    home.store.change_identities(lambda _: [_record("server", full, issued, now_ms), act])
     return _write_pair(output / "server.pem", output / "server.key", issued, key_pem(key))
+
+
+def noted(records: Sequence[IdentityRecord], home: Home, what: str, name: str) -> list[IdentityRecord | Act]:
+    """What was decided about identities, with the act to be noted; the serial of a certificate says which one."""
+    serials = [record.serial for record in records if isinstance(record, CertificateRecord)]
+    return [*records, home.act(what, name, serial=", ".join(serials))] if records else []
 
 
 def _record(role: Role, name: str, issued: Issued, now_ms: int) -> CertificateRecord:

@@ -30,12 +30,14 @@ from protocol.release import (
     release_digest,
     release_target,
 )
+from server.actors import current_actor
 from server.adapters.blobs import FolderBlobs, storage_errors, write_file
 from server.adapters.clock import SystemClock
 from server.adapters.keys import KeyFolder
 from server.adapters.lock import is_locked
 from server.adapters.pending import read_document
 from server.adapters.store import SqlStore
+from server.audit import Act, new_act
 from server.config import (
     CONFIG_FILE,
     DEFAULT_FLEET,
@@ -193,7 +195,8 @@ def add_release(
         RequestError: It fits none of the server's tiers, or none of those that are named. It is for those that it fits.
         WhimbrelError: As `server.releases.importer.import_release`.
     """
-    with opened(folder) as home:
+    name = f"{family} {version}"
+    with opened(folder) as home, home.attempting("release.add", name):
         known = home.store.release(parse_family(family), parse_version(version))
         if known is not None and known.published_ms is not None:
             home.store.add_release(known)  # raises the error that says so, before a large file is copied
@@ -219,7 +222,15 @@ def add_release(
         release = for_tiers(home, release)
         encryption.check_files(home.store.releases(), release, is_encrypted=is_encrypted)
         record = ReleaseRecord(release=release, added_ms=home.clock.now_ms(), is_encrypted=is_encrypted)
-        home.store.add_release(record)
+        named = ", ".join(release.resources.tiers)
+        added = home.act(
+            "release.add",
+            name,
+            tiers=named,
+            encrypted="yes" if is_encrypted else "",
+            digest=release_digest(release),
+        )
+        home.store.add_release(record, [added])
         return record
 
 
@@ -235,7 +246,8 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         MissingKeyError: A signing key is not there.
         StorageError: A file of the draft is missing or damaged.
     """
-    with opened(folder) as home:
+    name = f"{family} {version}"
+    with opened(folder) as home, home.attempting("release.publish", name):
         record = find_release(home, parse_family(family), parse_version(version))
         if record.published_ms is not None:
             home.store.add_release(record)  # raises the error that says so
@@ -247,7 +259,10 @@ def publish_release(folder: Path, family: str, version: str) -> ReleaseRecord:
         for _, digest in named_documents(release):
             home.blobs.describe(digest)
         path = release_target(Family(release.family), Version(release.version))
-        change_signed(home, added=[blob_target(path, description)])
+        act = home.act(
+            "release.publish", name, tiers=", ".join(release.resources.tiers), digest=description.digest
+        )
+        change_signed(home, act, added=[blob_target(path, description)])
         return find_release(home, Family(release.family), Version(release.version))
 
 
@@ -262,14 +277,15 @@ def withdraw_release(folder: Path, family: str, version: str) -> list[Standing]:
     Raises:
         RequestError: It is not published, or was withdrawn before.
     """
-    with opened(folder) as home:
+    name = f"{family} {version}"
+    with opened(folder) as home, home.attempting("release.withdraw", name):
         record = find_release(home, parse_family(family), parse_version(version))
         path = release_target(Family(record.release.family), Version(record.release.version))
         if record.published_ms is None:
             raise RequestError(f"{family} {version} is not published", hint="a draft reaches no device")
         if path not in signed_paths(home):
             raise RequestError(f"{family} {version} was withdrawn before")
-        return change_signed(home, lambda draft: draft.drop(path))
+        return change_signed(home, home.act("release.withdraw", name), lambda draft: draft.drop(path))
 
 
 def show_release(folder: Path, family: str, version: str) -> ReleaseDetails:
@@ -395,7 +411,7 @@ def start_rollout(
         raise RequestError("a rollout that nothing judges would never stop", hint="give it rules")
     if plan.rules is not None:
         plan.rules.checked()
-    with opened(folder) as home:
+    with opened(folder) as home, home.attempting("rollout.start", f"{family} {version}"):
         record = find_release(home, parse_family(family), parse_version(version))
         if record.published_ms is None:
             raise RequestError(
@@ -430,7 +446,13 @@ def start_rollout(
                 created_ms=now_ms,
             )
 
-        return home.store.create_rollout(make)
+        def act(record: RolloutRecord) -> Act:
+            waves = ", ".join(wave.size_text for wave in record.plan)
+            return home.act(
+                "rollout.start", record.id, release=f"{family} {version}", waves=waves, operator=plan.by
+            )
+
+        return home.store.create_rollout(make, act)
 
 
 def list_rollouts(folder: Path) -> list[RolloutStatus]:
@@ -497,7 +519,8 @@ def _lay_out(config: ServerConfig, now_ms: int) -> None:
     published = Publisher(keys.load()).create(now_ms)
     store = SqlStore(config.database_url)
     try:
-        store.create(published.repository)
+        act = new_act(current_actor(), now_ms, "repository.init", config.fleet, folder=config.folder.name)
+        store.create(published.repository, [act])
     finally:
         store.close()
     FolderBlobs(config.folder / BLOBS_FOLDER)
@@ -544,4 +567,4 @@ def _status(record: RolloutRecord, members: list[MemberRecord]) -> RolloutStatus
     counts: dict[MemberStatus, int] = {}
     for member in members:
         counts[member.status] = counts.get(member.status, 0) + 1
-    return RolloutStatus(rollout=record, counts=counts, members=members)
+    return RolloutStatus(rollout=record, counts=counts or dict(record.counts), members=members)

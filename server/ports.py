@@ -22,6 +22,8 @@ from protocol.release import (
     delta_target,
 )
 from protocol.trust import Documents, Target
+from server.alerts.records import Trace
+from server.audit import Act
 from server.fleet.history import DeviceEvent
 from server.fleet.registry import DeviceRecord
 from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
@@ -259,8 +261,8 @@ class Records(Protocol):
 class Store(Records, Protocol):
     """The truth: every answer comes from what was committed, every write is durable on return and excludes every other one."""
 
-    def save(self, records: Sequence[Record | KeyChange]) -> None:
-        """As `Records.save`, content keys among them."""
+    def save(self, records: Sequence[Record | KeyChange | Trace]) -> None:
+        """As `Records.save`, content keys and what is noted or told among them."""
         ...
 
     def device_events(self, device: DeviceId, count_max: int) -> list[DeviceEvent]:
@@ -287,8 +289,8 @@ class Store(Records, Protocol):
         """One release."""
         ...
 
-    def add_release(self, record: ReleaseRecord) -> None:
-        """Store a draft; a draft of the same name is replaced.
+    def add_release(self, record: ReleaseRecord, traces: Sequence[Trace] = ()) -> None:
+        """Store a draft, and `traces` with it; a draft of the same name is replaced.
 
         Raises:
             AlreadyPublishedError: A published release has this name.
@@ -303,19 +305,38 @@ class Store(Records, Protocol):
         self,
         update: Callable[[Repository], Repository],
         *published: ReleaseRecord,
+        traces: Sequence[Trace] = (),
     ) -> Repository:
         """Replace the repository by `update(repository)` in one transaction that excludes every other signer.
 
         Args:
             update: Signs; what it raises leaves everything as it was.
             published: Releases that become published in the same transaction.
+            traces: What is noted and told with it, unless nothing changes.
 
         Raises:
             AlreadyPublishedError: One of them has been published before.
         """
         ...
 
-    def label(self, labels: Labels) -> None:
+    def create_rollout(
+        self,
+        make: Callable[[int, list[RolloutRecord]], RolloutRecord],
+        act: Callable[[RolloutRecord], Act] | None = None,
+    ) -> RolloutRecord:
+        """Store a new rollout and what is noted of it in a transaction; `make` gets its number and all rollouts so far."""
+        ...
+
+    def order_rollout(
+        self,
+        rollout: str,
+        make: Callable[[RolloutRecord | None, list[Order]], Order],
+        act: Callable[[Order], Act] | None = None,
+    ) -> Order:
+        """Store an order and what is noted of it in a transaction that excludes every other one; `make` gets the rollout and the orders so far."""
+        ...
+
+    def label(self, labels: Labels, acts: Sequence[Act] = ()) -> None:
         """Replace the labels of a device."""
         ...
 

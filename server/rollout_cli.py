@@ -1,7 +1,6 @@
 """`whimbrel rollout …`: start rollouts, steer them, and be told why they are where they are."""
 
 import argparse
-import getpass
 import re
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -10,6 +9,7 @@ import msgspec
 
 from protocol.errors import RequestError
 from server import operations, rollout_orders
+from server.actors import login
 from server.display import Printer, bytes_text, table
 from server.operations import RolloutPlan, RolloutStatus
 from server.rollouts.evidence import Rules
@@ -54,9 +54,7 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser, show: Printer) 
         order = add(name, lambda arguments, printer, name=name: _order(arguments, printer, name), text)
         _add_id(order)
         order.add_argument("--reason", default="", help="why, for those who come after you")
-        order.add_argument(
-            "--by", default=_login(), metavar="NAME", help="who you are (default: %(default)s)"
-        )
+        order.add_argument("--by", default=login(), metavar="NAME", help="who you are (default: %(default)s)")
         order.add_argument(
             "--seen",
             type=_count,
@@ -162,7 +160,7 @@ def _add_judgement(start: argparse.ArgumentParser) -> None:
         default="",
         help="only devices that run this version",
     )
-    start.add_argument("--by", default=_login(), metavar="NAME", help="who you are (default: %(default)s)")
+    start.add_argument("--by", default=login(), metavar="NAME", help="who you are (default: %(default)s)")
 
 
 # Commands
@@ -361,13 +359,6 @@ def _instant(at_ms: int) -> str:
 
 
 # Arguments
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no name for this user, as in some containers
-        return "unknown"
 
 
 def _duration_or_request(text: str) -> int:

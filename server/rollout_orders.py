@@ -100,7 +100,8 @@ def order_rollout(
         raise RequestError(f"{by[:40]!r} is no name of an operator", hint="give yours with --by")
     if len(reason) > REASON_CHARS_MAX:
         raise RequestError(f"the reason has {len(reason)} characters, allowed are {REASON_CHARS_MAX}")
-    with opened(folder) as home:
+    what = f"order.{action}"
+    with opened(folder) as home, home.attempting(what, rollout):
         now_ms = home.clock.now_ms()
         known: list[Order] = []
 
@@ -116,7 +117,9 @@ def order_rollout(
                 rollout=rollout, number=len(orders) + 1, action=action, by=by, at_ms=now_ms, reason=reason
             )
 
-        order = home.store.order_rollout(rollout, make)
+        order = home.store.order_rollout(
+            rollout, make, lambda order: home.act(what, rollout, reason, operator=by, number=order.number)
+        )
         return Given(order=order, before=known[-1] if known else None)
 
 
@@ -169,7 +172,7 @@ def label_device(folder: Path, device: str, add: list[str], remove: list[str]) -
             raise RequestError(f"{device} would have {len(labels)} labels, allowed are {LABELS_MAX}")
         record = Labels(device=name, labels=tuple(labels))
         if record.labels != before:
-            home.store.label(record)
+            home.store.label(record, [home.act("device.label", name, labels=", ".join(labels))])
         return record
 
 

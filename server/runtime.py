@@ -27,6 +27,8 @@ from server.adapters.lock import FolderLock
 from server.adapters.mqtt import MqttTransport
 from server.adapters.store import SqlStore
 from server.adapters.tls import client_context
+from server.alerts.records import WebhookStanding
+from server.bookkeeping import Bookkeeper
 from server.broker.tcp import EmbeddedBroker
 from server.config import ServerConfig
 from server.content_keys import ContentKeys
@@ -83,7 +85,6 @@ BUNDLE_ROOTS_MAX: Final = 16
 """Roots in one metadata answer; a device keeps what it could verify, and asks again for the next."""
 
 SIGNING_RETRY_MS: Final = 600_000
-_DAY_MS: Final = 86_400_000
 
 
 class Server:
@@ -118,7 +119,7 @@ class Server:
         self._thread: threading.Thread | None = None
         self._changes = -1
         self._has_unread_keys = False
-        self._forget_ms = 0  # when old events of devices are dropped next
+        self._books: Bookkeeper | None = None
         self._known_labels: list[Labels] = []
         self._records_saved = 0
         self._transactions = 0
@@ -152,10 +153,13 @@ class Server:
             self._content_keys = ContentKeys(folder / KEYS_FOLDER, self._store, self._blobs)
             self._publisher = Publisher(KeyFolder(folder / KEYS_FOLDER).load())
             self._enrolment = Enrolment(self._store, self.config, self._clock)
+            chance = random.Random(self._rng.random())  # noqa: S311 - waits, no secrets
+            self._books = Bookkeeper(self._store, self.config, self._clock, chance)
             started = self._load()
             if address == "embedded":
                 self._broker = EmbeddedBroker(port=self.config.port)
                 address = ("127.0.0.1", self._broker.start_in_thread())
+            self._books.start(started)
         except BaseException:
             self._release()
             raise
@@ -192,6 +196,7 @@ class Server:
         self._transport.stop()
         self._builds.stop()
         self._thread = None
+        self._opened_books.note_end(self._failure)
         self._release()
 
     def __enter__(self) -> Self:
@@ -293,6 +298,10 @@ class Server:
             "deltas_retired": self._deltas_retired,
         }
 
+    def webhooks(self) -> list[tuple[WebhookStanding, dict[str, int]]]:
+        """How it goes with each webhook, and what became of its attempts since the start."""
+        return self._opened_books.webhooks()
+
     # The loop
 
     def _post(self, event: Event | IdentityEvent) -> None:
@@ -312,7 +321,9 @@ class Server:
                     self._handle([event for event in events if not isinstance(event, IdentityEvent)])
                     self._see_to_identities(events)
                 self._poll_store()
-                self._forget_history()
+                if self._opened_books.is_chore_due():
+                    self._opened_books.drop_old()
+                    self._opened_books.remind(self._publisher, self._repository)
         except BaseException as error:  # noqa: BLE001 - shown by whoever waits for the server
             self._failure = error
             self._is_stopping.set()
@@ -357,7 +368,9 @@ class Server:
                     effects += self._coordinator.handle(event, now_ms)
             records: list[Record] = [effect.record for effect in effects if isinstance(effect, Save)]
             if records:
-                self._opened.save(records)
+                traces = self._opened_books.traces(records, now_ms)
+                self._opened.save([*records, *traces])
+                self._opened_books.saved(traces)
                 self._records_saved += len(records)
                 self._transactions += 1
             events = [follower for effect in effects if (follower := self._carry_out(effect)) is not None]
@@ -420,6 +433,11 @@ class Server:
         assert self._store is not None
         return self._store
 
+    @property
+    def _opened_books(self) -> Bookkeeper:
+        assert self._books is not None
+        return self._books
+
     def _load(self) -> Started:
         store = self._opened
         self._changes = store.changes()
@@ -429,8 +447,7 @@ class Server:
             repository = store.repository()
             assert repository is not None
             catalog = self._catalog(repository)  # refuses what has expired
-            _LOG.warning("metadata is not signed again: %s", error)
-        self._remind()
+            self._opened_books.cannot_sign(error)
         return Started(
             catalog=catalog,
             devices=store.devices(),
@@ -451,10 +468,10 @@ class Server:
         try:
             repository = self._signed(effect.added, effect.retired)
         except (RequestError, StorageError) as error:
-            _LOG.error("metadata cannot be signed: %s", error)
+            self._opened_books.cannot_sign(error)
             return SigningFailed(effect.deltas, self._clock.now_ms() + SIGNING_RETRY_MS)
         if not (effect.added or effect.retired):
-            self._remind()
+            self._opened_books.remind(self._publisher, self._repository)
         self._deltas_signed += len(effect.deltas)
         self._deltas_retired += len(effect.retired)
         return MetadataChanged(self._catalog(repository))
@@ -469,14 +486,6 @@ class Server:
                 _LOG.warning("keys are not read yet: %s", error)
             self._has_unread_keys = True
 
-    def _remind(self) -> None:
-        """Say which documents end soon that only people can sign."""
-        for role, at_ms in self._publisher.due_elsewhere(self._repository, self._clock.now_ms()).items():
-            days = (at_ms - self._clock.now_ms()) / 86_400_000
-            _LOG.warning(
-                "the document of role %s ends in %.0f days: run `whimbrel keys renew %s`", role, days, role
-            )
-
     def _remove(self, path: str, names: tuple[Digest, ...]) -> Event | None:
         """Remove blobs that nothing signed needs; what cannot be removed now is removed after the next start."""
         drafts = {file.sha256 for record in self._opened.releases() for file in record.release.files}
@@ -484,7 +493,8 @@ class Server:
             for name in names:
                 if name not in drafts:
                     self._blobs.remove(name)
-            self._opened.save([ContentKeyRemoval(blob=name) for name in names])
+            act = self._opened_books.removed(path, len(names))
+            self._opened.save([*(ContentKeyRemoval(blob=name) for name in names), act])
         except StorageError as error:
             _LOG.warning("a retired delta is still on the disk: %s", error)
             return None
@@ -499,7 +509,7 @@ class Server:
                 return self._publisher.publish(before, added, retired, now_ms).repository
             return self._publisher.refresh(before, now_ms).repository
 
-        repository = self._opened.sign(update)
+        repository = self._opened.sign(update, traces=self._opened_books.signing(added, retired))
         write_metadata(self.config.folder, repository)
         return repository
 
@@ -535,16 +545,11 @@ class Server:
         events += [RolloutOrdered(order) for order in self._opened.orders() if not order.answer]
         self._handle(events)
 
-    def _forget_history(self) -> None:
-        """Drop events of devices that are older than they are kept, once a day."""
-        now_ms = self._clock.now_ms()
-        if now_ms >= self._forget_ms:
-            self._forget_ms = now_ms + _DAY_MS
-            self._opened.forget_device_events(now_ms - self.config.history_days * _DAY_MS)
-
     def _release(self) -> None:
         if self._broker is not None:
             self._broker.close()
+        if self._books is not None:
+            self._books.stop()
         if self._store is not None:
             self._store.close()
         if self._folder_lock is not None:

@@ -9,6 +9,8 @@ import msgspec
 from protocol.errors import ReleaseError, RequestError
 from protocol.ids import Digest, Family, Version, digest_of, parse_family, parse_version
 from protocol.release import Release, release_target
+from server.alerts.records import Alert, new_alert
+from server.audit import Details
 from server.documents import read_statement
 from server.home import Home, opened
 from server.operations import find_release
@@ -76,7 +78,9 @@ def score_release(
         data = encode_card(card)
         note = _obstacle(home, record, card)
         if not note:
-            note = _bind(home, record, data)
+            note = _bind(home, record, data, card.verdict)
+        if card.verdict == "failed":
+            home.store.save([_failed(home, record, card, digest_of(data))])
         return Scored(card=card, digest=digest_of(data), is_bound=not note, note=note)
 
 
@@ -118,7 +122,16 @@ def _obstacle(home: Home, record: ReleaseRecord, card: Scorecard) -> str:
     return ""
 
 
-def _bind(home: Home, record: ReleaseRecord, data: bytes) -> str:
+def _failed(home: Home, record: ReleaseRecord, card: Scorecard, digest: Digest) -> Alert:
+    """What is told of a version that is not good enough; once for each scorecard."""
+    name = f"{record.release.family} {record.release.version}"
+    broken = [f"{check.name}: {check.detail}" for check in card.checks if check.status == "failed"]
+    text = f"The scorecard of {name} failed: {'; '.join(broken) or 'see `whimbrel score`'}"
+    details: Details = {"release": name, "failed": len(broken), "scorecard": digest}
+    return new_alert("scorecard.failed", name, home.clock.now_ms(), text, key=digest, details=details)
+
+
+def _bind(home: Home, record: ReleaseRecord, data: bytes, verdict: str) -> str:
     """Have the draft name the scorecard; gives why it cannot."""
     release = msgspec.structs.replace(record.release, scorecard_sha256=digest_of(data))
     if release == record.release:
@@ -131,5 +144,7 @@ def _bind(home: Home, record: ReleaseRecord, data: bytes) -> str:
             return str(error)
         release = msgspec.structs.replace(release, provenance_sha256=home.blobs.put(provenance).digest)
     home.blobs.put(data)
-    home.store.add_release(msgspec.structs.replace(record, release=release))
+    name = f"{release.family} {release.version}"
+    act = home.act("scorecard.bind", name, verdict=verdict, scorecard=digest_of(data))
+    home.store.add_release(msgspec.structs.replace(record, release=release), [act])
     return ""

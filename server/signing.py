@@ -20,6 +20,8 @@ from protocol.release import (
 )
 from protocol.trust import Target
 from server.adapters.pending import PendingFolder
+from server.alerts.records import Alert, new_alert
+from server.audit import TEXT_CHARS_MAX, WAITING, Act, actor_text
 from server.documents import named_documents
 from server.home import Home, write_metadata
 from server.ports import ReleaseRecord, Repository
@@ -28,12 +30,13 @@ from server.releases.metadata import Draft, Standing
 
 
 def change_signed(
-    home: Home, change: Callable[[Draft], None] = lambda _: None, added: Sequence[Target] = ()
+    home: Home, act: Act, change: Callable[[Draft], None] = lambda _: None, added: Sequence[Target] = ()
 ) -> list[Standing]:
     """Change what is signed, and publish it once nothing lacks a signature; until then it waits in the folder.
 
     Args:
         home: The open folder.
+        act: What is noted in the audit trail, as done or as waiting.
         change: Changes keys, roles or lives of documents.
         added: Targets to list, which need the signatures of others.
 
@@ -66,11 +69,14 @@ def change_signed(
     standings = [draft.standing(role) for role in documents]
     if any(standing.missing for standing in standings):
         pending.write(documents)
+        _note_waiting(home, act, standings)
         return standings
     records, files = _newly_listed(home, draft)
     published = [msgspec.structs.replace(record, published_ms=now_ms) for record in records]
     repository = home.store.sign(
-        lambda before: publisher.submit(before, prepared(before)[0], files, now_ms).repository, *published
+        lambda before: publisher.submit(before, prepared(before)[0], files, now_ms).repository,
+        *published,
+        traces=_published_traces(home, act, standings, records),
     )
     write_metadata(home.config.folder, repository)
     pending.write({})
@@ -100,6 +106,47 @@ def read_waiting(home: Home) -> tuple[dict[str, bytes], Draft]:
         if role in {"snapshot", "timestamp"} or role not in draft.roles():
             raise RequestError(f"{pending.path(role)} is the document of no role", hint="remove the file")
     return waiting, draft
+
+
+def _note_waiting(home: Home, act: Act, standings: Sequence[Standing]) -> None:
+    """Note what was asked for, and tell that people have to sign; once for each set of documents."""
+    lacking = [standing for standing in standings if standing.missing]
+    texts = [
+        f"{each.role} version {each.version} lacks {each.missing} signature(s) of {', '.join(key.name for key in each.unsigned)}"
+        for each in lacking
+    ]
+    names = ", ".join(each.role for each in lacking)
+    told = new_alert(
+        "keys.waiting",
+        names[:128],
+        act.at_ms,
+        f"{'; '.join(texts)}: each signs with `whimbrel keys sign`",
+        key="/".join(f"{each.role}:{each.version}" for each in lacking),
+        details={"act": act.what, "on": act.on, "by": act.by.name},
+    )
+    noted = msgspec.structs.replace(act, outcome=WAITING, text="; ".join(texts)[:TEXT_CHARS_MAX])
+    home.store.save([noted, told])
+
+
+def _published_traces(
+    home: Home, act: Act, standings: Sequence[Standing], records: Sequence[ReleaseRecord]
+) -> list[Act | Alert]:
+    """What is noted and told when documents are published: also of the releases that had waited for them."""
+    traces: list[Act | Alert] = [act]
+    for record in records:
+        published = home.act(
+            "release.publish",
+            f"{record.release.family} {record.release.version}",
+            "its signatures are complete",
+        )
+        if (act.what, act.on) != (published.what, published.on):
+            traces.append(published)
+    keys = [f"{each.role} version {each.version}" for each in standings if each.role in {"root", "targets"}]
+    if keys:
+        text = f"{' and '.join(keys)}, which say whose keys count, were published: {act.what} of {act.on} by {actor_text(act.by)}"
+        details = {"act": act.what, "on": act.on, "by": act.by.name}
+        traces.append(new_alert("keys.changed", ", ".join(keys)[:128], act.at_ms, text, details=details))
+    return traces
 
 
 def _newly_listed(home: Home, draft: Draft) -> tuple[list[ReleaseRecord], list[Target]]:

@@ -11,11 +11,14 @@ from server.accounts import (
     PASSWORD_LENGTH_MAX,
     ROLES,
     TOKEN_DAYS_MAX,
+    AccountRecord,
+    Accounts,
     SessionRecord,
     UserRecord,
     check_password,
 )
 from server.adapters.secrets import hash_password, new_token, token_digest
+from server.audit import Act
 from server.display import Printer, table
 from server.home import opened
 
@@ -74,21 +77,28 @@ def _add_password(parser: argparse.ArgumentParser) -> None:
 
 def _add(arguments: argparse.Namespace) -> int:
     password = _chosen_password(arguments)
-    with opened(arguments.dir) as home:
+    with opened(arguments.dir) as home, home.attempting("user.add", arguments.name):
         user = UserRecord(
             name=arguments.name,
             role=arguments.role,
             password=hash_password(password),
             created_ms=home.clock.now_ms(),
         )
-        home.store.change_accounts(lambda accounts: accounts.add(user))
+        act = home.act("user.add", user.name, role=user.role)
+        home.store.change_accounts(lambda accounts: [*accounts.add(user), act])
     _print(arguments, f"{arguments.name} may sign in as {arguments.role}")
     return 0
 
 
 def _role(arguments: argparse.Namespace) -> int:
-    with opened(arguments.dir) as home:
-        home.store.change_accounts(lambda accounts: accounts.change(arguments.name, role=arguments.role))
+    name, role = arguments.name, arguments.role
+    with opened(arguments.dir) as home, home.attempting("user.role", name):
+
+        def change(accounts: Accounts) -> list[AccountRecord | Act]:
+            before = accounts.user(name).role
+            return [*accounts.change(name, role=role), home.act("user.role", name, role=role, before=before)]
+
+        home.store.change_accounts(change)
     _print(arguments, f"{arguments.name} is {arguments.role} from now on")
     return 0
 
@@ -97,7 +107,8 @@ def _password(arguments: argparse.Namespace) -> int:
     with opened(arguments.dir) as home:
         home.store.accounts().user(arguments.name)  # before a password is asked for
         kept = hash_password(_chosen_password(arguments))
-        home.store.change_accounts(lambda accounts: accounts.change(arguments.name, password=kept))
+        act = home.act("user.password", arguments.name)
+        home.store.change_accounts(lambda accounts: [*accounts.change(arguments.name, password=kept), act])
     _print(arguments, f"{arguments.name} has a new password; sign-ins and tokens from before have ended")
     return 0
 
@@ -113,15 +124,17 @@ def _token(arguments: argparse.Namespace) -> int:
             created_ms=now_ms,
             expires_ms=now_ms + arguments.days * _DAY_MS,
         )
-        home.store.change_accounts(lambda accounts: accounts.begin(session, now_ms))
+        act = home.act("user.token", arguments.name, days=arguments.days)
+        home.store.change_accounts(lambda accounts: [*accounts.begin(session, now_ms), act])
     lines = [token, f"Shown once; good for {arguments.days} days as `Authorization: Bearer TOKEN`"]
     arguments.printer(arguments, {"token": token, "expires_ms": session.expires_ms}, lines)
     return 0
 
 
 def _remove(arguments: argparse.Namespace) -> int:
-    with opened(arguments.dir) as home:
-        home.store.change_accounts(lambda accounts: accounts.remove(arguments.name))
+    with opened(arguments.dir) as home, home.attempting("user.remove", arguments.name):
+        act = home.act("user.remove", arguments.name)
+        home.store.change_accounts(lambda accounts: [*accounts.remove(arguments.name), act])
     _print(arguments, f"{arguments.name} is gone, with all sign-ins and tokens")
     return 0
 

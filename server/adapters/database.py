@@ -1,6 +1,6 @@
 """A database as every part of the store uses it: transactions, errors, and records as JSON in rows.
 
-SQLite by default, PostgreSQL by URL; whoever uses it need not know which. What the tables are is in `store.py`.
+SQLite by default, PostgreSQL by URL; whoever uses it need not know which. What the tables are is in `store.py` and `trail.py`.
 """
 
 from collections.abc import Iterator

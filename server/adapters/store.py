@@ -1,14 +1,16 @@
-"""The store in a relational database. With `database.py` the only importer of `sqlalchemy`.
+"""The store in a relational database. With `database.py` and `trail.py` the only importer of `sqlalchemy`.
 
 Records are JSON in the shape of their structs, beside the columns that queries need: a field that is added later costs
 no migration. Every write is one transaction that is durable on return (SQLite: write-ahead log, `synchronous=FULL`) and
 excludes every other one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -31,7 +33,10 @@ from protocol.errors import AlreadyPublishedError, RequestError, StorageError
 from protocol.ids import DeviceId, Digest, Family, Version
 from protocol.trust import Documents
 from server.accounts import AccountRecord, Accounts, SessionRecord, SessionRemoval, UserRecord, UserRemoval
-from server.adapters.database import Database, decoded, encode, replace_rows, text
+from server.adapters.database import decoded, encode, replace_rows, text
+from server.adapters.trail import TRAIL, Trail, prepare_trail, write_traces
+from server.alerts.records import Alert, Trace
+from server.audit import Act
 from server.fleet.history import DeviceEvent
 from server.fleet.identities import (
     CertificateRecord,
@@ -55,7 +60,8 @@ from server.ports import (
     ReleaseRecord,
     Repository,
 )
-from server.rollouts.records import Decision, Labels, MemberRecord, Order, RolloutRecord
+from server.rollouts.records import Decision, Labels, MemberRecord, MemberStatus, Order, RolloutRecord
+from server.rollouts.states import RolloutState
 
 SCHEMA_VERSION: Final = 1
 
@@ -162,10 +168,10 @@ _REMOVALS: Final[dict[type[Struct], tuple[Table, str]]] = {
 }
 
 
-class SqlStore(Database):
-    """`Store` in a database; safe to use from several threads and processes."""
+class SqlStore(Trail):
+    """`Store` in a database; safe to use from several threads and processes. Acts and alerts that are given to a change are noted with it."""
 
-    def create(self, repository: Repository) -> None:
+    def create(self, repository: Repository, acts: Sequence[Act] = ()) -> None:
         """Lay out an empty database around a new repository.
 
         Raises:
@@ -180,6 +186,8 @@ class SqlStore(Database):
             constants = [{"name": "schema", "value": SCHEMA_VERSION}, {"name": "changes", "value": 0}]
             connection.execute(insert(_CONSTANTS), constants)
             _write_repository(connection, repository)
+            prepare_trail(connection)
+            write_traces(connection, acts)
 
     def check(self) -> None:
         """Refuse a database that this program does not understand.
@@ -200,7 +208,7 @@ class SqlStore(Database):
             )
         self._add_tables()
 
-    def save(self, records: Sequence[Record | KeyChange]) -> None:
+    def save(self, records: Sequence[Record | KeyChange | Trace]) -> None:
         """Write all records in one transaction; a record replaces the one with its key."""
         with self._writing() as connection:
             self._write(connection, records)
@@ -208,14 +216,17 @@ class SqlStore(Database):
     def _write(
         self,
         connection: Connection,
-        records: Sequence[Record | KeyChange | IdentityRecord | AccountRecord | Labels],
+        records: Sequence[Record | KeyChange | IdentityRecord | AccountRecord | Labels | Trace],
     ) -> None:
         rows: dict[Table, dict[tuple[Any, ...], dict[str, Any] | None]] = {}
         rollouts = []
         events = []
+        traces: list[Trace] = []
         for record in records:
             if isinstance(record, RolloutRecord):
                 rollouts.append(record)
+            elif isinstance(record, Act | Alert):
+                traces.append(record)
             elif isinstance(record, DeviceEvent):
                 events.append({"device": record.device, "at_ms": record.at_ms, "body": encode(record)})
             elif type(record) in _REMOVALS:
@@ -233,6 +244,7 @@ class SqlStore(Database):
         for rollout in rollouts:
             body = encode(rollout)
             connection.execute(update(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id).values(body=body))
+        write_traces(connection, traces)
 
     def devices(self) -> list[DeviceRecord]:
         """Every device that ever reported."""
@@ -247,6 +259,35 @@ class SqlStore(Database):
         """Drop what is older than `before_ms`."""
         with self._writing() as connection:
             connection.execute(delete(_EVENTS).where(_EVENTS.c.at_ms < before_ms))
+
+    def forget_members(self, before_ms: int) -> list[str]:
+        """Drop the devices of rollouts that ended before `before_ms`, but for the last one of each family that finished: what it led to counts.
+
+        How many devices came how far stays in the record of the rollout. Returns the rollouts.
+        """
+        gone = []
+        with self._writing() as connection:
+            bodies = connection.execute(select(_ROLLOUTS.c.body).order_by(_ROLLOUTS.c.number)).scalars()
+            records = [decoded(RolloutRecord, body) for body in bodies]
+            latest = {each.family: each.id for each in records if each.state is RolloutState.FINISHED}
+            for record in records:
+                if (
+                    record.finished_ms is None
+                    or record.finished_ms >= before_ms
+                    or record.id in latest.values()
+                ):
+                    continue
+                mine = _MEMBERS.c.rollout == record.id
+                found = [
+                    decoded(MemberRecord, body)
+                    for body in connection.execute(select(_MEMBERS.c.body).where(mine)).scalars()
+                ]
+                if found:
+                    counts: Counter[MemberStatus] = Counter(member.status for member in found)
+                    connection.execute(delete(_MEMBERS).where(mine))
+                    self._write(connection, [replace(record, counts=dict(counts))])
+                    gone.append(record.id)
+        return gone
 
     def rollouts(self) -> list[RolloutRecord]:
         """Every rollout, oldest first."""
@@ -290,13 +331,14 @@ class SqlStore(Database):
         found = self._load(ReleaseRecord, select(_RELEASES.c.body).where(_named(family, version)))
         return found[0] if found else None
 
-    def add_release(self, record: ReleaseRecord) -> None:
+    def add_release(self, record: ReleaseRecord, traces: Sequence[Trace] = ()) -> None:
         """Store a draft; a draft of the same name is replaced."""
         family, version = Family(record.release.family), Version(record.release.version)
         with self._writing() as connection:
             _refuse_published(connection, family, version)
             connection.execute(delete(_RELEASES).where(_named(family, version)))
             connection.execute(insert(_RELEASES).values(family=family, version=version, body=encode(record)))
+            write_traces(connection, traces)
 
     def repository(self) -> Repository | None:
         """What was signed last."""
@@ -304,9 +346,12 @@ class SqlStore(Database):
             return _read_repository(connection)
 
     def sign(
-        self, update_repository: Callable[[Repository], Repository], *published: ReleaseRecord
+        self,
+        update_repository: Callable[[Repository], Repository],
+        *published: ReleaseRecord,
+        traces: Sequence[Trace] = (),
     ) -> Repository:
-        """Replace the repository in one transaction that excludes every other signer."""
+        """Replace the repository in one transaction that excludes every other signer; `traces` are noted if it changes."""
         with self._writing() as connection:
             before = _read_repository(connection)
             if before is None:
@@ -320,10 +365,16 @@ class SqlStore(Database):
             if after != before:
                 _write_repository(connection, after)
                 _count_change(connection)
+            if after != before or published:
+                write_traces(connection, traces)
             return after
 
-    def create_rollout(self, make: Callable[[int, list[RolloutRecord]], RolloutRecord]) -> RolloutRecord:
-        """Store a new rollout."""
+    def create_rollout(
+        self,
+        make: Callable[[int, list[RolloutRecord]], RolloutRecord],
+        act: Callable[[RolloutRecord], Act] | None = None,
+    ) -> RolloutRecord:
+        """Store a new rollout, and `act` of it."""
         with self._writing() as connection:
             bodies = connection.execute(select(_ROLLOUTS.c.body).order_by(_ROLLOUTS.c.number)).scalars()
             before = [decoded(RolloutRecord, body) for body in bodies]
@@ -332,19 +383,23 @@ class SqlStore(Database):
             record = make(number, before)
             connection.execute(insert(_ROLLOUTS).values(number=number, id=record.id, body=encode(record)))
             _count_change(connection)
+            write_traces(connection, [] if act is None else [act(record)])
             return record
 
     def order_rollout(
-        self, rollout: str, make: Callable[[RolloutRecord | None, list[Order]], Order]
+        self,
+        rollout: str,
+        make: Callable[[RolloutRecord | None, list[Order]], Order],
+        act: Callable[[Order], Act] | None = None,
     ) -> Order:
-        """Store an order in a transaction that excludes every other one."""
+        """Store an order, and `act` of it, in a transaction that excludes every other one."""
         with self._writing() as connection:
             body = connection.execute(select(_ROLLOUTS.c.body).where(_ROLLOUTS.c.id == rollout)).scalar()
             query = select(_ORDERS.c.body).where(_ORDERS.c.rollout == rollout).order_by(_ORDERS.c.number)
             before = [decoded(Order, each) for each in connection.execute(query).scalars()]
             order = make(None if body is None else decoded(RolloutRecord, body), before)
-            self._write(connection, [order])
             _count_change(connection)
+            self._write(connection, [order] if act is None else [order, act(order)])
             return order
 
     def orders(self, rollout: str | None = None) -> list[Order]:
@@ -357,11 +412,11 @@ class SqlStore(Database):
         query = select(_DECISIONS.c.body).where(_DECISIONS.c.rollout == rollout)
         return self._load(Decision, query.order_by(_DECISIONS.c.number))
 
-    def label(self, labels: Labels) -> None:
+    def label(self, labels: Labels, acts: Sequence[Act] = ()) -> None:
         """Replace the labels of a device."""
         with self._writing() as connection:
-            self._write(connection, [labels])
             _count_change(connection)
+            self._write(connection, [labels, *acts])
 
     def labels(self) -> list[Labels]:
         """The labels of all devices that have some."""
@@ -372,13 +427,13 @@ class SqlStore(Database):
         with self._reading() as connection:
             return _read_identities(connection)
 
-    def change_identities(self, change: Callable[[Identities], Sequence[IdentityRecord]]) -> Identities:
+    def change_identities(self, change: Callable[[Identities], Sequence[IdentityRecord | Act]]) -> Identities:
         """Write what `change` decides, in one transaction that excludes every other change; returns how things stand then."""
         with self._writing() as connection:
             records = change(_read_identities(connection))
             if records:
-                self._write(connection, records)
                 _count_change(connection)
+                self._write(connection, records)
             return _read_identities(connection)
 
     def accounts(self) -> Accounts:
@@ -399,7 +454,7 @@ class SqlStore(Database):
         with self._reading() as connection:
             return _read_user(connection, name)
 
-    def change_accounts(self, change: Callable[[Accounts], Sequence[AccountRecord]]) -> None:
+    def change_accounts(self, change: Callable[[Accounts], Sequence[AccountRecord | Act]]) -> None:
         """Write what `change` decides, in one transaction that excludes every other change."""
         with self._writing() as connection:
             records = change(_read_accounts(connection))
@@ -414,9 +469,10 @@ class SqlStore(Database):
         """Make the tables that came later; an older program does without them, so the layout keeps its version."""
         with self._reading() as connection:
             known = inspect(connection).get_table_names()
-        if set(_schema.tables) - set(known):
+        if {*_schema.tables, *TRAIL.tables} - set(known):
             with self._writing() as connection:
                 _schema.create_all(connection)
+                prepare_trail(connection)
 
 
 def _named(family: Family, version: Version) -> Any:

@@ -80,6 +80,7 @@ class RolloutRecord(Struct, frozen=True, kw_only=True):
     created_ms: int
     begun_ms: int | None = None  # first device asked
     finished_ms: int | None = None
+    counts: dict[MemberStatus, int] = {}  # what became of its devices, once their records were dropped
 
     @property
     def plan(self) -> tuple[Wave, ...]:

@@ -7,12 +7,13 @@ a header beside it that only our own page knows how to fill (OWASP: synchronizer
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Final, NoReturn
 
 from fastapi import Depends, Request
 
 from server.accounts import SESSION_MS, Role, SessionRecord, UserRecord, may
 from server.adapters.secrets import hash_password, is_password, new_token, token_digest
+from server.audit import DONE, Act, Actor, new_act
 from server.ports import Clock
 from server.web.problems import DeniedError, SignInError, TooManyError
 
@@ -35,10 +36,17 @@ class Visit:
     Attributes:
         user: Who.
         session: By which sign-in or token.
+        address: Where they ask from.
     """
 
     user: UserRecord
     session: SessionRecord
+    address: str
+
+    @property
+    def actor(self) -> Actor:
+        """In whose name things are done."""
+        return Actor(kind=self.session.kind, name=self.user.name, role=self.user.role, address=self.address)
 
 
 class Doors:
@@ -109,17 +117,40 @@ def visit(request: Request) -> Visit:
     if held is None or (held[1].kind == "token") != is_token:
         raise SignInError("sign in first")
     user, session = held
+    visitor = Visit(user, session, address_of(request))
     if not is_token and request.method in _CHANGING:
         sent = request.headers.get(CSRF_HEADER, "")
         if not hmac.compare_digest(sent.encode(), session.csrf.encode()):
-            raise DeniedError(f"the header {CSRF_HEADER} is not that of this sign-in")
-    return Visit(user, session)
+            deny(request, visitor, f"the header {CSRF_HEADER} is not that of this sign-in")
+    return visitor
 
 
-def _at_least(role: Role) -> Callable[[Visit], Visit]:
-    def check(visitor: Annotated[Visit, Depends(visit)]) -> Visit:
+def address_of(request: Request) -> str:
+    """Where somebody asks from; behind a proxy, what it says."""
+    return request.client.host if request.client else ""
+
+
+def act_of(request: Request, by: Actor, what: str, on: str, text: str = "", *, outcome: str = DONE) -> Act:
+    """Something that is done with the API itself, to be noted in the audit trail."""
+    return new_act(by, request.app.state.clock.now_ms(), what, on, text, outcome=outcome)
+
+
+def deny(request: Request, visitor: Visit, why: str) -> NoReturn:
+    """Refuse something to somebody who may not have it, and note that.
+
+    Raises:
+        DeniedError: Always.
+    """
+    on = f"{request.method} {request.url.path}"
+    act = act_of(request, visitor.actor, "api.refuse", on, why, outcome=DeniedError.code)
+    request.app.state.store.save([act])
+    raise DeniedError(why)
+
+
+def _at_least(role: Role) -> Callable[[Request, Visit], Visit]:
+    def check(request: Request, visitor: Annotated[Visit, Depends(visit)]) -> Visit:
         if not may(visitor.user.role, role):
-            raise DeniedError(f"{visitor.user.name} is {visitor.user.role}, this needs {role}")
+            deny(request, visitor, f"{visitor.user.name} is {visitor.user.role}, this needs {role}")
         return visitor
 
     return check

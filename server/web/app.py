@@ -14,7 +14,7 @@ from fastapi.staticfiles import StaticFiles
 from server.adapters.store import SqlStore
 from server.ports import Clock
 from server.runtime import Server
-from server.web import acting, metrics, reading, weighing
+from server.web import acting, metrics, reading, trail, weighing
 from server.web.access import Doors
 from server.web.feed import Feed
 from server.web.problems import add_handlers
@@ -69,7 +69,7 @@ def create_app(server: Server, store: SqlStore, clock: Clock, *, is_secure: bool
     app.state.is_secure = is_secure
     app.state.doors = Doors(clock)
     app.state.feed = Feed(server, clock)
-    routers = (reading.router, weighing.router, acting.router, metrics.router)
+    routers = (reading.router, weighing.router, acting.router, trail.router, metrics.router)
     add_handlers(app, routers)
     for router in routers:
         app.include_router(router)

@@ -58,8 +58,26 @@ class FleetCollector(Collector):
         )
         yield _gauge("whimbrel_air_full_bytes", "What whole files would have taken", air.full_bytes)
         yield _gauge("whimbrel_cached_bytes", "Bytes that the broker should retain", status["cached_bytes"])
+        yield from _webhooks(self._server)
         for name, value in status["counters"].items():
             yield CounterMetricFamily(f"whimbrel_server_{name}", "Since the start of the server", value=value)
+
+
+def _webhooks(server: Server) -> Iterable[Metric]:
+    waiting = GaugeMetricFamily(
+        "whimbrel_webhook_waiting", "Alerts that wait for a webhook", labels=["webhook"]
+    )
+    attempts = CounterMetricFamily(
+        "whimbrel_webhook_attempts",
+        "What became of attempts to send an alert, since the start of the server",
+        labels=["webhook", "outcome"],
+    )
+    for standing, counters in server.webhooks():
+        waiting.add_metric([standing.name], standing.waiting)
+        for outcome, count in counters.items():
+            attempts.add_metric([standing.name, outcome], count)
+    yield waiting
+    yield attempts
 
 
 def _air(coordinator: Coordinator) -> AirBytes:

@@ -122,7 +122,7 @@ def rollout_summary(record: RolloutRecord, counts: Mapping[MemberStatus, int]) -
         created_ms=record.created_ms,
         begun_ms=record.begun_ms,
         finished_ms=record.finished_ms,
-        counts={str(status): count for status, count in counts.items()},
+        counts={str(status): count for status, count in (counts or record.counts).items()},
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from msgspec.structs import replace
+
 from device.adapters.clock import SystemClock
 from device.adapters.mqtt import MqttLoop
 from device.adapters.workers import WorkerPool
@@ -14,6 +16,7 @@ from device.runtime import DeviceRuntime, install_factory
 from protocol.ids import DeviceId, Family, FleetId
 from server.accounts import Role, UserRecord
 from server.adapters.secrets import hash_password
+from server.alerts.settings import WebhookSettings
 from server.config import WebSettings, read_config
 from server.home import opened
 from server.operations import add_release, init_repository, publish_release, show_release
@@ -33,9 +36,10 @@ class BrowserLab:
     Args:
         folder: New or empty.
         devices: How many agents, in one thread of this process.
+        webhooks: Where alerts go.
     """
 
-    def __init__(self, folder: Path, devices: int) -> None:
+    def __init__(self, folder: Path, devices: int, webhooks: tuple[WebhookSettings, ...] = ()) -> None:
         self.folder = folder
         self.home = folder / "server"
         init_repository(self.home, "lab", port=0)
@@ -46,7 +50,8 @@ class BrowserLab:
         self.add("v4", 4, 0)
         for name in ("viewer", "operator", "approver"):
             self.add_user(name, name)
-        self.server = Server(read_config(self.home), seed=1)
+        config = replace(read_config(self.home), webhooks=webhooks)
+        self.server = Server(config, seed=1)
         self.server.start()
         self.server.wait_connected(WAIT_S)
         self.web = WebServer(self.server, WebSettings(port=0))

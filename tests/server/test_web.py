@@ -24,7 +24,7 @@ from protocol.messages import Report, UpdateReport
 from server.accounts import SESSION_MS, Accounts, Role, SessionRecord, UserRecord, may
 from server.adapters.secrets import hash_password, is_password, new_token, token_digest
 from server.cli import main
-from server.config import ServerConfig, WebSettings, config_text, read_config
+from server.config import HistorySettings, ServerConfig, WebSettings, config_text, read_config
 from server.coordinator import Coordinator, CoordinatorLimits
 from server.effects import Save
 from server.events import LinkReceived, ReportReceived
@@ -568,7 +568,7 @@ def test_settings_are_written_as_they_are_read(tmp_path: Path) -> None:
     config: ServerConfig = replace(
         read_config(tmp_path / "server"),
         web=WebSettings(port=81, url="https://fleet.example"),
-        history_days=7,
+        history=HistorySettings(device_days=7),
     )
     (tmp_path / "server" / "whimbrel.toml").write_text(config_text(config))
     assert read_config(tmp_path / "server") == config

@@ -9,6 +9,7 @@ import { releasePage, releasesPage } from "./releases.js";
 import { rolloutPage, rolloutsPage } from "./rollouts.js";
 import { signInPage } from "./signin.js";
 import { tiersPage } from "./tiers.js";
+import { auditPage } from "./trail.js";
 
 const PAGES = [
   [/^$/, fleetPage, "Fleet"],
@@ -19,6 +20,7 @@ const PAGES = [
   [/^tiers$/, tiersPage, "Tiers"],
   [/^releases$/, releasesPage, "Releases"],
   [/^releases\/([^/]+)\/([^/]+)$/, releasePage, "Release"],
+  [/^audit$/, auditPage, "Audit"],
 ];
 const view = document.getElementById("view");
 let leave = () => {};
@@ -67,7 +69,10 @@ async function show() {
 
 function navigation(path) {
   const first = path.split("/")[0];
-  const pages = [["", "Fleet"], ["rollouts", "Rollouts"], ["devices", "Devices"], ["tiers", "Tiers"], ["releases", "Releases"]];
+  const pages = [
+    ["", "Fleet"], ["rollouts", "Rollouts"], ["devices", "Devices"], ["tiers", "Tiers"], ["releases", "Releases"],
+    ...(may("approver") ? [["audit", "Audit"]] : []),
+  ];
   replace(document.getElementById("nav"), pages.map(([to, text]) =>
     h("a", { href: `#/${to}`, "aria-current": to === first ? "page" : undefined }, text)));
   document.getElementById("fleet-name").textContent = visitor.fleet;

@@ -3,6 +3,7 @@
 import { ask, may, post } from "./api.js";
 import { bytes, duration, figures, h, link, replace, statusBar, svg, table, time, words } from "./dom.js";
 import { live } from "./live.js";
+import { followAlerts } from "./trail.js";
 
 const STATUSES = ["committed", "running", "asked", "rejected", "rolled_back", "failed", "silent", "deferred", "withdrawn"];
 
@@ -66,7 +67,8 @@ export async function rolloutPage(body, { parts: [id], onLeave, say, confirmed }
     STATUSES.map((each) => h("option", { value: each }, words(each))));
   const members = h("div", {});
   const head = h("div", {});
-  replace(body, head, actions, place, h("section", { class: "card" }, h("h2", {}, "Devices"), h("p", {}, h("label", { for: "status" }, "Show "), status), members));
+  const alerts = h("div", {});
+  replace(body, head, actions, place, alerts, h("section", { class: "card" }, h("h2", {}, "Devices"), h("p", {}, h("label", { for: "status" }, "Show "), status), members));
   let isLoading = false;
   let shown = null;
 
@@ -130,6 +132,7 @@ export async function rolloutPage(body, { parts: [id], onLeave, say, confirmed }
 
   await load();
   onLeave(whenChanged(() => live.version, load));
+  await followAlerts(alerts, id, onLeave);
 }
 
 // What the outcomes say, and the line at which they stop the rollout.
