@@ -165,9 +165,9 @@ def _lines(found: Diagnosis, divergences: list[Divergence]) -> Iterator[str]:
             yield f"{'':<32}{MEANINGS[each.code].advice}"
     changed = [each for each in found.tensors if not each.is_identical]
     yield f"Tensors: {len(changed)} of {len(found.tensors)} changed"
-    ranked = sorted(changed, key=lambda each: -each.relative)[:_TENSORS_SHOWN]
+    ranked = sorted(changed, key=lambda each: (-each.moved, -each.relative))[:_TENSORS_SHOWN]
     yield from table(
-        ["TENSOR", "LAYOUT", "CHANGE", "COSINE", "GAIN", "OF ROUNDING", "DAMAGED BLOCKS"],
+        ["TENSOR", "LAYOUT", "CHANGE", "MOVED", "COSINE", "GAIN", "OF ROUNDING", "DAMAGED BLOCKS"],
         [_row(each) for each in ranked],
     )
     worse = [each for each in divergences if each.step is not None or each.is_worse]
@@ -190,6 +190,7 @@ def _row(change: TensorChange) -> list[str]:
         change.name,
         " to ".join(dict.fromkeys(layouts)),
         f"{100 * change.relative:.3g} %",
+        f"{100 * change.moved:.3g} %",
         f"{change.cosine:.4f}",
         f"{change.gain:.3f}",
         f"{change.rounding:.2f}" if change.rounding < 1e6 else "-",

@@ -204,13 +204,17 @@ def conclusion(findings: list[Finding]) -> str:
         findings: In the order of likelihood.
     """
     grave = [each for each in findings if each.severity != "note" and each.cause != "none"]
-    if not grave:
+    worse = next((each.summary.partition(";")[0] for each in findings if each.code == "prompts.worse"), None)
+    if not grave and not worse:
         return "Nothing that matters changed."
+    if not grave:
+        notes = [MEANINGS[each.code].conclusion for each in findings if each.cause != "none"]
+        return f"{worse}, and nothing in the files explains it. They differ so: {'; '.join(notes) or 'not at all'}."
     first, *others = (MEANINGS[each.code].conclusion for each in grave)
     text = f"Most likely {first}{_places(grave[0])}."
     if others:
         text += f" Also: {'; '.join(others)}."
-    return text
+    return f"{text} {worse}." if worse else text
 
 
 def _places(found: Finding) -> str:
