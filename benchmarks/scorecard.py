@@ -1,6 +1,6 @@
 """Scorecards of SmolLM2-135M in three quantizations of the same weights, and the same questions evaluated by other means.
 
-`python -m benchmarks.scorecard --mmlu FOLDER --gsm8k FILE [--sample N] [--gsm8k-sample N] [--shots K] [--agree N]`, or `make bench-score`.
+`python -m benchmarks.scorecard --mmlu FOLDER --gsm8k FILE [--sample N] [--gsm8k-sample N] [--shots K] [--agree N] [--agree-only]`, or `make bench-score`.
 Makes Q8_0 and Q4_0 from the Q4_1 file that the examples use (all three keep its Q8_0 embedding), adds them to a server of its own, and runs
 `whimbrel score` on Q4_1 against Q8_0, on Q4_1 against Q4_0, and on Q4_0 against Q8_0. Then N questions of MMLU are evaluated again, by a way that shares no code with the scorecard: llama-cpp-python's
 own class, every prompt from its first token, in one batch and token by token, and lm-evaluation-harness's formula (`loglikelihood` of " A" to " D", the
@@ -256,21 +256,31 @@ def agree(file: Path, options: argparse.Namespace) -> None:
     rights = [LETTERS_OF_SUITE.index(right) for _, right in questions]
 
     def right_of(found: Sequence[Sequence[float]]) -> int:
-        return sum(int(np.argmax(scores)) == right for scores, right in zip(found, rights, strict=True))
+        return sum(int(np.argmax(scores)) == right for scores, right in zip(found, rights, strict=False))
 
     print(
         f"\nMMLU, {file.name}, {options.shots}-shot, {len(ours)} questions: the scorecard has {right_of(ours)} right"
     )
-    for name, batch in (("512 tokens at a time", 512), ("token by token", 1)):
-        theirs = independent(file, questions, options.threads, batch)
-        pairs = list(zip(ours, theirs, strict=True))
-        same = sum(int(np.argmax(one)) == int(np.argmax(other)) for one, other in pairs)
+    for name, batch, count in (
+        ("512 tokens at a time", 512, len(ours)),
+        ("token by token", 1, options.agree_tokens),
+    ):
+        theirs = independent(file, questions[:count], options.threads, batch)
+        pairs = list(zip(ours, theirs, strict=False))
+        others = [
+            (question[0][-60:], one, other)
+            for question, (one, other) in zip(questions, pairs, strict=False)
+            if int(np.argmax(one)) != int(np.argmax(other))
+        ]
         gap = max(abs(one - other) for both in pairs for one, other in zip(*both, strict=True))
         print(
-            f"  the independent evaluation, {name}: {right_of(theirs)} right, the same answer to {same};"
+            f"  the independent evaluation, {name}: {right_of(theirs)} of {len(theirs)} right, where the scorecard has"
+            f" {right_of(ours[: len(theirs)])}; the same answer to {len(theirs) - len(others)};"
             f" log-likelihoods differ by at most {gap:.4f}",
             flush=True,
         )
+        for question, one, other in others:
+            print(f"    {question!r}: {np.round(one, 4)} and {np.round(other, 4)}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -298,6 +308,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--agree", type=int, default=40, metavar="N", help="questions that are evaluated again (default: 40)"
     )
     parser.add_argument(
+        "--agree-tokens",
+        type=int,
+        default=40,
+        metavar="N",
+        help="of these, token by token, too (default: 40)",
+    )
+    parser.add_argument("--agree-only", action="store_true", help="no scorecards, only these questions")
+    parser.add_argument(
         "--drift-texts",
         type=int,
         default=40,
@@ -316,6 +334,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         files = prepare(options.out)
+        if options.agree_only:
+            agree(files["q4_1"], options)
+            return 0
         cards, seconds = {}, {}
         for version, against in PAIRS:
             print(f"{version} against {against}", file=sys.stderr, flush=True)
