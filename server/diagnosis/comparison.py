@@ -16,7 +16,16 @@ import numpy.typing as npt
 
 from protocol.delta.layouts import LAYOUTS
 from protocol.tensors import Layout, ReadAt, Region
-from server.diagnosis.weights import COMPARABLE, Flags, Floats, Piece, block_weights, end_codes, read_piece
+from server.diagnosis.weights import (
+    COMPARABLE,
+    WORDS,
+    Flags,
+    Floats,
+    Piece,
+    block_weights,
+    end_codes,
+    read_piece,
+)
 
 Doubles = npt.NDArray[np.float64]
 
@@ -272,6 +281,8 @@ class _Comparison:
         blocks.lost_scale += int(np.count_nonzero(died & has_no_scale))
         blocks.dead += int(np.count_nonzero(died & ~has_no_scale))
         resized = _resized(a, b) & ~died & ~new_bad & ~old_bad
+        if self._new.layout in WORDS:  # their scale lies elsewhere, and is that of all of them
+            resized[:] = False
         blocks.resized += int(np.count_nonzero(resized))
         blocks.saturated += self._saturated(old, new, ~new_same)
         damaged: Flags = old_bad | new_bad | died | resized

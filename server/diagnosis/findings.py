@@ -136,6 +136,12 @@ MEANINGS: Final[Mapping[str, Meaning]] = {
         "the chat template differs",
         "use the template that the weights were trained with",
     ),
+    "calibration.changed": Meaning(
+        "change",
+        "quantization",
+        "the scales of activations are of another size: calibrated on other inputs",
+        "calibrate with inputs as devices get them",
+    ),
     "quantization.coarse": Meaning(
         "change",
         "quantization",

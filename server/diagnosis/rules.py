@@ -16,7 +16,7 @@ from typing import Final
 from protocol.delta.layouts import LAYOUTS
 from server.diagnosis.comparison import TensorChange
 from server.diagnosis.findings import Finding, finding
-from server.diagnosis.weights import FLOATS
+from server.diagnosis.weights import FLOATS, WORDS
 
 ROUNDING_MAX: Final = 2.0
 """Mean square change over what rounding explains. Requantizing one set of weights gives 0.004 (from four bits to eight) to 0.8
@@ -76,6 +76,10 @@ scales have 1 and more. Types of more than five bits are not rounded in more tha
 
 SHIFTED_BITS: Final = 5
 
+UNITS_FACTOR: Final = 8.0
+"""By which biases of integers grow or shrink when the inputs that a model was calibrated on have another range. Training them further
+makes a factor of up to three."""
+
 SATURATED_BLOCKS: Final = 0.1
 """Of a tensor: where blocks have few different values, up to 5 % of them have most at the ends."""
 
@@ -96,11 +100,14 @@ def findings_of_tensors(
     """
     changed = [each for each in changes if each.is_compared and not each.is_identical]
     weights = [each for each in changed if each.name not in scale_names]
+    units = list(_of_units(weights))
+    numbers = [each for each in weights if each.new_layout not in WORDS] or ([] if units else weights)
     found = [
         *_of_blocks(changed),
         *_of_scale_tensors([each for each in changed if each.name in scale_names]),
         *_of_codes(weights),
-        *_of_change(weights, changes),
+        *units,
+        *_of_change(numbers, changes),
     ]
     opaque = [each.name for each in changes if not each.is_compared]
     if opaque:
@@ -153,6 +160,28 @@ def _of_scale_tensors(changes: Sequence[TensorChange]) -> Iterator[Finding]:
             f"scales changed by up to {_percent(worst.relative)}, in {_spread(hit)}",
             _names(hit),
             relative=worst.relative,
+            tensors=len(hit),
+        )
+
+
+def _of_units(changes: Sequence[TensorChange]) -> Iterator[Finding]:
+    """Integer biases stand in units of the scale of a layer's input times that of its weights, and say what became of them."""
+    sizes = {
+        each.name: each.gain / each.cosine
+        for each in changes
+        if each.new_layout in WORDS and each.cosine > 0 and each.gain > 0
+    }
+    hit = [name for name, size in sizes.items() if not 1 / UNITS_FACTOR < size < UNITS_FACTOR]
+    if hit:
+        ranked = sorted(hit, key=lambda name: -abs(math.log(sizes[name])))
+        found = sorted(sizes[name] for name in hit)
+        summary = f"integer biases of {len(hit)} layer(s) became {found[0]:.3g} to {found[-1]:.3g} times as large, and so their unit as small"
+        yield finding(
+            "calibration.changed",
+            summary,
+            ranked,
+            factor_min=found[0],
+            factor_max=found[-1],
             tensors=len(hit),
         )
 

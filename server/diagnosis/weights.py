@@ -33,6 +33,9 @@ _CODES_OF_WORDS: Final = {Layout.I8: np.int8, Layout.U8: np.uint8, Layout.I16: n
 
 FLOATS: Final = frozenset({Layout.F32, Layout.F16, Layout.BF16, Layout.F64})
 
+WORDS: Final = frozenset({Layout.I16, Layout.I32, Layout.I64})
+"""Integers too wide for weights: biases of quantized graphs, in units of the scales of inputs and weights."""
+
 COMPARABLE: Final = FLOATS | frozenset(
     layout for layout, row in LAYOUTS.items() if row.formula is not Formula.PLAIN or row.codebook
 )

@@ -290,7 +290,26 @@ def test_damaged_scales_of_an_onnx_model_are_named(tmp_path: Path) -> None:
     assert found.findings[0].where == ["scales"]
 
 
-def _onnx(path: Path, codes: Any, scales: Any) -> Path:
+def test_a_calibration_on_other_inputs_is_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    codes = rng.integers(-127, 128, (128, 64), np.int8)
+    biases = rng.integers(-9000, 9000, 64, np.int32)
+    scales = rng.uniform(0.01, 0.02, 64).astype(np.float32)
+    old, new, trained = (
+        _onnx(tmp_path / f"{name}.onnx", codes, scales, each)
+        for name, each in (
+            ("old", biases),
+            ("new", biases * 60),
+            ("trained", (biases + rng.integers(-9000, 9000, 64, np.int32)).astype(np.int32)),
+        )
+    )
+    found = diagnosed(old, new)
+    assert grave(found) == ["calibration.changed"]
+    assert found.findings[0].evidence["factor_max"] == pytest.approx(60, rel=0.01)
+    assert "calibration.changed" not in grave(diagnosed(old, trained))
+
+
+def _onnx(path: Path, codes: Any, scales: Any, biases: Any = None) -> Path:
     nodes = [
         helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], axis=1),
         helper.make_node("MatMul", ["x", "w"], ["y"]),
@@ -300,6 +319,8 @@ def _onnx(path: Path, codes: Any, scales: Any) -> Path:
         for name, size in (("x", 128), ("y", 64))
     ]
     tensors = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")]
+    if biases is not None:
+        tensors.append(numpy_helper.from_array(biases, "biases"))
     path.write_bytes(
         helper.make_model(helper.make_graph(nodes, "g", shapes[:1], shapes[1:], tensors)).SerializeToString()
     )
