@@ -9,13 +9,15 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import gguf
+from scipy import stats
 
 from benchmarks.catalog import CACHE
 from benchmarks.pairs import RULES
@@ -35,6 +37,7 @@ from tests.server import model_damage as damage
 GOLDEN = Path(__file__).parents[1] / "examples" / "smollm2" / "golden.toml"
 LAYER = "blk.7."
 OTHER_TEMPLATE = "{% for message in messages %}[INST] {{ message.content }} [/INST]{% endfor %}"
+FLOATS = "bf16"  # that the others are quantized from
 KEPT_TOKENS = 49_000  # of 49,152
 
 Make = Callable[[Path, Path], object]
@@ -167,9 +170,14 @@ def _damaged(kind: str) -> list[Case]:
 
 CASES = (
     *(
-        Case(f"{version}.{kind}", f"v1.{kind}.gguf", f"v2_{version}.{kind}.gguf", is_asked=version == "large")
+        Case(
+            f"{version}.{kind}",
+            f"v1.{kind}.gguf",
+            f"v2_{version}.{kind}.gguf",
+            is_asked=version == "large" and kind == "q4_0",
+        )
         for version in ("large", "tiny", "lora", "last2", "x4")
-        for kind in ("q4_0", "q8_0", "q4_k_m")
+        for kind in (FLOATS, "q4_0", "q8_0", "q4_k_m")
     ),
     *(
         Case(f"minilm-{version}.{kind}", f"minilm-v1.{kind}.{ending}", f"minilm-v2_{version}.{kind}.{ending}")
@@ -262,6 +270,25 @@ def _row(outcome: Outcome) -> list[str]:
     ]
 
 
+def _of_movement(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """How the movement that is estimated from quantized files compares with that of the floats."""
+    found = {each.case.name: each.diagnosis.tensors for each in outcomes if each.case.make is None}
+    for name, tensors in found.items():
+        version, _, kind = name.partition(".")
+        known = {each.name: each.relative for each in found.get(f"{version}.{FLOATS}", [])}
+        pairs = [
+            (known[each.name], each.moved) for each in tensors if known.get(each.name) and len(each.dims) > 1
+        ]
+        if kind == FLOATS or len(pairs) < 2:
+            continue
+        shares = sorted(moved / exact for exact, moved in pairs)
+        order = stats.spearmanr(*zip(*pairs, strict=True)).statistic
+        yield (
+            f"{name}: movement of {len(pairs)} matrices as estimated over that of the floats: {shares[0]:.2f} to {shares[-1]:.2f},"
+            f" median {median(shares):.2f}; rank correlation {order:.2f}"
+        )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.diagnosis", description=(__doc__ or "").splitlines()[0]
@@ -291,6 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     titles = ["PAIR", "FOUND", "FIRST PLACE", "SUMMARY OF THE FIRST", "PROMPTS WORSE", "RIGHT"]
     print("\n".join(table(titles, [_row(each) for each in outcomes])))
+    print("\n".join(_of_movement(outcomes)))
     wrong = sum(not each.is_right for each in outcomes)
     print(f"{len(outcomes) - wrong} of {len(outcomes)} are named rightly")
     return 1 if wrong or not outcomes else 0

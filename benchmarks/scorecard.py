@@ -10,6 +10,7 @@ largest wins). Intervals are computed again with SciPy and by drawing questions.
 import argparse
 import csv
 import ctypes
+import hashlib
 import json
 import os
 import subprocess
@@ -26,8 +27,10 @@ from scipy import stats
 
 from examples.smollm2.fetch import CACHE, fetch
 from examples.smollm2.llama import quantize
-from protocol.errors import WhimbrelError
+from protocol.errors import RequestError, WhimbrelError
 from protocol.release import HealthPlan
+from server.scorecard.items import Question, Reply, question_key
+from server.scorecard.journal import Journal
 from server.scorecard.suites import Asking, read_prompts
 
 ROOT = Path(__file__).parents[1]
@@ -238,21 +241,36 @@ def harness_prompts(mmlu: Path, names: Sequence[str], shots: int) -> list[tuple[
     return made
 
 
+def _known(folder: Path, file: Path, questions: Sequence[Question]) -> list[Reply]:
+    """What the scorecards of a file have as the answers to questions."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    found: dict[int, Reply] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as opened:
+            if msgspec.json.decode(opened.readline()).get("files") != [digest]:
+                continue
+        kept = Journal(path, {})
+        for number, question in enumerate(questions):
+            if reply := kept.get(f"reply:{question_key(question)}", Reply):
+                found[number] = reply
+        kept.close()
+    if len(found) < len(questions):
+        raise RequestError(
+            f"the scorecards have asked {len(found)} of {len(questions)} questions", hint="see --agree"
+        )
+    return [found[number] for number in range(len(questions))]
+
+
 def agree(file: Path, options: argparse.Namespace) -> None:
     """The scorecard's own answers beside the independent ones."""
     from server.scorecard.items import LETTERS as LETTERS_OF_SUITE  # noqa: PLC0415 - only this part looks inside
     from server.scorecard.suites import read_suite  # noqa: PLC0415 - likewise
-    from server.scorecard.work import Ask, Load, Model, Replied  # noqa: PLC0415 - likewise
-    from server.scorecard.worker import Worker  # noqa: PLC0415 - likewise
 
     suite = read_suite("mmlu", options.mmlu, Asking(sample=options.agree, shots=options.shots))
     questions = harness_prompts(options.mmlu, [item.name for item in suite.items], options.shots)
-    with Worker(
-        Model(path=str(file), runtime="llama", threads=options.threads, context_tokens=CONTEXT)
-    ) as worker:
-        worker.ask(Load())
-        answers = [worker.ask(Ask(question=item.question)) for item in suite.items]
-    ours = [each.reply.scores for each in answers if isinstance(each, Replied)]
+    known = _known(options.out / "server" / "scorecards", file, [item.question for item in suite.items])
+    ours = [reply.scores for reply in known]
     rights = [LETTERS_OF_SUITE.index(right) for _, right in questions]
 
     def right_of(found: Sequence[Sequence[float]]) -> int:
