@@ -205,6 +205,11 @@ bench-score: setup ## scorecards of SmolLM2 in three quantizations, and the same
 	@[ -d "$(EVALS)/mmlu/test" ] || { echo "whimbrel: EVALS=$(EVALS) has no mmlu/test (github.com/hendrycks/test) beside gsm8k/test.jsonl (github.com/openai/grade-school-math)" >&2; exit 1; }
 	$(BIN)/python -m benchmarks.scorecard --mmlu "$(EVALS)/mmlu" --gsm8k "$(EVALS)/gsm8k/test.jsonl" --sample $(SAMPLE) $(BENCH_OPTIONS)
 
+.PHONY: bench-diagnosis
+bench-diagnosis: ## whether `whimbrel diagnose` names what is wrong with models that were really trained (trains them first: an hour)
+	$(call environment,bench)
+	$(BIN)/python -m benchmarks.diagnosis $(BENCH_OPTIONS)
+
 .PHONY: fault-matrix
 fault-matrix: setup ## put a device under every fault in every state, and write the table of what it does into docs/durability.md
 	$(BIN)/python -m tests.device.fault_matrix docs/durability.md

@@ -37,13 +37,18 @@ def _trained(shop: Workshop, match: re.Match[str], out: Path) -> None:
     smollm2.write_trained(model, base, tokens, match[1], out, shop.report)
 
 
-def _far(shop: Workshop, _: re.Match[str], out: Path) -> None:
+def _far(shop: Workshop, match: re.Match[str], out: Path) -> None:
     model, base, trained = (
         shop.file(MODEL_NAME),
         shop.file("v1.bf16.gguf"),
         shop.file("v2_large.bf16.gguf"),
     )
-    smollm2.write_far(model, base, trained, out)
+    smollm2.write_far(model, base, trained, float(match[1]), out)
+
+
+def _noisy(shop: Workshop, match: re.Match[str], out: Path) -> None:
+    model, base = shop.file(MODEL_NAME), shop.file(f"{match[1]}.bf16.gguf")
+    smollm2.write_noisy(model, base, int(match[2]), int(match[3]) / 100, out)
 
 
 def _grown(shop: Workshop, _: re.Match[str], out: Path) -> None:
@@ -101,7 +106,8 @@ RULES: list[tuple[str, Rule]] = [
     (r"tokens\.npy", _tokens),
     (r"v1\.bf16\.gguf", _base),
     (rf"v2_({'|'.join(RECIPES)})\.bf16\.gguf", _trained),
-    (r"v2_x4\.bf16\.gguf", _far),
+    (r"v2_x(4|16)\.bf16\.gguf", _far),
+    (r"(v2_\w+)_noise_(\d+)_(\d+)\.bf16\.gguf", _noisy),  # layer, percent of its weights' size
     (r"grown\.bf16\.gguf", _grown),
     (rf"(v1|v2_\w+|grown)\.({'|'.join(smollm2.FILE_TYPES)})\.gguf", _quantized),
     (r"renamed\.q4_0\.gguf", _renamed),

@@ -1,6 +1,6 @@
 """Scorecards of SmolLM2-135M in three quantizations of the same weights, and the same questions evaluated by other means.
 
-`python -m benchmarks.scorecard --mmlu FOLDER --gsm8k FILE [--sample N] [--gsm8k-sample N] [--shots K] [--agree N]`, or `make bench-score`.
+`python -m benchmarks.scorecard --mmlu FOLDER --gsm8k FILE [--sample N] [--gsm8k-sample N] [--shots K] [--agree N] [--agree-only]`, or `make bench-score`.
 Makes Q8_0 and Q4_0 from the Q4_1 file that the examples use (all three keep its Q8_0 embedding), adds them to a server of its own, and runs
 `whimbrel score` on Q4_1 against Q4_0, on Q4_1 against Q8_0, on Q4_0 against Q8_0, and on Q8_0 alone, and puts the three side by side on two
 hardware tiers (`whimbrel tradeoffs`). Then N questions of MMLU are evaluated again, by a way that shares no code with the scorecard: llama-cpp-python's
@@ -11,6 +11,7 @@ largest wins). Intervals are computed again with SciPy and by drawing questions.
 import argparse
 import csv
 import ctypes
+import hashlib
 import json
 import os
 import subprocess
@@ -27,13 +28,15 @@ from scipy import stats
 
 from examples.smollm2.fetch import CACHE, fetch
 from examples.smollm2.llama import quantize
-from protocol.errors import WhimbrelError
+from protocol.errors import RequestError, WhimbrelError
 from protocol.ids import DeviceId
 from protocol.messages import Capacity, Report
 from protocol.release import HealthPlan
 from server.fleet.registry import DeviceRecord
 from server.home import opened
 from server.operations import show_release
+from server.scorecard.items import Question, Reply, question_key
+from server.scorecard.journal import Journal
 from server.scorecard.suites import Asking, read_prompts
 
 ROOT = Path(__file__).parents[1]
@@ -294,39 +297,64 @@ def harness_prompts(mmlu: Path, names: Sequence[str], shots: int) -> list[tuple[
     return made
 
 
+def _known(folder: Path, file: Path, questions: Sequence[Question]) -> list[Reply]:
+    """What the scorecards of a file have as the answers to questions."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    found: dict[int, Reply] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as opened:
+            if msgspec.json.decode(opened.readline()).get("files") != [digest]:
+                continue
+        kept = Journal(path, {})
+        for number, question in enumerate(questions):
+            if reply := kept.get(f"reply:{question_key(question)}", Reply):
+                found[number] = reply
+        kept.close()
+    if len(found) < len(questions):
+        raise RequestError(
+            f"the scorecards have asked {len(found)} of {len(questions)} questions", hint="see --agree"
+        )
+    return [found[number] for number in range(len(questions))]
+
+
 def agree(file: Path, options: argparse.Namespace) -> None:
     """The scorecard's own answers beside the independent ones."""
     from server.scorecard.items import LETTERS as LETTERS_OF_SUITE  # noqa: PLC0415 - only this part looks inside
     from server.scorecard.suites import read_suite  # noqa: PLC0415 - likewise
-    from server.scorecard.work import Ask, Load, Model, Replied  # noqa: PLC0415 - likewise
-    from server.scorecard.worker import Worker  # noqa: PLC0415 - likewise
 
     suite = read_suite("mmlu", options.mmlu, Asking(sample=options.agree, shots=options.shots))
     questions = harness_prompts(options.mmlu, [item.name for item in suite.items], options.shots)
-    with Worker(
-        Model(path=str(file), runtime="llama", threads=options.threads, context_tokens=CONTEXT)
-    ) as worker:
-        worker.ask(Load())
-        answers = [worker.ask(Ask(question=item.question)) for item in suite.items]
-    ours = [each.reply.scores for each in answers if isinstance(each, Replied)]
+    known = _known(options.out / "server" / "scorecards", file, [item.question for item in suite.items])
+    ours = [reply.scores for reply in known]
     rights = [LETTERS_OF_SUITE.index(right) for _, right in questions]
 
     def right_of(found: Sequence[Sequence[float]]) -> int:
-        return sum(int(np.argmax(scores)) == right for scores, right in zip(found, rights, strict=True))
+        return sum(int(np.argmax(scores)) == right for scores, right in zip(found, rights, strict=False))
 
     print(
         f"\nMMLU, {file.name}, {options.shots}-shot, {len(ours)} questions: the scorecard has {right_of(ours)} right"
     )
-    for name, batch in (("512 tokens at a time", 512), ("token by token", 1)):
-        theirs = independent(file, questions, options.threads, batch)
-        pairs = list(zip(ours, theirs, strict=True))
-        same = sum(int(np.argmax(one)) == int(np.argmax(other)) for one, other in pairs)
+    for name, batch, count in (
+        ("512 tokens at a time", 512, len(ours)),
+        ("token by token", 1, options.agree_tokens),
+    ):
+        theirs = independent(file, questions[:count], options.threads, batch)
+        pairs = list(zip(ours, theirs, strict=False))
+        others = [
+            (question[0][-60:], one, other)
+            for question, (one, other) in zip(questions, pairs, strict=False)
+            if int(np.argmax(one)) != int(np.argmax(other))
+        ]
         gap = max(abs(one - other) for both in pairs for one, other in zip(*both, strict=True))
         print(
-            f"  the independent evaluation, {name}: {right_of(theirs)} right, the same answer to {same};"
+            f"  the independent evaluation, {name}: {right_of(theirs)} of {len(theirs)} right, where the scorecard has"
+            f" {right_of(ours[: len(theirs)])}; the same answer to {len(theirs) - len(others)};"
             f" log-likelihoods differ by at most {gap:.4f}",
             flush=True,
         )
+        for question, one, other in others:
+            print(f"    {question!r}: {np.round(one, 4)} and {np.round(other, 4)}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -354,6 +382,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--agree", type=int, default=40, metavar="N", help="questions that are evaluated again (default: 40)"
     )
     parser.add_argument(
+        "--agree-tokens",
+        type=int,
+        default=40,
+        metavar="N",
+        help="of these, token by token, too (default: 40)",
+    )
+    parser.add_argument("--agree-only", action="store_true", help="no scorecards, only these questions")
+    parser.add_argument(
         "--drift-texts",
         type=int,
         default=40,
@@ -372,6 +408,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         files = prepare(options.out)
+        if options.agree_only:
+            agree(files["q4_1"], options)
+            return 0
         cards, seconds = {}, {}
         for version, against in PAIRS:
             print(f"{version} against {against}", file=sys.stderr, flush=True)

@@ -15,11 +15,11 @@ from examples.smollm2.model_file import read_shape
 from examples.smollm2.transformer import Array
 
 # How llama.cpp numbers the kinds of files that it writes (llama_ftype in llama.h).
-FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}
-FAR_FACTOR = 4.0
+FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q2_k": 10, "q4_k_m": 15}
 
 _BF16_FILE_TYPE = 32
 _DITHER_SEED = 7
+_NOISE_SEED = 5
 _Q8_0_BLOCK_WEIGHTS = 32
 _Q8_0_BLOCK_BYTES = 34  # a float16 scale, then 32 int8 codes
 
@@ -64,9 +64,20 @@ def write_trained(
     _write(model, after, out)
 
 
-def write_far(model: Path, base: Path, trained: Path, out: Path) -> None:
-    """Writes a version that moved `FAR_FACTOR` times as far as a trained one."""
-    _write(model, extrapolate(read_weights(base), read_weights(trained), FAR_FACTOR), out)
+def write_far(model: Path, base: Path, trained: Path, factor: float, out: Path) -> None:
+    """Writes a version that moved `factor` times as far as a trained one."""
+    _write(model, extrapolate(read_weights(base), read_weights(trained), factor), out)
+
+
+def write_noisy(model: Path, base: Path, layer: int, size: float, out: Path) -> None:
+    """Writes a version with noise on the matrices of a layer, `size` times as large as their weights."""
+    draws = np.random.default_rng(_NOISE_SEED)
+    weights = read_weights(base)
+    for name, values in weights.items():
+        if name.startswith(f"blk.{layer}.") and values.ndim == 2:
+            noise = draws.standard_normal(values.shape, np.float32)
+            weights[name] = round_bf16(values + np.float32(size * values.std()) * noise)
+    _write(model, weights, out)
 
 
 def quantize_as(source: Path, out: Path, kind: str) -> None:

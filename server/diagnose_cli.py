@@ -9,16 +9,17 @@ from typing import Any, Final
 
 import msgspec
 
-from protocol.errors import ModelFileError, RequestError
+from protocol.errors import EngineError, ModelFileError, RequestError
 from protocol.ids import Digest
-from protocol.release import HealthPlan, TextPrompt, decode_health_plan
+from protocol.release import ClassPrompt, HealthPlan, TextPrompt, decode_health_plan
 from server import operations
 from server.diagnosis.answers import Divergence, compare_answers, findings_of_answers, told
-from server.diagnosis.asking import ask
+from server.diagnosis.asking import ask, ask_classifier
+from server.diagnosis.classes import Shift, compare_classes, findings_of_classes, told_class
 from server.diagnosis.comparison import TensorChange
 from server.diagnosis.diagnose import Diagnosis, diagnose
 from server.diagnosis.findings import MEANINGS, Finding, finding
-from server.diagnosis.models import Model, files_of, opened_model
+from server.diagnosis.models import Model, files_of, laid_out, opened_model
 from server.display import Printer, table
 from server.home import BLOBS_FOLDER, opened
 
@@ -50,7 +51,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         "--prompts",
         type=Path,
         metavar="HEALTH.json",
-        help="ask both versions the text prompts of this health plan (needs llama-cpp-python); versions have one of their own",
+        help="ask both versions the prompts of this health plan (needs llama-cpp-python or onnxruntime); versions have one of their own",
     )
     parser.add_argument("--no-prompts", action="store_true", help="compare files only")
     parser.set_defaults(run=lambda arguments: _run(arguments, show))
@@ -60,24 +61,18 @@ def _run(arguments: argparse.Namespace, show: Printer) -> int:
     with ExitStack() as stack:
         sides, plan = _sides(arguments)
         old, new = (stack.enter_context(opened_model(files, label)) for label, files in sides)
-        prompts = [] if arguments.no_prompts else _prompts(plan, arguments.prompts)
-        if arguments.prompts is not None and new.kind != "gguf":
-            raise RequestError(
-                f"{new.label} is a {new.kind} file, and prompts are asked of GGUF models only",
-                hint="leave out --prompts",
-            )
-        divergences: list[Divergence] = []
+        answers: list[Divergence] | list[Shift] = []
         more: list[Finding] = []
-        if prompts and new.kind == "gguf":
-            divergences, more = _asked(old, new, prompts)
+        if not arguments.no_prompts:
+            answers, more = _asked(old, new, _plan(plan, arguments.prompts), arguments.prompts)
         found = diagnose(old, new, more=more, progress=_progress(arguments))
     value = {
         **msgspec.to_builtins(found),
         "tensors": [_tensor_json(each) for each in found.tensors if not each.is_identical],
         "tensors_compared": len(found.tensors),
-        "prompts": msgspec.to_builtins(divergences),
+        "prompts": msgspec.to_builtins(answers),
     }
-    show(arguments, value, [_plain(line) for line in _lines(found, divergences)])
+    show(arguments, value, [_plain(line) for line in _lines(found, answers)])
     return 0
 
 
@@ -116,22 +111,42 @@ def _releases(
     return sides, plan
 
 
-def _prompts(plan: HealthPlan | None, file: Path | None) -> list[TextPrompt]:
-    if file is not None:
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise RequestError(
-                f"{file}: {error.strerror}", hint="give a health plan that can be read"
-            ) from error
-        plan = decode_health_plan(data, str(file))
-    prompts = [] if plan is None else [prompt for prompt in plan.prompts if isinstance(prompt, TextPrompt)]
-    if file is not None and not prompts:
-        raise RequestError(f"{file} has no prompts of kind text", hint="give the health plan of a text model")
-    return prompts
+def _plan(plan: HealthPlan | None, file: Path | None) -> HealthPlan | None:
+    """The health plan that is asked: that of a file, or the one of the release."""
+    if file is None:
+        return plan
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror}", hint="give a health plan that can be read") from error
+    return decode_health_plan(data, str(file))
 
 
-def _asked(old: Model, new: Model, prompts: list[TextPrompt]) -> tuple[list[Divergence], list[Finding]]:
+def _asked(
+    old: Model, new: Model, plan: HealthPlan | None, file: Path | None
+) -> tuple[list[Divergence] | list[Shift], list[Finding]]:
+    """What both versions answer to the prompts of their kind; nothing where there are none."""
+    given = [] if plan is None else plan.prompts
+    texts = [prompt for prompt in given if isinstance(prompt, TextPrompt)]
+    inputs = [prompt for prompt in given if isinstance(prompt, ClassPrompt)]
+    wanted = {"gguf": "text", "onnx": "class"}.get(new.kind)
+    if file is not None and not (texts if wanted == "text" else inputs if wanted else []):
+        raise RequestError(
+            f"{file} has no prompts of kind {wanted}"
+            if wanted
+            else f"{new.label} is a {new.kind} file, which no runtime answers from",
+            hint="give the health plan of such a model, or leave out --prompts",
+        )
+    if old.kind != new.kind:
+        return [], []  # which `diagnose` refuses
+    if wanted == "text" and texts:
+        return _asked_texts(old, new, texts)
+    if wanted == "class" and inputs:
+        return _asked_inputs(old, new, inputs)
+    return [], []
+
+
+def _asked_texts(old: Model, new: Model, prompts: list[TextPrompt]) -> tuple[list[Divergence], list[Finding]]:
     before = ask(old.path, prompts, old.label)
     try:
         after = ask(new.path, prompts, new.label)
@@ -139,6 +154,18 @@ def _asked(old: Model, new: Model, prompts: list[TextPrompt]) -> tuple[list[Dive
         return [], [finding("prompts.unanswered", error.message, [prompt.name for prompt in prompts])]
     divergences = compare_answers(prompts, before, after)
     return divergences, findings_of_answers(divergences)
+
+
+def _asked_inputs(old: Model, new: Model, prompts: list[ClassPrompt]) -> tuple[list[Shift], list[Finding]]:
+    with laid_out(old) as path:
+        before = ask_classifier(path, prompts, old.label)
+    try:
+        with laid_out(new) as path:
+            after = ask_classifier(path, prompts, new.label)
+    except EngineError as error:
+        return [], [finding("prompts.unanswered", error.message, [prompt.name for prompt in prompts])]
+    shifts = compare_classes(prompts, before, after)
+    return shifts, findings_of_classes(shifts)
 
 
 def _progress(arguments: argparse.Namespace) -> Any:
@@ -153,7 +180,7 @@ def _progress(arguments: argparse.Namespace) -> Any:
     return progress
 
 
-def _lines(found: Diagnosis, divergences: list[Divergence]) -> Iterator[str]:
+def _lines(found: Diagnosis, answers: list[Divergence] | list[Shift]) -> Iterator[str]:
     yield found.conclusion
     yield ""
     for each in found.findings:
@@ -165,16 +192,18 @@ def _lines(found: Diagnosis, divergences: list[Divergence]) -> Iterator[str]:
             yield f"{'':<32}{MEANINGS[each.code].advice}"
     changed = [each for each in found.tensors if not each.is_identical]
     yield f"Tensors: {len(changed)} of {len(found.tensors)} changed"
-    ranked = sorted(changed, key=lambda each: -each.relative)[:_TENSORS_SHOWN]
+    ranked = sorted(changed, key=lambda each: (-each.moved, -each.relative))[:_TENSORS_SHOWN]
     yield from table(
-        ["TENSOR", "LAYOUT", "CHANGE", "COSINE", "GAIN", "OF ROUNDING", "DAMAGED BLOCKS"],
+        ["TENSOR", "LAYOUT", "CHANGE", "MOVED", "COSINE", "GAIN", "OF ROUNDING", "DAMAGED BLOCKS"],
         [_row(each) for each in ranked],
     )
-    worse = [each for each in divergences if each.step is not None or each.is_worse]
-    if divergences:
-        yield f"Prompts: {sum(each.is_worse for each in divergences)} of {len(divergences)} worse"
-    for divergence in sorted(worse, key=lambda each: not each.is_worse)[:_PROMPTS_SHOWN]:
-        yield f"  {told(divergence)}"
+    if answers:
+        yield f"Prompts: {sum(each.is_worse for each in answers)} of {len(answers)} worse"
+    for answer in sorted(answers, key=lambda each: not each.is_worse)[:_PROMPTS_SHOWN]:
+        if isinstance(answer, Shift):
+            yield f"  {told_class(answer)}"
+        elif answer.step is not None or answer.is_worse:
+            yield f"  {told(answer)}"
 
 
 def _plain(line: str) -> str:
@@ -190,6 +219,7 @@ def _row(change: TensorChange) -> list[str]:
         change.name,
         " to ".join(dict.fromkeys(layouts)),
         f"{100 * change.relative:.3g} %",
+        f"{100 * change.moved:.3g} %",
         f"{change.cosine:.4f}",
         f"{change.gain:.3f}",
         f"{change.rounding:.2f}" if change.rounding < 1e6 else "-",

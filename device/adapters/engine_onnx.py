@@ -105,13 +105,22 @@ def load_onnx(path: str, settings: OnnxSettings = ON_PROCESSOR.onnx) -> OnnxMode
     Raises:
         EngineError: The runtime is missing or refuses the file, or none of the providers starts here.
     """
+    return OnnxModel(open_session(path, settings))
+
+
+def open_session(path: str, settings: OnnxSettings) -> Any:
+    """The `onnxruntime.InferenceSession` of a model, whatever its inputs are.
+
+    Raises:
+        EngineError: As `load_onnx`.
+    """
     providers, trouble = usable_providers(settings)
     if not providers:
         raise EngineError(f"no execution provider starts: {trouble}", hint="see onnx.providers")
     if trouble:
         _LOG.warning("the model runs on %s: %s", ", ".join(providers), trouble)
     try:
-        return OnnxModel(_session(path, settings, providers))
+        return _session(path, settings, providers)
     except EngineError:
         raise
     except Exception as error:

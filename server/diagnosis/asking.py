@@ -1,6 +1,6 @@
 """Asking both versions the same prompts, each in a child process of its own: a damaged model may take its process with it.
 
-What comes back are tokens and logits; which of them are worse is decided in `answers.py`.
+What comes back are tokens and logits, or classes and scores; which of them are worse is decided in `answers.py` and `classes.py`.
 """
 
 import subprocess
@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
+import numpy as np
 from msgspec import Meta, Struct
 
 from protocol.errors import EngineError, ModelFileError
-from protocol.release import TextPrompt
+from protocol.release import ClassPrompt, TextPrompt
+from server.diagnosis.classes import ClassAnswer
+from server.scorecard.items import ClassQuestion, Item
+from server.scorecard.work import Ask, Compare, Load, Model, Replied, Rows
+from server.scorecard.worker import Worker
 
 ANSWER_TOKENS_MAX: Final = 48
 """Tokens of an answer that are compared: as long as the longest that a device judges."""
@@ -108,3 +113,49 @@ def ask(model: Path, prompts: Sequence[TextPrompt], label: str, timeout_s: float
             )
         raise ModelFileError(f"{label}: {result.detail[:_DETAIL_CHARS]}")
     return result
+
+
+def ask_classifier(
+    model: Path, prompts: Sequence[ClassPrompt], label: str, timeout_s: float = TIMEOUT_S
+) -> list[ClassAnswer]:
+    """Ask an ONNX model. An input that it does not answer, or dies of, has an answer that says why.
+
+    Args:
+        model: Its file; external tensors lie beside it.
+        prompts: What to ask.
+        label: What a person calls it.
+        timeout_s: For loading, and for each answer.
+
+    Raises:
+        EngineError: It cannot be loaded, or the runtime is not installed.
+    """
+    order = Model(path=str(model.absolute()), runtime="onnx", threads=1, context_tokens=0)
+    answers: list[ClassAnswer] = []
+    while len(answers) < len(prompts):  # once more for each input that the runtime dies of
+        with Worker(order, timeout_s) as worker:
+            try:
+                worker.ask(Load())
+            except EngineError as error:
+                raise EngineError(f"{label}: {error}", hint="or pass --no-prompts") from error
+            for prompt in prompts[len(answers) :]:
+                answers.append(_class_answer(worker, prompt))
+                if not worker.is_alive:
+                    break
+    return answers
+
+
+def _class_answer(worker: Worker, prompt: ClassPrompt) -> ClassAnswer:
+    question = ClassQuestion(input=tuple(prompt.input))
+    try:
+        replied = worker.ask(Ask(question=question))
+    except EngineError as error:
+        return ClassAnswer(trouble=str(error))
+    assert isinstance(replied, Replied)
+    try:
+        rows = worker.ask(Compare(item=Item(name=prompt.name, question=question, right=str(prompt.label))))
+    except EngineError:  # it gives a class and no scores
+        return ClassAnswer(label=replied.reply.label)
+    assert isinstance(rows, Rows)
+    return ClassAnswer(
+        label=replied.reply.label, scores=[float(each) for each in np.frombuffer(rows.data, np.float32)]
+    )

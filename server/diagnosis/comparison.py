@@ -4,9 +4,11 @@ Damaged blocks are counted and then left out of the sums, so that a few of them 
 a stretch at a time: memory does not grow with the tensor. Pure.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +16,18 @@ import numpy.typing as npt
 
 from protocol.delta.layouts import LAYOUTS
 from protocol.tensors import Layout, ReadAt, Region
-from server.diagnosis.weights import COMPARABLE, Flags, Floats, Piece, block_weights, end_codes, read_piece
+from server.diagnosis.weights import (
+    COMPARABLE,
+    WORDS,
+    Flags,
+    Floats,
+    Piece,
+    block_weights,
+    end_codes,
+    read_piece,
+)
+
+Doubles = npt.NDArray[np.float64]
 
 STRETCH_WEIGHTS: Final = 1 << 16
 """Weights in memory at a time, on each side: the dozen arrays of them stay in a processor's cache, which is five times as fast as a million."""
@@ -32,6 +45,10 @@ SIZE_FLOOR: Final = 0.05
 
 SATURATED_SHARE: Final = 0.5
 """Of a block's codes at the ends of the range. In good quantizations of four bits one or two of 32 are."""
+
+KEPT_SCALE: Final = 0.02
+"""A scale that moved by less is the same one: training moves the largest weight of a block, which makes its scale, by a fraction of a
+percent, while a quantizer that looks for better scales moves most of them by several percent."""
 
 SKETCH_ROWS: Final = 16
 """Random combinations of a change's rows that are kept; their products estimate in how many directions it goes."""
@@ -81,7 +98,12 @@ class TensorChange:
         is_compared: Whether its numbers could be compared; if not, only `is_identical` says something.
         is_identical: Bytes and layout are the same.
         changed_codes: Share of the codes, or of the numbers, that are others; None where layouts differ.
+        kept_scales: Share of the scales of undamaged blocks that moved by less than `KEPT_SCALE`; None where layouts differ, or
+            blocks have none.
         relative: RMS of the change over the RMS of the older weights, undamaged blocks only.
+        moved: Likewise of the weights that were quantized, without the rounding: what a small update changed beneath the steps of
+            the grid is estimated from how many codes it pushed over an edge. Low by up to a third where few weights moved far.
+        reordered: As `relative`, after the weights of every block have been sorted: small where only their order changed.
         cosine: Between older and newer weights, likewise.
         gain: Newer weights as a multiple of the older ones, least squares.
         rounding: Mean square of the change over what rounding to both grids explains; infinite where there is no grid.
@@ -104,7 +126,10 @@ class TensorChange:
     is_compared: bool = True
     is_identical: bool = False
     changed_codes: float | None = None
+    kept_scales: float | None = None
     relative: float = 0.0
+    moved: float = 0.0
+    reordered: float = 0.0
     cosine: float = 1.0
     gain: float = 1.0
     rounding: float = 0.0
@@ -157,9 +182,12 @@ class _Comparison:
         )
         self._weights = math.prod(new.dims) if new.dims else 0
         self._blocks = Blocks()
-        self._sums = np.zeros(6)  # of aa, bb, ab, rr, and the squares of the steps of both grids
+        self._sums = np.zeros(
+            7
+        )  # of aa, bb, ab, rr, the squares of the steps of both grids, and rr of sorted blocks
         self._values = np.zeros(2)  # different values in each block, of both versions
         self._changed = 0
+        self._scales = np.zeros(2, np.int64)  # kept, and all of them
         self._old_codes = np.zeros(_CODE_COUNT, np.int64)
         self._new_codes = np.zeros(_CODE_COUNT, np.int64)
         self._scale_max = 0.0
@@ -202,14 +230,17 @@ class _Comparison:
             before, after = np.where(healthy, a, 0), np.where(healthy, b, 0)
             change = after - before
             steps = [np.where(healthy, each.steps.reshape(shape), 0) for each in (old, new)]
+            self._compare_scales(old, new, ~is_damaged)
+        in_order = [np.sort(each, axis=1) for each in (before, after)]
         self._sums += [
             _dot(before, before),
             _dot(after, after),
             _dot(before, after),
             _dot(change, change),
             *(_dot(each, each) for each in steps),
+            float(np.square(in_order[1] - in_order[0], dtype=np.float64).sum()),
         ]
-        self._values += [_different_values(before), _different_values(after)]
+        self._values += [_different_values(each) for each in in_order]
         if self._columns:
             rows = change.reshape(-1, self._columns)
             self._sketch += self._rng.standard_normal((SKETCH_ROWS, len(rows)), np.float32) @ rows
@@ -223,6 +254,14 @@ class _Comparison:
             self._changed += int(np.count_nonzero(old.values != new.values))
         self._old_codes += _histogram(old)
         self._new_codes += _histogram(new)
+
+    def _compare_scales(self, old: Piece, new: Piece, is_healthy: Flags) -> None:
+        if self._old.layout is not self._new.layout or "d" not in new.scales:
+            return
+        before, after = (each.scales["d"] for each in (old, new))
+        is_kept = np.abs(after - before) <= KEPT_SCALE * np.abs(before)
+        blocks = is_healthy.reshape(len(is_kept), -1).all(axis=1)
+        self._scales += [int(is_kept[blocks].sum()), int(blocks.sum()) * is_kept.shape[1]]
 
     def _find_damage(self, old: Piece, new: Piece, a: Floats, b: Floats) -> Flags:
         """Which blocks are damaged, after counting them by kind."""
@@ -242,6 +281,8 @@ class _Comparison:
         blocks.lost_scale += int(np.count_nonzero(died & has_no_scale))
         blocks.dead += int(np.count_nonzero(died & ~has_no_scale))
         resized = _resized(a, b) & ~died & ~new_bad & ~old_bad
+        if self._new.layout in WORDS:  # their scale lies elsewhere, and is that of all of them
+            resized[:] = False
         blocks.resized += int(np.count_nonzero(resized))
         blocks.saturated += self._saturated(old, new, ~new_same)
         damaged: Flags = old_bad | new_bad | died | resized
@@ -260,7 +301,7 @@ class _Comparison:
 
     def result(self, *, is_identical: bool) -> TensorChange:
         """What all stretches say together."""
-        aa, bb, ab, rr, old_grid, new_grid = (float(each) for each in self._sums)
+        aa, bb, ab, rr, old_grid, new_grid, reordered = (float(each) for each in self._sums)
         grid = (old_grid + new_grid) / 12  # variance of a rounding error: step^2 / 12
         values = self._values / max(1, self._blocks.count)
         is_same_layout = self._old.layout is self._new.layout
@@ -277,7 +318,10 @@ class _Comparison:
             changed_codes=self._changed / max(1, self._weights)
             if is_same_layout and self.is_possible
             else None,
-            relative=math.sqrt(rr / aa) if aa else (0.0 if not rr else math.inf),
+            kept_scales=float(self._scales[0] / self._scales[1]) if self._scales[1] else None,
+            relative=_share_of(rr, aa),
+            moved=_share_of(moved_energy(rr, grid, is_same_grid=is_same_layout), aa),
+            reordered=_share_of(reordered, aa),
             cosine=ab / math.sqrt(aa * bb) if aa and bb else float(aa == bb),
             gain=ab / aa if aa else 1.0,
             rounding=rr / grid if grid else (math.inf if rr else 0.0),
@@ -306,14 +350,48 @@ class _Comparison:
         return float(energy**2 / max(float(np.mean(others**2)), 1e-300) / noise)
 
 
+def moved_energy(change: float, grid: float, *, is_same_grid: bool) -> float:
+    """Sum of squares that weights moved by before they were rounded, from what they moved by on the grid.
+
+    A weight that moves by z steps, from anywhere within its cell, crosses floor(z) edges or one more; the mean of the square is z^2 where
+    z is whole, and linear between. For normal z of some spread that gives one curve, which is read backwards.
+
+    Args:
+        change: Sum of squares of the change.
+        grid: What rounding to both grids explains of it: a sixth of the square of a step for each weight.
+        is_same_grid: Whether weights that do not move are rounded to the same values.
+    """
+    if not grid:
+        return change
+    if not is_same_grid:
+        return max(0.0, change - grid)
+    squares, spreads = _curve()
+    steps = float(np.interp(change / (6 * grid), squares, spreads))
+    return 6 * grid * steps**2
+
+
+@functools.cache
+def _curve() -> tuple[Doubles, Doubles]:
+    """Mean squares that are crossed, in steps, and the spreads that they belong to."""
+    spreads = np.concatenate([[0.0], np.geomspace(1e-8, 1e4, 1000)])
+    quantiles = [NormalDist().inv_cdf(0.5 + (number + 0.5) / 1024) for number in range(512)]  # of |z|
+    moves = np.outer(spreads, quantiles)
+    whole = np.floor(moves)
+    return (whole**2 + (moves - whole) * (2 * whole + 1)).mean(axis=1), spreads
+
+
+def _share_of(energy: float, whole: float) -> float:
+    """RMS as a share of another."""
+    return math.sqrt(energy / whole) if whole else (math.inf if energy else 0.0)
+
+
 def _histogram(piece: Piece) -> npt.NDArray[np.int64]:
     codes = np.empty(0, np.uint8) if piece.codes is None else piece.codes.reshape(-1)
     return np.bincount(codes, minlength=_CODE_COUNT)
 
 
-def _different_values(blocks: Floats) -> int:
-    ordered = np.sort(blocks, axis=1)
-    return len(blocks) + int(np.count_nonzero(ordered[:, 1:] != ordered[:, :-1]))
+def _different_values(ordered: Floats) -> int:
+    return len(ordered) + int(np.count_nonzero(ordered[:, 1:] != ordered[:, :-1]))
 
 
 def _resized(a: Floats, b: Floats) -> Flags:

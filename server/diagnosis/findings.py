@@ -136,6 +136,12 @@ MEANINGS: Final[Mapping[str, Meaning]] = {
         "the chat template differs",
         "use the template that the weights were trained with",
     ),
+    "calibration.changed": Meaning(
+        "change",
+        "quantization",
+        "the scales of activations are of another size: calibrated on other inputs",
+        "calibrate with inputs as devices get them",
+    ),
     "quantization.coarse": Meaning(
         "change",
         "quantization",
@@ -204,13 +210,17 @@ def conclusion(findings: list[Finding]) -> str:
         findings: In the order of likelihood.
     """
     grave = [each for each in findings if each.severity != "note" and each.cause != "none"]
-    if not grave:
+    worse = next((each.summary.partition(";")[0] for each in findings if each.code == "prompts.worse"), None)
+    if not grave and not worse:
         return "Nothing that matters changed."
+    if not grave:
+        notes = [MEANINGS[each.code].conclusion for each in findings if each.cause != "none"]
+        return f"{worse}, and nothing in the files explains it. They differ so: {'; '.join(notes) or 'not at all'}."
     first, *others = (MEANINGS[each.code].conclusion for each in grave)
     text = f"Most likely {first}{_places(grave[0])}."
     if others:
         text += f" Also: {'; '.join(others)}."
-    return text
+    return f"{text} {worse}." if worse else text
 
 
 def _places(found: Finding) -> str:

@@ -3,7 +3,10 @@
 A model may be several files: external tensors of an ONNX model, parts of a split one. Bytes are read where they lie, a stretch at a time.
 """
 
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import ReadAt, Region, map_files, parse_gguf, parse_onnx, parse_safetensors
 from protocol.tensors.gguf import MAGIC, ArrayValue, Scalar
 from protocol.tensors.safetensors import looks_like_safetensors
-from server.adapters.blobs import FileSource
+from server.adapters.blobs import FileSource, storage_errors
 
 Kind = Literal["gguf", "onnx", "safetensors"]
 
@@ -31,6 +34,7 @@ class Model:
         label: What a person calls it.
         kind: Of its first file.
         path: Of its first file.
+        files: All that it was opened with, by the names that they have for each other, the first one first.
         source: The first file, which has the metadata.
         metadata: Of a GGUF file; nothing for the others.
         tensors: Where each lies, by name.
@@ -40,6 +44,7 @@ class Model:
     label: str
     kind: Kind
     path: Path
+    files: Mapping[str, Path]
     source: ReadAt
     metadata: Mapping[str, Scalar | ArrayValue]
     tensors: Mapping[str, tuple[ReadAt, Region]]
@@ -79,6 +84,26 @@ def opened_model(files: Mapping[str, Path], label: str) -> Iterator[Model]:
         yield model
 
 
+@contextmanager
+def laid_out(model: Model) -> Iterator[Path]:
+    """The first file of a model at a place where its other files lie beside it under the names that it has for them.
+
+    Raises:
+        StorageError: There is no room for copies.
+    """
+    if len(model.files) == 1 or all(path.name == name for name, path in model.files.items()):
+        yield model.path
+        return
+    with tempfile.TemporaryDirectory(prefix="whimbrel-diagnose-") as folder:
+        for name, path in model.files.items():
+            with storage_errors(Path(folder) / name):
+                try:
+                    os.link(path, Path(folder) / name)
+                except OSError:  # another file system
+                    shutil.copyfile(path, Path(folder) / name)
+        yield Path(folder) / next(iter(model.files))
+
+
 def _model(
     kind: Kind, files: Mapping[str, Path], sources: dict[str, ReadAt], label: str, stack: ExitStack
 ) -> Model:
@@ -106,7 +131,7 @@ def _model(
     if not tensors:
         raise ModelFileError("there are no tensors in it")
     other = tuple(region for region in maps[first] if not region.name)
-    return Model(label, kind, files[first], sources[first], metadata, tensors, other)
+    return Model(label, kind, files[first], files, sources[first], metadata, tensors, other)
 
 
 def _external(source: ReadAt, kind: Kind) -> list[str]:

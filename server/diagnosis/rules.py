@@ -13,8 +13,10 @@ from collections.abc import Set as AbstractSet
 from statistics import median
 from typing import Final
 
+from protocol.delta.layouts import LAYOUTS
 from server.diagnosis.comparison import TensorChange
 from server.diagnosis.findings import Finding, finding
+from server.diagnosis.weights import FLOATS, WORDS
 
 ROUNDING_MAX: Final = 2.0
 """Mean square change over what rounding explains. Requantizing one set of weights gives 0.004 (from four bits to eight) to 0.8
@@ -58,6 +60,26 @@ GAIN_COSINE: Final = 0.97
 PERMUTED_SHARE: Final = 0.01
 """Of the codes at other places: two that have changed places by chance in a small update mean nothing."""
 
+PERMUTED_ORDER: Final = 0.1
+"""Change of the sorted weights of blocks over that of the weights as they stand: two blocks that have nothing to do with each other
+have 0.2 and more."""
+
+PERMUTED_RELATIVE: Final = 0.5
+"""Weights that have changed places have moved by as much as they are large; half of it leaves room for those that stayed."""
+
+SHIFTED_SCALES: Final = 0.9
+"""Share of kept scales, of a quantizer that did the same to other weights."""
+
+SHIFTED_ROUNDING: Final = 0.25
+"""Mean square change over what rounding explains: fine-tunes of four bits have 0.001 to 0.1; quantizers that round otherwise on the same
+scales have 1 and more. Types of more than five bits are not rounded in more than one way."""
+
+SHIFTED_BITS: Final = 5
+
+UNITS_FACTOR: Final = 8.0
+"""By which biases of integers grow or shrink when the inputs that a model was calibrated on have another range. Training them further
+makes a factor of up to three."""
+
 SATURATED_BLOCKS: Final = 0.1
 """Of a tensor: where blocks have few different values, up to 5 % of them have most at the ends."""
 
@@ -78,11 +100,14 @@ def findings_of_tensors(
     """
     changed = [each for each in changes if each.is_compared and not each.is_identical]
     weights = [each for each in changed if each.name not in scale_names]
+    units = list(_of_units(weights))
+    numbers = [each for each in weights if each.new_layout not in WORDS] or ([] if units else weights)
     found = [
         *_of_blocks(changed),
         *_of_scale_tensors([each for each in changed if each.name in scale_names]),
         *_of_codes(weights),
-        *_of_change(weights, changes),
+        *units,
+        *_of_change(numbers, changes),
     ]
     opaque = [each.name for each in changes if not each.is_compared]
     if opaque:
@@ -95,7 +120,11 @@ def _of_blocks(changes: Sequence[TensorChange]) -> Iterator[Finding]:
         ("weights.not_finite", "blocks are not finite", lambda each: each.blocks.not_finite),
         ("scales.zero", "block scales became zero", lambda each: each.blocks.lost_scale),
         ("scales.out_of_range", "blocks have a scale of another size", lambda each: each.blocks.resized),
-        ("blocks.dead", "blocks became one value", lambda each: each.blocks.dead),
+        (
+            "blocks.dead",
+            "blocks became one value",
+            lambda each: 0 if _has_fewer_values(each) else each.blocks.dead,  # a coarse grid has some
+        ),
         (
             "codes.saturated",
             "blocks are saturated",
@@ -135,6 +164,28 @@ def _of_scale_tensors(changes: Sequence[TensorChange]) -> Iterator[Finding]:
         )
 
 
+def _of_units(changes: Sequence[TensorChange]) -> Iterator[Finding]:
+    """Integer biases stand in units of the scale of a layer's input times that of its weights, and say what became of them."""
+    sizes = {
+        each.name: each.gain / each.cosine
+        for each in changes
+        if each.new_layout in WORDS and each.cosine > 0 and each.gain > 0
+    }
+    hit = [name for name, size in sizes.items() if not 1 / UNITS_FACTOR < size < UNITS_FACTOR]
+    if hit:
+        ranked = sorted(hit, key=lambda name: -abs(math.log(sizes[name])))
+        found = sorted(sizes[name] for name in hit)
+        summary = f"integer biases of {len(hit)} layer(s) became {found[0]:.3g} to {found[-1]:.3g} times as large, and so their unit as small"
+        yield finding(
+            "calibration.changed",
+            summary,
+            ranked,
+            factor_min=found[0],
+            factor_max=found[-1],
+            tensors=len(hit),
+        )
+
+
 def _of_codes(changes: Sequence[TensorChange]) -> Iterator[Finding]:
     permuted = [each for each in changes if _is_permuted(each)]
     if permuted:
@@ -157,7 +208,13 @@ def _of_codes(changes: Sequence[TensorChange]) -> Iterator[Finding]:
 
 
 def _is_permuted(change: TensorChange) -> bool:
-    return change.is_permuted and (change.changed_codes or 0) >= PERMUTED_SHARE
+    """The same codes at other places; after a fine-tune, nearly the same ones in every block."""
+    is_other_order = (
+        change.kept_scales is not None
+        and change.relative >= PERMUTED_RELATIVE
+        and change.reordered <= PERMUTED_ORDER * change.relative
+    )
+    return is_other_order or (change.is_permuted and (change.changed_codes or 0) >= PERMUTED_SHARE)
 
 
 def _has_fewer_values(change: TensorChange) -> bool:
@@ -198,7 +255,9 @@ def _of_change(weights: Sequence[TensorChange], everything: Sequence[TensorChang
     coarse = [each for each in rest if _is_explained(each) and each.step_ratio >= COARSE_STEP]
     coarse = [each for each in coarse if each.relative >= COARSE_RELATIVE]
     if coarse:
-        yield _changed("quantization.coarse", "rounded more coarsely", coarse)
+        sizes = sorted(each.relative for each in coarse)
+        summary = f"{_spread(coarse)} rounded more coarsely, by {_range(sizes)}"
+        yield _changed("quantization.coarse", summary, coarse)
     yield from _trained([each for each in rest if each not in coarse], everything)
 
 
@@ -246,41 +305,62 @@ def _trained(changes: Sequence[TensorChange], everything: Sequence[TensorChange]
     if not changes:
         return
     beyond = [each for each in changes if not _is_explained(each)]
+    shifted = [each for each in changes if _is_shifted(each)]
     is_partial = any(each.is_identical and each.new_layout is changes[0].new_layout for each in everything)
     is_same = all(each.old_layout is each.new_layout for each in changes)
     directed = [each.directions for each in changes if each.directions is not None]
-    has_direction = is_same and bool(directed) and median(directed) < NOISE_DIRECTIONS
-    if not beyond and not (is_same and (is_partial or has_direction)):
-        yield _changed("quantization.other", "the same weights to within rounding", changes)
+    has_direction = bool(directed) and median(directed) < NOISE_DIRECTIONS
+    is_trained = beyond or 2 * len(shifted) > len(changes) or (is_same and (is_partial or has_direction))
+    if not is_trained:
+        sizes = sorted(each.relative for each in changes)
+        summary = f"{_spread(changes)} the same weights to within rounding, by {_range(sizes)}"
+        yield _changed("quantization.other", summary, changes)
         return
-    group = beyond or changes
-    matrices = [each for each in group if len(each.dims) > 1]
     # Biases and adapters start at zero, and may move by any factor.
-    sizes = [each.relative for each in matrices or group if math.isfinite(each.relative)]
-    relative = max(sizes, default=0.0)
-    code, words = (
-        ("weights.trained_far", "moved very far")
-        if relative >= FAR_RELATIVE
-        else ("weights.trained", "moved")
+    matrices = [each.moved for each in changes if len(each.dims) > 1 and math.isfinite(each.moved)]
+    is_far = max(matrices, default=0.0) >= FAR_RELATIVE
+    sizes = sorted(each.moved for each in changes)
+    summary = f"{_spread(changes)} moved{' very far' if is_far else ''}, by {_range(sizes)}"
+    hidden = len(changes) - len(beyond)
+    if hidden:
+        summary += f"; {hidden} of them by less than rounding, estimated"
+    yield _changed("weights.trained_far" if is_far else "weights.trained", summary, changes)
+
+
+def _is_shifted(change: TensorChange) -> bool:
+    """The same quantizer, with the same scales, of weights that are a little different."""
+    if change.old_layout is not change.new_layout:
+        return False
+    if change.new_layout in FLOATS:
+        return True  # nothing is rounded otherwise
+    is_like_training = (
+        change.rounding <= SHIFTED_ROUNDING or LAYOUTS[change.new_layout].codes.width > SHIFTED_BITS
     )
-    yield _changed(code, words, group)
+    return is_like_training and change.kept_scales is not None and change.kept_scales >= SHIFTED_SCALES
 
 
-def _changed(code: str, words: str, changes: Sequence[TensorChange]) -> Finding:
-    ordered = sorted(changes, key=lambda each: -each.relative)
-    sizes = [each.relative for each in ordered]
+def _changed(code: str, summary: str, changes: Sequence[TensorChange]) -> Finding:
+    ordered = sorted(changes, key=lambda each: (-each.moved, -each.relative))
+    relative = [each.relative for each in changes]
+    moved = [each.moved for each in changes]
     directed = [each.directions for each in ordered if each.directions is not None]
     evidence: dict[str, float | str] = {
-        "relative_max": sizes[0],
-        "relative_median": median(sizes),
+        "relative_max": max(relative),
+        "relative_median": median(relative),
+        "moved_max": max(moved),
+        "moved_median": median(moved),
         "cosine_min": min(each.cosine for each in ordered),
         "rounding_median": min(median(each.rounding for each in ordered), 1e12),
         "tensors": len(ordered),
     }
     if directed:
         evidence["directions_median"] = median(directed)
-    summary = f"{_spread(ordered)} {words}, by {_percent(sizes[-1])} to {_percent(sizes[0])}"
     return finding(code, summary, _names(ordered), **evidence)
+
+
+def _range(sizes: Sequence[float]) -> str:
+    """Of sizes in ascending order."""
+    return f"{_percent(sizes[0])} to {_percent(sizes[-1])}" if len(sizes) > 1 else _percent(sizes[0])
 
 
 def layer_of(name: str) -> str:

@@ -31,12 +31,13 @@ _HALF_STEP_BF16: Final = 2.0**-7
 _E4M3_MANTISSA: Final = 3
 _CODES_OF_WORDS: Final = {Layout.I8: np.int8, Layout.U8: np.uint8, Layout.I16: np.int16, Layout.I32: np.int32}
 
-COMPARABLE: Final = frozenset(
-    layout
-    for layout, row in LAYOUTS.items()
-    if row.formula is not Formula.PLAIN
-    or row.codebook
-    or layout in {Layout.F32, Layout.F16, Layout.BF16, Layout.F64}
+FLOATS: Final = frozenset({Layout.F32, Layout.F16, Layout.BF16, Layout.F64})
+
+WORDS: Final = frozenset({Layout.I16, Layout.I32, Layout.I64})
+"""Integers too wide for weights: biases of quantized graphs, in units of the scales of inputs and weights."""
+
+COMPARABLE: Final = FLOATS | frozenset(
+    layout for layout, row in LAYOUTS.items() if row.formula is not Formula.PLAIN or row.codebook
 )
 """Layouts whose weights follow from their own bytes, in rows, so that they can be compared with those of any other of these.
 

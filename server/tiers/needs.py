@@ -12,11 +12,11 @@ from protocol.tensors.gguf import GgufFile
 LLAMA_BYTES: Final = 80 << 20
 """Python, llama.cpp and its work space, without what grows with context, vocabulary or weights: measured with a small model."""
 
-ONNX_BYTES: Final = 64 << 20
-"""Python and onnxruntime, without the model."""
+ONNX_BYTES: Final = 80 << 20
+"""Python, onnxruntime, the graph of a model with some hundred operators and their results."""
 
-ONNX_COPIES: Final = 2
-"""onnxruntime holds the file while it parses it, and its weights."""
+ONNX_WEIGHTS: Final = 1.5
+"""Of the length of the files: weights, and while it loads those that it has not packed yet. Measured is up to 1.5."""
 
 BATCH_TOKENS: Final = 512
 """llama.cpp evaluates as many tokens at a time, and keeps logits for a batch."""
@@ -73,7 +73,9 @@ def llama_needs(model: GgufFile, weights_bytes: int) -> ModelNeeds:
 
 def onnx_needs(weights_bytes: int) -> ModelNeeds:
     """Needs of an ONNX model."""
-    return ModelNeeds(weights_bytes=weights_bytes, fixed_bytes=ONNX_BYTES + (ONNX_COPIES - 1) * weights_bytes)
+    return ModelNeeds(
+        weights_bytes=weights_bytes, fixed_bytes=ONNX_BYTES + int((ONNX_WEIGHTS - 1) * weights_bytes)
+    )
 
 
 def _parameters(model: GgufFile) -> int:

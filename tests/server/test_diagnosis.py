@@ -14,8 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import Layout
 from server.cli import main
-from server.diagnosis.comparison import TensorChange
+from server.diagnosis.comparison import TensorChange, moved_energy
 from server.diagnosis.diagnose import Diagnosis, diagnose
+from server.diagnosis.findings import finding
 from server.diagnosis.models import files_of, opened_model
 from server.diagnosis.weights import COMPARABLE, read_piece
 from tests.models import language_model
@@ -121,6 +122,99 @@ def test_a_fine_tune_is_no_quantization_and_no_noise(
     assert grave(diagnosed(old, new)) == [code]
 
 
+@pytest.fixture(scope="module")
+def tuned_pair(
+    tmp_path_factory: pytest.TempPathFactory, weights: Mapping[str, damage.Floats]
+) -> tuple[Path, Path]:
+    """Two Q4_0 files, before and after a fine-tune that stays far beneath the steps of four bits."""
+    folder = tmp_path_factory.mktemp("tuned")
+    tuned = damage.fine_tuned(weights, 0.003)
+    return (
+        damage.write_language_model(folder / "old.gguf", weights, Kind.Q4_0),
+        damage.write_language_model(folder / "new.gguf", tuned, Kind.Q4_0),
+    )
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q8_0, Kind.BF16])
+def test_a_fine_tune_beneath_rounding_is_found_and_measured(
+    tmp_path: Path, weights: Mapping[str, damage.Floats], kind: Any
+) -> None:
+    tuned = damage.fine_tuned(weights, 0.002)
+    further = damage.fine_tuned(weights, 0.006)
+    tuned = {name: further[name] if name in LAYER else values for name, values in tuned.items()}
+    old = damage.write_language_model(tmp_path / "old.gguf", weights, kind)
+    found = diagnosed(old, damage.write_language_model(tmp_path / "new.gguf", tuned, kind))
+    assert grave(found) == ["weights.trained"]
+    assert set(found.findings[0].where[:2]) == set(LAYER)
+    moved = {each.name: each.moved for each in found.tensors if each.name.startswith("blk.")}
+    assert all(0.003 < moved[name] < 0.008 for name in LAYER)
+    assert all(0.001 < moved[name] < 0.003 for name in moved if "norm" not in name and name not in LAYER)
+
+
+def test_movement_is_read_from_the_edges_that_weights_cross() -> None:
+    rng = np.random.default_rng(2)
+    weights = rng.uniform(0, 1000, 1_000_000)
+    for spread in (0.01, 0.3, 1.0, 10.0):
+        moves = rng.normal(0, spread, weights.size)
+        change = float(np.square(np.floor(weights + moves) - np.floor(weights)).sum())
+        energy = moved_energy(change, weights.size / 6, is_same_grid=True)
+        assert energy == pytest.approx(float(np.square(moves).sum()), rel=0.05)
+    assert moved_energy(0.0, 1.0, is_same_grid=True) == 0
+    assert moved_energy(0.5, 1.0, is_same_grid=False) == 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "code"),
+    [
+        (damage.zero_scales(0.05), "scales.zero"),
+        (damage.stuck_bit, "scales.out_of_range"),
+        (damage.nan_scales, "weights.not_finite"),
+        (damage.dead_codes, "blocks.dead"),
+        (damage.clipped_scales, "codes.saturated"),
+        (damage.coarse_codes, "codes.coarse"),
+        (damage.one_scale, "codes.coarse"),
+        (damage.swapped_nibbles, "codes.permuted"),
+        (damage.larger_scales, "weights.scaled"),
+    ],
+)
+def test_damage_is_named_on_top_of_a_fine_tune(
+    tmp_path: Path, tuned_pair: tuple[Path, Path], edit: Edit, code: str
+) -> None:
+    old, new = tuned_pair
+    found = diagnosed(old, damage.edit_blocks(new, tmp_path / "new.gguf", LAYER, edit))
+    assert grave(found) == [code, "weights.trained"]
+    assert set(found.findings[0].where) == set(LAYER)
+
+
+@pytest.mark.parametrize("size", [0.15, 0.5])
+def test_noise_in_one_layer_is_named_on_top_of_a_fine_tune(
+    tmp_path: Path, tuned_pair: tuple[Path, Path], weights: Mapping[str, damage.Floats], size: float
+) -> None:
+    noisy = damage.with_noise(damage.fine_tuned(weights, 0.003), 3, size)
+    new = damage.write_language_model(tmp_path / "new.gguf", noisy, Kind.Q4_0)
+    found = diagnosed(tuned_pair[0], new)
+    assert grave(found) == ["weights.noise", "weights.trained"]
+    assert found.findings[0].where == ["blk.3"]
+
+
+def test_another_quantizer_of_the_same_weights_is_no_fine_tune(
+    tmp_path: Path, tuned_pair: tuple[Path, Path], weights: Mapping[str, damage.Floats]
+) -> None:
+    old, _ = tuned_pair
+    matrices = [name for name, values in weights.items() if values.ndim == 2]
+    found = diagnosed(old, damage.edit_blocks(old, tmp_path / "new.gguf", matrices, damage.other_scales))
+    assert [each.code for each in found.findings] == ["quantization.other"]
+
+
+def test_a_conclusion_tells_of_prompts_whatever_the_files_say(base: Path) -> None:
+    worse = finding("prompts.worse", "3 of 4 prompts got worse; sun: …", ["sun"])
+    with opened_model(files_of(base), "base") as model:
+        found = diagnose(model, model, more=[worse])
+    assert found.conclusion == (
+        "3 of 4 prompts got worse, and nothing in the files explains it. They differ so: not at all."
+    )
+
+
 def test_another_model_is_told_from_a_fine_tune(tmp_path: Path, base: Path) -> None:
     new = damage.write_language_model(tmp_path / "new.gguf", damage.base_weights(seed=9))
     assert grave(diagnosed(base, new)) == ["weights.unrelated"]
@@ -196,7 +290,26 @@ def test_damaged_scales_of_an_onnx_model_are_named(tmp_path: Path) -> None:
     assert found.findings[0].where == ["scales"]
 
 
-def _onnx(path: Path, codes: Any, scales: Any) -> Path:
+def test_a_calibration_on_other_inputs_is_named(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    codes = rng.integers(-127, 128, (128, 64), np.int8)
+    biases = rng.integers(-9000, 9000, 64, np.int32)
+    scales = rng.uniform(0.01, 0.02, 64).astype(np.float32)
+    old, new, trained = (
+        _onnx(tmp_path / f"{name}.onnx", codes, scales, each)
+        for name, each in (
+            ("old", biases),
+            ("new", biases * 60),
+            ("trained", (biases + rng.integers(-9000, 9000, 64, np.int32)).astype(np.int32)),
+        )
+    )
+    found = diagnosed(old, new)
+    assert grave(found) == ["calibration.changed"]
+    assert found.findings[0].evidence["factor_max"] == pytest.approx(60, rel=0.01)
+    assert "calibration.changed" not in grave(diagnosed(old, trained))
+
+
+def _onnx(path: Path, codes: Any, scales: Any, biases: Any = None) -> Path:
     nodes = [
         helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], axis=1),
         helper.make_node("MatMul", ["x", "w"], ["y"]),
@@ -206,6 +319,8 @@ def _onnx(path: Path, codes: Any, scales: Any) -> Path:
         for name, size in (("x", 128), ("y", 64))
     ]
     tensors = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales, "scales")]
+    if biases is not None:
+        tensors.append(numpy_helper.from_array(biases, "biases"))
     path.write_bytes(
         helper.make_model(helper.make_graph(nodes, "g", shapes[:1], shapes[1:], tensors)).SerializeToString()
     )
