@@ -50,7 +50,7 @@ TIERS = {
     "gateway": "memory_mb = 480\nmemory_gb_per_s = 8.0\nstop_first = true",
     "pi4": "memory_mb = 1024\nmemory_gb_per_s = 4.0\ntoken_ms_max = 120.0",
 }
-FLEET = {"gateway": 20, "pi4": 400}
+FLEET = {"gateway": (20, ""), "pi4": (400, REFERENCE)}  # how many, and what they run
 LETTERS = "ABCD"
 CONTEXT = 4096
 DRAWS = 20_000
@@ -123,7 +123,7 @@ def score(home: Path, version: str, against: str, options: argparse.Namespace) -
 
 
 def weigh(home: Path) -> None:
-    """The three versions side by side, for a fleet that runs Q8_0; tiers, devices and prices are assumed."""
+    """The three versions side by side, for boards that run Q8_0 and new gateways; tiers, devices and prices are assumed."""
     (home / "tiers").mkdir(exist_ok=True)
     for name, lines in TIERS.items():
         (home / "tiers" / f"{name}.toml").write_text(f'disk_mb = 4096\nruntime = "llama"\n{lines}\n')
@@ -135,22 +135,23 @@ def weigh(home: Path) -> None:
     files = {file.name: file.sha256 for file in record.release.files}
     with opened(home) as there:
         now_ms = there.clock.now_ms()
-        there.store.save(
-            [device(tier, n, files, now_ms) for tier, count in FLEET.items() for n in range(count)]
-        )
+        for tier, (count, version) in FLEET.items():
+            held = files if version else {}
+            there.store.save(
+                [device(f"{tier}-{number}", tier, version, held, now_ms) for number in range(count)]
+            )
     words = ["tradeoffs", FAMILY, REFERENCE, "q4_1", "q4_0", "--dir", str(home), "--prices", str(prices)]
     print("\n" + whimbrel(*words, "--deltas", "--html", str(home.parent / "tradeoffs.html")))
 
 
-def device(tier: str, number: int, files: dict[str, str], now_ms: int) -> DeviceRecord:
-    """A device as the server knows it, that runs the reference."""
-    name = f"{tier}-{number}"
+def device(name: str, tier: str, version: str, files: dict[str, str], now_ms: int) -> DeviceRecord:
+    """A device as the server knows it."""
     said = Report(
         device=name,
         sequence=1,
         state="idle",
         family=FAMILY,
-        version=REFERENCE,
+        version=version,
         files=files,
         tier=tier,
         capacity=Capacity(

@@ -40,7 +40,7 @@ class Field:
     ) -> None:
         self._lengths = {Digest(file.sha256): file.length for each in releases for file in each.files}
         self._versions = {Digest(file.sha256): each.version for each in releases for file in each.files}
-        self._devices = devices
+        self._kinds = _kinds(devices)
         self._sizes = sizes
         self._refused = set(refused)
         self._estimated = {edge.path: edge for edge in self._unsigned_deltas(catalog)}
@@ -93,29 +93,28 @@ class Field:
         return found, [DeltaName(*pair) for pair in counts]
 
     def _groups(self, release: Release, tier: str | None) -> Counter[tuple[str, Group]]:
-        return Counter(
-            (device.version, self._graph.group(release, device.report))
-            for device in self._devices
-            if tier is None or device.tier == tier
-        )
+        groups: Counter[tuple[str, Group]] = Counter()
+        for device, count in self._kinds:
+            if tier is None or device.tier == tier:
+                groups[device.version, self._graph.group(release, device.report)] += count
+        return groups
 
     def _missing(
         self, release: Release, tier: str | None
     ) -> Iterable[tuple[tuple[tuple[Digest, Digest], ...], int]]:
         """Pairs of which nothing is known, whose result devices fetch as a whole; with how many of them."""
         counts: Counter[tuple[tuple[Digest, Digest], ...]] = Counter()
-        for device in self._devices:
-            if device.report is None or (tier is not None and device.tier != tier):
+        for device, count in self._kinds:
+            if tier is not None and device.tier != tier:
                 continue
             routes = self._graph.routes(release, self._graph.group(release, device.report))
-            counts[
-                tuple(
-                    pair
-                    for pair in pairs_for(release, device.report)
-                    if self._is_open(pair)
-                    and any(edge.base is None for edge in routes.get(pair[1], Route()).edges)
-                )
-            ] += 1
+            pairs = tuple(
+                pair
+                for pair in pairs_for(release, device.report)
+                if self._is_open(pair)
+                and any(edge.base is None for edge in routes.get(pair[1], Route()).edges)
+            )
+            counts[pairs] += count
         return [(pairs, count) for pairs, count in counts.items() if pairs]
 
     def _is_open(self, pair: tuple[Digest, Digest]) -> bool:
@@ -153,3 +152,16 @@ class Field:
             and catalog.delta(*pair) is None
             and is_worthwhile(size.length, self._lengths[pair[1]])
         ]
+
+
+def _kinds(devices: Iterable[DeviceRecord]) -> list[tuple[DeviceRecord, int]]:
+    """Devices that are alike, by one of them; so that a fleet is looked at once, however many versions and tiers there are."""
+    found: dict[tuple[object, ...], tuple[DeviceRecord, int]] = {}
+    for device in devices:
+        report = device.report
+        key: tuple[object, ...] = (device.tier, device.version)
+        if report is not None:
+            key += (*report.files.items(), report.capacity)
+        first, count = found.get(key, (device, 0))
+        found[key] = first, count + 1
+    return list(found.values())

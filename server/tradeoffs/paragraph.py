@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from server.display import bytes_text
-from server.tradeoffs.records import Comparison, Part, Shortfall, TierTable, TradeoffReport
+from server.tradeoffs.records import Air, Comparison, Part, Shortfall, TierTable, TradeoffReport
 
 _FORMATS: Final[dict[str, Callable[[Any], str]]] = {
     "text": str,
@@ -241,21 +241,21 @@ class _Writer:
                 words += " and {} while it replaces another"
                 quoted.append(("memory", f"{place}.swap_bytes"))
             said.append(list(self._say(words, *quoted)))
-        said.append(list(self._air(place, option.air.devices)))
+        said.append(list(self._air(place, option.air)))
         yield from self._say(" {} ", ("text", f"{place}.version"))
         yield from _joined(said)
-        if option.cost is not None:
+        if option.cost is not None and option.air.total_bytes:
             yield from self._say(", which costs {} {}", ("money", f"{place}.cost"), ("text", "currency"))
         yield Part(text=".")
 
-    def _air(self, place: str, devices: int) -> Iterator[Part]:
-        if devices:
-            words = "sends {} to each device on average, {} in all"
-            yield from self._say(
-                words, ("bytes", f"{place}.air.mean_bytes"), ("bytes", f"{place}.air.total_bytes")
-            )
-        else:
+    def _air(self, place: str, air: Air) -> Iterator[Part]:
+        if not air.devices:
             yield from self._say("sends {} to a new device", ("bytes", f"{place}.air.mean_bytes"))
+        elif not air.total_bytes:
+            yield Part(text="is what all devices have")
+        else:
+            yield from self._say("sends {} to each device on average, ", ("bytes", f"{place}.air.mean_bytes"))
+            yield from self._say("{} in all", ("bytes", f"{place}.air.total_bytes"))
 
 
 def _joined(said: Sequence[Sequence[Part]]) -> Iterator[Part]:
