@@ -25,19 +25,18 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from protocol.errors import RequestError
+from protocol.errors import RequestError, StorageError
 from server.adapters.blobs import storage_errors, write_file
 from server.requantize.model import (
     EMBEDDING,
-    OUTPUT,
     OUTPUT_NORM,
-    ModelFile,
+    head_of,
     opened_gguf,
-    read_layer,
     read_shape,
     sha256_of,
     tensor_name,
 )
+from server.requantize.passes import LayerPass, save
 from server.requantize.transformer import (
     Array,
     Shape,
@@ -66,10 +65,9 @@ INPUTS_OF: Final = {
 """Matrices that see the same inputs share their second moments."""
 
 _HEAD: Final = "head"
+_NORMED: Final = "head.normed"
+_RUNS: Final = "runs"
 _LABEL_SEED: Final = 5
-_BATCH: Final = 2
-"""Sequences that go through a layer at a time, fixed: sums must not depend on how many processors there are."""
-
 _DONE: Final = "calibration.json"
 _STATES: Final = "states"
 
@@ -103,6 +101,14 @@ class Calibration:
     def lookups(self, name: str) -> Array | None:
         """Worth of an error of any weight of a row that is looked up, shape (rows,); None of what is no embedding."""
         return self._array(f"{name}.lookups")
+
+    def normed(self) -> Array:
+        """What the head of the float model takes, shape (tokens of all runs, width)."""
+        return _there(self._array(_NORMED), self.folder)
+
+    def runs(self) -> npt.NDArray[np.int32]:
+        """The tokens that were looked at, shape (runs, tokens)."""
+        return _there(self._array(_RUNS), self.folder)
 
     def _array(self, key: str) -> Array | None:
         path = self.folder / f"{key}.npy"
@@ -166,11 +172,20 @@ def calibrate(
             is_done = (place / _DONE).exists()
         if not is_done:
             threads = workers or len(os.sched_getaffinity(0))
+            save(place / f"{_RUNS}.npy", runs)
             with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-                _Pass(opened, shape, runs, place, pool, report).run()
+                _measure(LayerPass(opened, shape, runs, place / _STATES, pool, report, "calibration"), place)
             write_file(place / _DONE, msgspec.json.encode(record))
         shutil.rmtree(place / _STATES, ignore_errors=True)
     return found
+
+
+def _there(values: Array | None, folder: Path) -> Array:
+    if values is None:
+        raise StorageError(
+            f"{folder}: a part of the calibration is missing", hint="remove it, and calibrate again"
+        )
+    return values
 
 
 def _runs(tokens: npt.NDArray[np.int32], sequences: int, length: int) -> npt.NDArray[np.int32]:
@@ -183,109 +198,48 @@ def _runs(tokens: npt.NDArray[np.int32], sequences: int, length: int) -> npt.NDA
     return np.stack([tokens[start : start + length] for start in starts])
 
 
-class _Pass:
-    """Forward through all layers, and back with moments; each step is skipped whose result is on disk."""
+def _measure(through: LayerPass, folder: Path) -> None:
+    """Forward, and back with moments, all of which end up in the folder."""
+    if not through.is_backward:
+        _measure_head(through, folder)
+    size = through.runs.size
 
-    def __init__(
-        self,
-        model: ModelFile,
-        shape: Shape,
-        runs: npt.NDArray[np.int32],
-        folder: Path,
-        pool: ThreadPoolExecutor,
-        report: Callable[[str], None],
-    ) -> None:
-        self._model = model
-        self._shape = shape
-        self._runs = runs
-        self._folder = folder
-        self._pool = pool
-        self._report = report
-        self._batches = [slice(start, start + _BATCH) for start in range(0, len(runs), _BATCH)]
-
-    def run(self) -> None:
-        """Do what is left to do."""
-        layers = self._shape.layers
-        done = min(
-            (layer for layer in range(layers + 1) if self._state("upstream", layer).exists()), default=None
-        )
-        if done is None:
-            self._forward()
-            self._head()
-            done = layers
-        for layer in range(done - 1, -1, -1):
-            self._report(f"calibration: backward through layer {layer + 1} of {layers}")
-            self._backward(layer)
-        self._lookups()
-
-    def _state(self, kind: str, layer: int) -> Path:
-        return self._folder / _STATES / f"{kind}.{layer}.npy"
-
-    def _forward(self) -> None:
-        """States between layers: `hidden.n` is what layer n takes."""
-        layers = self._shape.layers
-        first = max((n for n in range(layers + 1) if self._state("hidden", n).exists()), default=None)
-        if first is None:
-            embedding = self._model.floats(EMBEDDING)
-            _save(self._state("hidden", 0), embedding[self._runs])
-            first = 0
-        for layer in range(first, layers):
-            self._report(f"calibration: forward through layer {layer + 1} of {layers}")
-            weights = read_layer(self._model, layer)
-            hidden = np.load(self._state("hidden", layer))
-            parts = self._pool.map(
-                lambda part, w=weights, h=hidden: forward_layer(self._shape, w, h[part])[0], self._batches
-            )
-            _save(self._state("hidden", layer + 1), np.concatenate(list(parts)))
-
-    def _head(self) -> None:
-        self._report("calibration: head")
-        layers = self._shape.layers
-        name = OUTPUT if OUTPUT in self._model.tensors else EMBEDDING
-        head = self._model.floats(name)
-        norm = self._model.floats(OUTPUT_NORM)
-        hidden = np.load(self._state("hidden", layers))
-        draws = np.random.default_rng(_LABEL_SEED).random(self._runs.shape)
-        traces = list(
-            self._pool.map(
-                lambda run: sampled_head(hidden[run], draws[run], norm, head, self._shape.epsilon),
-                range(len(self._runs)),
-            )
-        )
-        normed = np.concatenate([trace.normed for trace in traces])
-        _save(self._folder / f"{_HEAD}.inputs.npy", normed.T @ normed / np.float32(len(normed)))
-        worth = np.sum([trace.variance for trace in traces], axis=0) / self._runs.size
-        _save(self._folder / f"{name}.outputs.npy", worth.astype(np.float32))
-        _save(self._state("upstream", layers), np.stack([trace.at_hidden for trace in traces]))
-
-    def _backward(self, layer: int) -> None:
-        weights = read_layer(self._model, layer)
-        hidden = np.load(self._state("hidden", layer))
-        upstream = np.load(self._state("upstream", layer + 1))
-        parts = list(
-            self._pool.map(
-                lambda part: _layer_moments(self._shape, weights, hidden[part], upstream[part]), self._batches
-            )
-        )
+    def keep(layer: int, parts: list[_Moments]) -> None:
         keys = list(dict.fromkeys(INPUTS_OF.values()))
-        for key, moments in zip(
-            keys, self._pool.map(lambda key: _input_moments(parts, key), keys), strict=True
-        ):
-            _save(self._folder / f"blk.{layer}.{key}.inputs.npy", moments)
+        moments = through.pool.map(lambda key: _input_moments(parts, key), keys)
+        for key, values in zip(keys, moments, strict=True):
+            save(folder / f"blk.{layer}.{key}.inputs.npy", values)
         for name in INPUTS_OF:
-            worth = np.sum([part.squares[name] for part in parts], axis=0) / self._runs.size
-            _save(self._folder / f"{tensor_name(layer, name)}.outputs.npy", worth.astype(np.float32))
-        _save(self._state("upstream", layer), np.concatenate([part.upstream for part in parts]))
-        self._state("upstream", layer + 1).unlink()
-        self._state("hidden", layer + 1).unlink(missing_ok=True)
+            worth = np.sum([part.squares[name] for part in parts], axis=0) / size
+            save(folder / f"{tensor_name(layer, name)}.outputs.npy", worth.astype(np.float32))
 
-    def _lookups(self) -> None:
-        """Each token's share of the text times the squared gradient at its embedding, per weight."""
-        upstream = np.load(self._state("upstream", 0))
-        squares = np.square(upstream, dtype=np.float64).sum(axis=-1).reshape(-1)
-        worth = np.bincount(self._runs.reshape(-1), squares, minlength=self._model.region(EMBEDDING).dims[0])
-        worth /= self._runs.size * upstream.shape[-1]
-        _save(self._folder / f"{EMBEDDING}.lookups.npy", worth.astype(np.float32))
+    upstream = through.backward(_layer_moments, keep)
+    # Each token's share of the text times the squared gradient at its embedding, per weight.
+    squares = np.square(upstream, dtype=np.float64).sum(axis=-1).reshape(-1)
+    vocabulary = through.model.region(EMBEDDING).dims[0]
+    worth = np.bincount(through.runs.reshape(-1), squares, minlength=vocabulary) / (size * upstream.shape[-1])
+    save(folder / f"{EMBEDDING}.lookups.npy", worth.astype(np.float32))
+
+
+def _measure_head(through: LayerPass, folder: Path) -> None:
+    hidden = through.forward()
+    through.report("calibration: head")
+    name = head_of(through.model)
+    head = through.model.floats(name)
+    norm = through.model.floats(OUTPUT_NORM)
+    draws = np.random.default_rng(_LABEL_SEED).random(through.runs.shape)
+    epsilon = through.shape.epsilon
+    traces = list(
+        through.pool.map(
+            lambda run: sampled_head(hidden[run], draws[run], norm, head, epsilon), range(len(hidden))
+        )
+    )
+    normed = np.concatenate([trace.normed for trace in traces])
+    save(folder / f"{_NORMED}.npy", normed)
+    save(folder / f"{_HEAD}.inputs.npy", normed.T @ normed / np.float32(len(normed)))
+    worth = np.sum([trace.variance for trace in traces], axis=0) / through.runs.size
+    save(folder / f"{name}.outputs.npy", worth.astype(np.float32))
+    through.begin_backward(np.stack([trace.at_hidden for trace in traces]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,10 +249,9 @@ class _Moments:
     scaled: dict[str, Array]
     weights: dict[str, float]
     squares: dict[str, Array]
-    upstream: Array
 
 
-def _layer_moments(shape: Shape, weights: Weights, hidden: Array, upstream: Array) -> _Moments:
+def _layer_moments(shape: Shape, weights: Weights, hidden: Array, upstream: Array) -> tuple[Array, _Moments]:
     _, trace = forward_layer(shape, weights, hidden)
     before, taps = backward_layer(shape, weights, trace, upstream)
     scaled: dict[str, Array] = {}
@@ -310,7 +263,7 @@ def _layer_moments(shape: Shape, weights: Weights, hidden: Array, upstream: Arra
     squares: dict[str, Array] = {
         name: np.square(gradient, dtype=np.float64).sum(axis=0) for name, (_, gradient) in taps.items()
     }
-    return _Moments(scaled, total, squares, before)
+    return before, _Moments(scaled, total, squares)
 
 
 def _weighted(taps: Taps, key: str) -> tuple[Array, Array]:
@@ -332,14 +285,3 @@ def _inputs_key(name: str) -> str:
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in INPUTS_OF:
         return f"blk.{parts[1]}.{INPUTS_OF[parts[2]]}"
     return _HEAD
-
-
-def _save(path: Path, values: Array) -> None:
-    """Under its name only when it is whole."""
-    partial = path.with_name(f".partial-{path.name}")
-    with storage_errors(path):
-        with partial.open("wb") as file:
-            np.save(file, values)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)

@@ -77,7 +77,14 @@ class Price:
         )
 
 
-def descend(rows: CodedRows, target: Floats, start: Codes, metric: Metric, price: Price) -> Codes:
+def descend(
+    rows: CodedRows,
+    target: Floats,
+    start: Codes,
+    metric: Metric,
+    price: Price,
+    shift: Floats | None = None,
+) -> Codes:
     """Codes that no single step makes better.
 
     Args:
@@ -86,12 +93,15 @@ def descend(rows: CodedRows, target: Floats, start: Codes, metric: Metric, price
         start: Codes to begin with.
         metric: Of these rows.
         price: Relative to the installed codes.
+        shift: Added to the gradient at the start, for what the metric does not see; same shape.
     """
     codes = start.copy()
     many = max(1, _BLOCK_WEIGHTS // target.shape[1])
     for first in range(0, len(target), many):
         part = slice(first, first + many)
         block = _Block(rows, part, target[part], codes[part], metric.part(part), price)
+        if shift is not None:
+            block.shift(shift[part])
         block.run()
     return codes
 
@@ -121,6 +131,10 @@ class _Block:
         self._half = np.float32(0.5) * np.square(self._steps) * metric.curvature()
         self._up = self._cost(self._codes, self._installed, 1)
         self._down = self._cost(self._codes, self._installed, -1)
+
+    def shift(self, gradient: Floats) -> None:
+        """Add to the gradient."""
+        self._gradient += gradient
 
     def run(self) -> None:
         """Step until no row has a step that pays."""

@@ -15,7 +15,7 @@ from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import Layout, Region, parse_gguf
 from protocol.tensors.gguf import GgufFile
 from server.adapters.blobs import FileSource, storage_errors
-from server.diagnosis.weights import Floats, block_weights, read_piece
+from server.diagnosis.weights import COMPARABLE, Floats, block_weights, read_piece
 from server.requantize.transformer import MATRICES, NORMS, Array, Shape
 
 EMBEDDING: Final = "token_embd.weight"
@@ -66,12 +66,7 @@ class ModelFile:
         return self.source.read_at(region.offset + start * size, (stop - start) * size)
 
     def floats(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
-        """Rows of a tensor as float32, shape (rows, columns), or (columns,) of a vector.
-
-        Args:
-            name: Of a tensor whose layout is in `FLOAT_LAYOUTS`.
-            start: First row.
-            stop: Row after the last one; all of them unless given.
+        """As `values`, of a tensor that is not quantized.
 
         Raises:
             ModelFileError: There is no such tensor, or it is quantized.
@@ -82,6 +77,22 @@ class ModelFile:
                 f"{self.path}: {name} is {region.layout.value}, floats are needed",
                 hint="give the model as it was before quantization: F32, F16 or BF16",
             )
+        return self.values(name, start, stop)
+
+    def values(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
+        """Rows of a tensor as float32, shape (rows, columns), or (columns,) of a vector.
+
+        Args:
+            name: Of the tensor.
+            start: First row.
+            stop: Row after the last one; all of them unless given.
+
+        Raises:
+            ModelFileError: There is no such tensor, or its weights do not follow from its own bytes.
+        """
+        region = self.region(name)
+        if region.layout not in COMPARABLE:
+            raise ModelFileError(f"{self.path}: {name} has a layout whose weights are not computed here")
         rows, columns = rows_and_columns(region)
         stop = rows if stop is None else stop
         out = np.empty((stop - start, columns), np.float32)
@@ -141,13 +152,18 @@ def tensor_name(layer: int, name: str) -> str:
     return f"blk.{layer}.{name}.weight"
 
 
+def head_of(model: ModelFile) -> str:
+    """The matrix that makes logits: the embedding again, where there is no other."""
+    return OUTPUT if OUTPUT in model.tensors else EMBEDDING
+
+
 def read_layer(model: ModelFile, layer: int) -> dict[str, Array]:
     """All weights of one transformer block, by the names that `transformer.py` uses."""
-    weights: dict[str, Array] = {name: model.floats(tensor_name(layer, name)) for name in (*NORMS, *MATRICES)}
+    weights: dict[str, Array] = {name: model.values(tensor_name(layer, name)) for name in (*NORMS, *MATRICES)}
     for name in _BIASES:
         bias = f"blk.{layer}.{name}.bias"
         if bias in model.tensors:
-            weights[f"{name}.bias"] = model.floats(bias)
+            weights[f"{name}.bias"] = model.values(bias)
     return weights
 
 

@@ -218,6 +218,44 @@ def sampled_head(
     return HeadTrace(normed, _rms_norm_back(at_normed, norm, unit, factor), variance)
 
 
+def distilled_head(
+    hidden: Array,
+    norm: Array,
+    head: Array,
+    epsilon: float,
+    teacher_normed: Array,
+    teacher_head: Array,
+    rows: int = 64,
+) -> tuple[float, Array]:
+    """The KL divergence of a model from its teacher, summed over positions, and its gradient at the last block's output.
+
+    Args:
+        hidden: The last block's output, shape (n, width).
+        norm: Weight of the final normalization.
+        head: Output matrix, shape (vocabulary, width).
+        epsilon: As in `Shape`.
+        teacher_normed: What the teacher's output matrix takes at the same positions.
+        teacher_head: That matrix.
+        rows: Positions whose logits are held at a time.
+    """
+    normed, unit, factor = rms_norm(hidden, norm, epsilon)
+    at_normed = np.empty_like(normed)
+    divergence = 0.0
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        said = _log_softmax(normed[part] @ head.T)
+        wanted = _log_softmax(teacher_normed[part] @ teacher_head.T)
+        probable = np.exp(wanted)
+        divergence += float((probable * (wanted - said)).sum(dtype=np.float64))
+        at_normed[part] = (np.exp(said) - probable) @ head
+    return divergence, _rms_norm_back(at_normed, norm, unit, factor)
+
+
+def _log_softmax(logits: Array) -> Array:
+    logits -= logits.max(axis=1, keepdims=True)
+    return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+
+
 def _rms_norm_back(upstream: Array, weight: Array, unit: Array, factor: Array) -> Array:
     at_unit = upstream * weight
     return np.asarray(factor * (at_unit - unit * (at_unit * unit).mean(axis=-1, keepdims=True)))

@@ -20,7 +20,8 @@ from protocol.errors import EngineError, ModelFileError
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
 from server.requantize.calibration import Calibration
-from server.requantize.codes import LINEAR_LAYOUTS, CodedRows
+from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes
+from server.requantize.correction import Slopes
 from server.requantize.descent import Metric, Price, descend, single_gains
 from server.requantize.model import ModelFile, opened_gguf, row_bytes, rows_and_columns
 
@@ -59,6 +60,8 @@ class Files:
     out: Path
     metric: MetricName
     extrapolation: float
+    slopes: Slopes | None = None
+    trust: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,9 @@ class Worker:
         if stretch.price is None:
             return Outcome(stretch.name, 0, 0.0, 0.0, _binned(single_gains(rows, target, metric)))
         start = rows.codes if self._start is None else _coded(self._start, stretch).codes
-        codes = descend(rows, target, start, metric, stretch.price)
+        codes = descend(
+            rows, target, start, metric, stretch.price, self._shift(stretch, rows, target, start, metric)
+        )
         data = rows.joined(codes)
         with storage_errors(self._files.out):
             region = self._regions[stretch.name]
@@ -142,6 +147,17 @@ class Worker:
             metric.cost(target - rows.weights(rows.codes)),
             metric.cost(target - rows.weights(codes)),
         )
+
+    def _shift(
+        self, stretch: Stretch, rows: CodedRows, target: Floats, start: Codes, metric: Metric
+    ) -> Floats | None:
+        """From the gradient that the metric expects at the start towards the one that was measured there."""
+        slopes = None if self._files.slopes is None else self._files.slopes.of(stretch.name)
+        if slopes is None:
+            return None
+        measured = np.asarray(slopes[stretch.start : stretch.stop], np.float32)
+        expected = metric.gradient(target - rows.weights(start))
+        return np.asarray(np.float32(self._files.trust) * (measured - expected), np.float32)
 
     def _open(self, path: Path) -> ModelFile:
         return self._stack.enter_context(opened_gguf(path))
