@@ -43,6 +43,7 @@ LINE_SEARCH_FACTOR: Final = 0.3
 PAIRS: Final = 4
 
 _PROBE_EVERY: Final = 16
+_ARCHITECTURE: Final = "general.architecture"
 _TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
 
@@ -79,7 +80,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
         file_bytes: Of the chosen file.
         changed: Codes that differ from the installed ones, by tensor.
         codes: How many codes there are in these tensors.
-        kept: Tensors that stay as installed, as their layout has no linear codes or the new file has none of that name.
+        kept: Tensors that stay as installed, as their layout has no linear codes.
         objective_before: What the installed codes cost, in nats per token, as the metric sees it.
         objective_after: What the chosen ones cost.
         rounds: Price and bytes of each file that was coded on the way.
@@ -209,9 +210,9 @@ class _Choice:
         self._names: list[str] = []
         kept: list[str] = []
         for name, region in installed.tensors.items():
-            if region.layout in LINEAR_LAYOUTS and name in new.tensors:
+            if region.layout in LINEAR_LAYOUTS:
                 self._names.append(name)
-            elif region.layout not in FLOAT_LAYOUTS or name not in new.tensors:
+            elif region.layout not in FLOAT_LAYOUTS:
                 kept.append(name)
         self.kept = tuple(kept)
         self.codes = sum(math.prod(installed.tensors[name].dims) for name in self._names)
@@ -323,7 +324,7 @@ class _Choice:
             regions = made.tensors
         with storage_errors(self._files.out), self._files.out.open("r+b") as file:
             for name, region in regions.items():
-                if region.layout in FLOAT_LAYOUTS and name in self._new.tensors:
+                if region.layout in FLOAT_LAYOUTS:
                     file.seek(region.offset)
                     file.write(_stored(self._new.floats(name).reshape(-1), region.layout))
 
@@ -362,9 +363,8 @@ def _check(settings: Settings, before: Path | None) -> None:
 
 def _check_pair(new: ModelFile, installed: ModelFile) -> None:
     """That one is the other, trained on and not yet quantized."""
-    for key in ("general.architecture",):
-        if new.gguf.metadata.get(key) != installed.gguf.metadata.get(key):
-            raise ModelFileError(f"{new.path}: {key} is not that of {installed.path}")
+    if new.gguf.metadata.get(_ARCHITECTURE) != installed.gguf.metadata.get(_ARCHITECTURE):
+        raise ModelFileError(f"{new.path}: {_ARCHITECTURE} is not that of {installed.path}")
     for key in _TOKENIZER_ARRAYS:
         if _array(new, key) != _array(installed, key):
             raise ModelFileError(
@@ -372,12 +372,17 @@ def _check_pair(new: ModelFile, installed: ModelFile) -> None:
                 hint="another vocabulary needs a new file: quantize it and ship an ordinary delta",
             )
     for name, region in installed.tensors.items():
-        other = new.tensors.get(name)
-        if other is not None and other.dims != region.dims:
+        if name not in new.tensors:
+            raise ModelFileError(
+                f"{new.path}: there is no tensor {name}, which {installed.path} has",
+                hint="give the whole model in one file",
+            )
+        other = new.tensors[name]
+        if other.dims != region.dims:
             raise ModelFileError(
                 f"{new.path}: {name} has the shape {other.dims}, {region.dims} in {installed.path}"
             )
-        if other is not None and other.layout not in FLOAT_LAYOUTS:
+        if other.layout not in FLOAT_LAYOUTS:
             raise ModelFileError(
                 f"{new.path}: {name} is {other.layout.value}, floats are needed",
                 hint="give the model as it was before quantization: F32, F16 or BF16",

@@ -327,6 +327,10 @@ def test_files_that_do_not_belong_together_are_refused(
         choose(other, installed, calibration, settings, out, _quiet)
     with pytest.raises(ModelFileError, match=r"is q8_0, floats are needed .*before quantization"):
         choose(installed, installed, calibration, settings, out, _quiet)
+    part = tmp_path / "part.gguf"
+    write_gguf(new, part, [each for each in read_stored(new) if "ffn_up" not in each.name], {})
+    with pytest.raises(ModelFileError, match=r"no tensor blk.0.ffn_up.weight, which .*whole model"):
+        choose(part, installed, calibration, settings, out, _quiet)
     with pytest.raises(ModelFileError, match="no tensor has codes that can be chosen"):
         choose(new, new, calibration, settings, out, _quiet)
     with pytest.raises(RequestError, match="no such file"):
@@ -343,7 +347,7 @@ def test_files_that_do_not_belong_together_are_refused(
             choose(new, installed, calibration, wrong, out, _quiet)
     with pytest.raises(RequestError, match="the budget is 40"):
         choose(new, installed, calibration, Settings(budget_bytes=40, workers=1), out, _quiet)
-    assert list(tmp_path.iterdir()) == [other]
+    assert sorted(tmp_path.iterdir()) == [part, other]
 
 
 def test_damaged_weights_are_named(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
