@@ -36,9 +36,9 @@ FURTHER_BITS: Final = 2.0
 TRUST: Final = 0.3
 """Matrices are corrected side by side, and all of them for what they have done wrong together: a whole step would go too far."""
 
-LINE_SEARCH_MAX: Final = 3
-LINE_SEARCH_FACTOR: Final = 0.3
-"""Where a correction makes it worse, a shorter one is tried, and so on."""
+LINE_SEARCH_MAX: Final = 5
+LINE_SEARCH_SHRINK_MIN: Final = 0.1
+"""Where a correction goes too far, the next one is as long as a parabola through what is known says, and no shorter than this."""
 
 PAIRS: Final = 4
 
@@ -185,6 +185,7 @@ class _Round:
     bytes: int
     before: float
     after: float
+    promised: float
     changed: dict[str, int] = field(default_factory=dict)
 
 
@@ -256,6 +257,10 @@ class _Choice:
             for _ in range(LINE_SEARCH_MAX):
                 self._files = replace(first, start=kept, slopes=slopes, trust=trust)
                 found = self._search(floor)
+                if found.promised > 2 * slopes.divergence:  # along a parabola that is beyond where it began
+                    self._report(f"correction, trust {trust:.3g}: too far")
+                    trust *= slopes.divergence / found.promised
+                    continue
                 after = measure_divergence(
                     first.new,
                     first.out,
@@ -268,12 +273,15 @@ class _Choice:
                     f"correction, trust {trust:.3g}: divergence {slopes.divergence:.4g} to {after:.4g}"
                 )
                 if after < slopes.divergence:
+                    best = found
                     break
-                trust *= LINE_SEARCH_FACTOR
-            else:
+                if found.promised <= 0:
+                    break
+                bend = after - slopes.divergence + found.promised
+                trust *= max(LINE_SEARCH_SHRINK_MIN, found.promised / (2 * bend))
+            if best is not found:
                 shutil.copyfile(kept, first.out)
                 return best
-            best = found
         self.divergences.append(after)
         return best
 
@@ -285,17 +293,18 @@ class _Choice:
         self._report(f"round {len(self.rounds) + 1}: descent at {price:.3g} nats a bit")
         bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS)
         changed = dict.fromkeys(self._names, 0)
-        before = after = 0.0
+        before = after = promised = 0.0
         stretches = stretches_of(self._installed, self._names, bits)
         for outcome in run_all(self._files, stretches, self._workers):
             changed[outcome.name] += outcome.changed
             before, after = before + outcome.before, after + outcome.after
+            promised += outcome.promised
         size = self._delta_bytes()
         self._report(
             f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes changed, {size:,} bytes,"
             f" objective {before:.4g} to {after:.4g}"
         )
-        self.rounds.append(_Round(price, size, before, after, changed))
+        self.rounds.append(_Round(price, size, before, after, promised, changed))
         return self.rounds[-1]
 
     def _delta_bytes(self) -> int:

@@ -223,14 +223,21 @@ def test_a_correction_brings_the_candidate_nearer_to_the_float_model(
     assert {path.name for path in tmp_path.iterdir()} == {"plain.gguf", "out.gguf"}
 
 
-def test_a_correction_that_makes_it_worse_is_not_taken(
+def test_a_correction_that_goes_too_far_is_shortened(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    plain = _choose(folder, calibration, tmp_path / "plain.gguf", price=1e-7)
+    wild = _choose(folder, calibration, tmp_path / "out.gguf", price=1e-7, corrections=1, trust=1000.0)
+    assert len(wild.rounds) > 2
+    assert wild.divergences[1] < wild.divergences[0]
+
+
+def test_a_correction_that_changes_nothing_ends_it(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
     out = tmp_path / "out.gguf"
-    wild = _choose(folder, calibration, out, price=1e-7, corrections=1, trust=1000.0)
-    assert wild.delta_bytes == plain.delta_bytes
-    assert out.read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    chosen = _choose(folder, calibration, out, price=1e6, corrections=3)
+    assert len(chosen.divergences) == 1
+    assert out.read_bytes() == (folder / "installed.gguf").read_bytes()
 
 
 def test_slopes_agree_with_finite_differences_of_the_divergence(
