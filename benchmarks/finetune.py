@@ -22,7 +22,7 @@ from torch.nn import functional
 from benchmarks.llama import EMBEDDING, OUTPUT_NORM, Adapter, Llama
 from benchmarks.weights import round_bf16
 from examples.smollm2.model_file import tensor_name
-from examples.smollm2.transformer import MATRICES, Array, Shape
+from server.requantize.transformer import MATRICES, Array, Shape
 
 TEXT_SEED = 1
 WEIGHTS_SEED = 3

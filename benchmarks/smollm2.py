@@ -12,7 +12,7 @@ from benchmarks.gguf_files import as_bf16, read_stored, read_weights, write_gguf
 from benchmarks.weights import extrapolate, relative_change, round_bf16
 from examples.smollm2.llama import Model, quantize
 from examples.smollm2.model_file import read_shape
-from examples.smollm2.transformer import Array
+from server.requantize.transformer import Array
 
 # How llama.cpp numbers the kinds of files that it writes (llama_ftype in llama.h).
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q2_k": 10, "q4_k_m": 15}

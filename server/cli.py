@@ -30,6 +30,7 @@ from server import (
     keys_cli,
     operations,
     provenance_cli,
+    requantize_cli,
     rollout_cli,
     rollout_orders,
     score_cli,
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     tiers_cli.add_parser(commands, common, _print)
     score_cli.add_parser(commands, common, _print)
     tradeoffs_cli.add_parser(commands, common, _print)
+    requantize_cli.add_parser(commands, common, _print)
     return parser
 
 

@@ -1,0 +1,406 @@
+"""Chooses the next quantized file: codes by descent at one price for all tensors, the price by what the delta then weighs."""
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from msgspec import Struct
+
+from protocol.delta.writer import make_delta
+from protocol.errors import ModelFileError, RequestError
+from protocol.tensors import Layout
+from protocol.tensors.gguf import ArrayValue, read_array
+from server.adapters.blobs import storage_errors
+from server.releases.chain_workers import ChainWorkers, workers_for
+from server.requantize.calibration import Calibration
+from server.requantize.codes import LINEAR_LAYOUTS
+from server.requantize.correction import measure_divergence, measure_slopes
+from server.requantize.descent import Price
+from server.requantize.header import start_file
+from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
+from server.requantize.provenance import Sources, sources_of
+from server.requantize.search import price_of_budget
+from server.requantize.work import Files, MetricName, gain_at, run_all, stretches_of
+
+FIRST_BITS: Final = 9.0
+FURTHER_BITS: Final = 2.0
+"""What the delta engine takes for a code that changes where one in a few hundred does, and for each step beyond the first."""
+
+TRUST: Final = 0.3
+"""Matrices are corrected side by side, and all of them for what they have done wrong together: a whole step would go too far."""
+
+LINE_SEARCH_MAX: Final = 5
+LINE_SEARCH_SHRINK_MIN: Final = 0.1
+"""Where a correction goes too far, the next one is as long as a parabola through what is known says, and no shorter than this."""
+
+PAIRS: Final = 4
+
+_PROBE_EVERY: Final = 16
+_ARCHITECTURE: Final = "general.architecture"
+_TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """How a file is chosen.
+
+    Attributes:
+        budget_bytes: What the delta from the installed file may weigh; or
+        price: Nats per token that a bit of the delta must save. Exactly one of both.
+        extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
+        metric: What is kept near: what the layers put out, or the plain weights, which is a trap (docs/requantize.md).
+        corrections: How often the divergence of what was chosen is measured, and the choice made again from there with its gradient.
+        trust: How far a correction goes from the gradient that the metric expects towards the measured one.
+        pairs: First steps that are tried for two together, where no single step pays; 0 for none.
+        workers: Processes; None for as many as there are processors. They change nothing but the time.
+    """
+
+    budget_bytes: int | None = None
+    price: float | None = None
+    extrapolation: float = 0.0
+    metric: MetricName = "outputs"
+    corrections: int = 0
+    trust: float = TRUST
+    pairs: int = PAIRS
+    workers: int | None = None
+
+
+class Chosen(Struct, frozen=True, kw_only=True):
+    """A file that was chosen, and what it took.
+
+    Attributes:
+        price: Nats per token and bit, at which its codes stand.
+        delta_bytes: Of the delta from the installed file, as devices fetch it.
+        file_bytes: Of the chosen file.
+        changed: Codes that differ from the installed ones, by tensor.
+        codes: How many codes there are in these tensors.
+        kept: Tensors that stay as installed, as their layout has no linear codes.
+        objective_before: What the installed codes cost, in nats per token, as the metric sees it.
+        objective_after: What the chosen ones cost.
+        rounds: Price and bytes of each file that was coded on the way.
+        divergences: KL from the float model on the calibration text, nats per token, before each correction and after the last.
+        seconds: From start to end.
+        settings: What was asked for.
+        sources: Digests of what went in and came out.
+    """
+
+    price: float
+    delta_bytes: int
+    file_bytes: int
+    changed: dict[str, int]
+    codes: int
+    kept: tuple[str, ...]
+    objective_before: float
+    objective_after: float
+    rounds: tuple[tuple[float, int], ...]
+    divergences: tuple[float, ...]
+    seconds: float
+    settings: Settings
+    sources: Sources
+
+
+def choose(
+    new: Path,
+    installed: Path,
+    calibration: Calibration,
+    settings: Settings,
+    out: Path,
+    report: Callable[[str], None],
+    *,
+    start: Path | None = None,
+    before: Path | None = None,
+) -> Chosen:
+    """Write the quantized file of the new model that is worth most for what its delta from the installed one weighs.
+
+    Scales and layouts are the installed file's, and so are tensors whose layout has no linear codes. Float tensors are the new ones.
+
+    Args:
+        new: The new model in floats, GGUF.
+        installed: The quantized file that devices have, GGUF.
+        calibration: Moments of the new model.
+        settings: Budget or price, and how.
+        out: The result; appears under its name when it is whole.
+        report: Takes lines about the progress.
+        start: A quantized file whose codes the descent begins with; the price stays relative to the installed ones.
+        before: The installed version in floats; needed for extrapolation.
+
+    Raises:
+        RequestError: The settings contradict each other, or a file is not there.
+        ModelFileError: The files do not belong together, or one is damaged.
+        StorageError: The result cannot be written.
+    """
+    _check(settings, before)
+    began = time.perf_counter()
+    partial = out.with_name(f".partial-{out.name}")
+    try:
+        files = Files(
+            new=new,
+            installed=installed,
+            calibration=calibration,
+            before=before,
+            start=start,
+            out=partial,
+            metric=settings.metric,
+            extrapolation=settings.extrapolation,
+            pairs=settings.pairs,
+        )
+        with opened_gguf(new) as fresh, opened_gguf(installed) as old:
+            _check_pair(fresh, old)
+            start_file(fresh, old, partial)
+            choice = _Choice(files, fresh, old, settings, report)
+            result = choice.run()
+        with storage_errors(out):
+            partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    seconds = time.perf_counter() - began
+    return Chosen(
+        price=result.price,
+        delta_bytes=result.bytes,
+        file_bytes=out.stat().st_size,
+        changed=result.changed,
+        codes=choice.codes,
+        kept=choice.kept,
+        objective_before=result.before,
+        objective_after=result.after,
+        rounds=tuple((each.price, each.bytes) for each in choice.rounds),
+        divergences=tuple(choice.divergences),
+        seconds=seconds,
+        settings=settings,
+        sources=sources_of(new, installed, before, start, calibration, out),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One file that was made and coded."""
+
+    price: float
+    bytes: int
+    before: float
+    after: float
+    promised: float
+    changed: dict[str, int] = field(default_factory=dict)
+
+
+class _Choice:
+    """The search for the price, around the work on the tensors."""
+
+    def __init__(
+        self,
+        files: Files,
+        new: ModelFile,
+        installed: ModelFile,
+        settings: Settings,
+        report: Callable[[str], None],
+    ) -> None:
+        self._files = files
+        self._new = new
+        self._installed = installed
+        self._settings = settings
+        self._report = report
+        self._workers = settings.workers or min(8, len(os.sched_getaffinity(0)))
+        self.rounds: list[_Round] = []
+        self.divergences: list[float] = []
+        self._names: list[str] = []
+        kept: list[str] = []
+        for name, region in installed.tensors.items():
+            if region.layout in LINEAR_LAYOUTS:
+                self._names.append(name)
+            elif region.layout not in FLOAT_LAYOUTS:
+                kept.append(name)
+        self.kept = tuple(kept)
+        self.codes = sum(math.prod(installed.tensors[name].dims) for name in self._names)
+        if not self._names:
+            raise ModelFileError(
+                f"{installed.path}: no tensor has codes that can be chosen",
+                hint=f"known are {', '.join(sorted(LINEAR_LAYOUTS))}",
+            )
+
+    def run(self) -> _Round:
+        """Leave the chosen file in place and say what it is."""
+        self._write_floats()
+        floor = self._delta_bytes()
+        best = self._search(floor)
+        if not self._settings.corrections:
+            return best
+        with tempfile.TemporaryDirectory(dir=self._files.out.parent, prefix=".correction-") as name:
+            return self._corrected(best, floor, Path(name))
+
+    def _search(self, floor: int) -> _Round:
+        """The file of the price that was given, or of one that the budget gives."""
+        if self._settings.price is not None:
+            return self._round(self._settings.price)
+        budget = self._settings.budget_bytes
+        assert budget is not None
+        first = self.rounds[-1].price if self.rounds else self._first_price(budget - floor)
+        price = price_of_budget(budget, floor, first, self._bytes_at)
+        return self.rounds[-1] if self.rounds[-1].price == price else self._round(price)
+
+    def _corrected(self, best: _Round, floor: int, folder: Path) -> _Round:
+        """From what was chosen to what is better by its own gradient, as long as that is so."""
+        first, kept = self._files, folder / "kept.gguf"
+        after = math.inf
+        for _ in range(self._settings.corrections):
+            shutil.copyfile(first.out, kept)
+            slopes = measure_slopes(
+                first.new, kept, first.calibration, folder / "slopes", self._report, workers=self._workers
+            )
+            self.divergences.append(slopes.divergence)
+            trust = self._settings.trust
+            for _ in range(LINE_SEARCH_MAX):
+                self._files = replace(first, start=kept, slopes=slopes, trust=trust)
+                found = self._search(floor)
+                if found.promised > 2 * slopes.divergence:  # along a parabola that is beyond where it began
+                    self._report(f"correction, trust {trust:.3g}: too far")
+                    trust *= slopes.divergence / found.promised
+                    continue
+                after = measure_divergence(
+                    first.new,
+                    first.out,
+                    first.calibration,
+                    folder / "look",
+                    self._report,
+                    workers=self._workers,
+                )
+                self._report(
+                    f"correction, trust {trust:.3g}: divergence {slopes.divergence:.4g} to {after:.4g}"
+                )
+                if after < slopes.divergence:
+                    best = found
+                    break
+                if found.promised <= 0:
+                    break
+                bend = after - slopes.divergence + found.promised
+                trust *= max(LINE_SEARCH_SHRINK_MIN, found.promised / (2 * bend))
+            if best is not found:
+                shutil.copyfile(kept, first.out)
+                return best
+        self.divergences.append(after)
+        return best
+
+    def _bytes_at(self, price: float) -> int:
+        return self._round(price).bytes
+
+    def _round(self, price: float) -> _Round:
+        """Descend at a price and code the result."""
+        self._report(f"round {len(self.rounds) + 1}: descent at {price:.3g} nats a bit")
+        bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS)
+        changed = dict.fromkeys(self._names, 0)
+        before = after = promised = 0.0
+        stretches = stretches_of(self._installed, self._names, bits)
+        for outcome in run_all(self._files, stretches, self._workers):
+            changed[outcome.name] += outcome.changed
+            before, after = before + outcome.before, after + outcome.after
+            promised += outcome.promised
+        size = self._delta_bytes()
+        self._report(
+            f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes changed, {size:,} bytes,"
+            f" objective {before:.4g} to {after:.4g}"
+        )
+        self.rounds.append(_Round(price, size, before, after, promised, changed))
+        return self.rounds[-1]
+
+    def _delta_bytes(self) -> int:
+        sink = _Counter()
+        with opened_gguf(self._files.out) as made:
+            workers = workers_for(made.source.length, self._workers)
+            encode = ChainWorkers(self._files.installed, self._files.out, workers) if workers > 1 else None
+            make_delta(self._installed.source, made.source, sink, encode_chains=encode)
+        return sink.bytes
+
+    def _first_price(self, budget: int) -> float:
+        """At which as many single steps pay as the budget has room for, by a look at a part of the rows."""
+        stretches = list(stretches_of(self._installed, self._names, None))[::_PROBE_EVERY]
+        share = sum(
+            (each.stop - each.start) * self._installed.region(each.name).dims[-1] for each in stretches
+        ) / max(1, self.codes)
+        gains = np.sum([each.gains for each in run_all(self._files, stretches, self._workers)], axis=0)
+        wanted = max(1.0, 8 * budget / FIRST_BITS * share)
+        steps = np.cumsum(gains[::-1])[::-1]  # that gain as much or more
+        enough = np.nonzero(steps >= wanted)[0]
+        return gain_at(int(enough[-1]) if len(enough) else 0) / FIRST_BITS
+
+    def _write_floats(self) -> None:
+        """Tensors that are floats in both files: the new ones, as the installed file has them."""
+        with opened_gguf(self._files.out) as made:
+            regions = made.tensors
+        with storage_errors(self._files.out), self._files.out.open("r+b") as file:
+            for name, region in regions.items():
+                if region.layout in FLOAT_LAYOUTS:
+                    file.seek(region.offset)
+                    file.write(_stored(self._new.floats(name).reshape(-1), region.layout))
+
+
+class _Counter:
+    """Takes a delta and keeps its length."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def write(self, data: bytes, /) -> None:
+        """Count."""
+        self.bytes += len(data)
+
+
+def _stored(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], layout: Layout) -> bytes:
+    if layout is Layout.F32:
+        return values.astype("<f4").tobytes()
+    if layout is Layout.F16:
+        return values.astype("<f2").tobytes()
+    words = values.astype("<f4").view("<u4").astype(np.uint64)
+    rounded = words + 0x7FFF + (words >> 16 & 1)  # to nearest, ties to even
+    return (rounded >> 16).astype("<u2").tobytes()
+
+
+def _check(settings: Settings, before: Path | None) -> None:
+    if (settings.budget_bytes is None) == (settings.price is None):
+        raise RequestError("a budget or a price is needed, and not both")
+    if settings.budget_bytes is not None and settings.budget_bytes < 1:
+        raise RequestError(f"a budget of {settings.budget_bytes} bytes holds nothing")
+    if settings.price is not None and not 0 <= settings.price < math.inf:
+        raise RequestError(f"a price of {settings.price} nats is none")
+    if settings.extrapolation and before is None:
+        raise RequestError("the installed version in floats is needed to extrapolate")
+
+
+def _check_pair(new: ModelFile, installed: ModelFile) -> None:
+    """That one is the other, trained on and not yet quantized."""
+    if new.gguf.metadata.get(_ARCHITECTURE) != installed.gguf.metadata.get(_ARCHITECTURE):
+        raise ModelFileError(f"{new.path}: {_ARCHITECTURE} is not that of {installed.path}")
+    for key in _TOKENIZER_ARRAYS:
+        if _array(new, key) != _array(installed, key):
+            raise ModelFileError(
+                f"{new.path}: {key} differs from that of {installed.path}",
+                hint="another vocabulary needs a new file: quantize it and ship an ordinary delta",
+            )
+    for name, region in installed.tensors.items():
+        if name not in new.tensors:
+            raise ModelFileError(
+                f"{new.path}: there is no tensor {name}, which {installed.path} has",
+                hint="give the whole model in one file",
+            )
+        other = new.tensors[name]
+        if other.dims != region.dims:
+            raise ModelFileError(
+                f"{new.path}: {name} has the shape {other.dims}, {region.dims} in {installed.path}"
+            )
+        if other.layout not in FLOAT_LAYOUTS:
+            raise ModelFileError(
+                f"{new.path}: {name} is {other.layout.value}, floats are needed",
+                hint="give the model as it was before quantization: F32, F16 or BF16",
+            )
+    unknown = [name for name in new.tensors if name not in installed.tensors]
+    if unknown:
+        raise ModelFileError(f"{new.path}: {installed.path} has no tensor {unknown[0]}")
+
+
+def _array(model: ModelFile, key: str) -> list[bytes] | None:
+    value = model.gguf.metadata.get(key)
+    return read_array(model.source, value) if isinstance(value, ArrayValue) else None
