@@ -7,8 +7,9 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.finetune import RECIPES, train, training_text
+from benchmarks.finetune import RECIPES, train
 from benchmarks.gguf_files import as_bf16, read_stored, read_weights, write_gguf
+from benchmarks.texts import training_text
 from benchmarks.weights import extrapolate, relative_change, round_bf16
 from examples.smollm2.llama import Model, quantize
 from examples.smollm2.model_file import read_shape

@@ -172,9 +172,27 @@ def clustered_mean(sums: Sequence[float], counts: Sequence[int], seed: int = 0) 
         counts: Positions of each text; at least one in all.
         seed: Of the draws.
     """
-    totals, weights = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    weights = np.asarray(counts, np.float64)
+    return _bootstrapped(np.asarray(sums, np.float64), weights, seed, least=1.0)
+
+
+def clustered_ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:
+    """Ratio of two sums over the same clusters, for example of two gains on the same text; the bootstrap draws clusters, as above.
+
+    An interval means something where the sum of the denominators is far from 0: whoever asks has to look.
+
+    Args:
+        numerators: Of each cluster.
+        denominators: Likewise; their sum is above 0.
+        seed: Of the draws.
+    """
+    below = np.asarray(denominators, np.float64)
+    return _bootstrapped(np.asarray(numerators, np.float64), below, seed, least=np.finfo(np.float64).tiny)
+
+
+def _bootstrapped(totals: _Floats, weights: _Floats, seed: int, least: float) -> Interval:
     drawn = np.random.default_rng(seed).integers(0, len(totals), (RESAMPLES, len(totals)))
-    means = totals[drawn].sum(axis=1) / np.maximum(weights[drawn].sum(axis=1), 1)
+    means = totals[drawn].sum(axis=1) / np.maximum(weights[drawn].sum(axis=1), least)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return Interval(value=float(totals.sum() / weights.sum()), low=float(low), high=float(high))
