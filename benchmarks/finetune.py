@@ -17,7 +17,7 @@ from torch.nn import functional
 from benchmarks.llama import EMBEDDING, OUTPUT_NORM, Adapter, Llama
 from benchmarks.weights import round_bf16
 from examples.smollm2.model_file import tensor_name
-from examples.smollm2.transformer import MATRICES, Array, Shape
+from server.requantize.transformer import MATRICES, Array, Shape
 
 WEIGHTS_SEED = 3
 BATCH_SEED = 11

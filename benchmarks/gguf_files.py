@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from examples.smollm2.transformer import Array
+from server.requantize.transformer import Array
 
 _TYPES = gguf.GGMLQuantizationType
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from examples.smollm2.model_file import tensor_name
-from examples.smollm2.transformer import Shape
+from server.requantize.transformer import Shape
 
 EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"

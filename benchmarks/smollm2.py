@@ -13,7 +13,7 @@ from benchmarks.texts import training_text
 from benchmarks.weights import extrapolate, relative_change, round_bf16
 from examples.smollm2.llama import Model, quantize
 from examples.smollm2.model_file import read_shape
-from examples.smollm2.transformer import Array
+from server.requantize.transformer import Array
 
 # How llama.cpp numbers the kinds of files that it writes (llama_ftype in llama.h).
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from examples.smollm2.transformer import Array
+from server.requantize.transformer import Array
 
 
 def round_bf16(values: Array) -> Array:

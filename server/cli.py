@@ -29,6 +29,7 @@ from server import (
     keys_cli,
     operations,
     provenance_cli,
+    requantize_cli,
     rollout_cli,
     rollout_orders,
     score_cli,
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose_cli.add_parser(commands, common, _print)
     tiers_cli.add_parser(commands, common, _print)
     score_cli.add_parser(commands, common, _print)
+    requantize_cli.add_parser(commands, common, _print)
     return parser
 
 

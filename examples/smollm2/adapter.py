@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from examples.smollm2.transformer import Array, LayerTrace, Shape, backward_layer, forward_layer, head_loss
+from server.requantize.transformer import Array, LayerTrace, Shape, backward_layer, forward_layer, head_loss
 
 BLOCK_WEIGHTS = 32  # weights that share a scale and a minimum in Q4_1
 _LEVELS_MAX = 15

@@ -37,8 +37,8 @@ from examples.smollm2.model_file import (
 )
 from examples.smollm2.questions import Question, read_questions
 from examples.smollm2.report import Measurement, health_plan, measure, summary
-from examples.smollm2.transformer import Array, forward_layer
 from protocol.errors import ModelFileError, RequestError, StorageError, WhimbrelError
+from server.requantize.transformer import Array, forward_layer
 
 STEPS = 110
 VERSIONS = ("v1", "v2", "v3")

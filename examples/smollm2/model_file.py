@@ -7,8 +7,8 @@ import gguf
 import numpy as np
 
 from examples.smollm2.adapter import BLOCK_WEIGHTS
-from examples.smollm2.transformer import MATRICES, NORMS, Array, Shape
 from protocol.errors import ModelFileError
+from server.requantize.transformer import MATRICES, NORMS, Array, Shape
 
 _Q4_1_BLOCK_BYTES = 20  # scale and minimum as float16, then 32 weights of 4 bits
 # In the second byte of a float16 scale: the exponent's third bit. Set where it was clear, it multiplies by 16.

@@ -112,11 +112,15 @@ class GgufFile:
         version: 2 or 3.
         metadata: Keys in file order; arrays only as their type and count.
         regions: The whole file, in order, without gaps.
+        pairs: Where in the file each key with its value lies, start and end.
+        infos: Where the descriptions of the tensors lie, start and end.
     """
 
     version: int
     metadata: dict[str, Scalar | ArrayValue]
     regions: tuple[Region, ...]
+    pairs: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False)
+    infos: tuple[int, int] = field(default=(0, 0), compare=False)
 
     @property
     def tensors(self) -> tuple[Region, ...]:
@@ -150,18 +154,22 @@ def parse_gguf(source: ReadAt) -> GgufFile:
     tensor_count = _count(cursor, "tensor count", MAX_TENSORS, _MIN_TENSOR_BYTES)
     key_count = _count(cursor, "metadata count", MAX_KEY_VALUES, _MIN_KEY_VALUE_BYTES)
     metadata: dict[str, Scalar | ArrayValue] = {}
+    pairs: dict[str, tuple[int, int]] = {}
     for _ in range(key_count):
+        start = cursor.position
         key = _string(cursor, "metadata key")
         if key in metadata:
             raise ModelFileError(f"GGUF: metadata key {key!r} occurs twice")
         metadata[key] = _value(cursor, key)
+        pairs[key] = start, cursor.position
     alignment = _alignment(metadata)
+    start = cursor.position
     infos = [_tensor_info(cursor) for _ in range(tensor_count)]
     if len({info.name for info in infos}) != len(infos):
         raise ModelFileError("GGUF: a tensor name occurs twice")
     data_start = _padded(cursor.position, alignment)
     regions = _place(infos, data_start, alignment, source.length)
-    return GgufFile(version, metadata, cover(regions, source.length))
+    return GgufFile(version, metadata, cover(regions, source.length), pairs, (start, cursor.position))
 
 
 def _count(cursor: Cursor, field: str, limit: int, entry_bytes: int) -> int:

@@ -86,7 +86,7 @@ def read_piece(layout: Layout, data: bytes) -> Piece:
     scales = {name: _floats(layout, fields[name]) for name in SCALE_FIELDS if name in fields}
     width = row.codes.width
     with np.errstate(over="ignore", invalid="ignore"):  # damaged scales are what is looked for
-        values, steps = _scaled(row, fields, scales)
+        values, steps = _scaled(layout, row, fields)
     return Piece(values, steps, codes.view(np.uint8) if width <= 8 else None, scales)
 
 
@@ -105,32 +105,43 @@ def end_codes(layout: Layout) -> tuple[int, ...]:
     return (0, (1 << width) - 1)
 
 
-def _scaled(
-    row: BlockLayout, fields: Mapping[str, Array], scales: Mapping[str, Floats]
-) -> tuple[Floats, Floats]:
-    codes = fields[row.codes.name]
-    signed = (codes.view(np.int8) if row.is_signed else codes).astype(np.float32)
-    offset: Floats | None = None
-    step = scales["d"]
+def scaling(layout: Layout, fields: Mapping[str, Array]) -> tuple[Floats, Floats]:
+    """What the codes of blocks are multiplied with, and what is added then, before the code that means 0 is taken off.
+
+    Args:
+        layout: One with scales in its blocks.
+        fields: Of the blocks, as `BlockLayout.split` gives them.
+
+    Returns:
+        Both of shape (blocks, groups), each group's for as many codes; where nothing is added, zeros.
+    """
+    row = LAYOUTS[layout]
+    step = _floats(layout, fields["d"])
     if "sub" in fields:
         sub = fields["sub"]
         # Eight-bit sub-scales are two's complement (Q6_K); smaller ones are stored with an offset.
         is_byte = row.fields[1].width == 8 and row.formula is Formula.SUBSCALED
         step = step * ((sub.view(np.int8) if is_byte else sub).astype(np.float32) - row.sub_zero)
     if row.formula is Formula.AFFINE:
-        offset = scales["m"]
-    elif row.formula is Formula.SUBSCALED_AFFINE:
-        offset = -scales["dmin"] * fields["submin"].astype(np.float32)
+        return step, _floats(layout, fields["m"])
+    if row.formula is Formula.SUBSCALED_AFFINE:
+        return step, -_floats(layout, fields["dmin"]) * fields["submin"].astype(np.float32)
+    return step, np.zeros_like(step)
+
+
+def _scaled(layout: Layout, row: BlockLayout, fields: Mapping[str, Array]) -> tuple[Floats, Floats]:
+    codes = fields[row.codes.name]
+    step, offset = scaling(layout, fields)
     each = codes.shape[1] // step.shape[1]
     if row.codebook:
         table = np.asarray(row.codebook, np.float32)
         values = np.repeat(step, each, 1) * table[codes]
         gap = float(np.diff(np.unique(table)).mean())
     else:
+        signed = (codes.view(np.int8) if row.is_signed else codes).astype(np.float32)
         values = np.repeat(step, each, 1) * (signed - row.zero)
         gap = 1.0
-    if offset is not None:
-        values = values + np.repeat(offset, codes.shape[1] // offset.shape[1], 1)
+    values = values + np.repeat(offset, each, 1)
     steps = np.repeat(np.abs(step) * np.float32(gap), each, 1)
     return values.astype(np.float32), steps.astype(np.float32)
 

@@ -8,7 +8,7 @@ from benchmarks.finetune import Recipe, train  # noqa: E402
 from benchmarks.llama import EMBEDDING, OUTPUT_NORM, Llama  # noqa: E402
 from benchmarks.weights import relative_change, round_bf16  # noqa: E402
 from examples.smollm2.model_file import tensor_name  # noqa: E402
-from examples.smollm2.transformer import MATRICES, NORMS, Array, Shape, forward_layer, rms_norm  # noqa: E402
+from server.requantize.transformer import MATRICES, NORMS, Array, Shape, forward_layer, rms_norm  # noqa: E402
 
 SHAPE = Shape(layers=3, heads=4, kv_heads=2, epsilon=1e-5, rope_base=10_000.0)
 WIDTH, INNER, VOCABULARY = 32, 48, 50

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from examples.smollm2.adapter import Adapter, Example, rounded_to_q4_1, train
-from examples.smollm2.transformer import MATRICES, Array, Shape
+from server.requantize.transformer import MATRICES, Array, Shape
 
 _SHAPE = Shape(layers=2, heads=4, kv_heads=2, epsilon=1e-5, rope_base=100.0)
 _WIDTH = 16

@@ -1,7 +1,8 @@
-"""The Llama architecture in numpy: forward, and backward through the layers that an adapter touches. No files.
+"""The Llama architecture in numpy: forward, and backward through its layers. No files.
 
-Weights are named and shaped as in a GGUF file: each matrix is (outputs, inputs), `attn_q` and `attn_k` are permuted so
-that rotary embedding turns neighbouring pairs (0, 1), (2, 3), ... as llama.cpp does. Sources: Touvron et al. (2023);
+Weights are named and shaped as in a GGUF file, without `.weight`: each matrix is (outputs, inputs), biases end with `.bias`.
+Of a Llama file `attn_q` and `attn_k` are permuted so that rotary embedding turns neighbouring pairs (0, 1), (2, 3), ... as
+llama.cpp does; other architectures turn the halves of a head against each other. Sources: Touvron et al. (2023);
 Su et al. (2021) for rotary embedding; Ainslie et al. (2023) for grouped queries; Shazeer (2020) for SwiGLU.
 
 The element type of the weights decides the arithmetic: float32 to train, float64 to check gradients.
@@ -31,6 +32,8 @@ class Shape:
         kv_heads: Key and value heads; each serves `heads / kv_heads` query heads.
         epsilon: Added to the mean square in RMS normalization.
         rope_base: Base of the rotary frequencies.
+        rope_factors: What the frequencies are divided by, one for each pair (`rope_freqs.weight`); nothing for 1.
+        is_rope_halved: Pairs are weight i and i + size / 2 of a head, instead of neighbours.
     """
 
     layers: int
@@ -38,6 +41,8 @@ class Shape:
     kv_heads: int
     epsilon: float
     rope_base: float
+    rope_factors: tuple[float, ...] = ()
+    is_rope_halved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +73,9 @@ def forward_layer(shape: Shape, weights: Weights, hidden: Array) -> tuple[Array,
     """One block: hidden states of shape (sequences, tokens, width) in and out, and what backward needs."""
     cosine, sine = _rotation(shape, hidden, weights)
     attn_in, attn_unit, attn_factor = rms_norm(hidden, weights["attn_norm"], shape.epsilon)
-    query = _rotated(_split(_linear(attn_in, weights["attn_q"]), shape.heads), cosine, sine)
-    key = _rotated(_split(_linear(attn_in, weights["attn_k"]), shape.kv_heads), cosine, sine)
-    value = _split(_linear(attn_in, weights["attn_v"]), shape.kv_heads)
+    query = _rotated(shape, _split(_projected(attn_in, weights, "attn_q"), shape.heads), cosine, sine)
+    key = _rotated(shape, _split(_projected(attn_in, weights, "attn_k"), shape.kv_heads), cosine, sine)
+    value = _split(_projected(attn_in, weights, "attn_v"), shape.kv_heads)
     grouped = _grouped(query, shape)
     scores = grouped @ key[:, :, None].swapaxes(-1, -2) / np.sqrt(query.shape[-1]).astype(hidden.dtype)
     tokens = hidden.shape[1]
@@ -78,11 +83,11 @@ def forward_layer(shape: Shape, weights: Weights, hidden: Array) -> tuple[Array,
     attention = np.exp(scores - scores.max(axis=-1, keepdims=True))
     attention /= attention.sum(axis=-1, keepdims=True)
     mixed = _joined((attention @ value[:, :, None]).reshape(query.shape))
-    middle = hidden + _linear(mixed, weights["attn_output"])
+    middle = hidden + _projected(mixed, weights, "attn_output")
     ffn_in, ffn_unit, ffn_factor = rms_norm(middle, weights["ffn_norm"], shape.epsilon)
-    gate, up = _linear(ffn_in, weights["ffn_gate"]), _linear(ffn_in, weights["ffn_up"])
+    gate, up = _projected(ffn_in, weights, "ffn_gate"), _projected(ffn_in, weights, "ffn_up")
     ffn_mid = gate * _sigmoid(gate) * up
-    out = middle + _linear(ffn_mid, weights["ffn_down"])
+    out = middle + _projected(ffn_mid, weights, "ffn_down")
     trace = LayerTrace(
         attn_unit=attn_unit,
         attn_factor=attn_factor,
@@ -124,8 +129,8 @@ def backward_layer(shape: Shape, weights: Weights, trace: LayerTrace, upstream: 
     )
     at_scores /= np.sqrt(trace.query.shape[-1]).astype(upstream.dtype)
     cosine, sine = _rotation(shape, upstream, weights)
-    at_query = _rotated((at_scores @ trace.key[:, :, None]).reshape(at_mixed.shape), cosine, -sine)
-    at_key = _rotated((at_scores.swapaxes(-1, -2) @ trace.query).sum(axis=2), cosine, -sine)
+    at_query = _rotated(shape, (at_scores @ trace.key[:, :, None]).reshape(at_mixed.shape), cosine, -sine)
+    at_key = _rotated(shape, (at_scores.swapaxes(-1, -2) @ trace.query).sum(axis=2), cosine, -sine)
     at_attn_in = np.zeros_like(upstream)
     for name, gradient in (("attn_q", at_query), ("attn_k", at_key), ("attn_v", at_value)):
         joined = _joined(gradient)
@@ -168,6 +173,89 @@ def head_loss(
     return loss, _rms_norm_back(logits @ embedding, norm, unit, factor)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadTrace:
+    """What the head says of a run of positions.
+
+    Attributes:
+        normed: Its inputs, after the last normalization.
+        at_hidden: Gradient at the last block's output, of the loss of labels that were drawn from the model itself.
+        variance: p (1 - p) of each token of the vocabulary, summed over the positions: the curvature at its logit.
+    """
+
+    normed: Array
+    at_hidden: Array
+    variance: Array
+
+
+def sampled_head(
+    hidden: Array, draws: Array, norm: Array, head: Array, epsilon: float, rows: int = 64
+) -> HeadTrace:
+    """The gradient of the cross-entropy with labels that the model itself would choose: its square is the Fisher information.
+
+    Args:
+        hidden: The last block's output, shape (n, width).
+        draws: One number in [0, 1) for each position, which decides its label.
+        norm: Weight of the final normalization.
+        head: Output matrix, shape (vocabulary, width).
+        epsilon: As in `Shape`.
+        rows: Positions whose logits are held at a time.
+    """
+    normed, unit, factor = rms_norm(hidden, norm, epsilon)
+    at_normed = np.empty_like(normed)
+    variance = np.zeros(len(head), np.float64)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        logits = normed[part] @ head.T
+        logits -= logits.max(axis=1, keepdims=True)
+        np.exp(logits, out=logits)
+        logits /= logits.sum(axis=1, keepdims=True)
+        variance += logits.sum(axis=0, dtype=np.float64) - np.square(logits).sum(axis=0, dtype=np.float64)
+        below = np.cumsum(logits, axis=1, dtype=np.float64)
+        labels = (below < draws[part, None] * below[:, -1:]).sum(axis=1)
+        logits[np.arange(len(labels)), labels] -= 1.0
+        at_normed[part] = logits @ head
+    return HeadTrace(normed, _rms_norm_back(at_normed, norm, unit, factor), variance)
+
+
+def distilled_head(
+    hidden: Array,
+    norm: Array,
+    head: Array,
+    epsilon: float,
+    teacher_normed: Array,
+    teacher_head: Array,
+    rows: int = 64,
+) -> tuple[float, Array]:
+    """The KL divergence of a model from its teacher, summed over positions, and its gradient at the last block's output.
+
+    Args:
+        hidden: The last block's output, shape (n, width).
+        norm: Weight of the final normalization.
+        head: Output matrix, shape (vocabulary, width).
+        epsilon: As in `Shape`.
+        teacher_normed: What the teacher's output matrix takes at the same positions.
+        teacher_head: That matrix.
+        rows: Positions whose logits are held at a time.
+    """
+    normed, unit, factor = rms_norm(hidden, norm, epsilon)
+    at_normed = np.empty_like(normed)
+    divergence = 0.0
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        said = _log_softmax(normed[part] @ head.T)
+        wanted = _log_softmax(teacher_normed[part] @ teacher_head.T)
+        probable = np.exp(wanted)
+        divergence += float((probable * (wanted - said)).sum(dtype=np.float64))
+        at_normed[part] = (np.exp(said) - probable) @ head
+    return divergence, _rms_norm_back(at_normed, norm, unit, factor)
+
+
+def _log_softmax(logits: Array) -> Array:
+    logits -= logits.max(axis=1, keepdims=True)
+    return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+
+
 def _rms_norm_back(upstream: Array, weight: Array, unit: Array, factor: Array) -> Array:
     at_unit = upstream * weight
     return np.asarray(factor * (at_unit - unit * (at_unit * unit).mean(axis=-1, keepdims=True)))
@@ -177,8 +265,10 @@ def _flat(values: Array) -> Array:
     return np.asarray(values.reshape(-1, values.shape[-1]))
 
 
-def _linear(inputs: Array, matrix: Array) -> Array:
-    return (_flat(inputs) @ matrix.T).reshape(*inputs.shape[:-1], matrix.shape[0])
+def _projected(inputs: Array, weights: Weights, name: str) -> Array:
+    matrix, bias = weights[name], weights.get(f"{name}.bias")
+    outputs = (_flat(inputs) @ matrix.T).reshape(*inputs.shape[:-1], matrix.shape[0])
+    return outputs if bias is None else outputs + bias
 
 
 def _linear_back(upstream: Array, matrix: Array) -> Array:
@@ -204,15 +294,23 @@ def _grouped(values: Array, shape: Shape) -> Array:
 def _rotation(shape: Shape, hidden: Array, weights: Weights) -> tuple[Array, Array]:
     size = weights["attn_q"].shape[0] // shape.heads
     frequencies = shape.rope_base ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    if shape.rope_factors:
+        frequencies /= np.asarray(shape.rope_factors)
     angles = np.arange(hidden.shape[1])[:, None] * frequencies
     return np.cos(angles).astype(hidden.dtype), np.sin(angles).astype(hidden.dtype)
 
 
-def _rotated(values: Array, cosine: Array, sine: Array) -> Array:
-    even, odd = values[..., 0::2], values[..., 1::2]
+def _rotated(shape: Shape, values: Array, cosine: Array, sine: Array) -> Array:
+    half = values.shape[-1] // 2
+    first, second = (
+        (slice(None, half), slice(half, None))
+        if shape.is_rope_halved
+        else (slice(0, None, 2), slice(1, None, 2))
+    )
+    even, odd = values[..., first], values[..., second]
     out = np.empty_like(values)
-    out[..., 0::2] = even * cosine - odd * sine
-    out[..., 1::2] = even * sine + odd * cosine
+    out[..., first] = even * cosine - odd * sine
+    out[..., second] = even * sine + odd * cosine
     return out
 
 

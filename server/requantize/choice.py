@@ -1,0 +1,353 @@
+"""Chooses the next quantized file: codes by descent at one price for all tensors, the price by what the delta then weighs."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from msgspec import Struct
+
+from protocol.delta.writer import make_delta
+from protocol.errors import ModelFileError, RequestError
+from protocol.tensors import Layout
+from protocol.tensors.gguf import ArrayValue, read_array
+from server.adapters.blobs import storage_errors
+from server.releases.chain_workers import ChainWorkers, workers_for
+from server.requantize.calibration import Calibration
+from server.requantize.codes import LINEAR_LAYOUTS
+from server.requantize.descent import Price
+from server.requantize.header import start_file
+from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
+from server.requantize.provenance import Sources, sources_of
+from server.requantize.work import Files, MetricName, gain_at, run_all, stretches_of
+
+ROUNDS_MAX: Final = 7
+"""Files that are coded to find the price of a budget; the curve is smooth, and three or four do."""
+
+BUDGET_USED_MIN: Final = 0.96
+"""A file that takes less of its budget is not the best one for it yet."""
+
+FIRST_BITS: Final = 9.0
+FURTHER_BITS: Final = 2.0
+"""What the delta engine takes for a code that changes where one in a few hundred does, and for each step beyond the first."""
+
+_PRICE_RANGE: Final = (1e-40, 1e10)
+_SLOPE: Final = -0.8
+"""How the logarithm of bytes falls with that of the price, before two files say so themselves."""
+
+_PROBE_EVERY: Final = 16
+_TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """How a file is chosen.
+
+    Attributes:
+        budget_bytes: What the delta from the installed file may weigh; or
+        price: Nats per token that a bit of the delta must save. Exactly one of both.
+        extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
+        metric: What is kept near: what the layers put out, or the plain weights, which is a trap (docs/requantize.md).
+        workers: Processes; None for as many as there are processors. They change nothing but the time.
+    """
+
+    budget_bytes: int | None = None
+    price: float | None = None
+    extrapolation: float = 0.0
+    metric: MetricName = "outputs"
+    workers: int | None = None
+
+
+class Chosen(Struct, frozen=True, kw_only=True):
+    """A file that was chosen, and what it took.
+
+    Attributes:
+        price: Nats per token and bit, at which its codes stand.
+        delta_bytes: Of the delta from the installed file, as devices fetch it.
+        file_bytes: Of the chosen file.
+        changed: Codes that differ from the installed ones, by tensor.
+        codes: How many codes there are in these tensors.
+        kept: Tensors that stay as installed, as their layout has no linear codes or the new file has none of that name.
+        objective_before: What the installed codes cost, in nats per token, as the metric sees it.
+        objective_after: What the chosen ones cost.
+        rounds: Price and bytes of each file that was coded on the way.
+        seconds: From start to end.
+        settings: What was asked for.
+        sources: Digests of what went in and came out.
+    """
+
+    price: float
+    delta_bytes: int
+    file_bytes: int
+    changed: dict[str, int]
+    codes: int
+    kept: tuple[str, ...]
+    objective_before: float
+    objective_after: float
+    rounds: tuple[tuple[float, int], ...]
+    seconds: float
+    settings: Settings
+    sources: Sources
+
+
+def choose(
+    new: Path,
+    installed: Path,
+    calibration: Calibration,
+    settings: Settings,
+    out: Path,
+    report: Callable[[str], None],
+    *,
+    start: Path | None = None,
+    before: Path | None = None,
+) -> Chosen:
+    """Write the quantized file of the new model that is worth most for what its delta from the installed one weighs.
+
+    Scales and layouts are the installed file's, and so are tensors whose layout has no linear codes. Float tensors are the new ones.
+
+    Args:
+        new: The new model in floats, GGUF.
+        installed: The quantized file that devices have, GGUF.
+        calibration: Moments of the new model.
+        settings: Budget or price, and how.
+        out: The result; appears under its name when it is whole.
+        report: Takes lines about the progress.
+        start: A quantized file whose codes the descent begins with; the price stays relative to the installed ones.
+        before: The installed version in floats; needed for extrapolation.
+
+    Raises:
+        RequestError: The settings contradict each other, or a file is not there.
+        ModelFileError: The files do not belong together, or one is damaged.
+        StorageError: The result cannot be written.
+    """
+    _check(settings, before)
+    began = time.perf_counter()
+    partial = out.with_name(f".partial-{out.name}")
+    try:
+        files = Files(
+            new, installed, calibration, before, start, partial, settings.metric, settings.extrapolation
+        )
+        with opened_gguf(new) as fresh, opened_gguf(installed) as old:
+            _check_pair(fresh, old)
+            start_file(fresh, old, partial)
+            choice = _Choice(files, fresh, old, settings, report)
+            result = choice.run()
+        with storage_errors(out):
+            partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    seconds = time.perf_counter() - began
+    return Chosen(
+        price=result.price,
+        delta_bytes=result.bytes,
+        file_bytes=out.stat().st_size,
+        changed=result.changed,
+        codes=choice.codes,
+        kept=choice.kept,
+        objective_before=result.before,
+        objective_after=result.after,
+        rounds=tuple((each.price, each.bytes) for each in choice.rounds),
+        seconds=seconds,
+        settings=settings,
+        sources=sources_of(new, installed, before, start, calibration, out),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One file that was made and coded."""
+
+    price: float
+    bytes: int
+    before: float
+    after: float
+    changed: dict[str, int] = field(default_factory=dict)
+
+
+class _Choice:
+    """The search for the price, around the work on the tensors."""
+
+    def __init__(
+        self,
+        files: Files,
+        new: ModelFile,
+        installed: ModelFile,
+        settings: Settings,
+        report: Callable[[str], None],
+    ) -> None:
+        self._files = files
+        self._new = new
+        self._installed = installed
+        self._settings = settings
+        self._report = report
+        self._workers = settings.workers or min(8, len(os.sched_getaffinity(0)))
+        self.rounds: list[_Round] = []
+        self._names: list[str] = []
+        kept: list[str] = []
+        for name, region in installed.tensors.items():
+            if region.layout in LINEAR_LAYOUTS and name in new.tensors:
+                self._names.append(name)
+            elif region.layout not in FLOAT_LAYOUTS or name not in new.tensors:
+                kept.append(name)
+        self.kept = tuple(kept)
+        self.codes = sum(math.prod(installed.tensors[name].dims) for name in self._names)
+        if not self._names:
+            raise ModelFileError(
+                f"{installed.path}: no tensor has codes that can be chosen",
+                hint=f"known are {', '.join(sorted(LINEAR_LAYOUTS))}",
+            )
+
+    def run(self) -> _Round:
+        """Leave the chosen file in place and say what it is."""
+        self._write_floats()
+        if self._settings.price is not None:
+            return self._round(self._settings.price)
+        budget = self._settings.budget_bytes
+        assert budget is not None
+        price = self._first_price(budget)
+        for _ in range(ROUNDS_MAX):
+            last = self._round(price)
+            if BUDGET_USED_MIN * budget <= last.bytes <= budget:
+                return last
+            price = self._next_price(budget)
+        within = [each for each in self.rounds if each.bytes <= budget]
+        if not within:
+            raise RequestError(
+                f"no file was found whose delta has at most {budget:,} bytes; the smallest has {min(each.bytes for each in self.rounds):,}",
+                hint="allow more",
+            )
+        best = max(within, key=lambda each: each.bytes)
+        return best if self.rounds[-1] is best else self._round(best.price)
+
+    def _round(self, price: float) -> _Round:
+        """Descend at a price and code the result."""
+        self._report(f"round {len(self.rounds) + 1}: descent at {price:.3g} nats a bit")
+        bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS)
+        changed = dict.fromkeys(self._names, 0)
+        before = after = 0.0
+        stretches = stretches_of(self._installed, self._names, bits)
+        for outcome in run_all(self._files, stretches, self._workers):
+            changed[outcome.name] += outcome.changed
+            before, after = before + outcome.before, after + outcome.after
+        size = self._delta_bytes()
+        self._report(
+            f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes changed, {size:,} bytes,"
+            f" objective {before:.4g} to {after:.4g}"
+        )
+        self.rounds.append(_Round(price, size, before, after, changed))
+        return self.rounds[-1]
+
+    def _delta_bytes(self) -> int:
+        sink = _Counter()
+        with opened_gguf(self._files.out) as made:
+            workers = workers_for(made.source.length, self._workers)
+            encode = ChainWorkers(self._files.installed, self._files.out, workers) if workers > 1 else None
+            make_delta(self._installed.source, made.source, sink, encode_chains=encode)
+        return sink.bytes
+
+    def _first_price(self, budget: int) -> float:
+        """At which as many single steps pay as the budget has room for, by a look at a part of the rows."""
+        stretches = list(stretches_of(self._installed, self._names, None))[::_PROBE_EVERY]
+        share = sum(
+            (each.stop - each.start) * self._installed.region(each.name).dims[-1] for each in stretches
+        ) / max(1, self.codes)
+        gains = np.sum([each.gains for each in run_all(self._files, stretches, self._workers)], axis=0)
+        wanted = 8 * budget / FIRST_BITS * share
+        steps = np.cumsum(gains[::-1])[::-1]  # that gain as much or more
+        enough = np.nonzero(steps >= wanted)[0]
+        return gain_at(int(enough[-1]) if len(enough) else 0) / FIRST_BITS
+
+    def _next_price(self, budget: int) -> float:
+        """By the secant of bytes over price, both as logarithms, and always between the nearest ones that are known."""
+        aim = math.log(budget * (1 + BUDGET_USED_MIN) / 2)
+        points = sorted((math.log(each.price), math.log(each.bytes)) for each in self.rounds)
+        above = [point for point in points if point[1] > aim]  # cheap, and too large
+        below = [point for point in points if point[1] <= aim]
+        if above and below:
+            (x1, y1), (x2, y2) = above[-1], below[0]
+            guess = x1 + (aim - y1) * (x2 - x1) / (y2 - y1) if y1 != y2 else (x1 + x2) / 2
+            margin = 0.05 * (x2 - x1)
+            return math.exp(min(max(guess, x1 + margin), x2 - margin))
+        x, y = above[-1] if above else below[0]
+        slope = _SLOPE
+        if len(points) > 1 and points[-1][0] != points[0][0]:
+            slope = min(-0.2, (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0]))
+        low, high = (math.log(each) for each in _PRICE_RANGE)
+        return math.exp(min(max(x + 1.1 * (aim - y) / slope, low), high))
+
+    def _write_floats(self) -> None:
+        """Tensors that are floats in both files: the new ones, as the installed file has them."""
+        with opened_gguf(self._files.out) as made:
+            regions = made.tensors
+        with storage_errors(self._files.out), self._files.out.open("r+b") as file:
+            for name, region in regions.items():
+                if region.layout in FLOAT_LAYOUTS and name in self._new.tensors:
+                    file.seek(region.offset)
+                    file.write(_stored(self._new.floats(name).reshape(-1), region.layout))
+
+
+class _Counter:
+    """Takes a delta and keeps its length."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def write(self, data: bytes, /) -> None:
+        """Count."""
+        self.bytes += len(data)
+
+
+def _stored(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], layout: Layout) -> bytes:
+    if layout is Layout.F32:
+        return values.astype("<f4").tobytes()
+    if layout is Layout.F16:
+        return values.astype("<f2").tobytes()
+    words = values.astype("<f4").view("<u4").astype(np.uint64)
+    rounded = words + 0x7FFF + (words >> 16 & 1)  # to nearest, ties to even
+    return (rounded >> 16).astype("<u2").tobytes()
+
+
+def _check(settings: Settings, before: Path | None) -> None:
+    if (settings.budget_bytes is None) == (settings.price is None):
+        raise RequestError("a budget or a price is needed, and not both")
+    if settings.budget_bytes is not None and settings.budget_bytes < 1:
+        raise RequestError(f"a budget of {settings.budget_bytes} bytes holds nothing")
+    if settings.price is not None and not 0 <= settings.price < math.inf:
+        raise RequestError(f"a price of {settings.price} nats is none")
+    if settings.extrapolation and before is None:
+        raise RequestError("the installed version in floats is needed to extrapolate")
+
+
+def _check_pair(new: ModelFile, installed: ModelFile) -> None:
+    """That one is the other, trained on and not yet quantized."""
+    for key in ("general.architecture",):
+        if new.gguf.metadata.get(key) != installed.gguf.metadata.get(key):
+            raise ModelFileError(f"{new.path}: {key} is not that of {installed.path}")
+    for key in _TOKENIZER_ARRAYS:
+        if _array(new, key) != _array(installed, key):
+            raise ModelFileError(
+                f"{new.path}: {key} differs from that of {installed.path}",
+                hint="another vocabulary needs a new file: quantize it and ship an ordinary delta",
+            )
+    for name, region in installed.tensors.items():
+        other = new.tensors.get(name)
+        if other is not None and other.dims != region.dims:
+            raise ModelFileError(
+                f"{new.path}: {name} has the shape {other.dims}, {region.dims} in {installed.path}"
+            )
+        if other is not None and other.layout not in FLOAT_LAYOUTS:
+            raise ModelFileError(
+                f"{new.path}: {name} is {other.layout.value}, floats are needed",
+                hint="give the model as it was before quantization: F32, F16 or BF16",
+            )
+    unknown = [name for name in new.tensors if name not in installed.tensors]
+    if unknown:
+        raise ModelFileError(f"{new.path}: {installed.path} has no tensor {unknown[0]}")
+
+
+def _array(model: ModelFile, key: str) -> list[bytes] | None:
+    value = model.gguf.metadata.get(key)
+    return read_array(model.source, value) if isinstance(value, ArrayValue) else None

@@ -1,0 +1,110 @@
+"""What is really lost by a candidate: the gradient of its KL divergence from the float model, by every weight.
+
+The metric of `calibration.py` looks at each matrix as if all others were exact. Errors of many layers add up, and cancel; this
+gradient sees it, at the candidate's own weights and with its own inputs.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from server.requantize.calibration import Calibration
+from server.requantize.model import OUTPUT_NORM, head_of, opened_gguf, read_shape, tensor_name
+from server.requantize.passes import LayerPass, save
+from server.requantize.transformer import (
+    MATRICES,
+    Array,
+    Shape,
+    Taps,
+    Weights,
+    backward_layer,
+    distilled_head,
+    forward_layer,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """Gradients on disk.
+
+    Attributes:
+        folder: Where they lie.
+        divergence: KL of the candidate from the float model on the calibration text, nats per token.
+    """
+
+    folder: Path
+    divergence: float
+
+    def of(self, name: str) -> Array | None:
+        """How much each weight's growth lowers the divergence, nats per token; None of what was not looked at."""
+        path = self.folder / f"{name}.npy"
+        return np.load(path, mmap_mode="r") if path.exists() else None
+
+
+def measure_slopes(
+    new: Path,
+    candidate: Path,
+    calibration: Calibration,
+    folder: Path,
+    report: Callable[[str], None],
+    *,
+    workers: int | None = None,
+) -> Slopes:
+    """Go through the candidate with the calibration's text.
+
+    Args:
+        new: The float model.
+        candidate: A quantized file of it.
+        calibration: Of the float model: its tokens, and what its head takes.
+        folder: Takes the gradients; emptied before.
+        report: Takes lines about the progress.
+        workers: Threads; None for as many as there are processors.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    states = folder / "states"
+    states.mkdir(parents=True)
+    runs = calibration.runs()
+    with (
+        opened_gguf(candidate) as opened,
+        threadpool_limits(1),
+        ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
+    ):
+        through = LayerPass(opened, read_shape(opened), runs, states, pool, report, "correction")
+        hidden = through.forward()
+        teacher_normed = calibration.normed().reshape(hidden.shape)
+        norm, head = opened.values(OUTPUT_NORM), opened.values(head_of(opened))
+        with opened_gguf(new) as fresh:
+            teacher_head = fresh.values(head_of(fresh))
+        said = list(
+            pool.map(
+                lambda run: distilled_head(
+                    hidden[run], norm, head, through.shape.epsilon, teacher_normed[run], teacher_head
+                ),
+                range(len(runs)),
+            )
+        )
+        through.begin_backward(np.stack([at_hidden for _, at_hidden in said]))
+
+        def keep(layer: int, parts: list[Taps]) -> None:
+            def slope(name: str) -> Array:
+                inputs = np.concatenate([part[name][0] for part in parts])
+                at_outputs = np.concatenate([part[name][1] for part in parts])
+                return np.asarray(at_outputs.T @ inputs / np.float32(-runs.size))
+
+            for name, values in zip(MATRICES, pool.map(slope, MATRICES), strict=True):
+                save(folder / f"{tensor_name(layer, name)}.npy", values)
+
+        through.backward(_layer_taps, keep)
+    shutil.rmtree(states)
+    return Slopes(folder, sum(divergence for divergence, _ in said) / runs.size)
+
+
+def _layer_taps(shape: Shape, weights: Weights, hidden: Array, upstream: Array) -> tuple[Array, Taps]:
+    _, trace = forward_layer(shape, weights, hidden)
+    return backward_layer(shape, weights, trace, upstream)

@@ -1,0 +1,72 @@
+"""How a file was chosen, as JSON beside it: enough to choose it again. Not in the file itself, whose every byte devices fetch."""
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from server.adapters.blobs import write_file
+from server.requantize.calibration import Calibration
+from server.requantize.model import sha256_of
+
+RECORD_SUFFIX: Final = ".requantized.json"
+"""Added to the name of the chosen file."""
+
+RECORD_VERSION: Final = 1
+
+
+class Sources(Struct, frozen=True, kw_only=True):
+    """SHA-256 of what went in and what came out.
+
+    Attributes:
+        new: The new model in floats.
+        installed: The quantized file that devices have.
+        before: The installed version in floats, where it was extrapolated from.
+        start: The file whose codes the descent began with, where it was another.
+        calibration_model: The float model whose layers were looked at, the new one as a rule.
+        calibration_tokens: The runs of tokens, as little-endian int32.
+        calibration_runs: How many, and tokens of each.
+        result: The chosen file.
+    """
+
+    new: str
+    installed: str
+    before: str | None
+    start: str | None
+    calibration_model: str
+    calibration_tokens: str
+    calibration_runs: tuple[int, int]
+    result: str
+
+
+def sources_of(
+    new: Path, installed: Path, before: Path | None, start: Path | None, calibration: Calibration, out: Path
+) -> Sources:
+    """Digests of all files.
+
+    Raises:
+        StorageError: One cannot be read.
+    """
+    return Sources(
+        new=sha256_of(new),
+        installed=sha256_of(installed),
+        before=None if before is None else sha256_of(before),
+        start=None if start is None else sha256_of(start),
+        calibration_model=calibration.model_sha256,
+        calibration_tokens=calibration.tokens_sha256,
+        calibration_runs=(calibration.sequences, calibration.sequence_tokens),
+        result=sha256_of(out),
+    )
+
+
+def write_record(out: Path, chosen: Struct) -> Path:
+    """Write beside the chosen file how it was chosen, and say where.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    path = out.with_name(f"{out.name}{RECORD_SUFFIX}")
+    record = {"requantized": RECORD_VERSION, **msgspec.to_builtins(chosen)}
+    write_file(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    return path

@@ -1,0 +1,250 @@
+"""What is done to a stretch of rows of one tensor, in this process or in several side by side: read, descend, write into the new file.
+
+Stretches do not depend on each other and write to places of their own, so that the file is the same however they are shared out.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, Self
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from protocol.errors import EngineError, ModelFileError
+from server.adapters.blobs import storage_errors
+from server.diagnosis.weights import Floats
+from server.requantize.calibration import Calibration
+from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes
+from server.requantize.correction import Slopes
+from server.requantize.descent import Metric, Price, descend, single_gains
+from server.requantize.model import ModelFile, opened_gguf, row_bytes, rows_and_columns
+
+MetricName = Literal["outputs", "weights"]
+
+STRETCH_WEIGHTS: Final = 1 << 20
+"""Weights of a stretch, which bound a worker's memory together with one matrix of moments."""
+
+DAMPING: Final = 0.01
+"""Share of the mean second moment that is added to each input's: what the calibration text never showed may yet come."""
+
+GAIN_BINS: Final = 160
+_GAIN_BIN_MIN: Final = -120.0  # log2 of nats
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What a choice is made from.
+
+    Attributes:
+        new: The new model in floats.
+        installed: The quantized file that devices have.
+        calibration: Moments of the new model.
+        before: The installed version in floats, for extrapolation.
+        start: A quantized file whose codes the descent begins with.
+        out: Takes the result; has the tensors of `installed` when work begins.
+        metric: What is kept near: what the layers put out, or the weights.
+        extrapolation: How far beyond the new weights the target lies, in steps from `before` to `new`.
+    """
+
+    new: Path
+    installed: Path
+    calibration: Calibration
+    before: Path | None
+    start: Path | None
+    out: Path
+    metric: MetricName
+    extrapolation: float
+    slopes: Slopes | None = None
+    trust: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Rows of a tensor, and what a changed code costs; without a price only gains are looked at."""
+
+    name: str
+    start: int
+    stop: int
+    price: Price | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a stretch.
+
+    Attributes:
+        name: Of the tensor.
+        changed: Codes that differ from the installed ones.
+        before: Cost of the installed codes, nats per token.
+        after: Cost of the chosen ones.
+        gains: How many single steps gain 2^n nats, for n from the smallest bin on; of a look without a price.
+    """
+
+    name: str
+    changed: int
+    before: float
+    after: float
+    gains: tuple[int, ...] = ()
+
+
+def gain_at(index: int) -> float:
+    """Nats of a bin of `Outcome.gains`."""
+    return float(2.0 ** (index + _GAIN_BIN_MIN))
+
+
+class Worker:
+    """Open files, and the work on stretches of them."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._stack = ExitStack()
+        self._new = self._open(files.new)
+        self._installed = self._open(files.installed)
+        self._before = None if files.before is None else self._open(files.before)
+        self._start = None if files.start is None else self._open(files.start)
+        with opened_gguf(files.out) as made:
+            self._regions = made.tensors
+        with storage_errors(files.out):
+            self._out = self._stack.enter_context(files.out.open("r+b", buffering=0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, stretch: Stretch) -> Outcome:
+        """Choose the codes of a stretch and write them.
+
+        Raises:
+            ModelFileError: A weight or a scale is no number.
+            StorageError: The result cannot be written.
+        """
+        rows = _coded(self._installed, stretch)
+        target = self._target(stretch)
+        if not np.isfinite(target).all() or not np.isfinite(rows.steps).all():
+            raise ModelFileError(f"{stretch.name}: there are weights or scales that are no numbers")
+        metric = self._metric(stretch, rows.codes.shape[1])
+        if stretch.price is None:
+            return Outcome(stretch.name, 0, 0.0, 0.0, _binned(single_gains(rows, target, metric)))
+        start = rows.codes if self._start is None else _coded(self._start, stretch).codes
+        codes = descend(
+            rows, target, start, metric, stretch.price, self._shift(stretch, rows, target, start, metric)
+        )
+        data = rows.joined(codes)
+        with storage_errors(self._files.out):
+            region = self._regions[stretch.name]
+            os.pwrite(self._out.fileno(), data, region.offset + stretch.start * row_bytes(region))
+        return Outcome(
+            stretch.name,
+            int(np.count_nonzero(codes != rows.codes)),
+            metric.cost(target - rows.weights(rows.codes)),
+            metric.cost(target - rows.weights(codes)),
+        )
+
+    def _shift(
+        self, stretch: Stretch, rows: CodedRows, target: Floats, start: Codes, metric: Metric
+    ) -> Floats | None:
+        """From the gradient that the metric expects at the start towards the one that was measured there."""
+        slopes = None if self._files.slopes is None else self._files.slopes.of(stretch.name)
+        if slopes is None:
+            return None
+        measured = np.asarray(slopes[stretch.start : stretch.stop], np.float32)
+        expected = metric.gradient(target - rows.weights(start))
+        return np.asarray(np.float32(self._files.trust) * (measured - expected), np.float32)
+
+    def _open(self, path: Path) -> ModelFile:
+        return self._stack.enter_context(opened_gguf(path))
+
+    def _target(self, stretch: Stretch) -> Floats:
+        new = self._new.floats(stretch.name, stretch.start, stretch.stop)
+        if self._before is None or not self._files.extrapolation:
+            return new
+        old = self._before.floats(stretch.name, stretch.start, stretch.stop)
+        return np.asarray(new + np.float32(self._files.extrapolation) * (new - old), np.float32)
+
+    def _metric(self, stretch: Stretch, columns: int) -> Metric:
+        count = stretch.stop - stretch.start
+        none = np.zeros(count, np.float32)
+        if self._files.metric == "weights":
+            return Metric(np.zeros((columns, columns), np.float32), none, none + 1)
+        calibration = self._files.calibration
+        rows = slice(stretch.start, stretch.stop)
+        lookups = calibration.lookups(stretch.name)
+        outputs = calibration.outputs(stretch.name)
+        looked_up = none if lookups is None else np.asarray(lookups[rows], np.float32)
+        if outputs is None:
+            return Metric(np.zeros((columns, columns), np.float32), none, looked_up)
+        inputs = np.array(calibration.inputs(stretch.name), np.float32)
+        diagonal = np.einsum("ii->i", inputs)
+        diagonal += np.float32(DAMPING * diagonal.mean())
+        return Metric(inputs, np.asarray(outputs[rows], np.float32), looked_up)
+
+
+def run_all(files: Files, stretches: Iterable[Stretch], workers: int) -> Iterator[Outcome]:
+    """Outcomes in order.
+
+    Args:
+        files: For each worker to open.
+        stretches: The work.
+        workers: Processes; 1 is this one.
+
+    Raises:
+        EngineError: A process died, most likely for want of memory.
+    """
+    if workers == 1:
+        with threadpool_limits(1), Worker(files) as worker:
+            yield from map(worker.run, stretches)
+        return
+    # Forking would copy threads of numerical libraries that it cannot copy.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _begin, (files,)) as pool:
+        try:
+            yield from pool.map(_run, stretches)
+        except BrokenProcessPool as error:
+            raise EngineError(
+                "a process that chooses codes died", hint="there may be too little memory: try --workers 1"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def stretches_of(model: ModelFile, names: Iterable[str], price: Price | None) -> Iterator[Stretch]:
+    """Tensors cut into stretches of at most `STRETCH_WEIGHTS`, at the same places always."""
+    for name in names:
+        rows, columns = rows_and_columns(model.region(name))
+        step = max(1, STRETCH_WEIGHTS // columns)
+        for start in range(0, rows, step):
+            yield Stretch(name, start, min(rows, start + step), price)
+
+
+_workers: list[Worker] = []
+"""In a process: its one worker."""
+
+
+def _begin(files: Files) -> None:
+    threadpool_limits(1)
+    _workers.append(Worker(files))  # stays open as long as the process lives
+
+
+def _run(stretch: Stretch) -> Outcome:
+    return _workers[0].run(stretch)
+
+
+def _coded(model: ModelFile, stretch: Stretch) -> CodedRows:
+    region = model.region(stretch.name)
+    assert region.layout in LINEAR_LAYOUTS
+    data = model.read_bytes(region, stretch.start, stretch.stop)
+    return CodedRows.read(region.layout, data, region.dims[-1])
+
+
+def _binned(gains: Floats) -> tuple[int, ...]:
+    positive = gains[gains > 0]
+    bins = np.clip(np.log2(positive) - _GAIN_BIN_MIN, 0, GAIN_BINS - 1).astype(np.int64)
+    return tuple(np.bincount(bins, minlength=GAIN_BINS).tolist())

@@ -1,0 +1,214 @@
+"""`whimbrel requantize`: the next quantized file of a model, chosen against the one that the fleet has."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from protocol.errors import RequestError, StorageError
+from server.display import Printer, bytes_text, table
+
+_BUDGET_DEFAULT: Final = "0.5%"
+_BYTES_MAX: Final = 1 << 44
+_RUNS_MAX: Final = 4096
+_TENSORS_SHOWN: Final = 8
+_BUDGET: Final = re.compile(r"(?P<share>\d+(\.\d+)?)%|(?P<bytes>\d+)")
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) -> None:
+    """Register `requantize`.
+
+    Args:
+        commands: Of the `whimbrel` command.
+        common: Options of the commands that work on a server's folder.
+        show: Prints a value or lines.
+    """
+    parser = commands.add_parser(
+        "requantize",
+        parents=[common],
+        help="choose the next quantized file against the one that devices have, for few bytes",
+        description="Writes the quantized file of a new model that is worth most for what its delta from the installed file weighs,"
+        " and beside it, as JSON, how it was chosen. What was measured of a model is kept: a run that was interrupted goes on.",
+    )
+    parser.add_argument(
+        "new", metavar="NEW", type=Path, help="the new model in floats: GGUF with F32, F16 or BF16"
+    )
+    parser.add_argument(
+        "--installed", metavar="FILE", type=Path, required=True, help="the quantized GGUF that devices have"
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        type=Path,
+        action="append",
+        required=True,
+        help="text of the kind that the model is for, UTF-8; repeatable; about 100 kB are used",
+    )
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        type=_budget,
+        default=_budget(_BUDGET_DEFAULT),
+        help=f"what the delta may weigh: bytes, or a share of the installed file such as 0.2%% (default: {_BUDGET_DEFAULT}%)",
+    )
+    parser.add_argument(
+        "--before",
+        metavar="FILE",
+        type=Path,
+        help="the installed version in floats; needed for --extrapolate",
+    )
+    parser.add_argument(
+        "--extrapolate",
+        metavar="A",
+        type=_factor,
+        default=0.0,
+        help="aim beyond the new weights, by A times the way from those before (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--start",
+        metavar="FILE",
+        type=Path,
+        help="begin with the codes of this file instead of the installed ones",
+    )
+    parser.add_argument(
+        "--runs",
+        metavar="N",
+        type=_runs,
+        default=40,
+        help="runs of 256 tokens to calibrate with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=_workers, help="processes (default: one for each processor)"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        type=Path,
+        help="keeps what was measured (default: `calibration` beside --out)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace --out if it is there")
+    parser.set_defaults(run=lambda arguments: _run(arguments, show))
+
+
+def _run(arguments: argparse.Namespace, show: Printer) -> int:
+    from server.requantize.calibration import calibrate  # noqa: PLC0415 - numpy and the coder, which no other command loads
+    from server.requantize.choice import Settings, choose  # noqa: PLC0415 - likewise
+    from server.requantize.provenance import write_record  # noqa: PLC0415 - likewise
+    from server.requantize.tokens import read_tokens  # noqa: PLC0415 - likewise
+
+    out: Path = arguments.out
+    installed: Path = arguments.installed
+    _check_files(arguments)
+    settings = Settings(
+        budget_bytes=arguments.budget(installed.stat().st_size),
+        extrapolation=arguments.extrapolate,
+        workers=arguments.workers,
+    )
+
+    def report(line: str) -> None:
+        if not arguments.json:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    calibration = calibrate(
+        arguments.new,
+        read_tokens(arguments.new, arguments.calibration),
+        arguments.cache or out.parent / "calibration",
+        report,
+        sequences=arguments.runs,
+        workers=arguments.workers,
+    )
+    chosen = choose(
+        arguments.new,
+        installed,
+        calibration,
+        settings,
+        out,
+        report,
+        start=arguments.start,
+        before=arguments.before,
+    )
+    record = write_record(out, chosen)
+    show(arguments, msgspec.to_builtins(chosen), _lines(out, record, chosen))
+    return 0
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """What can be known before the long work."""
+    out: Path = arguments.out
+    for path in (arguments.new, arguments.installed, arguments.before, arguments.start):
+        if path is None:
+            continue
+        if not path.is_file():
+            raise RequestError(f"{path}: no such file", hint="give a GGUF file")
+        if out.exists() and out.samefile(path):
+            raise RequestError(f"{out}: is one of the files to choose from", hint="choose another --out")
+    if out.is_dir() or not out.parent.is_dir():
+        raise StorageError(f"{out} cannot be written", hint="choose another --out")
+    if out.exists() and not arguments.force:
+        raise RequestError(f"{out}: exists", hint="choose another --out, or pass --force to replace it")
+
+
+def _lines(out: Path, record: Path, chosen: Any) -> list[str]:
+    changed = sum(chosen.changed.values())
+    ranked = sorted(chosen.changed.items(), key=lambda each: -each[1])[:_TENSORS_SHOWN]
+    lines = [
+        f"{out}: {bytes_text(chosen.delta_bytes)} to send, {100 * chosen.delta_bytes / chosen.file_bytes:.3g} % of the file",
+        f"{changed:,} of {chosen.codes:,} codes changed, at {chosen.price:.3g} nats a bit",
+        f"Expected loss per token, as the calibration sees it: {chosen.objective_before:.4g} nats as installed, {chosen.objective_after:.4g} now",
+        *table(["TENSOR", "CODES CHANGED"], [[name, f"{count:,}"] for name, count in ranked if count]),
+        f"How it was chosen: {record}",
+    ]
+    if chosen.kept:
+        lines.insert(
+            2, f"{len(chosen.kept)} tensor(s) stay as installed, {chosen.kept[0]} first: no linear codes"
+        )
+    return lines
+
+
+def _budget(text: str) -> Any:
+    """A function from the length of the installed file to bytes."""
+    match = _BUDGET.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is neither bytes nor a share such as 0.5%")
+    if match["share"] is not None:
+        share = float(match["share"])
+        if not 0 < share <= 100:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not between 0 and 100 %")
+        return lambda length: max(1, int(share / 100 * length))
+    count = int(match["bytes"])
+    if not 1 <= count <= _BYTES_MAX:
+        raise argparse.ArgumentTypeError(f"{count} is not between 1 and {_BYTES_MAX} bytes")
+    return lambda _length: count
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no number") from None
+    if not 0 <= value <= 4:
+        raise argparse.ArgumentTypeError(f"{value:g} is not between 0 and 4")
+    return value
+
+
+def _runs(text: str) -> int:
+    return _integer(text, 1, _RUNS_MAX)
+
+
+def _workers(text: str) -> int:
+    return _integer(text, 1, 256)
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no integer") from None
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+    return value
