@@ -1,5 +1,6 @@
-"""Measures quantized files against the float model on held-out texts, token by token: how likely the text is to each, how far its
-predictions are from the float model's over all of the vocabulary, and whether it would choose the same token.
+"""Measures quantized files against the float model on held-out texts, token by token.
+
+Of each token: how likely it is, how far the file's prediction lies from the float model's over all of the vocabulary, and whether both would choose the same.
 
 Models run in child processes of the scorecard; what was measured is in a journal, so that nothing is measured twice. The float
 model's predictions are kept on disk as 16-bit log-probabilities, normalized again when they are read: they are what "the float
@@ -29,7 +30,7 @@ from server.scorecard.journal import Journal, journal
 from server.scorecard.keeping import runtime_version
 from server.scorecard.runner import Progress, Runner
 from server.scorecard.statistics import log_softmax
-from server.scorecard.work import Load, Model, Quantize, Read, Rows, Tokenize, Tokens
+from server.scorecard.work import Load, Model, Quantize, Read, Rows
 from server.scorecard.worker import Worker
 
 MEASURED_BY: Final = 1
@@ -246,19 +247,6 @@ class Evaluator:
             "context_tokens": context_tokens,
         }
         return used.enter_context(journal(self._folder, digest_of(msgspec.json.encode(identity)), identity))
-
-
-def tokenize(model: Path, text: str) -> npt.NDArray[np.int32]:
-    """Tokens of a text in a model's vocabulary; nothing is added, nothing is read as a special token.
-
-    Raises:
-        EngineError: llama.cpp is missing or cannot load the model.
-    """
-    with Worker(_model(model, 1, RUN_TOKENS)) as worker:
-        worker.ask(Load())
-        answer = worker.ask(Tokenize(text=text))
-    assert isinstance(answer, Tokens)
-    return np.asarray(answer.tokens, np.int32)
 
 
 def quantize(model: Path, out: Path, file_type: int, embedding_type: int | None, threads: int) -> None:

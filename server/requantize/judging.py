@@ -7,16 +7,17 @@ decided on, judge. No two of them share text.
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from msgspec import Struct
 
 from protocol.errors import RequestError
 from server.adapters.blobs import storage_errors, sync_folder
 from server.requantize import rows
-from server.requantize.calibration import Calibration, calibrate
+from server.requantize.calibration import Calibration
 from server.requantize.choice import Chosen, Settings, choose
 from server.requantize.controls import delta_bytes, write_frozen, write_plain
 from server.requantize.evaluation import Evaluator, Readings
@@ -81,7 +82,7 @@ class Aim:
     budget_bytes: int | None = None
     keep_share: float | None = None
     extrapolations: tuple[float, ...] = (0.0,)
-    margins: Margins = Margins()
+    margins: Margins = field(default_factory=Margins)
 
 
 class Judged(Struct, frozen=True, kw_only=True):
@@ -114,41 +115,38 @@ def judge(
     models: Models,
     questions: Questions,
     aim: Aim,
+    calibration: Calibration,
     evaluator: Evaluator,
+    settings: Settings,
     folder: Path,
     out: Path,
     report: Report,
-    workers: int | None = None,
-) -> Judged:
+) -> tuple[Judged, Chosen]:
     """Choose a file, measure all rows, and write it if it passes.
 
     Args:
         models: What is chosen from.
         questions: What it is judged on.
         aim: What is wanted.
+        calibration: Of the new model, on that text.
         evaluator: On the new model in floats.
-        folder: For calibration and files on the way; they are used again.
+        settings: Of the choice, but for budget and extrapolation.
+        folder: For files on the way.
         out: The chosen file; not touched unless every guard passed.
         report: Takes lines about the progress.
-        workers: Processes of the choice.
 
     Raises:
         RequestError: Texts overlap, are too few or too short, or nothing within the budget keeps what is wanted.
-        WhimbrelError: As `calibrate`, `choose` and `Evaluator.measure`.
+        WhimbrelError: As `choose` and `Evaluator.measure`.
     """
-    _check(models, questions, aim)
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    calibration = calibrate(
-        models.new, questions.calibration.tokens, folder / "calibration", report, workers=workers
-    )
-    bench = _Bench(models, questions, calibration, evaluator, folder, report, workers)
+    check_request(models, questions, aim)
+    bench = _Bench(models, questions, calibration, evaluator, settings, folder, report)
     trial, chosen = bench.chosen(aim)
     found = bench.rows(trial, aim)
     checks = bench.checks(aim.margins)
     if is_passed(checks):
         _publish(bench.file(rows.CHOSEN), out)
-    return Judged(
+    judged = Judged(
         rows=found,
         checks=checks,
         is_written=is_passed(checks),
@@ -159,9 +157,15 @@ def judge(
         seconds=chosen.seconds,
         calibration_sha256=calibration.tokens_sha256,
     )
+    return judged, chosen
 
 
-def _check(models: Models, questions: Questions, aim: Aim) -> None:
+def check_request(models: Models, questions: Questions, aim: Aim) -> None:
+    """Refuse what can be refused before hours of work.
+
+    Raises:
+        RequestError: Texts overlap, are too few or too short, or something that is needed was not given.
+    """
     if (aim.budget_bytes is None) == (aim.keep_share is None):
         raise RequestError("a budget or a share of the gain is needed, and not both")
     if aim.keep_share is not None and questions.development is None:
@@ -177,7 +181,7 @@ def _check(models: Models, questions: Questions, aim: Aim) -> None:
         used.append(questions.development)
     check_unseen(questions.held_out, used)
     for text in questions.held_out:
-        text.runs()  # refuses what is too short before hours of work
+        text.runs()
 
 
 def _publish(path: Path, out: Path) -> None:
@@ -203,9 +207,9 @@ class _Bench:
         questions: Questions,
         calibration: Calibration,
         evaluator: Evaluator,
+        settings: Settings,
         folder: Path,
         report: Report,
-        workers: int | None,
     ) -> None:
         self._models = models
         self._questions = questions
@@ -213,8 +217,7 @@ class _Bench:
         self._evaluator = evaluator
         self._folder = folder
         self._report = report
-        self._workers = workers
-        self._base = Settings(budget_bytes=1, workers=workers)
+        self._settings = settings
         report("plain: llama.cpp's own quantizer")
         write_plain(models.new, models.installed, self.file(rows.PLAIN), evaluator.threads)
         self._plain_bytes = delta_bytes(models.installed, self.file(rows.PLAIN))
@@ -296,7 +299,9 @@ class _Bench:
         metric: MetricName = "outputs",
     ) -> Chosen:
         self._report(f"{name}: {budget:,} bytes, extrapolation {extrapolation:g}")
-        settings = replace(self._base, budget_bytes=budget, extrapolation=extrapolation, metric=metric)
+        settings = msgspec.structs.replace(
+            self._settings, budget_bytes=budget, extrapolation=extrapolation, metric=metric
+        )
         return choose(
             target or self._models.new,
             self._models.installed,

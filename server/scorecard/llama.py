@@ -102,10 +102,6 @@ class LlamaEngine:
         self._context.keep(0)
         return rows
 
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """See `Engine.tokenize`."""
-        return tuple(self._tokens(text, is_plain=True))
-
     def read(self, tokens: tuple[int, ...]) -> _Row:
         """See `Engine.read`."""
         if not 0 < len(tokens) <= self._context.tokens:

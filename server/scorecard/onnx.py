@@ -109,11 +109,7 @@ class OnnxEngine:
         """Write the profile."""
         return Path(self._session.end_profiling())
 
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """See `Engine.tokenize`."""
-        raise EngineError("a classifier has no tokens")
-
-    def read(self, tokens: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    def read(self, _tokens: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """See `Engine.read`."""
         raise EngineError("a classifier has no tokens")
 

@@ -72,12 +72,6 @@ class Compare(Struct, frozen=True, kw_only=True, tag="compare"):
     item: Item
 
 
-class Tokenize(Struct, frozen=True, kw_only=True, tag="tokenize"):
-    """Give the tokens of a text: nothing is added, and nothing in it is read as a special token."""
-
-    text: str
-
-
 class Read(Struct, frozen=True, kw_only=True, tag="read"):
     """Give the logits after each of some tokens, from an empty context on."""
 
@@ -98,7 +92,7 @@ class Quantize(Struct, frozen=True, kw_only=True, tag="quantize"):
     embedding_type: int | None = None
 
 
-Order = Load | Ask | Compare | Tokenize | Read | Quantize | SpeedOrder | MemoryOrder
+Order = Load | Ask | Compare | Read | Quantize | SpeedOrder | MemoryOrder
 
 
 class Done(Struct, frozen=True, kw_only=True, tag="done"):
@@ -116,12 +110,6 @@ class Rows(Struct, frozen=True, kw_only=True, tag="rows"):
 
     width: int
     data: bytes
-
-
-class Tokens(Struct, frozen=True, kw_only=True, tag="tokens"):
-    """The answer to `Tokenize`."""
-
-    tokens: tuple[int, ...]
 
 
 class Speed(Struct, frozen=True, kw_only=True, tag="speeds"):
@@ -186,7 +174,7 @@ class Failed(Struct, frozen=True, kw_only=True, tag="failed"):
     detail: str
 
 
-Answer = Done | Replied | Rows | Tokens | Speed | Memory | Failed
+Answer = Done | Replied | Rows | Speed | Memory | Failed
 
 
 class Engine(Protocol):
@@ -198,10 +186,6 @@ class Engine(Protocol):
 
     def rows(self, item: Item) -> npt.NDArray[np.float32]:
         """Logits of shape (positions, vocabulary or classes)."""
-        ...
-
-    def tokenize(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text as it stands."""
         ...
 
     def read(self, tokens: tuple[int, ...]) -> npt.NDArray[np.float32]:

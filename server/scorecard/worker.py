@@ -38,8 +38,6 @@ from server.scorecard.work import (
     Rows,
     Speed,
     SpeedOrder,
-    Tokenize,
-    Tokens,
 )
 
 ANSWER_S_MAX: Final = 900
@@ -171,7 +169,7 @@ def _engine(model: Model) -> Engine:
 def _answer(
     engine: Engine | None,
     model: Model,
-    order: Ask | Compare | Tokenize | Read | Quantize | SpeedOrder | MemoryOrder,
+    order: Ask | Compare | Read | Quantize | SpeedOrder | MemoryOrder,
 ) -> Answer:
     if isinstance(order, Quantize):
         if model.runtime != "llama":
@@ -188,8 +186,6 @@ def _answer(
         raise EngineError("the model is not loaded")
     if isinstance(order, Ask):
         return Replied(reply=engine.ask(order.question))
-    if isinstance(order, Tokenize):
-        return Tokens(tokens=engine.tokenize(order.text))
     found = engine.read(order.tokens) if isinstance(order, Read) else engine.rows(order.item)
     rows = np.ascontiguousarray(found, np.float32)
     return Rows(width=rows.shape[1], data=rows.tobytes())

@@ -10,7 +10,7 @@ from scipy import special
 from protocol.errors import EngineError
 from server.requantize import evaluation
 from server.requantize.controls import delta_bytes, write_frozen, write_plain
-from server.requantize.evaluation import Evaluator, quantize, tokenize
+from server.requantize.evaluation import Evaluator, quantize
 from server.requantize.model import EMBEDDING, opened_gguf
 from server.requantize.texts import RUN_TOKENS, Text
 from tests.models import write_language_model
@@ -108,10 +108,6 @@ def test_a_model_with_other_tokens_is_refused(files: dict[str, Path], tmp_path: 
         pytest.raises(EngineError, match="a token is not among the 264 of the vocabulary"),
     ):
         evaluator.measure(files["installed"])
-
-
-def test_texts_are_tokenized_as_they_stand(files: dict[str, Path]) -> None:
-    assert tokenize(files["new"], "</s>a").tolist() == [3 + byte for byte in b"</s>a"]
 
 
 def test_plain_is_what_llama_cpp_makes_of_the_new_model_and_frozen_keeps_the_embedding(
