@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
-from server.diagnosis.weights import Floats
+from server.diagnosis.weights import Flags, Floats
 from server.requantize.codes import CodedRows, Codes
+
+Places = npt.NDArray[np.int64]
 
 _BLOCK_WEIGHTS: Final = 1 << 16
 """Weights of the rows that are worked on together: their arrays stay in a processor's second cache."""
 
 _MOVES_PER_WEIGHT_MAX: Final = 8
+_CROWDED: Final = 0.7
+"""Share of rows that still step, below which the others are left out."""
+
 _NOISE: Final = np.float32(1e-6)
 """Share of a move's terms below which a gain may be rounding."""
 
@@ -84,6 +90,7 @@ def descend(
     metric: Metric,
     price: Price,
     shift: Floats | None = None,
+    pairs: int = 0,
 ) -> Codes:
     """Codes that no single step makes better.
 
@@ -94,15 +101,16 @@ def descend(
         metric: Of these rows.
         price: Relative to the installed codes.
         shift: Added to the gradient at the start, for what the metric does not see; same shape.
+        pairs: How many first steps are tried for two together, where no single one pays; 0 for none.
     """
-    codes = start.copy()
+    codes = np.empty_like(start)
     many = max(1, _BLOCK_WEIGHTS // target.shape[1])
     for first in range(0, len(target), many):
         part = slice(first, first + many)
-        block = _Block(rows, part, target[part], codes[part], metric.part(part), price)
-        if shift is not None:
-            block.shift(shift[part])
-        block.run()
+        own = None if shift is None else shift[part]
+        block = _Block(rows, part, target[part], start[part], metric.part(part), price, own)
+        block.run(min(pairs, target.shape[1] - 1))
+        codes[part] = block.rows.codes
     return codes
 
 
@@ -112,64 +120,145 @@ def single_gains(rows: CodedRows, target: Floats, metric: Metric) -> Floats:
     return np.abs(rows.steps * gradient) - 0.5 * np.square(rows.steps) * metric.curvature()
 
 
+@dataclass(slots=True)
+class _Rows:
+    """Rows that are stepped side by side, with what a step of each of their codes would change.
+
+    Attributes:
+        codes: Where they stand.
+        installed: Where they came from.
+        steps: What a code is multiplied with.
+        half: Half the curvature along each code.
+        outputs: G of each row.
+        lookups: D of each row.
+        gradient: How much each weight's growth lowers the cost.
+        up: Price of a step up; infinite at the end of the range.
+        down: Price of a step down.
+    """
+
+    codes: Codes
+    installed: Codes
+    steps: Floats
+    half: Floats
+    outputs: Floats
+    lookups: Floats
+    gradient: Floats
+    up: Floats
+    down: Floats
+
+    def take(self, places: Places) -> "_Rows":
+        """A copy of some rows."""
+        return _Rows(*(getattr(self, each)[places] for each in self.__slots__))
+
+    def give_back(self, places: Places, rows: "_Rows", which: Places | None = None) -> None:
+        """Put what stepping has changed where it was taken from."""
+        for name in ("codes", "gradient", "up", "down"):
+            values = getattr(rows, name)
+            getattr(self, name)[places] = values if which is None else values[which]
+
+
 class _Block:
-    """Rows that are stepped side by side, and fewer of them as they are done."""
+    """The descent of some rows."""
 
     def __init__(
-        self, rows: CodedRows, part: slice, target: Floats, codes: Codes, metric: Metric, price: Price
+        self,
+        rows: CodedRows,
+        part: slice,
+        target: Floats,
+        start: Codes,
+        metric: Metric,
+        price: Price,
+        shift: Floats | None,
     ) -> None:
         self._low, self._high = rows.low, rows.high
         self._price = price
         self._inputs = metric.inputs
-        self._out = codes  # a view: what is done is written there
-        self._places = np.arange(len(codes))
-        self._codes = codes.copy()
-        self._installed = rows.codes[part]
-        self._steps = rows.steps[part]
-        self._outputs, self._lookups = metric.outputs, metric.lookups
-        self._gradient = metric.gradient(target - (self._steps * codes + rows.offsets[part]))
-        self._half = np.float32(0.5) * np.square(self._steps) * metric.curvature()
-        self._up = self._cost(self._codes, self._installed, 1)
-        self._down = self._cost(self._codes, self._installed, -1)
+        installed, steps = rows.codes[part], rows.steps[part]
+        gradient = metric.gradient(target - (steps * start + rows.offsets[part]))
+        if shift is not None:
+            gradient += shift
+        self.rows = _Rows(
+            codes=start.copy(),
+            installed=installed,
+            steps=steps,
+            half=np.float32(0.5) * np.square(steps) * metric.curvature(),
+            outputs=metric.outputs,
+            lookups=metric.lookups,
+            gradient=gradient,
+            up=self._cost(start, installed, 1),
+            down=self._cost(start, installed, -1),
+        )
 
-    def shift(self, gradient: Floats) -> None:
-        """Add to the gradient."""
-        self._gradient += gradient
+    def run(self, pairs: int) -> None:
+        """Step until no single step pays in any row; then until no two steps do, of which the first is among the cheapest few."""
+        waiting = np.arange(len(self.rows.codes))
+        for _ in range(self.rows.codes.shape[1]):
+            self._run_singles(waiting)
+            if not pairs:
+                break
+            waiting = self._step_pairs(waiting, pairs)
+            if not len(waiting):
+                break
 
-    def run(self) -> None:
-        """Step until no row has a step that pays."""
-        for _ in range(_MOVES_PER_WEIGHT_MAX * self._codes.shape[1]):
-            slope = self._steps * self._gradient
-            change = np.where(slope > 0, self._up, self._down)
-            np.abs(slope, out=slope)
-            change += self._half
-            change -= slope
+    def _run_singles(self, places: Places) -> None:
+        rows = self.rows.take(places)
+        for _ in range(_MOVES_PER_WEIGHT_MAX * rows.codes.shape[1]):
+            slope = rows.steps * rows.gradient
+            change = _changes(rows, slope)
             best = change.argmin(axis=1)
             at = np.arange(len(best)), best
-            pays = change[at] < -_NOISE * (slope[at] + self._half[at])
+            pays = change[at] < -_NOISE * (np.abs(slope[at]) + rows.half[at])
             count = int(np.count_nonzero(pays))
             if count == 0:
                 break
-            if count < 0.7 * len(pays):
-                self._keep(pays)
-                best = best[pays]
+            if count < _CROWDED * len(pays):
+                self.rows.give_back(places[~pays], rows, ~pays)
+                rows, places, best = rows.take(pays), places[pays], best[pays]
                 pays = np.ones(count, np.bool_)
-            self._move(best, pays)
-        self._out[self._places] = self._codes
+            self._move(rows, best, pays)
+        self.rows.give_back(places, rows)
 
-    def _move(self, best: Codes, pays: Codes) -> None:
+    def _step_pairs(self, places: Places, count: int) -> Places:
+        """One pair of steps in each row where one pays; says which rows these are."""
+        rows = self.rows.take(places)
+        slope = rows.steps * rows.gradient
+        change = _changes(rows, slope)
+        every = np.arange(len(places))
+        firsts = np.argpartition(change, count, axis=1)[:, :count]
+        best = np.zeros(len(places), np.float32)
+        pair = np.zeros((2, len(places)), np.int64)
+        for first in firsts.T:
+            at = every, first
+            shift = rows.steps[at] * _directions(rows, slope[at], at)
+            through = self._inputs[first]
+            through *= (shift * rows.outputs)[:, None]
+            after = _changes(rows, slope - rows.steps * through)
+            after[at] = np.inf
+            second = after.argmin(axis=1)
+            total = change[at] + after[every, second]
+            better = total < np.minimum(best, -_NOISE * (np.abs(slope[at]) + rows.half[at]))
+            best = np.where(better, total, best)
+            pair = np.where(better, [first, second], pair)
+        pays = best < 0
+        rows, places = rows.take(pays), places[pays]
+        for step in pair[:, pays]:
+            self._move(rows, step, np.ones(len(places), np.bool_))
+        self.rows.give_back(places, rows)
+        return places
+
+    def _move(self, rows: _Rows, best: Places, pays: Flags) -> None:
         at = np.arange(len(best)), best
-        direction = np.where(self._gradient[at] * self._steps[at] > 0, 1, -1) * pays
-        moved = self._codes[at] + direction
-        self._codes[at] = moved
-        shift = (direction * self._steps[at]).astype(np.float32)
+        direction = _directions(rows, rows.gradient[at] * rows.steps[at], at) * pays
+        moved = rows.codes[at] + direction
+        rows.codes[at] = moved
+        shift = (direction * rows.steps[at]).astype(np.float32)
         through = self._inputs[best]
-        through *= (shift * self._outputs)[:, None]
-        self._gradient -= through
-        self._gradient[at] -= shift * self._lookups
-        installed = self._installed[at]
-        self._up[at] = self._cost(moved, installed, 1)
-        self._down[at] = self._cost(moved, installed, -1)
+        through *= (shift * rows.outputs)[:, None]
+        rows.gradient -= through
+        rows.gradient[at] -= shift * rows.lookups
+        installed = rows.installed[at]
+        rows.up[at] = self._cost(moved, installed, 1)
+        rows.down[at] = self._cost(moved, installed, -1)
 
     def _cost(self, codes: Codes, installed: Codes, direction: int) -> Floats:
         """Of a step up or down from here: given back where it leads nearer to the installed code, and never out of range."""
@@ -179,11 +268,15 @@ class _Block:
         after = codes + direction
         return np.where((after < self._low) | (after > self._high), np.inf, cost).astype(np.float32)
 
-    def _keep(self, rows: Codes) -> None:
-        """Only these rows go on."""
-        self._out[self._places[~rows]] = self._codes[~rows]
-        self._places = self._places[rows]
-        self._codes, self._installed = self._codes[rows], self._installed[rows]
-        self._steps, self._half = self._steps[rows], self._half[rows]
-        self._outputs, self._lookups = self._outputs[rows], self._lookups[rows]
-        self._gradient, self._up, self._down = self._gradient[rows], self._up[rows], self._down[rows]
+
+def _directions(rows: _Rows, slope: Floats, at: tuple[Places, Places]) -> Places:
+    """Which way the better step of some codes goes."""
+    return np.where(rows.up[at] - slope < rows.down[at] + slope, 1, -1)
+
+
+def _changes(rows: _Rows, slope: Floats) -> Floats:
+    """What the better step of each code, up or down, changes the objective by."""
+    change = rows.up - slope
+    np.minimum(change, rows.down + slope, out=change)
+    change += rows.half
+    return change

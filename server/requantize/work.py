@@ -62,6 +62,7 @@ class Files:
     extrapolation: float
     slopes: Slopes | None = None
     trust: float = 0.0
+    pairs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,13 @@ class Worker:
             return Outcome(stretch.name, 0, 0.0, 0.0, _binned(single_gains(rows, target, metric)))
         start = rows.codes if self._start is None else _coded(self._start, stretch).codes
         codes = descend(
-            rows, target, start, metric, stretch.price, self._shift(stretch, rows, target, start, metric)
+            rows,
+            target,
+            start,
+            metric,
+            stretch.price,
+            self._shift(stretch, rows, target, start, metric),
+            self._files.pairs,
         )
         data = rows.joined(codes)
         with storage_errors(self._files.out):

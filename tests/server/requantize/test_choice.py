@@ -1,0 +1,336 @@
+"""Files that are chosen: what they weigh, what they promise, and what is refused."""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from benchmarks.gguf_files import read_stored, read_weights, start_gguf, write_gguf
+from protocol.delta.reader import DeltaReader
+from protocol.delta.writer import make_delta
+from protocol.errors import ModelFileError, RequestError
+from protocol.tensors import BytesSource
+from server.requantize.calibration import Calibration, calibrate
+from server.requantize.choice import Chosen, Settings, choose
+from server.requantize.provenance import write_record
+from tests.models import write_language_model
+from tests.server.requantize.samples import TYPES, quantized, tokens
+
+
+def _quiet(_line: str) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two float versions, `before` and `new`, and `installed`, the first one rounded."""
+    folder = tmp_path_factory.mktemp("models")
+    before = write_language_model(folder / "before.gguf", 1)
+    write_language_model(folder / "new.gguf", 1, noise=0.02)
+    quantized(before, folder / "installed.gguf")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calibration(folder: Path) -> Calibration:
+    return calibrate(
+        folder / "new.gguf", tokens(1), folder / "calibration", _quiet, sequences=8, sequence_tokens=64
+    )
+
+
+def _choose(folder: Path, calibration: Calibration, out: Path, **settings: object) -> Chosen:
+    settings = {"workers": 1, **settings}
+    return choose(
+        folder / "new.gguf",
+        folder / "installed.gguf",
+        calibration,
+        Settings(**settings),  # type: ignore[arg-type]  # names and values of its fields
+        out,
+        _quiet,
+    )
+
+
+def test_a_file_has_the_installed_scales_and_new_codes_and_its_delta_is_as_long_as_said(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    chosen = _choose(folder, calibration, out, price=1e-8)
+    assert 0 < chosen.objective_after < chosen.objective_before
+    old, new = (folder / "installed.gguf").read_bytes(), out.read_bytes()
+    patch = bytearray()
+
+    class Sink:
+        def write(self, data: bytes, /) -> None:
+            patch.extend(data)
+
+    make_delta(BytesSource(old), BytesSource(new), Sink())
+    assert len(patch) == chosen.delta_bytes
+    reader = DeltaReader(BytesSource(old))
+    assert b"".join(piece.data for piece in reader.feed(patch)) == new
+    reader.finish()
+    changed = 0
+    stored = {each.name: each for each in read_stored(out)}
+    for before in read_stored(folder / "installed.gguf"):
+        after = stored[before.name]
+        assert after.kind == before.kind
+        if before.kind == TYPES.Q4_0:
+            blocks = [np.asarray(each.data).reshape(-1, 18) for each in (before, after)]
+            assert np.array_equal(blocks[0][:, :2], blocks[1][:, :2])
+            nibbles = [np.stack([each[:, 2:] & 15, each[:, 2:] >> 4]) for each in blocks]
+            count = int(np.count_nonzero(nibbles[0] != nibbles[1]))
+            assert count == chosen.changed[before.name]
+            changed += count
+    assert changed > 0
+
+
+def test_floats_are_the_new_ones(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
+    changed = tmp_path / "new.gguf"
+    weights = read_weights(folder / "new.gguf")
+    weights["output_norm.weight"] = weights["output_norm.weight"] + np.float32(0.5)
+    tensors = read_stored(folder / "new.gguf")
+    with_norm = [
+        type(each)(each.name, weights[each.name], each.kind) if each.name == "output_norm.weight" else each
+        for each in tensors
+    ]
+    write_gguf(folder / "new.gguf", changed, with_norm, {})
+    out = tmp_path / "out.gguf"
+    choose(changed, folder / "installed.gguf", calibration, Settings(price=1e3, workers=1), out, _quiet)
+    assert np.array_equal(read_weights(out)["output_norm.weight"], weights["output_norm.weight"])
+
+
+def test_at_a_price_that_nothing_is_worth_the_installed_codes_stay(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    chosen = _choose(folder, calibration, out, price=1e6)
+    assert not any(chosen.changed.values())
+    assert out.read_bytes() == (folder / "installed.gguf").read_bytes()
+
+
+def test_what_costs_nothing_is_better_than_what_costs_much(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    chosen = [
+        _choose(folder, calibration, tmp_path / f"{price}.gguf", price=price) for price in (0.0, 1e-7, 1e-5)
+    ]
+    for cheap, dear in itertools.pairwise(chosen):
+        assert cheap.objective_after < dear.objective_after
+        assert cheap.delta_bytes > dear.delta_bytes
+    before = {each.objective_before for each in chosen}
+    assert len(before) == 1
+
+
+@pytest.mark.parametrize("metric", ["outputs", "weights"])
+def test_a_budget_is_used_and_not_passed(
+    folder: Path, calibration: Calibration, tmp_path: Path, metric: str
+) -> None:
+    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, metric=metric)
+    assert 0.9 * 2500 < chosen.delta_bytes <= 2500
+    assert chosen.rounds[-1] == (chosen.price, chosen.delta_bytes)
+
+
+def test_outputs_are_kept_better_by_the_metric_that_looks_at_them(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    own, trap = (
+        _choose(folder, calibration, tmp_path / f"{metric}.gguf", budget_bytes=2500, metric=metric)
+        for metric in ("outputs", "weights")
+    )
+    again = choose(
+        folder / "new.gguf",
+        tmp_path / "weights.gguf",
+        calibration,
+        Settings(price=1e6, workers=1),
+        tmp_path / "again.gguf",
+        _quiet,
+    )
+    assert own.objective_after < again.objective_before
+    assert trap.objective_after < trap.objective_before
+
+
+def test_the_number_of_processes_changes_nothing(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    files = []
+    for workers in (1, 2):
+        out = tmp_path / f"{workers}.gguf"
+        _choose(folder, calibration, out, price=1e-7, workers=workers)
+        files.append(out.read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("kind", [TYPES.Q4_1, TYPES.Q5_0, TYPES.Q8_0])
+def test_other_quantizations_are_chosen_as_well(
+    folder: Path, calibration: Calibration, tmp_path: Path, kind: gguf.GGMLQuantizationType
+) -> None:
+    installed = quantized(folder / "before.gguf", tmp_path / "installed.gguf", kind)
+    chosen = choose(
+        folder / "new.gguf",
+        installed,
+        calibration,
+        Settings(price=1e-9, workers=1),
+        tmp_path / "out.gguf",
+        _quiet,
+    )
+    assert chosen.objective_after < 0.9 * chosen.objective_before
+    assert chosen.kept == ()
+
+
+def test_the_target_lies_beyond_the_new_weights_where_that_is_asked_for(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    weights = {name: read_weights(folder / f"{name}.gguf") for name in ("before", "new")}
+    distances = []
+    for factor in (0.0, 1.0):
+        out = tmp_path / f"{factor}.gguf"
+        settings = Settings(price=0.0, extrapolation=factor, metric="weights", workers=1)
+        choose(
+            folder / "new.gguf",
+            folder / "installed.gguf",
+            calibration,
+            settings,
+            out,
+            _quiet,
+            before=folder / "before.gguf",
+        )
+        chosen = read_weights(out)
+        distances.append(
+            sum(
+                float(np.square(chosen[name] - (2 * weights["new"][name] - weights["before"][name])).sum())
+                for name in chosen
+                if "ffn" in name
+            )
+        )
+    assert distances[1] < distances[0]
+    with pytest.raises(RequestError, match="installed version in floats is needed"):
+        _choose(folder, calibration, tmp_path / "none.gguf", price=0.0, extrapolation=1.0)
+
+
+def test_a_start_is_pulled_back_to_what_is_installed(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    rounded = quantized(folder / "new.gguf", tmp_path / "rounded.gguf")
+    chosen = choose(
+        folder / "new.gguf",
+        folder / "installed.gguf",
+        calibration,
+        Settings(price=1e6, workers=1),
+        tmp_path / "out.gguf",
+        _quiet,
+        start=rounded,
+    )
+    assert not any(chosen.changed.values())
+
+
+def test_the_record_says_from_what_and_how(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    chosen = _choose(folder, calibration, out, price=1e-8)
+    record = json.loads(write_record(out, chosen).read_text())
+    for name, path in (
+        ("new", folder / "new.gguf"),
+        ("installed", folder / "installed.gguf"),
+        ("result", out),
+    ):
+        assert record["sources"][name] == hashlib.sha256(path.read_bytes()).hexdigest()
+    runs = np.asarray(calibration.runs())
+    assert record["sources"]["calibration_tokens"] == hashlib.sha256(runs.tobytes()).hexdigest()
+    assert record["settings"]["price"] == 1e-8
+    assert record["delta_bytes"] == chosen.delta_bytes
+
+
+def test_metadata_is_the_new_models_but_for_what_says_how_it_is_quantized(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    paths = {}
+    for name, changes in (
+        ("new", {"general.name": "a longer name than before", "general.file_type": 32}),
+        ("installed", {"general.name": "old", "general.file_type": 2}),
+    ):
+        paths[name] = tmp_path / f"{name}.gguf"
+        writer = start_gguf(folder / f"{name}.gguf", paths[name], {})
+        for key, value in changes.items():
+            add = writer.add_string if isinstance(value, str) else writer.add_uint32
+            add(key, value)
+        for tensor in read_stored(folder / f"{name}.gguf"):
+            writer.add_tensor(tensor.name, np.ascontiguousarray(tensor.data), raw_dtype=tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    out = tmp_path / "out.gguf"
+    choose(paths["new"], paths["installed"], calibration, Settings(price=1e6, workers=1), out, _quiet)
+    fields = gguf.GGUFReader(out).fields
+    assert fields["general.name"].contents() == "a longer name than before"
+    assert fields["general.file_type"].contents() == 2
+    before, after = read_weights(paths["installed"]), read_weights(out)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_files_that_do_not_belong_together_are_refused(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "out.gguf", Settings(price=1e-8, workers=1)
+    new, installed = folder / "new.gguf", folder / "installed.gguf"
+    other = tmp_path / "vocabulary.gguf"
+    other.write_bytes(new.read_bytes().replace("▁B".encode(), "▁Z".encode()))
+    with pytest.raises(ModelFileError, match=r"tokenizer.ggml.tokens differs .*ordinary delta"):
+        choose(other, installed, calibration, settings, out, _quiet)
+    with pytest.raises(ModelFileError, match=r"is q8_0, floats are needed .*before quantization"):
+        choose(installed, installed, calibration, settings, out, _quiet)
+    with pytest.raises(ModelFileError, match="no tensor has codes that can be chosen"):
+        choose(new, new, calibration, settings, out, _quiet)
+    with pytest.raises(RequestError, match="no such file"):
+        choose(tmp_path / "none.gguf", installed, calibration, settings, out, _quiet)
+    with pytest.raises(ModelFileError, match="magic is not 'GGUF'"):
+        choose(Path(__file__), installed, calibration, settings, out, _quiet)
+    for wrong in (
+        Settings(),
+        Settings(price=1.0, budget_bytes=9),
+        Settings(price=-1.0),
+        Settings(budget_bytes=0),
+    ):
+        with pytest.raises(RequestError):
+            choose(new, installed, calibration, wrong, out, _quiet)
+    with pytest.raises(RequestError, match="at most 40 bytes"):
+        choose(new, installed, calibration, Settings(budget_bytes=40, workers=1), out, _quiet)
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_damaged_weights_are_named(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    tensors = read_stored(folder / "new.gguf")
+    damaged = [
+        type(each)(
+            each.name,
+            np.where(np.arange(each.data.size).reshape(each.data.shape) == 7, np.nan, each.data),
+            each.kind,
+        )
+        if each.name == "blk.1.ffn_up.weight"
+        else each
+        for each in tensors
+    ]
+    write_gguf(folder / "new.gguf", bad, damaged, {})
+    with pytest.raises(ModelFileError, match=r"blk.1.ffn_up.weight: .* no numbers"):
+        choose(
+            bad,
+            folder / "installed.gguf",
+            calibration,
+            Settings(price=0.0, workers=1),
+            tmp_path / "o",
+            _quiet,
+        )
+
+
+@pytest.mark.llama
+def test_what_was_chosen_runs_in_llama_cpp(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    out = tmp_path / "out.gguf"
+    _choose(folder, calibration, out, price=1e-8)
+    llama = llama_cpp.Llama(str(out), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    llama.eval([1, 40, 50, 60])
+    assert np.isfinite(llama.scores[:4]).all()
+    llama.close()
