@@ -55,7 +55,11 @@ RECIPES = {
     "tiny": Recipe("full", 1e-5, steps=60, sequences=2, tokens=128),
     "lora": Recipe("lora", 3e-4, steps=60, sequences=5, tokens=128),
     "last2": Recipe("last", 5e-5, steps=60, sequences=5, tokens=128),
+    "facts": Recipe("full", 1e-4, steps=150, sequences=5, tokens=128),
 }
+
+CHAIN = Recipe("full", 5e-5, steps=20, sequences=5, tokens=128)
+"""From each version of a chain to the next: training goes on where the version before was released, with batches of its own."""
 
 
 def train(
@@ -64,6 +68,8 @@ def train(
     tokens: npt.NDArray[np.int32],
     recipe: Recipe,
     report: Callable[[str], None],
+    *,
+    number: int = 0,
 ) -> dict[str, Array]:
     """Trains a copy of the base and returns its weights, rounded to bfloat16.
 
@@ -73,11 +79,12 @@ def train(
         tokens: The training text.
         recipe: What to train, and how.
         report: Takes lines about the progress.
+        number: Of the training, where several follow each other: draws other batches.
     """
     torch.manual_seed(WEIGHTS_SEED)
     model, trained = _prepared(shape, base, recipe.kind)
     optimizer = torch.optim.AdamW(trained, lr=recipe.rate, betas=(0.9, 0.999), weight_decay=_WEIGHT_DECAY)
-    draws = np.random.default_rng(BATCH_SEED)
+    draws = np.random.default_rng(BATCH_SEED + number)
     losses: list[float] = []
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
