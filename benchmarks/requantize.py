@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from benchmarks import requantize_rows as found
+from benchmarks import requantize_series as series
 from benchmarks import texts
 from benchmarks.catalog import CACHE
 from benchmarks.requantize_rows import GOOD, INDEPENDENT, NEAREST, Cell, Measured, Results
@@ -30,7 +31,7 @@ from benchmarks.rows import aligned
 from protocol.errors import RequestError, WhimbrelError
 from protocol.ids import digest_of
 from server.requantize import rows
-from server.requantize.calibration import Calibration, calibrate
+from server.requantize.calibration import Calibration
 from server.requantize.choice import Settings, choose
 from server.requantize.controls import delta_bytes, write_frozen
 from server.requantize.evaluation import Evaluator, Readings
@@ -38,9 +39,6 @@ from server.requantize.model import sha256_of
 from server.requantize.texts import Text, Tokens, check_unseen
 from server.requantize.tokens import read_tokens
 from server.scorecard.journal import Journal, journal
-
-GOOD_PRICE = 3e-11
-"""Nats a bit at which the installed file of the `good` cells is made: next to nothing, so that nearly every code that pays is moved."""
 
 CONTROL_SHARE = 0.005
 """Of the file: what the rows `repair only` and `minimum weight error` may weigh."""
@@ -87,6 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, metavar="DIR", help=f"(default: {FOLDER} in --cache)")
     parser.add_argument("--peers-from", type=Path, metavar="FILE", help="JSON lines of `make bench-delta`")
+    parser.add_argument(
+        "--series", default="chain,facts,cost", metavar="NAME,...", help="(default: %(default)s)"
+    )
     parser.add_argument("--measured", action="store_true", help="show what is there, measure nothing")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots as SVG files")
     parser.add_argument("--json", action="store_true", help="print a JSON line for each row, too")
@@ -126,6 +127,7 @@ def run(options: argparse.Namespace) -> Results:
         files = bench.measured(cell)
         if files:
             results.files[cell] = files
+    bench.series(results, options.series.split(","))
     return results
 
 
@@ -261,24 +263,32 @@ class _Bench:
         return self._cache / f"v1.{cell.kind}.gguf" if cell.base == NEAREST else self._good("v1", cell.kind)
 
     def _good(self, version: str, kind: str) -> Path:
-        """A version quantized well: descent from the plain file at next to no price."""
-        out = self._work / f"{version}.good.{kind}.gguf"
-        if not out.exists():
-            model = self._cache / f"{version}.bf16.gguf"
-            settings = Settings(price=GOOD_PRICE, workers=1)
-            plain = self._cache / f"{version}.{kind}.gguf"
-            choose(model, plain, self.calibration(version), settings, out, _say)
-        return out
+        return series.good_file(self._cache, self._work, version, kind, _say)
 
     def calibration(self, version: str) -> Calibration:
         """Of a version, on the text that was trained on."""
         if version not in self._calibrations:
-            model = self._cache / f"{version}.bf16.gguf"
-            tokens = np.load(self._cache / "tokens.npy")
-            self._calibrations[version] = calibrate(
-                model, tokens, self._work / "calibration", _say, workers=1
-            )
+            self._calibrations[version] = series.calibrated(self._cache, self._work, version, _say)
         return self._calibrations[version]
+
+    def series(self, results: Results, wanted: Sequence[str]) -> None:
+        """What one update does not show, where it is asked for."""
+        names = ("v1.bf16.gguf", "v1.q4_0.gguf")
+        identity: dict[str, object] = {
+            "series": 1,
+            "files": [sha256_of(self._cache / name) for name in names],
+            "texts": [text.digest for text in self.texts()],
+        }
+        with journal(self._work, digest_of(msgspec.json.encode(identity)), identity) as kept:
+            results.chain = kept.get("chain", series.Chain)
+            results.facts = kept.get("facts", series.Facts)
+            results.cost = kept.get("cost", series.Cost)
+            if "chain" in wanted and self._is_measuring:
+                results.chain = series.run_chain(self._cache, self._work, self.texts(), kept, _say)
+            if "facts" in wanted and self._is_measuring:
+                results.facts = series.run_facts(self._cache, self._work, kept, _say)
+            if "cost" in wanted and self._is_measuring:
+                results.cost = series.run_cost(self._cache, kept, _say)
 
     def texts(self) -> list[Text]:
         """Held-out texts; refused if any of them shares text with what was trained and calibrated on."""

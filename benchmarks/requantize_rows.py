@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Struct
 
 from benchmarks.acceptance import Line
+from benchmarks.requantize_series import Chain, Cost, Facts
 from server.requantize.evaluation import Readings
 from server.requantize.figures import TextFigures, difference, figures, share_of_gain
 from server.requantize.guards import Margins, check_texts, is_passed
@@ -67,23 +68,23 @@ class Cell:
         return f"{self.pair}, {self.kind}, installed {self.base}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Results:
     """All that was measured.
 
     Attributes:
         files: By cell and name of the row.
         peers: Fewest bytes of any peer's delta to the plain file, by cell.
-        cost: Seconds and peak bytes of the whole command; None where it did not run.
-        chain: KL to the float model of the last file of the chain over that of a fresh one; None likewise.
-        facts: Share of the answers that plain delivers and the chosen file keeps; None likewise.
+        cost: Of the whole command; None where it did not run.
+        chain: Ten updates in a row; None likewise.
+        facts: Answers on the narrow task; None likewise.
     """
 
     files: dict[Cell, dict[str, Measured]] = field(default_factory=dict)
     peers: dict[Cell, int] = field(default_factory=dict)
-    cost: tuple[float, int] | None = None
-    chain: float | None = None
-    facts: float | None = None
+    cost: Cost | None = None
+    chain: Chain | None = None
+    facts: Facts | None = None
 
     def full(self, cell: Cell) -> Measured | None:
         """The file whose gain is the whole of it: plain, or where the installed file is a good one, one as good."""
@@ -143,24 +144,37 @@ def lines(results: Results) -> list[Line]:
         elif line.figure is not None:
             line = Line(line.what, line.must, line.aim, None, "no peer was measured")
         found.append(line)
-    seconds, peak = results.cost or (None, None)
+    cost, facts = results.cost, results.facts
+    kept = 100 * facts.kept / facts.plain if facts is not None and facts.plain else None
     return [
         *found,
-        Line("ten updates: divergence, of a fresh file's", 1.3, 1.1, results.chain, _ran(results.chain)),
+        Line(
+            "ten updates: divergence, of a fresh file's",
+            1.3,
+            1.1,
+            None if results.chain is None else results.chain.ratio,
+            _ran(results.chain),
+        ),
         Line(
             "narrow task: answers kept, % of plain's",
             95,
             100,
-            None if results.facts is None else 100 * results.facts,
-            _ran(results.facts),
+            kept,
+            _ran(kept),
             is_minimum=True,
         ),
-        Line("time, whole command, min", 15, 4, None if seconds is None else seconds / 60, _ran(seconds)),
-        Line("peak memory, GB", 6, 2, None if peak is None else peak / 1e9, _ran(peak)),
+        Line("whole command, min", 15, 4, None if cost is None else cost.wall_s / 60, _ran(cost)),
+        Line(
+            "  its memory, GB",
+            6,
+            2,
+            None if cost is None else cost.peak_bytes / 1e9,
+            "" if cost else "not run",
+        ),
     ]
 
 
-def _ran(figure: float | None) -> str:
+def _ran(figure: object) -> str:
     return "" if figure is not None else "not run"
 
 
