@@ -23,21 +23,12 @@ from server.requantize.descent import Price
 from server.requantize.header import start_file
 from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
 from server.requantize.provenance import Sources, sources_of
+from server.requantize.search import price_of_budget
 from server.requantize.work import Files, MetricName, gain_at, run_all, stretches_of
-
-ROUNDS_MAX: Final = 7
-"""Files that are coded to find the price of a budget; the curve is smooth, and three or four do."""
-
-BUDGET_USED_MIN: Final = 0.96
-"""A file that takes less of its budget is not the best one for it yet."""
 
 FIRST_BITS: Final = 9.0
 FURTHER_BITS: Final = 2.0
 """What the delta engine takes for a code that changes where one in a few hundred does, and for each step beyond the first."""
-
-_PRICE_RANGE: Final = (1e-40, 1e10)
-_SLOPE: Final = -0.8
-"""How the logarithm of bytes falls with that of the price, before two files say so themselves."""
 
 _PROBE_EVERY: Final = 16
 _TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
@@ -207,20 +198,14 @@ class _Choice:
             return self._round(self._settings.price)
         budget = self._settings.budget_bytes
         assert budget is not None
-        price = self._first_price(budget)
-        for _ in range(ROUNDS_MAX):
-            last = self._round(price)
-            if BUDGET_USED_MIN * budget <= last.bytes <= budget:
-                return last
-            price = self._next_price(budget)
-        within = [each for each in self.rounds if each.bytes <= budget]
-        if not within:
-            raise RequestError(
-                f"no file was found whose delta has at most {budget:,} bytes; the smallest has {min(each.bytes for each in self.rounds):,}",
-                hint="allow more",
-            )
-        best = max(within, key=lambda each: each.bytes)
-        return best if self.rounds[-1] is best else self._round(best.price)
+        floor = self._delta_bytes()
+        price = price_of_budget(budget, floor, self._first_price(budget - floor), self._bytes_at)
+        if self.rounds[-1].price != price:
+            self._round(price)
+        return self.rounds[-1]
+
+    def _bytes_at(self, price: float) -> int:
+        return self._round(price).bytes
 
     def _round(self, price: float) -> _Round:
         """Descend at a price and code the result."""
@@ -255,28 +240,10 @@ class _Choice:
             (each.stop - each.start) * self._installed.region(each.name).dims[-1] for each in stretches
         ) / max(1, self.codes)
         gains = np.sum([each.gains for each in run_all(self._files, stretches, self._workers)], axis=0)
-        wanted = 8 * budget / FIRST_BITS * share
+        wanted = max(1.0, 8 * budget / FIRST_BITS * share)
         steps = np.cumsum(gains[::-1])[::-1]  # that gain as much or more
         enough = np.nonzero(steps >= wanted)[0]
         return gain_at(int(enough[-1]) if len(enough) else 0) / FIRST_BITS
-
-    def _next_price(self, budget: int) -> float:
-        """By the secant of bytes over price, both as logarithms, and always between the nearest ones that are known."""
-        aim = math.log(budget * (1 + BUDGET_USED_MIN) / 2)
-        points = sorted((math.log(each.price), math.log(each.bytes)) for each in self.rounds)
-        above = [point for point in points if point[1] > aim]  # cheap, and too large
-        below = [point for point in points if point[1] <= aim]
-        if above and below:
-            (x1, y1), (x2, y2) = above[-1], below[0]
-            guess = x1 + (aim - y1) * (x2 - x1) / (y2 - y1) if y1 != y2 else (x1 + x2) / 2
-            margin = 0.05 * (x2 - x1)
-            return math.exp(min(max(guess, x1 + margin), x2 - margin))
-        x, y = above[-1] if above else below[0]
-        slope = _SLOPE
-        if len(points) > 1 and points[-1][0] != points[0][0]:
-            slope = min(-0.2, (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0]))
-        low, high = (math.log(each) for each in _PRICE_RANGE)
-        return math.exp(min(max(x + 1.1 * (aim - y) / slope, low), high))
 
     def _write_floats(self) -> None:
         """Tensors that are floats in both files: the new ones, as the installed file has them."""

@@ -24,7 +24,7 @@ from server.requantize.evaluation import Evaluator, Readings
 from server.requantize.figures import figures, share_of_gain
 from server.requantize.guards import Margins, check_suite, check_texts, is_passed
 from server.requantize.rows import Row, row
-from server.requantize.search import Trial, fewest_bytes
+from server.requantize.fewest import Trial, fewest_bytes
 from server.requantize.texts import Text, check_unseen
 from server.requantize.work import MetricName
 from server.scorecard.card import Check

@@ -1,81 +1,74 @@
-"""The fewest bytes that are good enough: a search over budgets. Pure; each trial is a file that is made and measured by the caller.
-
-More bytes give a better file, so the budgets are halved on a scale of ratios. Trials are few, since each takes a minute: the search ends within
-`RATIO` of the fewest bytes, which is less than the next model moves them. Beyond the new weights (extrapolation) a smaller file may do; each
-further setting has to be good enough at clearly fewer bytes than the best one before, or costs one trial.
-"""
+"""Which price makes a delta as long as its budget. Pure: what makes and codes files is passed in."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Final
 
-RATIO: Final = 1.15
-"""Between the found budget and one that is too small."""
+from protocol.errors import RequestError
 
-TRIALS_MAX: Final = 12
-"""Of one setting: enough for a ratio of 10^11 between the ends, where files are smaller than 4 GB."""
+ROUNDS_MAX: Final = 7
+"""Files that are coded to find the price of a budget; the curve is smooth, and three or four do."""
 
+BUDGET_USED_MIN: Final = 0.96
+"""A file that takes less of its budget is not the best one for it yet."""
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A file that was made and measured.
+_PRICE_RANGE: Final = (1e-40, 1e10)
+_SLOPE: Final = -0.8
+"""How the logarithm of bytes falls with that of the price, before two files say so themselves."""
 
-    Attributes:
-        budget_bytes: What its delta was allowed to weigh.
-        extrapolation: With which it was made.
-        delta_bytes: What it weighs.
-        is_enough: Whether it keeps what has to be kept.
-    """
-
-    budget_bytes: int
-    extrapolation: float
-    delta_bytes: int
-    is_enough: bool
+_SLOPE_MAX: Final = -0.2
+_MARGIN: Final = 0.05
+"""Share of a bracket that a guess keeps away from its ends."""
 
 
-def fewest_bytes(
-    attempt: Callable[[int, float], Trial], low: int, high: int, extrapolations: Sequence[float] = (0.0,)
-) -> Trial | None:
-    """Search the smallest budget with which a file is good enough.
+def price_of_budget(budget: int, floor: int, first: float, bytes_at: Callable[[float], int]) -> float:
+    """A price at which the delta has at most `budget` bytes, and nearly as many.
 
     Args:
-        attempt: Makes and measures a file of a budget in bytes, and an extrapolation.
-        low: A budget of which nothing is expected; at least 1.
-        high: The largest one that makes sense: what the plain file's delta weighs.
-        extrapolations: Settings that are tried, in this order.
+        budget: In bytes.
+        floor: Bytes of a delta without a changed code: what is sent whatever the price.
+        first: Price to begin with.
+        bytes_at: Length of the delta at a price; falls with it, nearly always.
 
-    Returns:
-        The best trial; None where not even `high` is enough.
+    Raises:
+        RequestError: There is no room for a changed code, or no price was found.
     """
-    best: Trial | None = None
-    for extrapolation in extrapolations:
-        top = high
-        if best is not None:
-            top = int(best.delta_bytes / RATIO)
-            if top <= low or not (first := attempt(top, extrapolation)).is_enough:
-                continue
-            best = first
-        found = _halved(attempt, low, top, extrapolation, is_known=best is not None)
-        if found is not None and (best is None or found.delta_bytes < best.delta_bytes):
-            best = found
-    return best
-
-
-def _halved(
-    attempt: Callable[[int, float], Trial], low: int, high: int, extrapolation: float, *, is_known: bool
-) -> Trial | None:
-    best: Trial | None = None
-    for _ in range(TRIALS_MAX):
-        if high <= low * RATIO:
+    if floor >= budget:
+        raise RequestError(
+            f"what is no code takes {floor:,} bytes, the budget is {budget:,}", hint="allow more"
+        )
+    points: dict[float, int] = {}
+    price = first
+    for _ in range(ROUNDS_MAX):
+        points[price] = bytes_at(price)
+        if BUDGET_USED_MIN * budget <= points[price] <= budget:
+            return price
+        price = _next_price({each: max(1, count - floor) for each, count in points.items()}, budget - floor)
+        if price in points:
             break
-        trial = attempt(round(math.sqrt(low * high)), extrapolation)
-        if trial.is_enough:
-            best = trial
-            high = min(trial.budget_bytes, max(low, trial.delta_bytes))
-        else:
-            low = trial.budget_bytes
-    if best is None and not is_known:
-        last = attempt(high, extrapolation)
-        return last if last.is_enough else None
-    return best
+    within = [each for each in points if points[each] <= budget]
+    if not within:
+        raise RequestError(
+            f"no file was found whose delta has at most {budget:,} bytes; the smallest has {min(points.values()):,}",
+            hint="allow more",
+        )
+    return min(within)
+
+
+def _next_price(points: dict[float, int], budget: int) -> float:
+    """By the secant of bytes over price, both as logarithms, and between the nearest ones that are known."""
+    aim = math.log(budget * (1 + BUDGET_USED_MIN) / 2)
+    known = sorted((math.log(price), math.log(count)) for price, count in points.items())
+    cheap = [point for point in known if point[1] > aim]  # and too long
+    dear = [point for point in known if point[1] <= aim]
+    if cheap and dear:
+        (x1, y1), (x2, y2) = cheap[-1], dear[0]
+        margin = _MARGIN * (x2 - x1)
+        guess = x1 + (aim - y1) * (x2 - x1) / (y2 - y1)
+        return math.exp(min(max(guess, x1 + margin), x2 - margin))
+    x, y = cheap[-1] if cheap else dear[0]
+    slope = _SLOPE
+    if len(known) > 1:
+        slope = min(_SLOPE_MAX, (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0]))
+    low, high = (math.log(each) for each in _PRICE_RANGE)
+    return math.exp(min(max(x + 1.1 * (aim - y) / slope, low), high))

@@ -189,7 +189,7 @@ def _never(line: str) -> None:
 def test_what_cannot_be_calibrated_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="100 tokens, 256 are needed"):
         calibrate(model, tokens(1)[:100], tmp_path, _quiet)
-    with pytest.raises(RequestError, match="vocabulary of .* ends at 263"):
+    with pytest.raises(RequestError, match=r"vocabulary of .* ends at 263"):
         calibrate(model, tokens(1) + 200, tmp_path, _quiet)
     other = tmp_path / "other.gguf"
     other.write_bytes(model.read_bytes().replace(b"llama", b"gemma"))

@@ -295,7 +295,7 @@ def test_files_that_do_not_belong_together_are_refused(
     ):
         with pytest.raises(RequestError):
             choose(new, installed, calibration, wrong, out, _quiet)
-    with pytest.raises(RequestError, match="at most 40 bytes"):
+    with pytest.raises(RequestError, match="the budget is 40"):
         choose(new, installed, calibration, Settings(budget_bytes=40, workers=1), out, _quiet)
     assert list(tmp_path.iterdir()) == [other]
 

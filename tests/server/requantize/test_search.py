@@ -1,60 +1,47 @@
-"""The fewest bytes, on curves whose answer is known."""
+"""The search for a price, on curves that deltas might follow."""
+
+from collections.abc import Callable
 
 import pytest
 
-from server.requantize.search import RATIO, Trial, fewest_bytes
-
-LOW, HIGH = 20_000, 4_000_000
-
-
-class Curve:
-    """Files that are good enough from some bytes on, by extrapolation; a file uses a part of its budget."""
-
-    def __init__(self, needed: dict[float, int], used: float = 0.98) -> None:
-        self.needed = needed
-        self.used = used
-        self.tried: list[tuple[int, float]] = []
-
-    def __call__(self, budget: int, extrapolation: float) -> Trial:
-        assert LOW <= budget <= HIGH
-        self.tried.append((budget, extrapolation))
-        size = int(budget * self.used)
-        return Trial(budget, extrapolation, size, is_enough=size >= self.needed[extrapolation])
+from protocol.errors import RequestError
+from server.requantize.search import ROUNDS_MAX, price_of_budget
 
 
-@pytest.mark.parametrize("needed", [25_000, 70_001, 186_000, 667_000, 3_000_000])
-def test_the_search_ends_near_the_fewest_bytes_that_are_enough(needed: int) -> None:
-    curve = Curve({0.0: needed})
-    found = fewest_bytes(curve, LOW, HIGH)
-    assert found is not None
-    assert found.is_enough
-    assert needed <= found.delta_bytes <= needed * RATIO * 1.1
-    assert len(curve.tried) <= 9
+def _curve(exponent: float, floor: int) -> tuple[list[float], Callable[[float], int]]:
+    asked: list[float] = []
+
+    def bytes_at(price: float) -> int:
+        asked.append(price)
+        return floor + int(min(1e8, 300.0 * price**exponent))
+
+    return asked, bytes_at
 
 
-def test_where_not_even_the_largest_budget_is_enough_there_is_nothing() -> None:
-    curve = Curve({0.0: HIGH * 2})
-    assert fewest_bytes(curve, LOW, HIGH) is None
-    assert curve.tried[-1][0] == HIGH  # it was tried
+@pytest.mark.parametrize("exponent", [-0.4, -0.8, -1.3])
+@pytest.mark.parametrize("budget", [30_000, 458_000, 5_000_000])
+@pytest.mark.parametrize("first", [1e-12, 1e-8, 1e-4])
+def test_a_price_is_found_within_a_few_files(exponent: float, budget: int, first: float) -> None:
+    asked, bytes_at = _curve(exponent, 20_000)
+    price = price_of_budget(budget, 20_000, first, bytes_at)
+    assert len(asked) <= ROUNDS_MAX
+    assert 0.9 * budget < bytes_at(price) <= budget
 
 
-def test_the_largest_budget_is_found_where_only_that_is_enough() -> None:
-    found = fewest_bytes(Curve({0.0: int(HIGH * 0.97)}), LOW, HIGH)
-    assert found is not None
-    assert found.budget_bytes == HIGH
+def test_the_first_price_that_fits_is_taken() -> None:
+    asked, bytes_at = _curve(-0.8, 0)
+    price = price_of_budget(bytes_at(1e-6) + 10, 0, 1e-6, bytes_at)
+    assert price == 1e-6
+    assert asked == [1e-6, 1e-6]
 
 
-def test_a_better_setting_is_taken_and_a_worse_one_costs_one_trial() -> None:
-    better = Curve({0.0: 400_000, 0.5: 100_000, 1.0: 350_000})
-    found = fewest_bytes(better, LOW, HIGH, (0.0, 0.5, 1.0))
-    assert found is not None
-    assert found.extrapolation == 0.5
-    assert 100_000 <= found.delta_bytes <= 100_000 * RATIO * 1.1
-    assert [extrapolation for _, extrapolation in better.tried].count(1.0) == 1
+def test_a_budget_below_what_cannot_be_left_out_is_refused() -> None:
+    _, bytes_at = _curve(-0.8, 20_000)
+    with pytest.raises(RequestError, match=r"takes 20,000 bytes, the budget is 10,000 \(allow more\)"):
+        price_of_budget(10_000, 20_000, 1e-8, bytes_at)
 
 
-def test_a_setting_may_be_enough_where_the_first_one_never_is() -> None:
-    found = fewest_bytes(Curve({0.0: HIGH * 2, 1.0: 300_000}), LOW, HIGH, (0.0, 1.0))
-    assert found is not None
-    assert found.extrapolation == 1.0
-    assert found.delta_bytes <= 300_000 * RATIO * 1.1
+def test_steps_in_the_curve_do_not_loop() -> None:
+    """Bytes that jump over the budget: the longest file below it is taken."""
+    price = price_of_budget(1000, 0, 1e-8, lambda price: 2000 if price < 1e-7 else 500)
+    assert price >= 1e-7
