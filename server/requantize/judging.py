@@ -21,10 +21,11 @@ from server.requantize.calibration import Calibration
 from server.requantize.choice import Chosen, Settings, choose
 from server.requantize.controls import delta_bytes, write_frozen, write_plain
 from server.requantize.evaluation import Evaluator, Readings
+from server.requantize.fewest import Trial, fewest_bytes
 from server.requantize.figures import figures, share_of_gain
 from server.requantize.guards import Margins, check_suite, check_texts, is_passed
 from server.requantize.rows import Row, row
-from server.requantize.fewest import Trial, fewest_bytes
+from server.requantize.search import SmallBudgetError
 from server.requantize.texts import Text, check_unseen
 from server.requantize.work import MetricName
 from server.scorecard.card import Check
@@ -328,7 +329,11 @@ class _Bench:
             )
 
         def attempt(budget: int, extrapolation: float) -> Trial:
-            made = self._choose(rows.CHOSEN, budget, extrapolation)
+            try:
+                made = self._choose(rows.CHOSEN, budget, extrapolation)
+            except SmallBudgetError as error:
+                self._report(str(error))
+                return Trial(budget, extrapolation, budget, is_enough=False)
             reading = read(self.file(rows.CHOSEN))[text.name]
             gain = share_of_gain(reading, installed, plain)
             assert gain is not None

@@ -70,7 +70,8 @@ def test_series_and_peers_fill_their_lines() -> None:
     found.files[cell] = found.files[RTN]
     found.peers[cell] = 3_600_000
     found.chain = Chain(
-        last=Divergence(kl={"sources": 0.12, "manuals": 0.11}), fresh=Divergence(kl={"sources": 0.1, "manuals": 0.1})
+        last=Divergence(kl={"sources": 0.12, "manuals": 0.11}),
+        fresh=Divergence(kl={"sources": 0.1, "manuals": 0.1}),
     )
     found.facts = Facts(count=100, installed=0, plain=80, chosen=82, kept=78, delta_bytes=1, file_bytes=2)
     found.cost = Cost(wall_s=600.0, cpu_s=900.0, peak_bytes=1_500_000_000)
@@ -99,7 +100,9 @@ def test_texts_share_nothing_with_what_is_trained_on() -> None:
     for number, part in enumerate(parts):
         assert len(part) > 50_000
         for other in (trained, *parts[:number]):
-            lines_in_common = {line for line in part.splitlines() if len(line) > 100} & set(other.splitlines())
+            lines_in_common = {line for line in part.splitlines() if len(line) > 100} & set(
+                other.splitlines()
+            )
             assert not lines_in_common
 
 
