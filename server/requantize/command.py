@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     """
     out: Path = arguments.out
     report = _reporter(arguments)
-    models = Models(arguments.new, arguments.installed, arguments.before)
+    models = Models(arguments.new, arguments.installed, arguments.before, arguments.start)
     questions = _questions(arguments)
     aim = _aim(arguments)
     check_request(models, questions, aim)

@@ -117,11 +117,14 @@ class Evaluator:
         found: Readings = {}
         with ExitStack() as used:
             kept = self._journal(candidate, used)
+            worker: Worker | None = None
             for text in self.texts if texts is None else texts:
                 key = f"reading:{text.digest}:{self._digest(self._reference)}"
                 reading = kept.get(key, Reading)
                 if reading is None:
-                    reading = self._read(candidate, text)
+                    reference = self._reference_on(text)
+                    worker = worker or used.enter_context(_loaded(candidate, self.threads))
+                    reading = self._read(worker, reference, text, f"{candidate.name}: {text.name}")
                     kept.put(key, reading)
                 found[text.name] = reading
         return found
@@ -143,15 +146,14 @@ class Evaluator:
                 raise EngineError(f"{runner.missing[0].what}: {runner.missing[0].reason}")
             return [reply for reply in replies if reply is not None]
 
-    def _read(self, candidate: Path, text: Text) -> Reading:
-        reference = self._reference_on(text)
+    def _read(self, worker: Worker, reference: _Reference, text: Text, what: str) -> Reading:
         nll, kl, same = [], [], []
         runs = text.runs()
-        for number, rows in enumerate(self._logits(candidate, runs, f"{candidate.name}: {text.name}")):
+        for number, rows in enumerate(self._logits(worker, runs, what)):
             if rows.shape[1] != reference.log_probabilities.shape[1]:
                 raise EngineError(
-                    f"{candidate.name} has {rows.shape[1]} tokens in its vocabulary,"
-                    f" the float model {reference.log_probabilities.shape[1]}"
+                    f"{what}: {rows.shape[1]} tokens in the vocabulary,"
+                    f" the float model has {reference.log_probabilities.shape[1]}"
                 )
             first = number * (RUN_TOKENS - 1)
             for start in range(0, len(rows), _ROWS):
@@ -164,18 +166,16 @@ class Evaluator:
                 same.append(part.argmax(axis=1) == reference.likeliest[place])
         return Reading(nll=_rounded(nll), kl=_rounded(kl), same=tuple(np.concatenate(same).tolist()))
 
-    def _logits(self, model: Path, runs: RunTokens, what: str) -> Iterator[npt.NDArray[np.float32]]:
+    def _logits(self, worker: Worker, runs: RunTokens, what: str) -> Iterator[npt.NDArray[np.float32]]:
         """Logits before each token of a run but the first, run by run."""
-        try:
-            with Worker(_model(model, self.threads, RUN_TOKENS)) as worker:
-                worker.ask(Load())
-                for number, run in enumerate(runs):
-                    answer = worker.ask(Read(tokens=tuple(run[:-1].tolist())))
-                    assert isinstance(answer, Rows)
-                    yield np.frombuffer(answer.data, np.float32).reshape(-1, answer.width)
-                    self._progress(number + 1, len(runs), what)
-        except EngineError as error:
-            raise EngineError(f"{what}: {error.message}", hint=error.hint) from error
+        for number, run in enumerate(runs):
+            try:
+                answer = worker.ask(Read(tokens=tuple(run[:-1].tolist())))
+            except EngineError as error:
+                raise EngineError(f"{what}: {error.message}", hint=error.hint) from error
+            assert isinstance(answer, Rows)
+            yield np.frombuffer(answer.data, np.float32).reshape(-1, answer.width)
+            self._progress(number + 1, len(runs), what)
 
     def _reference_on(self, text: Text) -> _Reference:
         """The float model's predictions, from disk if they are there."""
@@ -192,12 +192,16 @@ class Evaluator:
 
     def _predict(self, text: Text, place: Path, top: Path) -> None:
         runs = text.runs()
+        with _loaded(self._reference, self.threads) as worker:
+            self._write(self._logits(worker, runs, f"float model: {text.name}"), len(runs), place, top)
+
+    def _write(self, runs: Iterator[npt.NDArray[np.float32]], count: int, place: Path, top: Path) -> None:
         partial = place.with_suffix(".partial")
         likeliest = []
         out: npt.NDArray[np.float16] | None = None
-        for number, rows in enumerate(self._logits(self._reference, runs, f"float model: {text.name}")):
+        for number, rows in enumerate(runs):
             if out is None:
-                shape = (len(runs) * len(rows), rows.shape[1])
+                shape = (count * len(rows), rows.shape[1])
                 self._make_room(2 * shape[0] * shape[1])
                 with storage_errors(partial):
                     out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
@@ -247,6 +251,17 @@ class Evaluator:
             "context_tokens": context_tokens,
         }
         return used.enter_context(journal(self._folder, digest_of(msgspec.json.encode(identity)), identity))
+
+
+def _loaded(path: Path, threads: int) -> Worker:
+    """A worker that has loaded a model to read texts."""
+    worker = Worker(_model(path, threads, RUN_TOKENS))
+    try:
+        worker.ask(Load())
+    except EngineError as error:
+        worker.close()
+        raise EngineError(f"{path}: {error.message}", hint=error.hint) from error
+    return worker
 
 
 def quantize(model: Path, out: Path, file_type: int, embedding_type: int | None, threads: int) -> None:

@@ -45,11 +45,13 @@ class Models:
         new: The new model in floats, GGUF.
         installed: The quantized file that devices have.
         before: The installed version in floats; None where nobody kept it.
+        start: A quantized file whose codes the choice begins with; None for the installed ones.
     """
 
     new: Path
     installed: Path
     before: Path | None = None
+    start: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ def check_request(models: Models, questions: Questions, aim: Aim) -> None:
         raise RequestError("extrapolation needs the installed version in floats", hint="give --before")
     used = [questions.calibration]
     if questions.development is not None:
+        questions.development.runs()
         check_unseen([questions.development], used)
         used.append(questions.development)
     check_unseen(questions.held_out, used)
@@ -252,18 +255,28 @@ class _Bench:
     def rows(self, trial: Trial, aim: Aim) -> tuple[Row, ...]:
         """Make and measure all files of the table."""
         write_frozen(self.file(rows.PLAIN), self._models.installed, self.file(rows.FROZEN))
-        self._choose(rows.TRAP, trial.delta_bytes, trial.extrapolation, metric="weights")
-        notes = {rows.TRAP: "as many bytes as chosen", rows.CHOSEN: _how(trial, aim)}
-        names = list(rows.NAMES)
-        if self._models.before is None:
-            names.remove(rows.REPAIR)
-        else:
-            self._choose(rows.REPAIR, trial.delta_bytes, 0.0, target=self._models.before)
-            notes[rows.REPAIR] = "as many bytes as chosen, near the installed version in floats"
-        for name in names:
-            self._readings[name] = self._evaluator.measure(self.file(name), self._questions.held_out)
-        absent = Row(name=rows.REPAIR, note="the installed version in floats was not given (--before)")
-        return tuple(self._row(name, notes.get(name, "")) if name in names else absent for name in rows.NAMES)
+        notes = {rows.CHOSEN: _how(trial, aim)}
+        absent = {}
+        try:
+            self._choose(rows.TRAP, trial.delta_bytes, trial.extrapolation, metric="weights")
+            notes[rows.TRAP] = "as many bytes as chosen"
+        except SmallBudgetError as error:
+            absent[rows.TRAP] = str(error)
+        try:
+            if self._models.before is None:
+                absent[rows.REPAIR] = "the installed version in floats was not given (--before)"
+            else:
+                self._choose(rows.REPAIR, trial.delta_bytes, 0.0, target=self._models.before)
+                notes[rows.REPAIR] = "as many bytes as chosen, near the installed version in floats"
+        except SmallBudgetError as error:
+            absent[rows.REPAIR] = str(error)
+        for name in rows.NAMES:
+            if name not in absent:
+                self._readings[name] = self._evaluator.measure(self.file(name), self._questions.held_out)
+        return tuple(
+            Row(name=name, note=absent[name]) if name in absent else self._row(name, notes.get(name, ""))
+            for name in rows.NAMES
+        )
 
     def checks(self, margins: Margins) -> tuple[Check, ...]:
         """The guards, all of them."""
@@ -311,6 +324,7 @@ class _Bench:
             self.file(name),
             self._report,
             before=self._models.before if extrapolation else None,
+            start=self._models.start if name == rows.CHOSEN else None,
         )
 
     def _attempt(self, keep_share: float) -> Callable[[int, float], Trial]:
