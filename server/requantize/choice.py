@@ -2,9 +2,11 @@
 
 import math
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +21,7 @@ from server.adapters.blobs import storage_errors
 from server.releases.chain_workers import ChainWorkers, workers_for
 from server.requantize.calibration import Calibration
 from server.requantize.codes import LINEAR_LAYOUTS
+from server.requantize.correction import measure_divergence, measure_slopes
 from server.requantize.descent import Price
 from server.requantize.header import start_file
 from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
@@ -29,6 +32,15 @@ from server.requantize.work import Files, MetricName, gain_at, run_all, stretche
 FIRST_BITS: Final = 9.0
 FURTHER_BITS: Final = 2.0
 """What the delta engine takes for a code that changes where one in a few hundred does, and for each step beyond the first."""
+
+TRUST: Final = 0.3
+"""Matrices are corrected side by side, and all of them for what they have done wrong together: a whole step would go too far."""
+
+LINE_SEARCH_MAX: Final = 3
+LINE_SEARCH_FACTOR: Final = 0.3
+"""Where a correction makes it worse, a shorter one is tried, and so on."""
+
+PAIRS: Final = 4
 
 _PROBE_EVERY: Final = 16
 _TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
@@ -42,6 +54,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         price: Nats per token that a bit of the delta must save. Exactly one of both.
         extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
         metric: What is kept near: what the layers put out, or the plain weights, which is a trap (docs/requantize.md).
+        corrections: How often the divergence of what was chosen is measured, and the choice made again from there with its gradient.
+        trust: How far a correction goes from the gradient that the metric expects towards the measured one.
+        pairs: First steps that are tried for two together, where no single step pays; 0 for none.
         workers: Processes; None for as many as there are processors. They change nothing but the time.
     """
 
@@ -49,6 +64,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     price: float | None = None
     extrapolation: float = 0.0
     metric: MetricName = "outputs"
+    corrections: int = 0
+    trust: float = TRUST
+    pairs: int = PAIRS
     workers: int | None = None
 
 
@@ -65,6 +83,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
         objective_before: What the installed codes cost, in nats per token, as the metric sees it.
         objective_after: What the chosen ones cost.
         rounds: Price and bytes of each file that was coded on the way.
+        divergences: KL from the float model on the calibration text, nats per token, before each correction and after the last.
         seconds: From start to end.
         settings: What was asked for.
         sources: Digests of what went in and came out.
@@ -79,6 +98,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
     objective_before: float
     objective_after: float
     rounds: tuple[tuple[float, int], ...]
+    divergences: tuple[float, ...]
     seconds: float
     settings: Settings
     sources: Sources
@@ -119,7 +139,15 @@ def choose(
     partial = out.with_name(f".partial-{out.name}")
     try:
         files = Files(
-            new, installed, calibration, before, start, partial, settings.metric, settings.extrapolation
+            new=new,
+            installed=installed,
+            calibration=calibration,
+            before=before,
+            start=start,
+            out=partial,
+            metric=settings.metric,
+            extrapolation=settings.extrapolation,
+            pairs=settings.pairs,
         )
         with opened_gguf(new) as fresh, opened_gguf(installed) as old:
             _check_pair(fresh, old)
@@ -141,6 +169,7 @@ def choose(
         objective_before=result.before,
         objective_after=result.after,
         rounds=tuple((each.price, each.bytes) for each in choice.rounds),
+        divergences=tuple(choice.divergences),
         seconds=seconds,
         settings=settings,
         sources=sources_of(new, installed, before, start, calibration, out),
@@ -176,6 +205,7 @@ class _Choice:
         self._report = report
         self._workers = settings.workers or min(8, len(os.sched_getaffinity(0)))
         self.rounds: list[_Round] = []
+        self.divergences: list[float] = []
         self._names: list[str] = []
         kept: list[str] = []
         for name, region in installed.tensors.items():
@@ -194,15 +224,57 @@ class _Choice:
     def run(self) -> _Round:
         """Leave the chosen file in place and say what it is."""
         self._write_floats()
+        floor = self._delta_bytes()
+        best = self._search(floor)
+        if not self._settings.corrections:
+            return best
+        with tempfile.TemporaryDirectory(dir=self._files.out.parent, prefix=".correction-") as name:
+            return self._corrected(best, floor, Path(name))
+
+    def _search(self, floor: int) -> _Round:
+        """The file of the price that was given, or of one that the budget gives."""
         if self._settings.price is not None:
             return self._round(self._settings.price)
         budget = self._settings.budget_bytes
         assert budget is not None
-        floor = self._delta_bytes()
-        price = price_of_budget(budget, floor, self._first_price(budget - floor), self._bytes_at)
-        if self.rounds[-1].price != price:
-            self._round(price)
-        return self.rounds[-1]
+        first = self.rounds[-1].price if self.rounds else self._first_price(budget - floor)
+        price = price_of_budget(budget, floor, first, self._bytes_at)
+        return self.rounds[-1] if self.rounds[-1].price == price else self._round(price)
+
+    def _corrected(self, best: _Round, floor: int, folder: Path) -> _Round:
+        """From what was chosen to what is better by its own gradient, as long as that is so."""
+        first, kept = self._files, folder / "kept.gguf"
+        after = math.inf
+        for _ in range(self._settings.corrections):
+            shutil.copyfile(first.out, kept)
+            slopes = measure_slopes(
+                first.new, kept, first.calibration, folder / "slopes", self._report, workers=self._workers
+            )
+            self.divergences.append(slopes.divergence)
+            trust = self._settings.trust
+            for _ in range(LINE_SEARCH_MAX):
+                self._files = replace(first, start=kept, slopes=slopes, trust=trust)
+                found = self._search(floor)
+                after = measure_divergence(
+                    first.new,
+                    first.out,
+                    first.calibration,
+                    folder / "look",
+                    self._report,
+                    workers=self._workers,
+                )
+                self._report(
+                    f"correction, trust {trust:.3g}: divergence {slopes.divergence:.4g} to {after:.4g}"
+                )
+                if after < slopes.divergence:
+                    break
+                trust *= LINE_SEARCH_FACTOR
+            else:
+                shutil.copyfile(kept, first.out)
+                return best
+            best = found
+        self.divergences.append(after)
+        return best
 
     def _bytes_at(self, price: float) -> int:
         return self._round(price).bytes

@@ -6,14 +6,16 @@ gradient sees it, at the candidate's own weights and with its own inputs.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from server.adapters.blobs import storage_errors
 from server.requantize.calibration import Calibration
 from server.requantize.model import OUTPUT_NORM, head_of, opened_gguf, read_shape, tensor_name
 from server.requantize.passes import LayerPass, save
@@ -47,6 +49,23 @@ class Slopes:
         return np.load(path, mmap_mode="r") if path.exists() else None
 
 
+def measure_divergence(
+    new: Path,
+    candidate: Path,
+    calibration: Calibration,
+    folder: Path,
+    report: Callable[[str], None],
+    *,
+    workers: int | None = None,
+) -> float:
+    """KL of a candidate from the float model on the calibration text, nats per token. As `measure_slopes`, without the way back."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with _opened(candidate, calibration, folder / "states", report, workers) as through:
+        divergence, _ = _compare(through, new, calibration)
+    shutil.rmtree(folder)
+    return divergence
+
+
 def measure_slopes(
     new: Path,
     candidate: Path,
@@ -56,53 +75,70 @@ def measure_slopes(
     *,
     workers: int | None = None,
 ) -> Slopes:
-    """Go through the candidate with the calibration's text.
+    """Go through the candidate with the calibration's text, forward and back.
 
     Args:
         new: The float model.
         candidate: A quantized file of it.
         calibration: Of the float model: its tokens, and what its head takes.
-        folder: Takes the gradients; emptied before.
+        folder: Takes the gradients, four bytes for each weight of the layers; emptied before.
         report: Takes lines about the progress.
         workers: Threads; None for as many as there are processors.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    states = folder / "states"
-    states.mkdir(parents=True)
-    runs = calibration.runs()
-    with (
-        opened_gguf(candidate) as opened,
-        threadpool_limits(1),
-        ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
-    ):
-        through = LayerPass(opened, read_shape(opened), runs, states, pool, report, "correction")
-        hidden = through.forward()
-        teacher_normed = calibration.normed().reshape(hidden.shape)
-        norm, head = opened.values(OUTPUT_NORM), opened.values(head_of(opened))
-        with opened_gguf(new) as fresh:
-            teacher_head = fresh.values(head_of(fresh))
-        said = list(
-            pool.map(
-                lambda run: distilled_head(
-                    hidden[run], norm, head, through.shape.epsilon, teacher_normed[run], teacher_head
-                ),
-                range(len(runs)),
-            )
-        )
-        through.begin_backward(np.stack([at_hidden for _, at_hidden in said]))
+    with _opened(candidate, calibration, folder / "states", report, workers) as through:
+        divergence, upstream = _compare(through, new, calibration)
+        through.begin_backward(upstream)
 
         def keep(layer: int, parts: list[Taps]) -> None:
             def slope(name: str) -> Array:
                 inputs = np.concatenate([part[name][0] for part in parts])
                 at_outputs = np.concatenate([part[name][1] for part in parts])
-                return np.asarray(at_outputs.T @ inputs / np.float32(-runs.size))
+                return np.asarray(at_outputs.T @ inputs / np.float32(-through.runs.size))
 
-            for name, values in zip(MATRICES, pool.map(slope, MATRICES), strict=True):
+            for name, values in zip(MATRICES, through.pool.map(slope, MATRICES), strict=True):
                 save(folder / f"{tensor_name(layer, name)}.npy", values)
 
         through.backward(_layer_taps, keep)
-    shutil.rmtree(states)
-    return Slopes(folder, sum(divergence for divergence, _ in said) / runs.size)
+    shutil.rmtree(folder / "states")
+    return Slopes(folder, divergence)
+
+
+@contextmanager
+def _opened(
+    candidate: Path,
+    calibration: Calibration,
+    states: Path,
+    report: Callable[[str], None],
+    workers: int | None,
+) -> Iterator[LayerPass]:
+    with storage_errors(states):
+        states.mkdir(parents=True)
+    with (
+        opened_gguf(candidate) as opened,
+        threadpool_limits(1),
+        ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
+    ):
+        yield LayerPass(opened, read_shape(opened), calibration.runs(), states, pool, report, "correction")
+
+
+def _compare(through: LayerPass, new: Path, calibration: Calibration) -> tuple[float, Array]:
+    """The mean divergence, and its gradient at the last layer's output, by which the sum over tokens grows."""
+    hidden = through.forward()
+    teacher_normed = calibration.normed().reshape(hidden.shape)
+    model = through.model
+    norm, head = model.values(OUTPUT_NORM), model.values(head_of(model))
+    with opened_gguf(new) as fresh:
+        teacher_head = fresh.values(head_of(fresh))
+    epsilon = through.shape.epsilon
+    said = list(
+        through.pool.map(
+            lambda run: distilled_head(hidden[run], norm, head, epsilon, teacher_normed[run], teacher_head),
+            range(len(hidden)),
+        )
+    )
+    divergence = sum(each for each, _ in said) / through.runs.size
+    return divergence, np.stack([at_hidden for _, at_hidden in said])
 
 
 def _layer_taps(shape: Shape, weights: Weights, hidden: Array, upstream: Array) -> tuple[Array, Taps]:

@@ -117,7 +117,8 @@ def descend(
 def single_gains(rows: CodedRows, target: Floats, metric: Metric) -> Floats:
     """What each code's best single step from the installed one gains before it is paid for; negative where none helps."""
     gradient = metric.gradient(target - rows.weights(rows.codes))
-    return np.abs(rows.steps * gradient) - 0.5 * np.square(rows.steps) * metric.curvature()
+    half = np.float32(0.5) * np.square(rows.steps) * metric.curvature()
+    return np.asarray(np.abs(rows.steps * gradient) - half, np.float32)
 
 
 @dataclass(slots=True)
@@ -146,7 +147,7 @@ class _Rows:
     up: Floats
     down: Floats
 
-    def take(self, places: Places) -> "_Rows":
+    def take(self, places: Places | Flags) -> "_Rows":
         """A copy of some rows."""
         return _Rows(*(getattr(self, each)[places] for each in self.__slots__))
 

@@ -174,14 +174,17 @@ def read_shape(model: ModelFile) -> Shape:
         ModelFileError: A key is missing, or the architecture is not among those that are computed.
     """
     architecture = model.gguf.metadata.get("general.architecture")
-    if architecture not in HALVED_ROPE:
+    if not isinstance(architecture, str) or architecture not in HALVED_ROPE:
         raise ModelFileError(
             f"{model.path}: the architecture {architecture!r} is not computed here",
             hint=f"known are {', '.join(HALVED_ROPE)}",
         )
     heads = int(_number(model, architecture, "attention.head_count"))
+    layers = int(_number(model, architecture, "block_count"))
+    if heads < 1 or layers < 1:
+        raise ModelFileError(f"{model.path}: a model with {layers} layers of {heads} heads is none")
     shape = Shape(
-        layers=int(_number(model, architecture, "block_count")),
+        layers=layers,
         heads=heads,
         kv_heads=int(_number(model, architecture, "attention.head_count_kv", heads)),
         epsilon=_number(model, architecture, "attention.layer_norm_rms_epsilon"),
@@ -204,7 +207,7 @@ def _check_computed(model: ModelFile, architecture: str, shape: Shape) -> None:
     rows, _ = rows_and_columns(model.region(tensor_name(0, "attn_q")))
     size = rows // shape.heads
     turned = _number(model, architecture, "rope.dimension_count", size)
-    if turned != size or shape.heads % shape.kv_heads:
+    if turned != size or shape.kv_heads < 1 or shape.heads % shape.kv_heads:
         raise ModelFileError(
             f"{model.path}: rotary embedding of {turned:.0f} of {size} dimensions of a head is not computed here"
         )

@@ -50,6 +50,9 @@ class Files:
         out: Takes the result; has the tensors of `installed` when work begins.
         metric: What is kept near: what the layers put out, or the weights.
         extrapolation: How far beyond the new weights the target lies, in steps from `before` to `new`.
+        slopes: Gradient of the divergence at `start`.
+        trust: How far to go from the gradient that the metric expects there towards it, 0 to 1.
+        pairs: First steps that are tried for two together.
     """
 
     new: Path

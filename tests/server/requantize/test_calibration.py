@@ -120,7 +120,8 @@ def test_moments_are_those_of_the_model_in_one_piece(model: Path, calibration: C
         ]
         embedding = opened.floats(EMBEDDING).astype(np.float64)
         norm = opened.floats("output_norm.weight").astype(np.float64)
-    hidden, traces = embedding[runs], []
+    hidden: Array = embedding[runs]
+    traces = []
     for weights in layers:
         hidden, trace = forward_layer(shape, weights, hidden)
         traces.append(trace)

@@ -16,6 +16,7 @@ from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import BytesSource
 from server.requantize.calibration import Calibration, calibrate
 from server.requantize.choice import Chosen, Settings, choose
+from server.requantize.correction import measure_divergence, measure_slopes
 from server.requantize.provenance import write_record
 from tests.models import write_language_model
 from tests.server.requantize.samples import TYPES, quantized, tokens
@@ -208,6 +209,51 @@ def test_the_target_lies_beyond_the_new_weights_where_that_is_asked_for(
     assert distances[1] < distances[0]
     with pytest.raises(RequestError, match="installed version in floats is needed"):
         _choose(folder, calibration, tmp_path / "none.gguf", price=0.0, extrapolation=1.0)
+
+
+def test_a_correction_brings_the_candidate_nearer_to_the_float_model(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    plain = _choose(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2500)
+    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1)
+    assert plain.divergences == ()
+    assert len(chosen.divergences) == 2
+    assert chosen.divergences[1] < 0.9 * chosen.divergences[0]
+    assert chosen.delta_bytes <= 2500
+    assert {path.name for path in tmp_path.iterdir()} == {"plain.gguf", "out.gguf"}
+
+
+def test_a_correction_that_makes_it_worse_is_not_taken(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    plain = _choose(folder, calibration, tmp_path / "plain.gguf", price=1e-7)
+    out = tmp_path / "out.gguf"
+    wild = _choose(folder, calibration, out, price=1e-7, corrections=1, trust=1000.0)
+    assert wild.delta_bytes == plain.delta_bytes
+    assert out.read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+def test_slopes_agree_with_finite_differences_of_the_divergence(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    candidate, new = folder / "before.gguf", folder / "new.gguf"
+    slopes = measure_slopes(new, candidate, calibration, tmp_path / "slopes", _quiet)
+    name = "blk.0.ffn_up.weight"
+    slope = slopes.of(name)
+    assert slope is not None
+    place = np.unravel_index(np.abs(slope).argmax(), slope.shape)
+    sides = []
+    for step in (-0.02, 0.02):
+        moved = []
+        for each in read_stored(candidate):
+            data = np.array(each.data)
+            if each.name == name:
+                data[place] += step
+            moved.append(type(each)(each.name, data, each.kind))
+        write_gguf(candidate, tmp_path / "moved.gguf", moved, {})
+        sides.append(measure_divergence(new, tmp_path / "moved.gguf", calibration, tmp_path / "look", _quiet))
+    assert -(sides[1] - sides[0]) / 0.04 == pytest.approx(float(slope[place]), rel=0.03)
+    assert slopes.of("token_embd.weight") is None
 
 
 def test_a_start_is_pulled_back_to_what_is_installed(
