@@ -38,40 +38,43 @@ from server.requantize.evaluation import Evaluator, Readings
 from server.requantize.model import sha256_of
 from server.requantize.texts import Text, Tokens, check_unseen
 from server.requantize.tokens import read_tokens
+from server.requantize.work import MetricName
 from server.scorecard.journal import Journal, journal
-
-CONTROL_SHARE = 0.005
-"""Of the file: what the rows `repair only` and `minimum weight error` may weigh."""
 
 FOLDER = "requantize"
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A file that is chosen."""
+    """A file that is chosen, at a price in nats a bit: one descent, where a budget takes several to find its price."""
 
-    share: float
+    price: float
     extrapolation: float = 0.0
 
     @property
     def name(self) -> str:
         """As tables show it."""
         beyond = f", extrapolated by {self.extrapolation:g}" if self.extrapolation else ""
-        return f"chosen, {100 * self.share:g} %{beyond}"
+        return f"chosen at {self.price:g}{beyond}"
 
 
 CHOICES: dict[Cell, tuple[Choice, ...]] = {
     Cell("large", NEAREST, "q4_0"): (
-        Choice(0.002),
-        Choice(0.005),
-        Choice(0.001),
-        Choice(0.008),
-        Choice(0.002, 0.5),
+        Choice(8e-9),
+        Choice(2e-9),
+        Choice(2e-8),
+        Choice(8e-9, 0.5),
+        Choice(2e-8, 0.5),
     ),
-    Cell("large", GOOD, "q4_0"): (Choice(0.005, 1.0), Choice(0.005), Choice(0.015, 1.0), Choice(0.04, 1.0)),
-    Cell("large", NEAREST, "q8_0"): (Choice(0.007), Choice(0.016)),
-    Cell("large", NEAREST, "q4_k_m"): (Choice(0.006), Choice(0.018)),
-    Cell("lora", NEAREST, "q4_0"): (Choice(0.002), Choice(0.005)),
+    Cell("large", GOOD, "q4_0"): (
+        Choice(3e-10, 1.0),
+        Choice(3e-10),
+        Choice(5e-11, 1.0),
+        Choice(1e-9, 3.0),
+    ),
+    Cell("large", NEAREST, "q8_0"): (Choice(5e-10), Choice(2e-9)),
+    Cell("large", NEAREST, "q4_k_m"): (Choice(6e-9), Choice(1.5e-9)),
+    Cell("lora", NEAREST, "q4_0"): (Choice(8e-9), Choice(2e-9)),
 }
 """In the order in which they are measured."""
 
@@ -163,6 +166,9 @@ class _Bench:
         self._is_measuring = is_measuring
         self._texts: list[Text] = []
         self._calibrations: dict[str, Calibration] = {}
+        self._control_bytes: dict[
+            Cell, int
+        ] = {}  # of the first choice: what repair and the least error of weights may weigh
         work.mkdir(parents=True, exist_ok=True)
 
     def measured(self, cell: Cell) -> dict[str, Measured]:
@@ -192,6 +198,8 @@ class _Bench:
                     known = self._measure(cell, name, kept)
                 if known is not None:
                     kept_rows[name] = known
+                    if name == CHOICES[cell][0].name:
+                        self._control_bytes[cell] = known.delta_bytes
         return kept_rows
 
     def _names(self, cell: Cell) -> list[str]:
@@ -239,13 +247,12 @@ class _Bench:
         if name == INDEPENDENT:
             return _Made(self._good(f"v2_{cell.pair}", cell.kind))
         new, before = self._cache / f"v2_{cell.pair}.bf16.gguf", self._cache / "v1.bf16.gguf"
-        choice = next((each for each in CHOICES[cell] if each.name == name), Choice(CONTROL_SHARE))
-        settings = Settings(
-            budget_bytes=int(choice.share * installed.stat().st_size),
-            extrapolation=choice.extrapolation,
-            metric="weights" if name == rows.TRAP else "outputs",
-            workers=1,
-        )
+        choice = next((each for each in CHOICES[cell] if each.name == name), None)
+        if choice is not None:
+            settings = Settings(price=choice.price, extrapolation=choice.extrapolation, workers=1)
+        else:
+            metric: MetricName = "weights" if name == rows.TRAP else "outputs"
+            settings = Settings(budget_bytes=self._control_bytes[cell], metric=metric, workers=1)
         target = before if name == rows.REPAIR else new
         chosen = choose(
             target,
@@ -254,9 +261,9 @@ class _Bench:
             settings,
             out,
             _say,
-            before=before if choice.extrapolation else None,
+            before=before if settings.extrapolation else None,
         )
-        return _Made(out, choice.extrapolation, sum(chosen.changed.values()), chosen.seconds)
+        return _Made(out, settings.extrapolation, sum(chosen.changed.values()), chosen.seconds)
 
     def installed(self, cell: Cell) -> Path:
         """What devices have."""
