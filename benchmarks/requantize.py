@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m benchmarks.requantize", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--cells", default="*", metavar="GLOB,...", help="such as 'large.nearest.*'")
+    parser.add_argument("--rows", default="*", metavar="GLOB,...", help="such as 'plain*'; * for all")
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, metavar="DIR", help=f"(default: {FOLDER} in --cache)")
     parser.add_argument("--peers-from", type=Path, metavar="FILE", help="JSON lines of `make bench-delta`")
@@ -123,7 +124,8 @@ def run(options: argparse.Namespace) -> Results:
         names = ", ".join(f"{each.pair}.{each.base}.{each.kind}" for each in CHOICES)
         raise RequestError(f"no cell is called {options.cells}", hint=f"there are {names}")
     results = Results()
-    bench = _Bench(options.cache, options.work or options.cache / FOLDER, is_measuring=not options.measured)
+    wanted = [] if options.measured else options.rows.split(",")
+    bench = _Bench(options.cache, options.work or options.cache / FOLDER, wanted)
     if options.peers_from is not None:
         results.peers.update(_peers(options.peers_from))
     for cell in cells:
@@ -160,10 +162,10 @@ def _peers(path: Path) -> Iterator[tuple[Cell, int]]:
 class _Bench:
     """Files of the pairs, calibrations and texts, made when they are needed."""
 
-    def __init__(self, cache: Path, work: Path, *, is_measuring: bool) -> None:
+    def __init__(self, cache: Path, work: Path, wanted: Sequence[str]) -> None:
         self._cache = cache
         self._work = work
-        self._is_measuring = is_measuring
+        self._wanted = wanted  # rows that are measured; what others have is taken
         self._texts: list[Text] = []
         self._calibrations: dict[str, Calibration] = {}
         self._control_bytes: dict[
@@ -194,7 +196,7 @@ class _Bench:
         with journal(self._work, digest_of(msgspec.json.encode(identity)), identity) as kept:
             for name in self._names(cell):
                 known = kept.get(name, Measured)
-                if known is None and self._is_measuring:
+                if known is None and any(fnmatchcase(name, pattern) for pattern in self._wanted):
                     known = self._measure(cell, name, kept)
                 if known is not None:
                     kept_rows[name] = known
@@ -219,7 +221,9 @@ class _Bench:
         with Evaluator(reference, self.texts(), self._work, threads=1, progress=_progress) as evaluator:
             readings: Readings = evaluator.measure(made.path)
         installed = self.installed(cell)
-        size = delta_bytes(installed, made.path) if made.path != installed else 0
+        size = made.delta_bytes
+        if size is None:
+            size = delta_bytes(installed, made.path) if made.path != installed else 0
         result = Measured(
             delta_bytes=size,
             file_bytes=made.path.stat().st_size,
@@ -263,7 +267,9 @@ class _Bench:
             _say,
             before=before if settings.extrapolation else None,
         )
-        return _Made(out, settings.extrapolation, sum(chosen.changed.values()), chosen.seconds)
+        return _Made(
+            out, settings.extrapolation, sum(chosen.changed.values()), chosen.seconds, chosen.delta_bytes
+        )
 
     def installed(self, cell: Cell) -> Path:
         """What devices have."""
@@ -290,11 +296,11 @@ class _Bench:
             results.chain = kept.get("chain", series.Chain)
             results.facts = kept.get("facts", series.Facts)
             results.cost = kept.get("cost", series.Cost)
-            if "chain" in wanted and self._is_measuring:
+            if "chain" in wanted and self._wanted:
                 results.chain = series.run_chain(self._cache, self._work, self.texts(), kept, _say)
-            if "facts" in wanted and self._is_measuring:
+            if "facts" in wanted and self._wanted:
                 results.facts = series.run_facts(self._cache, self._work, kept, _say)
-            if "cost" in wanted and self._is_measuring:
+            if "cost" in wanted and self._wanted:
                 results.cost = series.run_cost(self._cache, kept, _say)
 
     def texts(self) -> list[Text]:
@@ -325,6 +331,7 @@ class _Made:
     extrapolation: float = 0.0
     changed: int | None = None
     seconds: float = 0.0
+    delta_bytes: int | None = None
 
 
 def _say(line: str) -> None:

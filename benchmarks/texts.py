@@ -53,7 +53,7 @@ def held_out_manuals() -> str:
     """What the packages of the environment say about themselves, in the order of their names."""
     least, most = _MANUAL_CHARACTERS
     found = {
-        str(each.metadata["Name"]).lower(): str(each.metadata.get_payload() or "")[:most]
+        str(each.metadata["Name"]).lower(): str(each.metadata.json.get("description", ""))[:most]
         for each in importlib.metadata.distributions()
     }
     return "\n\n".join(text for _, text in sorted(found.items()) if len(text) >= least)

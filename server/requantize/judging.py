@@ -225,6 +225,7 @@ class _Bench:
         report("plain: llama.cpp's own quantizer")
         write_plain(models.new, models.installed, self.file(rows.PLAIN), evaluator.threads)
         self._plain_bytes = delta_bytes(models.installed, self.file(rows.PLAIN))
+        self._sizes = {rows.NOTHING: 0, rows.PLAIN: self._plain_bytes}
         self._readings: dict[str, Readings] = {}
 
     def file(self, name: str) -> Path:
@@ -255,6 +256,7 @@ class _Bench:
     def rows(self, trial: Trial, aim: Aim) -> tuple[Row, ...]:
         """Make and measure all files of the table."""
         write_frozen(self.file(rows.PLAIN), self._models.installed, self.file(rows.FROZEN))
+        self._sizes[rows.FROZEN] = delta_bytes(self._models.installed, self.file(rows.FROZEN))
         notes = {rows.CHOSEN: _how(trial, aim)}
         absent = {}
         try:
@@ -294,14 +296,7 @@ class _Bench:
             text: figures(reading, installed[text], plain[text])
             for text, reading in self._readings[name].items()
         }
-        size = 0
-        if name != rows.NOTHING:
-            size = (
-                self._plain_bytes
-                if name == rows.PLAIN
-                else delta_bytes(self._models.installed, self.file(name))
-            )
-        return row(name, size, self.file(name).stat().st_size, texts, note)
+        return row(name, self._sizes[name], self.file(name).stat().st_size, texts, note)
 
     def _choose(
         self,
@@ -316,7 +311,7 @@ class _Bench:
         settings = msgspec.structs.replace(
             self._settings, budget_bytes=budget, extrapolation=extrapolation, metric=metric
         )
-        return choose(
+        made = choose(
             target or self._models.new,
             self._models.installed,
             self._calibration,
@@ -326,6 +321,8 @@ class _Bench:
             before=self._models.before if extrapolation else None,
             start=self._models.start if name == rows.CHOSEN else None,
         )
+        self._sizes[name] = made.delta_bytes
+        return made
 
     def _attempt(self, keep_share: float) -> Callable[[int, float], Trial]:
         """A trial of the search: a file of some budget, on the development text."""
