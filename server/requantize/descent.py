@@ -84,39 +84,31 @@ class Price:
 
 
 def descend(
-    rows: CodedRows,
-    target: Floats,
-    start: Codes,
-    metric: Metric,
-    price: Price,
-    shift: Floats | None = None,
-    pairs: int = 0,
-) -> Codes:
-    """Codes that no single step makes better.
+    rows: CodedRows, start: Codes, gradient: Floats, metric: Metric, price: Price, pairs: int = 0
+) -> tuple[Codes, Floats]:
+    """Codes that no single step makes better, and the gradient there.
 
     Args:
         rows: As installed.
-        target: Weights that are wanted, same shape.
         start: Codes to begin with.
+        gradient: At the start, how much each weight's growth lowers the cost: the metric's own for an error that is known, or one
+            that was measured. From there on it changes as the metric says.
         metric: Of these rows.
         price: Relative to the installed codes.
-        shift: Added to the gradient at the start, for what the metric does not see; same shape.
         pairs: How many first steps are tried for two together, where no single one pays; 0 for none.
     """
-    codes = np.empty_like(start)
-    many = max(1, _BLOCK_WEIGHTS // target.shape[1])
-    for first in range(0, len(target), many):
+    codes, reached = np.empty_like(start), np.empty_like(gradient)
+    many = max(1, _BLOCK_WEIGHTS // start.shape[1])
+    for first in range(0, len(start), many):
         part = slice(first, first + many)
-        own = None if shift is None else shift[part]
-        block = _Block(rows, part, target[part], start[part], metric.part(part), price, own)
-        block.run(min(pairs, target.shape[1] - 1))
-        codes[part] = block.rows.codes
-    return codes
+        block = _Block(rows, part, start[part], gradient[part], metric.part(part), price)
+        block.run(min(pairs, start.shape[1] - 1))
+        codes[part], reached[part] = block.rows.codes, block.rows.gradient
+    return codes, reached
 
 
-def single_gains(rows: CodedRows, target: Floats, metric: Metric) -> Floats:
+def single_gains(rows: CodedRows, gradient: Floats, metric: Metric) -> Floats:
     """What each code's best single step from the installed one gains before it is paid for; negative where none helps."""
-    gradient = metric.gradient(target - rows.weights(rows.codes))
     half = np.float32(0.5) * np.square(rows.steps) * metric.curvature()
     return np.asarray(np.abs(rows.steps * gradient) - half, np.float32)
 
@@ -162,22 +154,12 @@ class _Block:
     """The descent of some rows."""
 
     def __init__(
-        self,
-        rows: CodedRows,
-        part: slice,
-        target: Floats,
-        start: Codes,
-        metric: Metric,
-        price: Price,
-        shift: Floats | None,
+        self, rows: CodedRows, part: slice, start: Codes, gradient: Floats, metric: Metric, price: Price
     ) -> None:
         self._low, self._high = rows.low, rows.high
         self._price = price
         self._inputs = metric.inputs
         installed, steps = rows.codes[part], rows.steps[part]
-        gradient = metric.gradient(target - (steps * start + rows.offsets[part]))
-        if shift is not None:
-            gradient += shift
         self.rows = _Rows(
             codes=start.copy(),
             installed=installed,
@@ -185,7 +167,7 @@ class _Block:
             half=np.float32(0.5) * np.square(steps) * metric.curvature(),
             outputs=metric.outputs,
             lookups=metric.lookups,
-            gradient=gradient,
+            gradient=gradient.copy(),
             up=self._cost(start, installed, 1),
             down=self._cost(start, installed, -1),
         )

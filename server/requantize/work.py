@@ -20,7 +20,7 @@ from protocol.errors import EngineError, ModelFileError
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
 from server.requantize.calibration import Calibration
-from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes
+from server.requantize.codes import LINEAR_LAYOUTS, CodedRows
 from server.requantize.correction import Slopes
 from server.requantize.descent import Metric, Price, descend, single_gains
 from server.requantize.model import ModelFile, opened_gguf, row_bytes, rows_and_columns
@@ -135,39 +135,33 @@ class Worker:
         if not np.isfinite(target).all() or not np.isfinite(rows.steps).all():
             raise ModelFileError(f"{stretch.name}: there are weights or scales that are no numbers")
         metric = self._metric(stretch, rows.codes.shape[1])
-        if stretch.price is None:
-            return Outcome(stretch.name, 0, 0.0, 0.0, _binned(single_gains(rows, target, metric)))
         start = rows.codes if self._start is None else _coded(self._start, stretch).codes
-        codes = descend(
-            rows,
-            target,
-            start,
-            metric,
-            stretch.price,
-            self._shift(stretch, rows, target, start, metric),
-            self._files.pairs,
-        )
-        data = rows.joined(codes)
-        with storage_errors(self._files.out):
-            region = self._regions[stretch.name]
-            os.pwrite(self._out.fileno(), data, region.offset + stretch.start * row_bytes(region))
-        return Outcome(
-            stretch.name,
-            int(np.count_nonzero(codes != rows.codes)),
-            metric.cost(target - rows.weights(rows.codes)),
-            metric.cost(target - rows.weights(codes)),
-        )
+        error = target - rows.weights(start)
+        expected = metric.gradient(error)
+        if stretch.price is None:
+            return Outcome(stretch.name, 0, 0.0, 0.0, _binned(single_gains(rows, expected, metric)))
+        gradient = self._gradient(stretch, expected)
+        codes, reached = descend(rows, start, gradient, metric, stretch.price, self._files.pairs)
+        self._write(stretch, rows.joined(codes))
+        before = 0.5 * _inner(error, expected)
+        if self._start is not None:
+            before = metric.cost(target - rows.weights(rows.codes))
+        # What the gradient has changed by is the metric's, wherever it began.
+        after = 0.5 * _inner(target - rows.weights(codes), expected + (reached - gradient))
+        return Outcome(stretch.name, int(np.count_nonzero(codes != rows.codes)), before, after)
 
-    def _shift(
-        self, stretch: Stretch, rows: CodedRows, target: Floats, start: Codes, metric: Metric
-    ) -> Floats | None:
+    def _gradient(self, stretch: Stretch, expected: Floats) -> Floats:
         """From the gradient that the metric expects at the start towards the one that was measured there."""
         slopes = None if self._files.slopes is None else self._files.slopes.of(stretch.name)
         if slopes is None:
-            return None
+            return expected
         measured = np.asarray(slopes[stretch.start : stretch.stop], np.float32)
-        expected = metric.gradient(target - rows.weights(start))
-        return np.asarray(np.float32(self._files.trust) * (measured - expected), np.float32)
+        return np.asarray(expected + np.float32(self._files.trust) * (measured - expected), np.float32)
+
+    def _write(self, stretch: Stretch, data: bytes) -> None:
+        region = self._regions[stretch.name]
+        with storage_errors(self._files.out):
+            os.pwrite(self._out.fileno(), data, region.offset + stretch.start * row_bytes(region))
 
     def _open(self, path: Path) -> ModelFile:
         return self._stack.enter_context(opened_gguf(path))
@@ -245,6 +239,10 @@ def _begin(files: Files) -> None:
 
 def _run(stretch: Stretch) -> Outcome:
     return _workers[0].run(stretch)
+
+
+def _inner(left: Floats, right: Floats) -> float:
+    return float(np.sum(left * right, dtype=np.float64))
 
 
 def _coded(model: ModelFile, stretch: Stretch) -> CodedRows:

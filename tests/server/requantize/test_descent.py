@@ -9,7 +9,8 @@ from protocol.delta.layouts import LAYOUTS
 from protocol.tensors import Layout
 from server.diagnosis.weights import Floats, read_piece
 from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes, code_range
-from server.requantize.descent import Metric, Price, descend, single_gains
+from server.requantize.descent import Metric, Price, single_gains
+from server.requantize.descent import descend as descend_from
 
 
 def _rows(rng: np.random.Generator, layout: Layout, rows: int, columns: int) -> CodedRows:
@@ -38,6 +39,18 @@ def _metric(rng: np.random.Generator, rows: int, columns: int, *, correlated: bo
 def _target(rng: np.random.Generator, rows: CodedRows) -> Floats:
     noise = rng.normal(0.0, 0.8, rows.codes.shape) * np.abs(rows.steps)
     return np.asarray(rows.weights(rows.codes) + noise, np.float32)
+
+
+def descend(
+    rows: CodedRows, target: Floats, start: Codes, metric: Metric, price: Price, pairs: int = 0
+) -> Codes:
+    """From the gradient of an error that is known; the one that is reached must be that of the error that is left."""
+    codes, reached = descend_from(
+        rows, start, metric.gradient(target - rows.weights(start)), metric, price, pairs
+    )
+    left = metric.gradient(target - rows.weights(codes))
+    np.testing.assert_allclose(reached, left, rtol=1e-3, atol=1e-4 * float(np.abs(target).max()))
+    return codes
 
 
 def _objective(rows: CodedRows, target: Floats, codes: Codes, metric: Metric, price: Price) -> float:
@@ -137,6 +150,18 @@ def test_a_start_of_its_own_is_priced_by_its_distance_to_the_installed_codes() -
     assert np.array_equal(codes, rows.codes)
 
 
+def test_two_steps_together_reach_what_single_ones_do_not() -> None:
+    """Two inputs that nearly always agree: to raise one and lower the other costs little, each alone much."""
+    rng = np.random.default_rng(9)
+    rows = _rows(rng, Layout.Q4_0, 16, 64)
+    inputs = np.kron(np.eye(32), np.array([[1.0, 0.97], [0.97, 1.0]])).astype(np.float32)
+    metric = Metric(inputs, np.ones(16, np.float32), np.zeros(16, np.float32))
+    target, price = _target(rng, rows), Price(first=1e-6, further=1e-6)
+    single, pairs = (descend(rows, target, rows.codes, metric, price, each) for each in (0, 8))
+    ends = [_objective(rows, target, codes, metric, price) for codes in (single, pairs)]
+    assert ends[1] < ends[0]
+
+
 def test_rows_do_not_depend_on_what_they_are_worked_on_with() -> None:
     rng = np.random.default_rng(7)
     rows = _rows(rng, Layout.Q4_0, 40, 96)
@@ -157,7 +182,7 @@ def test_single_gains_are_what_a_step_gains() -> None:
     rows = _rows(rng, Layout.Q4_0, 2, 32)
     metric, target = _metric(rng, 2, 32), _target(rng, rows)
     free = Price(first=0, further=0)
-    gains = single_gains(rows, target, metric)
+    gains = single_gains(rows, metric.gradient(target - rows.weights(rows.codes)), metric)
     before = _objective(rows, target, rows.codes, metric, free)
     for row, column in ((0, 3), (1, 30)):
         after = []
