@@ -13,7 +13,7 @@ from server.requantize import rows
 from server.requantize.evaluation import quantize
 from server.requantize.guards import Margins
 from server.requantize.judging import Aim, Models, Questions, check_request
-from server.requantize.texts import RUN_TOKENS, Text
+from server.requantize.texts import RUN_TOKENS, RUNS_MAX, Text
 from tests.models import write_language_model
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; `make test` compiles it")
@@ -34,12 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quantize(before, made / "installed.gguf", Q4_0, Q8_0_TYPE, 1)
     draws = np.random.default_rng(7)
     for name, letters in (
-        ("calibration.txt", "abcdefgh"),
         (HELD_OUT[0], "klmnop"),
         (HELD_OUT[1], "0123456789"),
     ):
         (made / name).write_text("".join(draws.choice(list(letters), 2 * RUN_TOKENS + 100)))
-    (made / "development.txt").write_text(written_by(made / "new.gguf", draws))
+    for name in ("calibration.txt", "development.txt"):
+        (made / name).write_text(written_by(made / "new.gguf", draws))
     (made / "golden.toml").write_text(
         '[[prompt]]\nkind = "text"\nname = "a"\nprompt = "abc"\ncompletion = "d"\nlogprob_mean_min = -50.0\n'
     )
@@ -54,7 +54,7 @@ def written_by(model: Path, draws: np.random.Generator) -> str:
     letters = np.arange(3 + ord("a"), 3 + ord("z") + 1)
     text: list[int] = []
     token = int(letters[0])
-    for place in range(2 * RUN_TOKENS + 100):
+    for place in range(RUNS_MAX * RUN_TOKENS):
         if place % 1000 == 0:
             writer.reset()
         writer.eval([token])
@@ -74,7 +74,7 @@ def command(folder: Path, *options: str) -> list[str]:
         "requantize",
         str(folder / "new.gguf"),
         *("--installed", str(folder / "installed.gguf"), "--out", str(folder / "chosen.gguf")),
-        *("--calibration", str(folder / "calibration.txt"), "--runs", "2", "--workers", "1"),
+        *("--calibration", str(folder / "calibration.txt"), "--runs", "4", "--workers", "1"),
         *held_out,
         *options,
     ]
