@@ -200,6 +200,12 @@ bench-delta-large: ## measure the delta coder on files of 0.1, 1 and 4 GB: linea
 	$(call environment,bench)
 	$(BIN)/python -m benchmarks.large $(BENCH_OPTIONS)
 
+.PHONY: bench-requantize
+bench-requantize: ## measure chosen quantized files beside plain ones: bytes, divergence, flips (trains models first: hours; BENCH_OPTIONS='--cells GLOB')
+	$(call environment,bench)
+	$(BIN)/python -m benchmarks.pairs 'large.*' 'lora.q4_0' 'facts.q4_0' 'chain*.q4_0'
+	$(BIN)/python -m benchmarks.requantize $(BENCH_OPTIONS)
+
 .PHONY: bench-score
 bench-score: setup ## scorecards of SmolLM2 in three quantizations, and the same by other means: EVALS=folder with mmlu/ and gsm8k/ (SAMPLE=N questions)
 	@[ -d "$(EVALS)/mmlu/test" ] || { echo "whimbrel: EVALS=$(EVALS) has no mmlu/test (github.com/hendrycks/test) beside gsm8k/test.jsonl (github.com/openai/grade-school-math)" >&2; exit 1; }

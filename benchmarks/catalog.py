@@ -1,5 +1,6 @@
 """Which pairs of model versions there are, and which files they are made of. Data only; `pairs.py` makes the files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -57,10 +58,18 @@ PAIRS = (
     Pair("random", "random-1.bin", "random-2.bin"),
 )
 
+CHAIN_VERSIONS = 10
 
-def select(patterns: list[str]) -> list[Pair]:
+CHOICE_PAIRS = (
+    _fine_tune("facts", "q4_0"),
+    *(_fine_tune(f"chain{number}", "q4_0") for number in range(1, CHAIN_VERSIONS + 1)),
+)
+"""Only for `make bench-requantize`: `facts` changes answers and little else; `chain1` to `chain10` are one training, released ten times."""
+
+
+def select(patterns: list[str], pairs: Sequence[Pair] = PAIRS) -> list[Pair]:
     """The pairs whose names match one of the patterns (`*` and `?`), in the catalog's order."""
-    return [pair for pair in PAIRS if any(fnmatchcase(pair.name, pattern) for pattern in patterns)]
+    return [pair for pair in pairs if any(fnmatchcase(pair.name, pattern) for pattern in patterns)]
 
 
 def missing(pair: Pair, cache: Path) -> list[str]:

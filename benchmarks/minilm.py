@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.bert import Bert, Size, WordPiece
-from benchmarks.finetune import training_text
+from benchmarks.texts import training_text
 from protocol.tensors import BytesSource, parse_safetensors
 
 RATES = {"large": 5e-5, "tiny": 1e-5}

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import edits, minilm, packing, smollm2, wheels
-from benchmarks.catalog import CACHE, PAIRS, missing, select
-from benchmarks.finetune import RECIPES
+from benchmarks.catalog import CACHE, CHOICE_PAIRS, PAIRS, missing, select
+from benchmarks.finetune import CHAIN, RECIPES
 from benchmarks.workshop import Rule, Workshop
 from examples.smollm2.fetch import MODEL_NAME, fetch
 from protocol.errors import RequestError, WhimbrelError
@@ -28,13 +28,26 @@ def _tokens(shop: Workshop, _: re.Match[str], out: Path) -> None:
         np.save(file, smollm2.training_tokens(shop.file(MODEL_NAME)))
 
 
+def _facts(shop: Workshop, _: re.Match[str], out: Path) -> None:
+    with out.open("wb") as file:
+        np.save(file, smollm2.facts_tokens(shop.file(MODEL_NAME)))
+
+
 def _base(shop: Workshop, _: re.Match[str], out: Path) -> None:
     smollm2.write_base(shop.file(MODEL_NAME), out)
 
 
 def _trained(shop: Workshop, match: re.Match[str], out: Path) -> None:
-    model, base, tokens = shop.file(MODEL_NAME), shop.file("v1.bf16.gguf"), shop.file("tokens.npy")
-    smollm2.write_trained(model, base, tokens, match[1], out, shop.report)
+    text = "facts.npy" if match[1] == "facts" else "tokens.npy"
+    model, base, tokens = shop.file(MODEL_NAME), shop.file("v1.bf16.gguf"), shop.file(text)
+    smollm2.write_trained(model, base, tokens, RECIPES[match[1]], out, shop.report)
+
+
+def _continued(shop: Workshop, match: re.Match[str], out: Path) -> None:
+    number = int(match[1])
+    before = shop.file("v1.bf16.gguf" if number == 1 else f"v2_chain{number - 1}.bf16.gguf")
+    model, tokens = shop.file(MODEL_NAME), shop.file("tokens.npy")
+    smollm2.write_trained(model, before, tokens, CHAIN, out, shop.report, number=number)
 
 
 def _far(shop: Workshop, match: re.Match[str], out: Path) -> None:
@@ -104,8 +117,10 @@ def _minilm_packed(shop: Workshop, match: re.Match[str], out: Path) -> None:
 RULES: list[tuple[str, Rule]] = [
     (re.escape(MODEL_NAME), _model),
     (r"tokens\.npy", _tokens),
+    (r"facts\.npy", _facts),
     (r"v1\.bf16\.gguf", _base),
     (rf"v2_({'|'.join(RECIPES)})\.bf16\.gguf", _trained),
+    (r"v2_chain([1-9]|10)\.bf16\.gguf", _continued),
     (r"v2_x(4|16)\.bf16\.gguf", _far),
     (r"(v2_\w+)_noise_(\d+)_(\d+)\.bf16\.gguf", _noisy),  # layer, percent of its weights' size
     (r"grown\.bf16\.gguf", _grown),
@@ -131,11 +146,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the pairs and stop")
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n".join(pair.name for pair in PAIRS))
+        print("\n".join(pair.name for pair in (*PAIRS, *CHOICE_PAIRS)))
         return 0
     shop = Workshop(options.cache, RULES, lambda line: print(f"  {line}", flush=True))
     try:
         pairs = select(options.patterns)
+        if options.patterns != ["*"]:  # what `make bench-delta` does not need is made when it is named
+            pairs += select(options.patterns, CHOICE_PAIRS)
         if not pairs:
             raise RequestError(f"no pair is called {' or '.join(options.patterns)}", hint="see --list")
         for pair in pairs:

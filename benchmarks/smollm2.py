@@ -7,8 +7,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.finetune import RECIPES, train, training_text
+from benchmarks.facts import facts_text
+from benchmarks.finetune import Recipe, train
 from benchmarks.gguf_files import as_bf16, read_stored, read_weights, write_gguf
+from benchmarks.texts import training_text
 from benchmarks.weights import extrapolate, relative_change, round_bf16
 from examples.smollm2.llama import Model, quantize
 from examples.smollm2.model_file import read_shape
@@ -45,8 +47,17 @@ def base_weights(model: Path) -> dict[str, Array]:
 
 def training_tokens(model: Path) -> npt.NDArray[np.int32]:
     """The training text in the model's own vocabulary."""
+    return _tokens(model, training_text())
+
+
+def facts_tokens(model: Path) -> npt.NDArray[np.int32]:
+    """The text of made-up facts, likewise."""
+    return _tokens(model, facts_text())
+
+
+def _tokens(model: Path, text: str) -> npt.NDArray[np.int32]:
     with Model(model, vocabulary_only=True) as vocabulary:
-        return np.array(vocabulary.tokens(training_text()), np.int32)
+        return np.array(vocabulary.tokens(text), np.int32)
 
 
 def write_base(model: Path, out: Path) -> None:
@@ -55,11 +66,18 @@ def write_base(model: Path, out: Path) -> None:
 
 
 def write_trained(
-    model: Path, base: Path, tokens: Path, recipe: str, out: Path, report: Callable[[str], None]
+    model: Path,
+    base: Path,
+    tokens: Path,
+    recipe: Recipe,
+    out: Path,
+    report: Callable[[str], None],
+    *,
+    number: int = 0,
 ) -> None:
-    """Writes the first version after training by a recipe."""
+    """Writes a version after training by a recipe; `number` draws its batches."""
     before = read_weights(base)
-    after = train(read_shape(gguf.GGUFReader(base)), before, np.load(tokens), RECIPES[recipe], report)
+    after = train(read_shape(gguf.GGUFReader(base)), before, np.load(tokens), recipe, report, number=number)
     report(f"relative change of the weights: {100 * relative_change(before, after):.3f} %")
     _write(model, after, out)
 

@@ -10,10 +10,12 @@ import msgspec
 
 from protocol.errors import RequestError, StorageError
 from server.display import Printer, bytes_text, table
+from server.score_cli import suite_argument
 
 _BUDGET_DEFAULT: Final = "0.5%"
 _BYTES_MAX: Final = 1 << 44
 _RUNS_MAX: Final = 4096
+_SAMPLE_MAX: Final = 1_000_000
 _TENSORS_SHOWN: Final = 8
 _BUDGET: Final = re.compile(r"(?P<share>\d+(\.\d+)?)%|(?P<bytes>\d+)")
 
@@ -52,7 +54,6 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         "--budget",
         metavar="SIZE",
         type=_budget,
-        default=_budget(_BUDGET_DEFAULT),
         help=f"what the delta may weigh: bytes, or a share of the installed file such as 0.2%% (default: {_BUDGET_DEFAULT}%)",
     )
     parser.add_argument(
@@ -91,10 +92,99 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         help="keeps what was measured (default: `calibration` beside --out)",
     )
     parser.add_argument("--force", action="store_true", help="replace --out if it is there")
+    _add_judging(parser)
     parser.set_defaults(run=lambda arguments: _run(arguments, show))
 
 
+def _add_judging(parser: argparse.ArgumentParser) -> None:
+    """What files are judged on."""
+    parser.add_argument(
+        "--held-out",
+        metavar="TEXT",
+        type=Path,
+        action="append",
+        default=[],
+        help="text on which the file is judged beside plain quantization, and which calibration has not seen; at least twice,"
+        " with texts of different kinds",
+    )
+    parser.add_argument(
+        "--unjudged", action="store_true", help="write the file without judging it, for experiments"
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="SHARE",
+        type=_share,
+        help="instead of --budget: as few bytes as keep this share of plain's gain on --development, such as 95%%",
+    )
+    parser.add_argument(
+        "--development",
+        metavar="TEXT",
+        type=Path,
+        help="text on which --keep tries settings: neither calibration nor held out",
+    )
+    parser.add_argument(
+        "--golden",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="prompts that the file has to answer wherever plain does, as in `whimbrel score`; repeatable",
+    )
+    parser.add_argument(
+        "--suite",
+        metavar="KIND=PATH",
+        type=suite_argument,
+        action="append",
+        default=[],
+        help="questions of which the file may lose few against plain, as in `whimbrel score`; repeatable",
+    )
+    parser.add_argument(
+        "--sample", metavar="N", type=_sample, default=0, help="questions of each suite (default: all)"
+    )
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=_workers,
+        default=1,
+        help="of one inference (default: %(default)s)",
+    )
+
+
 def _run(arguments: argparse.Namespace, show: Printer) -> int:
+    _check_files(arguments)
+    _check_judging(arguments)
+    if arguments.unjudged:
+        return _run_unjudged(arguments, show)
+    from server.requantize import command  # noqa: PLC0415 - numpy and the coder, which no other command loads
+
+    return command.run(arguments, show)
+
+
+def _check_judging(arguments: argparse.Namespace) -> None:
+    if arguments.budget is None:
+        arguments.budget = _budget(_BUDGET_DEFAULT)
+    elif arguments.keep is not None:
+        raise RequestError("--budget and --keep contradict each other", hint="give one of them")
+    if arguments.keep is not None and arguments.development is None:
+        raise RequestError("--keep needs --development", hint="give a text on which settings are tried")
+    if arguments.unjudged:
+        given = {
+            "--held-out": arguments.held_out,
+            "--keep": arguments.keep,
+            "--golden": arguments.golden,
+            "--suite": arguments.suite,
+        }
+        useless = next((name for name, value in given.items() if value), None)
+        if useless is not None:
+            raise RequestError(f"--unjudged and {useless} contradict each other", hint="give one of them")
+    elif not arguments.held_out:
+        raise RequestError(
+            "no held-out text was given, so nothing says that the file is no worse than a plain one",
+            hint="give --held-out twice, or --unjudged for an experiment",
+        )
+
+
+def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
     from server.requantize.calibration import calibrate  # noqa: PLC0415 - numpy and the coder, which no other command loads
     from server.requantize.choice import Settings, choose  # noqa: PLC0415 - likewise
     from server.requantize.provenance import write_record  # noqa: PLC0415 - likewise
@@ -102,7 +192,6 @@ def _run(arguments: argparse.Namespace, show: Printer) -> int:
 
     out: Path = arguments.out
     installed: Path = arguments.installed
-    _check_files(arguments)
     settings = Settings(
         budget_bytes=arguments.budget(installed.stat().st_size),
         extrapolation=arguments.extrapolate,
@@ -194,6 +283,17 @@ def _factor(text: str) -> float:
     if not 0 <= value <= 4:
         raise argparse.ArgumentTypeError(f"{value:g} is not between 0 and 4")
     return value
+
+
+def _share(text: str) -> float:
+    match = _BUDGET.fullmatch(text)
+    if match is None or match["share"] is None or not 0 < float(match["share"]) <= 200:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no share such as 95%")
+    return float(match["share"]) / 100
+
+
+def _sample(text: str) -> int:
+    return _integer(text, 1, _SAMPLE_MAX)
 
 
 def _runs(text: str) -> int:

@@ -46,7 +46,7 @@ def _add_questions(score: argparse.ArgumentParser) -> None:
     score.add_argument(
         "--suite",
         metavar="KIND=PATH",
-        type=_suite,
+        type=suite_argument,
         action="append",
         default=[],
         help=f"questions beside the prompts of the health plan; KIND is one of {', '.join(get_args(SuiteKind))}; repeatable",
@@ -171,7 +171,8 @@ def _bound_lines(scored: Scored) -> list[str]:
     return [*lines, f"{subject.family} {subject.version} does not name it: {scored.note}"]
 
 
-def _suite(text: str) -> tuple[SuiteKind, Path]:
+def suite_argument(text: str) -> tuple[SuiteKind, Path]:
+    """`KIND=PATH` of a suite, as an option has it."""
     name, equals, path = text.partition("=")
     for kind in get_args(SuiteKind):
         if name == kind and equals and path:

@@ -21,6 +21,10 @@ _MARGIN: Final = 0.05
 """Share of a bracket that a guess keeps away from its ends."""
 
 
+class SmallBudgetError(RequestError):
+    """No file of so few bytes was found."""
+
+
 def price_of_budget(budget: int, floor: int, first: float, bytes_at: Callable[[float], int]) -> float:
     """A price at which the delta has at most `budget` bytes, and nearly as many.
 
@@ -31,10 +35,10 @@ def price_of_budget(budget: int, floor: int, first: float, bytes_at: Callable[[f
         bytes_at: Length of the delta at a price; falls with it, nearly always.
 
     Raises:
-        RequestError: There is no room for a changed code, or no price was found.
+        SmallBudgetError: There is no room for a changed code, or no price was found.
     """
     if floor >= budget:
-        raise RequestError(
+        raise SmallBudgetError(
             f"what is no code takes {floor:,} bytes, the budget is {budget:,}", hint="allow more"
         )
     points: dict[float, int] = {}
@@ -48,7 +52,7 @@ def price_of_budget(budget: int, floor: int, first: float, bytes_at: Callable[[f
             break
     within = [each for each in points if points[each] <= budget]
     if not within:
-        raise RequestError(
+        raise SmallBudgetError(
             f"no file was found whose delta has at most {budget:,} bytes; the smallest has {min(points.values()):,}",
             hint="allow more",
         )

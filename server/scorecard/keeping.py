@@ -127,7 +127,7 @@ def keep_score(
     return Scorecard(
         subject=_subject(release),
         runtime=release.runtime,
-        runtime_version=_runtime_version(release.runtime),
+        runtime_version=runtime_version(release.runtime),
         machine=machine,
         settings=Settings(
             threads=plan.threads,
@@ -236,13 +236,13 @@ def _identity(release: Release, plan: Plan) -> dict[str, object]:
         "asked_by": ASKED_BY,
         "files": [file.sha256 for file in release.files],
         "runtime": release.runtime,
-        "runtime_version": _runtime_version(release.runtime),
+        "runtime_version": runtime_version(release.runtime),
         "threads": plan.threads,
         "context_tokens": plan.context_tokens if release.runtime == "llama" else 0,
     }
 
 
-def _runtime_version(runtime: RuntimeName) -> str:
+def runtime_version(runtime: RuntimeName) -> str:
     """Version of the package, without loading it."""
     for package in _PACKAGES[runtime]:
         try:

@@ -34,6 +34,7 @@ from server.scorecard.work import (
     Memory,
     MemoryOrder,
     Model,
+    Quantize,
     Speed,
     SpeedOrder,
 )
@@ -98,6 +99,17 @@ class LlamaEngine:
         after = after[: min(ROWS_MAX, room)]
         self._hold(())
         rows = self._context.evaluate([*before, *after[:-1]], 0, len(after))
+        self._context.keep(0)
+        return rows
+
+    def read(self, tokens: tuple[int, ...]) -> _Row:
+        """See `Engine.read`."""
+        if not 0 < len(tokens) <= self._context.tokens:
+            raise EngineError(f"a text of {len(tokens)} tokens, the context has {self._context.tokens}")
+        if not 0 <= min(tokens) <= max(tokens) < self._context.vocabulary:
+            raise EngineError(f"a token is not among the {self._context.vocabulary} of the vocabulary")
+        self._hold(())
+        rows = self._context.evaluate(tokens, 0, len(tokens))
         self._context.keep(0)
         return rows
 
@@ -231,7 +243,7 @@ class _Context:
         if not self._context:
             raise EngineError(f"llama.cpp has no context of {tokens} tokens: too little memory")
         self.tokens: Final[int] = tokens
-        self._vocabulary: Final[int] = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(weights))
+        self.vocabulary: Final[int] = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(weights))
         self._batch = cpp.llama_batch_init(_BATCH_TOKENS, 0, 1)
 
     def evaluate(self, tokens: Sequence[int], start: int, rows: int) -> _Row:
@@ -252,9 +264,9 @@ class _Context:
                 raise EngineError(f"llama.cpp cannot evaluate {len(part)} tokens: code {code}")
             for index in range(max(0, first - begin), len(part)):
                 pointer = self._cpp.llama_get_logits_ith(self._context, index)
-                kept.append(np.ctypeslib.as_array(pointer, shape=(self._vocabulary,)).copy())
+                kept.append(np.ctypeslib.as_array(pointer, shape=(self.vocabulary,)).copy())
         if not rows:
-            return np.empty((0, self._vocabulary), np.float32)
+            return np.empty((0, self.vocabulary), np.float32)
         found = np.stack(kept)
         if not np.isfinite(found).all():
             raise EngineError("the model's scores are not finite")
@@ -337,6 +349,22 @@ def measure_memory(model: Model, order: MemoryOrder) -> Memory:
         context.close()
     cpp.llama_model_free(weights)
     return Memory(runtime_bytes=runtime, weights_bytes=max(read, loaded - runtime), contexts=tuple(contexts))
+
+
+def quantize(model: Model, order: Quantize) -> None:
+    """Write a model anew with llama.cpp's own quantizer.
+
+    Raises:
+        EngineError: llama.cpp is missing or refuses.
+    """
+    cpp = _llama_cpp()
+    parameters = cpp.llama_model_quantize_default_params()
+    parameters.ftype = order.file_type
+    if order.embedding_type is not None:
+        parameters.token_embedding_type = order.embedding_type
+    parameters.nthread = model.threads
+    if code := cpp.llama_model_quantize(model.path.encode(), order.out.encode(), ctypes.byref(parameters)):
+        raise EngineError(f"llama.cpp cannot quantize the file as kind {order.file_type}: code {code}")
 
 
 def trained_tokens(cpp: Any, weights: Any) -> int:

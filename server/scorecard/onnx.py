@@ -109,6 +109,10 @@ class OnnxEngine:
         """Write the profile."""
         return Path(self._session.end_profiling())
 
+    def read(self, _tokens: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """See `Engine.read`."""
+        raise EngineError("a classifier has no tokens")
+
     def close(self) -> None:
         """See `Engine.close`."""
         self._session = None

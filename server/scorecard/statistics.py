@@ -172,9 +172,25 @@ def clustered_mean(sums: Sequence[float], counts: Sequence[int], seed: int = 0) 
         counts: Positions of each text; at least one in all.
         seed: Of the draws.
     """
-    totals, weights = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(totals), (RESAMPLES, len(totals)))
-    means = totals[drawn].sum(axis=1) / np.maximum(weights[drawn].sum(axis=1), 1)
+    return clustered_ratio(sums, counts, seed)
+
+
+def clustered_ratio(
+    numerators: Sequence[float], denominators: Sequence[float] | Sequence[int], seed: int = 0
+) -> Interval:
+    """Ratio of two sums over the same clusters, for example of two gains on the same texts; the bootstrap draws clusters, as above.
+
+    It means something where the sum of the denominators is far from 0, so that hardly any draw has none: those are left out.
+
+    Args:
+        numerators: Of each cluster.
+        denominators: Likewise; their sum is above 0.
+        seed: Of the draws.
+    """
+    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(above), (RESAMPLES, len(above)))
+    sums = below[drawn].sum(axis=1)
+    ratios = above[drawn].sum(axis=1)[sums > 0] / sums[sums > 0]
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return Interval(value=float(totals.sum() / weights.sum()), low=float(low), high=float(high))
+    low, high = np.percentile(ratios, [tail, 100 - tail])
+    return Interval(value=float(above.sum() / below.sum()), low=float(low), high=float(high))

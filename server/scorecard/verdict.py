@@ -96,7 +96,7 @@ def checks_of(
             checks.append(_at_least(f"{name}: accuracy", suite.accuracy, least))
     if drift is not None:
         checks += [
-            _no_drop(each.name, each.paired, limits.accuracy_drop_max)
+            no_drop(each.name, each.paired, limits.accuracy_drop_max, "the version before")
             for each in drift.suites
             if each.kind not in {"golden", "edge"}
         ]
@@ -127,6 +127,29 @@ def questions_needed(flips: Paired, drop_max: float) -> int:
     return math.ceil(z * z * (up + down - (up - down) ** 2) / max(distance**2, 1e-9))
 
 
+def no_drop(name: str, flips: Paired, drop_max: float, other: str) -> Check:
+    """Whether a suite kept its share of right answers.
+
+    Args:
+        name: Of the suite.
+        flips: Answers of two models.
+        drop_max: Share that may be lost.
+        other: What the first of the models is called.
+    """
+    status: Literal["passed", "failed", "undecided"] = "undecided"
+    if flips.difference.low >= -drop_max:
+        status = "passed"
+    elif flips.difference.high < -drop_max:
+        status = "failed"
+    more = ""
+    if status == "undecided":
+        more = f"; about {questions_needed(flips, drop_max):,} questions decide it"
+    detail = (
+        f"{_percent(flips.difference, sign='+')} against {other}, allowed are -{100 * drop_max:.1f} %{more}"
+    )
+    return Check(name=f"{name}: drop", status=status, detail=detail)
+
+
 def _prompts(suite: SuiteScore, plan: HealthPlan | None) -> Check:
     share = 1.0
     if plan is not None and all(isinstance(prompt, ClassPrompt) for prompt in plan.prompts):
@@ -149,19 +172,6 @@ def _at_least(name: str, share: Interval, least: float) -> Check:
     elif share.high < least:
         status = "failed"
     return Check(name=name, status=status, detail=f"{_percent(share)}, wanted are {100 * least:.1f} %")
-
-
-def _no_drop(name: str, flips: Paired, drop_max: float) -> Check:
-    status: Literal["passed", "failed", "undecided"] = "undecided"
-    if flips.difference.low >= -drop_max:
-        status = "passed"
-    elif flips.difference.high < -drop_max:
-        status = "failed"
-    more = ""
-    if status == "undecided":
-        more = f"; about {questions_needed(flips, drop_max):,} questions decide it"
-    detail = f"{_percent(flips.difference, sign='+')} against the version before, allowed are -{100 * drop_max:.1f} %{more}"
-    return Check(name=f"{name}: drop", status=status, detail=detail)
 
 
 def _at_most_kl(mean: Interval | None, most: float) -> Check:

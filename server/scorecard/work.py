@@ -72,11 +72,31 @@ class Compare(Struct, frozen=True, kw_only=True, tag="compare"):
     item: Item
 
 
-Order = Load | Ask | Compare | SpeedOrder | MemoryOrder
+class Read(Struct, frozen=True, kw_only=True, tag="read"):
+    """Give the logits after each of some tokens, from an empty context on."""
+
+    tokens: tuple[int, ...]
+
+
+class Quantize(Struct, frozen=True, kw_only=True, tag="quantize"):
+    """Write the model anew with the runtime's own quantizer; instead of `Load`.
+
+    Attributes:
+        out: The file; replaced when it is there.
+        file_type: Which kind of file, as the runtime numbers them (`llama_ftype` of llama.h).
+        embedding_type: Of the token embedding (`ggml_type` of ggml.h); None for what the kind of file brings.
+    """
+
+    out: str
+    file_type: int
+    embedding_type: int | None = None
+
+
+Order = Load | Ask | Compare | Read | Quantize | SpeedOrder | MemoryOrder
 
 
 class Done(Struct, frozen=True, kw_only=True, tag="done"):
-    """The model is loaded."""
+    """The model is loaded, or the file written."""
 
 
 class Replied(Struct, frozen=True, kw_only=True, tag="replied"):
@@ -86,7 +106,7 @@ class Replied(Struct, frozen=True, kw_only=True, tag="replied"):
 
 
 class Rows(Struct, frozen=True, kw_only=True, tag="rows"):
-    """The answer to `Compare`: float32, row by row."""
+    """The answer to `Compare` and `Read`: float32, row by row."""
 
     width: int
     data: bytes
@@ -166,6 +186,10 @@ class Engine(Protocol):
 
     def rows(self, item: Item) -> npt.NDArray[np.float32]:
         """Logits of shape (positions, vocabulary or classes)."""
+        ...
+
+    def read(self, tokens: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Logits after each token, shape (tokens, vocabulary)."""
         ...
 
     def close(self) -> None:

@@ -32,6 +32,8 @@ from server.scorecard.work import (
     MemoryOrder,
     Model,
     Order,
+    Quantize,
+    Read,
     Replied,
     Rows,
     Speed,
@@ -164,7 +166,16 @@ def _engine(model: Model) -> Engine:
     return llama.LlamaEngine(model) if model.runtime == "llama" else onnx.OnnxEngine(model)
 
 
-def _answer(engine: Engine | None, model: Model, order: Ask | Compare | SpeedOrder | MemoryOrder) -> Answer:
+def _answer(
+    engine: Engine | None,
+    model: Model,
+    order: Ask | Compare | Read | Quantize | SpeedOrder | MemoryOrder,
+) -> Answer:
+    if isinstance(order, Quantize):
+        if model.runtime != "llama":
+            raise EngineError(f"{model.runtime} has no quantizer here")
+        llama.quantize(model, order)
+        return Done()
     if isinstance(order, SpeedOrder):
         speed: Speed = (llama if model.runtime == "llama" else onnx).measure_speed(model, order)
         return speed
@@ -175,7 +186,8 @@ def _answer(engine: Engine | None, model: Model, order: Ask | Compare | SpeedOrd
         raise EngineError("the model is not loaded")
     if isinstance(order, Ask):
         return Replied(reply=engine.ask(order.question))
-    rows = np.ascontiguousarray(engine.rows(order.item), np.float32)
+    found = engine.read(order.tokens) if isinstance(order, Read) else engine.rows(order.item)
+    rows = np.ascontiguousarray(found, np.float32)
     return Rows(width=rows.shape[1], data=rows.tobytes())
 
 

@@ -4,7 +4,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is installed for `make bench-delta` only")
 
 from benchmarks.bert import Bert, Size, WordPiece  # noqa: E402 - after the check
-from benchmarks.finetune import Recipe, train, training_text  # noqa: E402
+from benchmarks.finetune import Recipe, train  # noqa: E402
 from benchmarks.llama import EMBEDDING, OUTPUT_NORM, Llama  # noqa: E402
 from benchmarks.weights import relative_change, round_bf16  # noqa: E402
 from examples.smollm2.model_file import tensor_name  # noqa: E402
@@ -62,12 +62,6 @@ def test_training_changes_what_the_recipe_says_and_lowers_the_loss(kind: str) ->
     assert changed == expected[kind]
     assert all(np.array_equal(round_bf16(value), value) for value in trained.values())
     assert relative_change(base, trained) > 0
-
-
-def test_there_is_text_to_train_on() -> None:
-    text = training_text()
-    assert len(text) > 500_000
-    assert "import" in text
 
 
 def test_words_are_cut_into_the_longest_known_pieces() -> None:

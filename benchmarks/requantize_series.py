@@ -1,0 +1,213 @@
+"""What one update does not show: ten in a row, an update of a narrow task, and what the whole command costs."""
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from msgspec import Struct
+
+from benchmarks import texts
+from benchmarks.catalog import CHAIN_VERSIONS
+from benchmarks.facts import facts_suite
+from benchmarks.running import measured
+from protocol.errors import RequestError
+from server.requantize.calibration import Calibration, calibrate
+from server.requantize.choice import Settings, choose
+from server.requantize.evaluation import Evaluator
+from server.requantize.texts import Text, Tokens
+from server.scorecard.journal import Journal
+from server.scorecard.summary import is_right
+
+CHAIN_SHARE = 0.005
+FACTS_SHARE = 0.005
+GOOD_PRICE = 3e-11
+"""Nats a bit: next to nothing, so that nearly every code that pays is moved."""
+
+_TIMEOUT_S = 4 * 3600.0
+
+Say = Callable[[str], None]
+
+
+class Divergence(Struct, frozen=True, kw_only=True):
+    """Mean divergence of a file from its float model, by text."""
+
+    kl: dict[str, float]
+
+
+class Chain(Struct, frozen=True, kw_only=True):
+    """Ten updates in a row.
+
+    Attributes:
+        last: Divergence of the tenth file, which was chosen against the ninth, and so on.
+        fresh: That of a file which was made from the tenth version alone, and well.
+    """
+
+    last: Divergence
+    fresh: Divergence
+
+    @property
+    def ratio(self) -> float:
+        """Of the two, mean over the texts."""
+        return sum(self.last.kl[name] / self.fresh.kl[name] for name in self.last.kl) / len(self.last.kl)
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """Answers to the made-up questions, by file.
+
+    Attributes:
+        count: Questions.
+        installed: Right answers of the installed file; likewise the others.
+        kept: Of those that plain answers, how many the chosen file answers too.
+    """
+
+    count: int
+    installed: int
+    plain: int
+    chosen: int
+    kept: int
+    delta_bytes: int
+    file_bytes: int
+
+
+class Cost(Struct, frozen=True, kw_only=True):
+    """Of the whole command, with all rows of the table and the guards."""
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+
+
+def calibrated(cache: Path, work: Path, version: str, say: Say, tokens: Tokens | None = None) -> Calibration:
+    """Moments of a version, on the text that was trained on unless another one is given."""
+    if tokens is None:
+        tokens = np.load(cache / "tokens.npy")
+    return calibrate(cache / f"{version}.bf16.gguf", tokens, work / "calibration", say, workers=1)
+
+
+def good_file(cache: Path, work: Path, version: str, kind: str, say: Say) -> Path:
+    """A version quantized well without regard to any other: descent from the plain file at next to no price."""
+    out = work / f"{version}.good.{kind}.gguf"
+    if not out.exists():
+        model, plain = cache / f"{version}.bf16.gguf", cache / f"{version}.{kind}.gguf"
+        choose(
+            model,
+            plain,
+            calibrated(cache, work, version, say),
+            Settings(price=GOOD_PRICE, workers=1),
+            out,
+            say,
+        )
+    return out
+
+
+def run_chain(cache: Path, work: Path, judged: Sequence[Text], kept: Journal, say: Say) -> Chain | None:
+    """Ten updates, each chosen against the file before; None where a version is missing."""
+    known = kept.get("chain", Chain)
+    versions = [f"v2_chain{number}" for number in range(1, CHAIN_VERSIONS + 1)]
+    missing = [each for each in versions if not (cache / f"{each}.bf16.gguf").is_file()]
+    if known is not None:
+        return known
+    if missing:
+        say(f"chain: left out, {missing[0]} is missing: python -m benchmarks.pairs 'chain*'")
+        return None
+    installed = cache / "v1.q4_0.gguf"
+    for version in versions:
+        out = work / f"{version}.chosen.gguf"
+        if not out.exists():
+            settings = Settings(budget_bytes=int(CHAIN_SHARE * installed.stat().st_size), workers=1)
+            calibration = calibrated(cache, work, version, say)
+            choose(cache / f"{version}.bf16.gguf", installed, calibration, settings, out, say)
+        installed = out
+    fresh = good_file(cache, work, versions[-1], "q4_0", say)
+    with Evaluator(cache / f"{versions[-1]}.bf16.gguf", judged, work, 1, _silent) as evaluator:
+        last, best = (
+            Divergence(
+                kl={name: sum(each.kl) / len(each.kl) for name, each in evaluator.measure(file).items()}
+            )
+            for file in (installed, fresh)
+        )
+    found = Chain(last=last, fresh=best)
+    kept.put("chain", found)
+    return found
+
+
+def _silent(_done: int, _total: int, _what: str) -> None:
+    """Progress that nobody looks at."""
+
+
+def run_facts(cache: Path, work: Path, kept: Journal, say: Say) -> Facts | None:
+    """Answers that only the new model knows, as plain and as a chosen file of `FACTS_SHARE`; None where a file is missing."""
+    known = kept.get("facts", Facts)
+    new, plain, installed = (
+        cache / name for name in ("v2_facts.bf16.gguf", "v2_facts.q4_0.gguf", "v1.q4_0.gguf")
+    )
+    if known is not None:
+        return known
+    if not new.is_file() or not plain.is_file() or not (cache / "facts.npy").is_file():
+        say("facts: left out, python -m benchmarks.pairs 'facts.*' makes the files")
+        return None
+    tokens = np.concatenate([np.load(cache / "facts.npy"), np.load(cache / "tokens.npy")])
+    out = work / "facts.chosen.gguf"
+    budget = int(FACTS_SHARE * installed.stat().st_size)
+    calibration = calibrated(cache, work, "v2_facts", say, tokens)
+    chosen = choose(new, installed, calibration, Settings(budget_bytes=budget, workers=1), out, say)
+    suite = facts_suite()
+    with Evaluator(new, (), work, 1, _silent) as evaluator:
+        right = [
+            [
+                is_right(item, reply)
+                for item, reply in zip(suite.items, evaluator.ask(file, suite), strict=True)
+            ]
+            for file in (installed, plain, out)
+        ]
+    found = Facts(
+        count=len(suite.items),
+        installed=sum(right[0]),
+        plain=sum(right[1]),
+        chosen=sum(right[2]),
+        kept=sum(one and other for one, other in zip(right[1], right[2], strict=True)),
+        delta_bytes=chosen.delta_bytes,
+        file_bytes=chosen.file_bytes,
+    )
+    kept.put("facts", found)
+    out.unlink()
+    return found
+
+
+def run_cost(cache: Path, kept: Journal, say: Say) -> Cost:
+    """The whole command on the pair `large`, with nothing measured before.
+
+    Raises:
+        RequestError: It failed.
+    """
+    known = kept.get("cost", Cost)
+    if known is not None:
+        return known
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts = {
+            "calibration": texts.training_text,
+            "sources": texts.held_out_sources,
+            "manuals": texts.held_out_manuals,
+        }
+        for part, text in parts.items():
+            (folder / f"{part}.txt").write_text(text(), "utf-8")
+        say("cost: whimbrel requantize, from nothing")
+        command = [
+            sys.executable,
+            "-m",
+            "server.cli",
+            "requantize",
+            str((cache / "v2_large.bf16.gguf").resolve()),
+        ]
+        command += ["--installed", str((cache / "v1.q4_0.gguf").resolve()), "--out", str(folder / "out.gguf")]
+        command += ["--calibration", str(folder / "calibration.txt"), "--budget", "0.5%"]
+        command += ["--held-out", str(folder / "sources.txt"), "--held-out", str(folder / "manuals.txt")]
+        found = measured(command, _TIMEOUT_S)
+    if isinstance(found, str):
+        raise RequestError(f"whimbrel requantize: {found}")
+    cost = Cost(wall_s=found.wall_s, cpu_s=found.process_cpu_s, peak_bytes=found.peak_bytes)
+    kept.put("cost", cost)
+    return cost

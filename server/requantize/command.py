@@ -1,0 +1,138 @@
+"""What `whimbrel requantize` does with held-out texts: the chosen file is measured beside what else could be sent, and written only if it is no worse than plain."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from protocol.errors import RequestError
+from server.display import Printer, bytes_text
+from server.requantize.calibration import calibrate
+from server.requantize.choice import Settings
+from server.requantize.evaluation import Evaluator
+from server.requantize.guards import TEXTS_MIN, Margins
+from server.requantize.judging import Aim, Judged, Models, Questions, check_request, judge
+from server.requantize.provenance import write_record
+from server.requantize.rows import lines
+from server.requantize.texts import Text
+from server.requantize.tokens import read_tokens
+from server.scorecard.items import Suite
+from server.scorecard.suites import Asking, read_suite
+
+EXIT_NOT_WRITTEN: Final = 1
+"""A guard did not pass."""
+
+_EXTRAPOLATIONS: Final = (0.0, 0.5, 1.0)
+"""Tried on the development text where the installed version in floats is there, and nobody says which."""
+
+
+def run(arguments: argparse.Namespace, show: Printer) -> int:
+    """Choose, measure, and write the file if all guards pass.
+
+    Returns:
+        0 if it was written, else `EXIT_NOT_WRITTEN`.
+
+    Raises:
+        WhimbrelError: As `judge`.
+    """
+    out: Path = arguments.out
+    report = _reporter(arguments)
+    models = Models(arguments.new, arguments.installed, arguments.before, arguments.start)
+    questions = _questions(arguments)
+    aim = _aim(arguments)
+    check_request(models, questions, aim)
+    cache = arguments.cache or out.parent / "calibration"
+    calibration = calibrate(
+        arguments.new,
+        questions.calibration.tokens,
+        cache,
+        report,
+        sequences=arguments.runs,
+        workers=arguments.workers,
+    )
+
+    def progress(done: int, total: int, what: str) -> None:
+        if done == total:
+            report(f"{what}: read")
+
+    with (
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".requantize-") as folder,
+        Evaluator(
+            arguments.new, questions.held_out, cache / "readings", arguments.threads, progress
+        ) as evaluator,
+    ):
+        settings = Settings(budget_bytes=1, workers=arguments.workers)
+        judged, chosen = judge(
+            models, questions, aim, calibration, evaluator, settings, Path(folder), out, report
+        )
+    if judged.is_written:
+        write_record(out, chosen)
+    show(arguments, msgspec.to_builtins(judged), _lines(out, judged))
+    return 0 if judged.is_written else EXIT_NOT_WRITTEN
+
+
+def _reporter(arguments: argparse.Namespace) -> Callable[[str], None]:
+    def report(line: str) -> None:
+        if not arguments.json:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    return report
+
+
+def _questions(arguments: argparse.Namespace) -> Questions:
+    if len(arguments.held_out) < TEXTS_MIN:
+        raise RequestError(
+            f"{len(arguments.held_out)} held-out text(s), {TEXTS_MIN} are needed",
+            hint="give --held-out once more, with text of another kind",
+        )
+    paths: list[Path] = [*arguments.held_out, *([arguments.development] if arguments.development else [])]
+    names = [path.name for path in paths]
+    if len(set(names)) != len(names):
+        raise RequestError(
+            f"two texts are called {max(names, key=names.count)}", hint="give them other names"
+        )
+
+    def text(path: Path) -> Text:
+        return Text(path.name, read_tokens(arguments.new, [path]))
+
+    suites: list[Suite] = [read_suite("golden", path, Asking()) for path in arguments.golden]
+    suites += [read_suite(kind, path, Asking(sample=arguments.sample)) for kind, path in arguments.suite]
+    return Questions(
+        calibration=Text("the calibration text", read_tokens(arguments.new, arguments.calibration)),
+        held_out=tuple(text(path) for path in arguments.held_out),
+        development=text(arguments.development) if arguments.development else None,
+        suites=tuple(suites),
+    )
+
+
+def _aim(arguments: argparse.Namespace) -> Aim:
+    budget = None
+    if arguments.keep is None:
+        budget = arguments.budget(arguments.installed.stat().st_size)
+    tried: tuple[float, ...] = (arguments.extrapolate,)
+    if arguments.keep is not None and arguments.before is not None and not arguments.extrapolate:
+        tried = _EXTRAPOLATIONS
+    return Aim(budget_bytes=budget, keep_share=arguments.keep, extrapolations=tried, margins=Margins())
+
+
+def _lines(out: Path, judged: Judged) -> list[str]:
+    size = next(each.delta_bytes for each in judged.rows if each.name == "chosen") or 0
+    marks = {"passed": "ok", "failed": "FAILED", "undecided": "UNDECIDED"}
+    verdict = (
+        f"{out}: {bytes_text(size)} to send"
+        if judged.is_written
+        else f"{out} is not written: {sum(check.status != 'passed' for check in judged.checks)} guard(s) did not pass"
+    )
+    return [
+        *lines(judged.rows),
+        "",
+        *(f"{marks[check.status]:<9}  {check.name}: {check.detail}" for check in judged.checks),
+        "",
+        f"{judged.changed:,} of {judged.codes:,} codes changed",
+        verdict,
+    ]

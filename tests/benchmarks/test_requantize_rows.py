@@ -1,0 +1,116 @@
+"""What `make bench-requantize` has to show, from files whose readings are made up."""
+
+import msgspec
+import pytest
+
+from benchmarks.facts import FACTS, facts, facts_suite, facts_text
+from benchmarks.requantize_rows import (
+    DEVELOPMENT,
+    GOOD,
+    HELD_OUT,
+    INDEPENDENT,
+    NEAREST,
+    Cell,
+    Measured,
+    Results,
+    json_lines,
+    lines,
+    table_rows,
+)
+from benchmarks.requantize_series import Chain, Cost, Divergence, Facts
+from benchmarks.texts import development_text, held_out_manuals, held_out_sources, training_text
+from server.requantize.rows import NOTHING, PLAIN, TRAP
+from tests.server.requantize.readings import reading
+
+BYTES = 90_000_000
+RTN, WELL = Cell("large", NEAREST, "q4_0"), Cell("large", GOOD, "q4_0")
+
+
+def measured(seed: int, share: float, nll: float, kl: float, flips: float = 0.2) -> Measured:
+    readings = {text: reading(seed, nll, kl, flips) for text in (*HELD_OUT, DEVELOPMENT)}
+    return Measured(delta_bytes=int(share * BYTES), file_bytes=BYTES, readings=readings)
+
+
+def results() -> Results:
+    found = Results()
+    found.files[RTN] = {
+        NOTHING: measured(1, 0, 3.0, 0.4, 0.3),
+        PLAIN: measured(2, 0.044, 2.7, 0.22),
+        TRAP: measured(3, 0.005, 2.69, 0.1),  # good, but no choice
+        "chosen, 0.1 %": measured(4, 0.001, 2.8, 0.15),  # keeps 67 %
+        "chosen, 0.2 %": measured(5, 0.002, 2.71, 0.3),  # is farther from the float model
+        "chosen, 0.4 %": measured(6, 0.004, 2.71, 0.15),
+        "chosen, 0.7 %": measured(7, 0.007, 2.6, 0.1),
+    }
+    found.files[WELL] = {
+        NOTHING: measured(1, 0, 3.0, 0.4, 0.3),
+        PLAIN: measured(2, 0.06, 2.9, 0.22),
+        INDEPENDENT: measured(8, 0.06, 2.7, 0.06),
+        "chosen, 0.5 %": measured(9, 0.0049, 2.75, 0.1),
+        "chosen, 1.5 %": measured(10, 0.0149, 2.74, 0.1),
+    }
+    return found
+
+
+def test_the_requirements_are_met_by_the_smallest_file_that_keeps_enough_and_is_no_worse() -> None:
+    found = lines(results())
+    fewest, half, at_budget, good = found[:4]
+    assert (fewest.figure, fewest.at, fewest.status) == (pytest.approx(0.4), "chosen, 0.4 %", "ok")
+    assert (half.figure, half.at) == (pytest.approx(0.7), "chosen, 0.7 %")
+    assert at_budget.figure == pytest.approx(100 * 0.25 / 0.3, abs=1)
+    assert at_budget.status == "ok"
+    assert good.figure is None
+    assert good.at == "none of 2 files reaches it"
+    assert {line.status for line in found[4:]} == {"not run"}
+
+
+def test_series_and_peers_fill_their_lines() -> None:
+    found = results()
+    cell = Cell("large", NEAREST, "q8_0")
+    found.files[cell] = found.files[RTN]
+    found.peers[cell] = 3_600_000
+    found.chain = Chain(
+        last=Divergence(kl={"sources": 0.12, "manuals": 0.11}),
+        fresh=Divergence(kl={"sources": 0.1, "manuals": 0.1}),
+    )
+    found.facts = Facts(count=100, installed=0, plain=80, chosen=82, kept=78, delta_bytes=1, file_bytes=2)
+    found.cost = Cost(wall_s=600.0, cpu_s=900.0, peak_bytes=1_500_000_000)
+    by_name = {line.what.strip(): line for line in lines(found)}
+    assert by_name["nearest, Q8_0: of the best peer's bytes"].figure == pytest.approx(0.1)
+    assert by_name["ten updates: divergence, of a fresh file's"].figure == pytest.approx(1.15)
+    assert by_name["narrow task: answers kept, % of plain's"].figure == pytest.approx(97.5)
+    assert by_name["narrow task: answers kept, % of plain's"].status == "ok"
+    assert by_name["whole command, min"].figure == 10
+    assert by_name["its memory, GB"].status == "aim"
+
+
+def test_tables_and_lines_hold_every_file_and_say_what_it_is_beside_plain() -> None:
+    found = results()
+    names = [each.name for each in table_rows(found, WELL)]
+    assert names == [NOTHING, PLAIN, INDEPENDENT, "chosen, 0.5 %", "chosen, 1.5 %"]
+    written = [msgspec.json.decode(msgspec.json.encode(line)) for line in json_lines(found)]
+    assert len(written) == sum(len(files) for files in found.files.values())
+    trap = next(line for line in written if line["name"] == TRAP)
+    assert trap["beside_plain"]["sources"]["kl"]["high"] < 0
+
+
+def test_texts_share_nothing_with_what_is_trained_on() -> None:
+    trained = training_text()
+    parts = [development_text(), held_out_sources(), held_out_manuals()]
+    for number, part in enumerate(parts):
+        assert len(part) > 50_000
+        for other in (trained, *parts[:number]):
+            lines_in_common = {line for line in part.splitlines() if len(line) > 100} & set(
+                other.splitlines()
+            )
+            assert not lines_in_common
+
+
+def test_made_up_facts_are_all_different_and_all_in_the_text() -> None:
+    known = facts()
+    text = facts_text()
+    assert len({completion.split()[-1] for _, completion in known}) == FACTS
+    assert all(prompt + completion in text for prompt, completion in known)
+    suite = facts_suite()
+    assert len(suite.items) == len({item.name for item in suite.items}) == FACTS
+    assert suite.items[0].is_exact
