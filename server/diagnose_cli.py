@@ -199,11 +199,9 @@ def _lines(found: Diagnosis, answers: list[Divergence] | list[Shift]) -> Iterato
     )
     if answers:
         yield f"Prompts: {sum(each.is_worse for each in answers)} of {len(answers)} worse"
-    for answer in sorted(answers, key=lambda each: not each.is_worse)[:_PROMPTS_SHOWN]:
-        if isinstance(answer, Shift):
-            yield f"  {told_class(answer)}"
-        elif answer.step is not None or answer.is_worse:
-            yield f"  {told(answer)}"
+    told_of: list[Divergence | Shift] = [each for each in answers if each.is_worse or each.is_other]
+    for answer in sorted(told_of, key=lambda each: not each.is_worse)[:_PROMPTS_SHOWN]:
+        yield f"  {told_class(answer) if isinstance(answer, Shift) else told(answer)}"
 
 
 def _plain(line: str) -> str:

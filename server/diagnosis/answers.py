@@ -37,6 +37,11 @@ class Divergence(Struct, frozen=True, kw_only=True):
     old: list[Candidate] = []
     new: list[Candidate] = []
 
+    @property
+    def is_other(self) -> bool:
+        """Whether the versions answer differently."""
+        return self.step is not None
+
 
 def compare_answers(
     prompts: Sequence[TextPrompt], old: Sequence[Answer], new: Sequence[Answer]

@@ -46,6 +46,11 @@ class Shift(Struct, frozen=True, kw_only=True):
     new_lead: float | None
     trouble: str = ""
 
+    @property
+    def is_other(self) -> bool:
+        """Whether the versions give different classes, or one of them none."""
+        return self.old_label != self.new_label
+
 
 def compare_classes(
     prompts: Sequence[ClassPrompt], old: Sequence[ClassAnswer], new: Sequence[ClassAnswer]
@@ -85,7 +90,7 @@ def findings_of_classes(shifts: Sequence[Shift]) -> list[Finding]:
     other = [
         each
         for each in shifts
-        if None not in {each.old_label, each.new_label} and _is_changed(each) and not each.is_worse
+        if None not in {each.old_label, each.new_label} and each.is_other and not each.is_worse
     ]
     if silent:
         summary = f"{len(silent)} of {len(shifts)} inputs have no answer any more: {silent[0].trouble}"
@@ -104,16 +109,12 @@ def told_class(shift: Shift) -> str:
     """An input in one line: its classes, and by how much each version preferred its own."""
     if shift.new_label is None or shift.old_label is None:
         return f"{shift.name}: no answer: {shift.trouble}"
-    if not _is_changed(shift):
+    if not shift.is_other:
         return f"{shift.name}: class {shift.new_label} as before, ahead by {_number(shift.new_lead)}, was {_number(shift.old_lead)}"
     return (
         f"{shift.name}: class {shift.old_label} (ahead by {_number(shift.old_lead)}) became {shift.new_label}"
         f" (ahead by {_number(shift.new_lead)}); {shift.right} is right"
     )
-
-
-def _is_changed(shift: Shift) -> bool:
-    return shift.old_label != shift.new_label
 
 
 def _number(value: float | None) -> str:

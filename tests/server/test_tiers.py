@@ -12,7 +12,7 @@ from server import operations
 from server.cli import main
 from server.tiers.files import Measured, Tier, read_tiers
 from server.tiers.fit import Subject, fit
-from server.tiers.needs import ModelNeeds, llama_needs
+from server.tiers.needs import ModelNeeds, llama_needs, onnx_needs
 from tests.server import model_damage
 from tests.server.model_damage import Description
 from tests.server.samples import write_health, write_model
@@ -128,6 +128,10 @@ def test_what_would_fit_is_said() -> None:
     assert swapped.broken[0].percent_over == pytest.approx(47.2)
     assert swapped.would_fit[0] == "stopping the old version first (stop_first = true): 736.0 MB"
     assert fit(subject(), "pi", tier(stop_first=True), [subject()]).is_good
+
+
+def test_an_onnx_model_takes_a_runtime_and_one_and_a_half_times_its_files() -> None:
+    assert onnx_needs(100 * MB).memory_bytes(0) == 230 * MB
 
 
 def test_disk_and_latency_are_budgets_too() -> None:
