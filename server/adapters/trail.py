@@ -101,6 +101,8 @@ class Trail(Database):
             before: Only records with a lower number.
             count_max: At most so many.
         """
+        if not (who + what).isprintable():
+            return []  # nothing is called so, and PostgreSQL does not even compare it
         query = select(_AUDIT.c.body).where(_AUDIT.c.at_ms >= since_ms)
         if who:
             query = query.where(_AUDIT.c.who == who)
@@ -144,6 +146,8 @@ class Trail(Database):
 
     def sent(self, about: str = "", count_max: int = 100) -> list[Sent]:
         """The latest alerts with what became of them, newest first."""
+        if not about.isprintable():
+            return []
         query = select(_ALERTS.c.body).order_by(_ALERTS.c.at_ms.desc(), _ALERTS.c.id).limit(count_max)
         alerts = self._load(
             Alert, query.where(_ALERTS.c.about == about[:ABOUT_CHARS_MAX]) if about else query

@@ -76,6 +76,7 @@ def test_what_was_noted_is_listed_newest_first_by_who_what_and_when(store: SqlSt
     assert [each.on for each in store.audit(who="server", count_max=10)] == ["r1"]
     assert [each.on for each in store.audit(what="rollout.", count_max=10)] == ["r2", "r1"]
     assert [each.on for each in store.audit(what="release%", count_max=10)] == []
+    assert store.audit(who="ada\x00", count_max=10) == []
     assert [each.on for each in store.audit(since_ms=NOW_MS + 2, count_max=10)] == ["r2"]
     assert [each.on for each in store.audit(before=3, count_max=1)] == ["r1"]
     assert store.verify_audit().faults == []
