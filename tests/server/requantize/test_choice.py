@@ -215,7 +215,7 @@ def test_a_correction_brings_the_candidate_nearer_to_the_float_model(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     plain = _choose(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2500)
-    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1)
+    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1, trust=0.1)
     assert plain.divergences == ()
     assert len(chosen.divergences) == 2
     assert chosen.divergences[1] < 0.9 * chosen.divergences[0]
