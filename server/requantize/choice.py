@@ -33,8 +33,8 @@ FIRST_BITS: Final = 9.0
 FURTHER_BITS: Final = 2.0
 """What the delta engine takes for a code that changes where one in a few hundred does, and for each step beyond the first."""
 
-TRUST: Final = 0.3
-"""Matrices are corrected side by side, and all of them for what they have done wrong together: a whole step would go too far."""
+TRUST: Final = 0.002
+"""All matrices are corrected side by side for what they have done wrong together: a whole step of each goes hundreds of times too far."""
 
 LINE_SEARCH_MAX: Final = 5
 LINE_SEARCH_SHRINK_MIN: Final = 0.1
@@ -55,6 +55,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         price: Nats per token that a bit of the delta must save. Exactly one of both.
         extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
         metric: What is kept near: what the layers put out, or the plain weights, which is a trap (docs/requantize.md).
+        is_afresh: Begin with the best codes for the new model instead of the installed ones, and go back to these where that saves more
+            than it costs. Better where the budget is some percent of a file that is well quantized; worse for small ones.
         corrections: How often the divergence of what was chosen is measured, and the choice made again from there with its gradient.
         trust: How far a correction goes from the gradient that the metric expects towards the measured one.
         pairs: First steps that are tried for two together, where no single step pays; 0 for none.
@@ -65,6 +67,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     price: float | None = None
     extrapolation: float = 0.0
     metric: MetricName = "outputs"
+    is_afresh: bool = False
     corrections: int = 0
     trust: float = TRUST
     pairs: int = PAIRS
@@ -149,6 +152,7 @@ def choose(
             metric=settings.metric,
             extrapolation=settings.extrapolation,
             pairs=settings.pairs,
+            is_afresh=settings.is_afresh,
         )
         with opened_gguf(new) as fresh, opened_gguf(installed) as old:
             _check_pair(fresh, old)

@@ -75,6 +75,12 @@ class CodedRows:
         """What weights the codes stand for with these scales."""
         return self.steps * codes.astype(np.float32) + self.offsets
 
+    def nearest(self, weights: Floats) -> Codes:
+        """Codes whose weights are nearest to the given ones; the installed code where a block has no scale."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            wanted = np.clip(np.rint((weights - self.offsets) / self.steps), self.low, self.high)
+        return np.where(self.steps == 0, self.codes, np.nan_to_num(wanted)).astype(np.int16)
+
     def joined(self, codes: Codes) -> bytes:
         """The rows' bytes with other codes and the same scales."""
         row = LAYOUTS[self.layout]

@@ -20,7 +20,7 @@ from protocol.errors import EngineError, ModelFileError
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
 from server.requantize.calibration import Calibration
-from server.requantize.codes import LINEAR_LAYOUTS, CodedRows
+from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes
 from server.requantize.correction import Slopes
 from server.requantize.descent import Metric, Price, descend, single_gains
 from server.requantize.model import ModelFile, opened_gguf, row_bytes, rows_and_columns
@@ -50,6 +50,8 @@ class Files:
         out: Takes the result; has the tensors of `installed` when work begins.
         metric: What is kept near: what the layers put out, or the weights.
         extrapolation: How far beyond the new weights the target lies, in steps from `before` to `new`.
+        is_afresh: Begin with the best codes for the target instead of the installed ones, and go back where that saves more than it
+            costs.
         slopes: Gradient of the divergence at `start`.
         trust: How far to go from the gradient that the metric expects there towards it, 0 to 1.
         pairs: First steps that are tried for two together.
@@ -63,6 +65,7 @@ class Files:
     out: Path
     metric: MetricName
     extrapolation: float
+    is_afresh: bool = False
     slopes: Slopes | None = None
     trust: float = 0.0
     pairs: int = 0
@@ -137,7 +140,7 @@ class Worker:
         if not np.isfinite(target).all() or not np.isfinite(rows.steps).all():
             raise ModelFileError(f"{stretch.name}: there are weights or scales that are no numbers")
         metric = self._metric(stretch, rows.codes.shape[1])
-        start = rows.codes if self._start is None else _coded(self._start, stretch).codes
+        start = self._begin(stretch, rows, target, metric)
         error = target - rows.weights(start)
         expected = metric.gradient(error)
         if stretch.price is None:
@@ -149,13 +152,23 @@ class Worker:
         codes, reached = descend(rows, start, gradient, metric, stretch.price, self._files.pairs)
         self._write(stretch, rows.joined(codes))
         before = 0.5 * _inner(error, expected)
-        if self._start is not None:
+        if start is not rows.codes:
             before = metric.cost(target - rows.weights(rows.codes))
         # What the gradient has changed by is the metric's, wherever it began.
         after = 0.5 * _inner(target - rows.weights(codes), expected + (reached - gradient))
         moved = rows.weights(codes) - rows.weights(start)
         promised = 0.0 if slopes is None else _inner(slopes, moved)
         return Outcome(stretch.name, int(np.count_nonzero(codes != rows.codes)), before, after, promised)
+
+    def _begin(self, stretch: Stretch, rows: CodedRows, target: Floats, metric: Metric) -> Codes:
+        """The codes that the descent begins with."""
+        if self._start is not None:
+            return _coded(self._start, stretch).codes
+        if not self._files.is_afresh or stretch.price is None:
+            return rows.codes
+        rounded = rows.nearest(target)
+        gradient = metric.gradient(target - rows.weights(rounded))
+        return descend(rows, rounded, gradient, metric, Price(first=0.0, further=0.0))[0]
 
     def _slopes(self, stretch: Stretch) -> Floats | None:
         """The gradient that was measured at the start."""

@@ -215,7 +215,7 @@ def test_a_correction_brings_the_candidate_nearer_to_the_float_model(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     plain = _choose(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2500)
-    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1)
+    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1, trust=0.1)
     assert plain.divergences == ()
     assert len(chosen.divergences) == 2
     assert chosen.divergences[1] < 0.9 * chosen.divergences[0]
@@ -277,6 +277,21 @@ def test_a_start_is_pulled_back_to_what_is_installed(
         start=rounded,
     )
     assert not any(chosen.changed.values())
+
+
+def test_what_begins_afresh_ends_near_what_is_installed_if_that_is_the_price(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    free, priced, dear = (
+        _choose(folder, calibration, tmp_path / f"{price}.gguf", price=price, is_afresh=True)
+        for price in (0.0, 1e-7, 1e6)
+    )
+    assert not any(dear.changed.values())
+    assert free.objective_after < priced.objective_after < dear.objective_after
+    assert free.delta_bytes > priced.delta_bytes > dear.delta_bytes
+    assert free.objective_before == pytest.approx(dear.objective_before)
+    installed = _choose(folder, calibration, tmp_path / "installed.gguf", price=0.0)
+    assert free.objective_after < 1.1 * installed.objective_after
 
 
 def test_the_record_says_from_what_and_how(folder: Path, calibration: Calibration, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_every_layout_with_linear_codes_is_taken_apart_and_put_together() -> Non
         assert np.array_equal(
             rows.weights(rows.codes).reshape(-1), read_piece(layout, data).values.reshape(-1)
         ), layout
+        possible, has_scale = np.clip(rows.codes, rows.low, rows.high), rows.steps != 0
+        assert np.array_equal(rows.nearest(rows.weights(rows.codes))[has_scale], possible[has_scale]), layout
         moved = np.clip(rows.codes + 1, rows.low, rows.high)
         again = CodedRows.read(layout, rows.joined(moved), 512)
         assert np.array_equal(again.codes, moved), layout
