@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks import requantize_rows as found
 from benchmarks import requantize_series as series
 from benchmarks import texts
+from benchmarks.acceptance import Line
 from benchmarks.catalog import CACHE
 from benchmarks.requantize_rows import GOOD, INDEPENDENT, NEAREST, Cell, Measured, Results
 from benchmarks.rows import aligned
@@ -140,7 +141,7 @@ def _is_wanted(cell: Cell, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(f"{cell.pair}.{cell.base}.{cell.kind}", pattern) for pattern in patterns)
 
 
-def _cells(line: found.Line) -> tuple[str, ...]:
+def _cells(line: Line) -> tuple[str, ...]:
     figure = "-" if line.figure is None else f"{line.figure:.3g}{line.unit}"
     return (line.what, f"{line.must:.3g}", f"{line.aim:.3g}", figure, line.status, line.at)
 
