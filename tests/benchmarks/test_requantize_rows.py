@@ -5,7 +5,6 @@ import pytest
 
 from benchmarks.facts import FACTS, facts, facts_suite, facts_text
 from benchmarks.requantize_rows import (
-    DEVELOPMENT,
     GOOD,
     HELD_OUT,
     INDEPENDENT,
@@ -27,7 +26,7 @@ RTN, WELL = Cell("large", NEAREST, "q4_0"), Cell("large", GOOD, "q4_0")
 
 
 def measured(seed: int, share: float, nll: float, kl: float, flips: float = 0.2) -> Measured:
-    readings = {text: reading(seed, nll, kl, flips) for text in (*HELD_OUT, DEVELOPMENT)}
+    readings = {text: reading(seed, nll, kl, flips) for text in HELD_OUT}
     return Measured(delta_bytes=int(share * BYTES), file_bytes=BYTES, readings=readings)
 
 
