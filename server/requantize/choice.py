@@ -33,16 +33,17 @@ FIRST_BITS: Final = 9.0
 FURTHER_BITS: Final = 2.0
 """What the delta engine takes for a code that changes where one in a few hundred does, and for each step beyond the first."""
 
-TRUST: Final = 0.3
-"""Matrices are corrected side by side, and all of them for what they have done wrong together: a whole step would go too far."""
+TRUST: Final = 0.002
+"""All matrices are corrected side by side for what they have done wrong together: a whole step of each goes hundreds of times too far."""
 
-LINE_SEARCH_MAX: Final = 3
-LINE_SEARCH_FACTOR: Final = 0.3
-"""Where a correction makes it worse, a shorter one is tried, and so on."""
+LINE_SEARCH_MAX: Final = 5
+LINE_SEARCH_SHRINK_MIN: Final = 0.1
+"""Where a correction goes too far, the next one is as long as a parabola through what is known says, and no shorter than this."""
 
 PAIRS: Final = 4
 
 _PROBE_EVERY: Final = 16
+_ARCHITECTURE: Final = "general.architecture"
 _TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
 
@@ -79,7 +80,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
         file_bytes: Of the chosen file.
         changed: Codes that differ from the installed ones, by tensor.
         codes: How many codes there are in these tensors.
-        kept: Tensors that stay as installed, as their layout has no linear codes or the new file has none of that name.
+        kept: Tensors that stay as installed, as their layout has no linear codes.
         objective_before: What the installed codes cost, in nats per token, as the metric sees it.
         objective_after: What the chosen ones cost.
         rounds: Price and bytes of each file that was coded on the way.
@@ -184,6 +185,7 @@ class _Round:
     bytes: int
     before: float
     after: float
+    promised: float
     changed: dict[str, int] = field(default_factory=dict)
 
 
@@ -209,9 +211,9 @@ class _Choice:
         self._names: list[str] = []
         kept: list[str] = []
         for name, region in installed.tensors.items():
-            if region.layout in LINEAR_LAYOUTS and name in new.tensors:
+            if region.layout in LINEAR_LAYOUTS:
                 self._names.append(name)
-            elif region.layout not in FLOAT_LAYOUTS or name not in new.tensors:
+            elif region.layout not in FLOAT_LAYOUTS:
                 kept.append(name)
         self.kept = tuple(kept)
         self.codes = sum(math.prod(installed.tensors[name].dims) for name in self._names)
@@ -255,6 +257,10 @@ class _Choice:
             for _ in range(LINE_SEARCH_MAX):
                 self._files = replace(first, start=kept, slopes=slopes, trust=trust)
                 found = self._search(floor)
+                if found.promised > 2 * slopes.divergence:  # along a parabola that is beyond where it began
+                    self._report(f"correction, trust {trust:.3g}: too far")
+                    trust *= slopes.divergence / found.promised
+                    continue
                 after = measure_divergence(
                     first.new,
                     first.out,
@@ -267,12 +273,15 @@ class _Choice:
                     f"correction, trust {trust:.3g}: divergence {slopes.divergence:.4g} to {after:.4g}"
                 )
                 if after < slopes.divergence:
+                    best = found
                     break
-                trust *= LINE_SEARCH_FACTOR
-            else:
+                if found.promised <= 0:
+                    break
+                bend = after - slopes.divergence + found.promised
+                trust *= max(LINE_SEARCH_SHRINK_MIN, found.promised / (2 * bend))
+            if best is not found:
                 shutil.copyfile(kept, first.out)
                 return best
-            best = found
         self.divergences.append(after)
         return best
 
@@ -284,17 +293,18 @@ class _Choice:
         self._report(f"round {len(self.rounds) + 1}: descent at {price:.3g} nats a bit")
         bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS)
         changed = dict.fromkeys(self._names, 0)
-        before = after = 0.0
+        before = after = promised = 0.0
         stretches = stretches_of(self._installed, self._names, bits)
         for outcome in run_all(self._files, stretches, self._workers):
             changed[outcome.name] += outcome.changed
             before, after = before + outcome.before, after + outcome.after
+            promised += outcome.promised
         size = self._delta_bytes()
         self._report(
             f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes changed, {size:,} bytes,"
             f" objective {before:.4g} to {after:.4g}"
         )
-        self.rounds.append(_Round(price, size, before, after, changed))
+        self.rounds.append(_Round(price, size, before, after, promised, changed))
         return self.rounds[-1]
 
     def _delta_bytes(self) -> int:
@@ -323,7 +333,7 @@ class _Choice:
             regions = made.tensors
         with storage_errors(self._files.out), self._files.out.open("r+b") as file:
             for name, region in regions.items():
-                if region.layout in FLOAT_LAYOUTS and name in self._new.tensors:
+                if region.layout in FLOAT_LAYOUTS:
                     file.seek(region.offset)
                     file.write(_stored(self._new.floats(name).reshape(-1), region.layout))
 
@@ -362,9 +372,8 @@ def _check(settings: Settings, before: Path | None) -> None:
 
 def _check_pair(new: ModelFile, installed: ModelFile) -> None:
     """That one is the other, trained on and not yet quantized."""
-    for key in ("general.architecture",):
-        if new.gguf.metadata.get(key) != installed.gguf.metadata.get(key):
-            raise ModelFileError(f"{new.path}: {key} is not that of {installed.path}")
+    if new.gguf.metadata.get(_ARCHITECTURE) != installed.gguf.metadata.get(_ARCHITECTURE):
+        raise ModelFileError(f"{new.path}: {_ARCHITECTURE} is not that of {installed.path}")
     for key in _TOKENIZER_ARRAYS:
         if _array(new, key) != _array(installed, key):
             raise ModelFileError(
@@ -372,12 +381,17 @@ def _check_pair(new: ModelFile, installed: ModelFile) -> None:
                 hint="another vocabulary needs a new file: quantize it and ship an ordinary delta",
             )
     for name, region in installed.tensors.items():
-        other = new.tensors.get(name)
-        if other is not None and other.dims != region.dims:
+        if name not in new.tensors:
+            raise ModelFileError(
+                f"{new.path}: there is no tensor {name}, which {installed.path} has",
+                hint="give the whole model in one file",
+            )
+        other = new.tensors[name]
+        if other.dims != region.dims:
             raise ModelFileError(
                 f"{new.path}: {name} has the shape {other.dims}, {region.dims} in {installed.path}"
             )
-        if other is not None and other.layout not in FLOAT_LAYOUTS:
+        if other.layout not in FLOAT_LAYOUTS:
             raise ModelFileError(
                 f"{new.path}: {name} is {other.layout.value}, floats are needed",
                 hint="give the model as it was before quantization: F32, F16 or BF16",

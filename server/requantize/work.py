@@ -87,6 +87,7 @@ class Outcome:
         changed: Codes that differ from the installed ones.
         before: Cost of the installed codes, nats per token.
         after: Cost of the chosen ones.
+        promised: What the divergence would fall by from the start, if its measured gradient held all the way.
         gains: How many single steps gain 2^n nats, for n from the smallest bin on; of a look without a price.
     """
 
@@ -94,6 +95,7 @@ class Outcome:
     changed: int
     before: float
     after: float
+    promised: float = 0.0
     gains: tuple[int, ...] = ()
 
 
@@ -139,8 +141,11 @@ class Worker:
         error = target - rows.weights(start)
         expected = metric.gradient(error)
         if stretch.price is None:
-            return Outcome(stretch.name, 0, 0.0, 0.0, _binned(single_gains(rows, expected, metric)))
-        gradient = self._gradient(stretch, expected)
+            return Outcome(stretch.name, 0, 0.0, 0.0, gains=_binned(single_gains(rows, expected, metric)))
+        slopes = self._slopes(stretch)
+        gradient = expected
+        if slopes is not None:
+            gradient = expected + np.float32(self._files.trust) * (slopes - expected)
         codes, reached = descend(rows, start, gradient, metric, stretch.price, self._files.pairs)
         self._write(stretch, rows.joined(codes))
         before = 0.5 * _inner(error, expected)
@@ -148,15 +153,14 @@ class Worker:
             before = metric.cost(target - rows.weights(rows.codes))
         # What the gradient has changed by is the metric's, wherever it began.
         after = 0.5 * _inner(target - rows.weights(codes), expected + (reached - gradient))
-        return Outcome(stretch.name, int(np.count_nonzero(codes != rows.codes)), before, after)
+        moved = rows.weights(codes) - rows.weights(start)
+        promised = 0.0 if slopes is None else _inner(slopes, moved)
+        return Outcome(stretch.name, int(np.count_nonzero(codes != rows.codes)), before, after, promised)
 
-    def _gradient(self, stretch: Stretch, expected: Floats) -> Floats:
-        """From the gradient that the metric expects at the start towards the one that was measured there."""
+    def _slopes(self, stretch: Stretch) -> Floats | None:
+        """The gradient that was measured at the start."""
         slopes = None if self._files.slopes is None else self._files.slopes.of(stretch.name)
-        if slopes is None:
-            return expected
-        measured = np.asarray(slopes[stretch.start : stretch.stop], np.float32)
-        return np.asarray(expected + np.float32(self._files.trust) * (measured - expected), np.float32)
+        return None if slopes is None else np.asarray(slopes[stretch.start : stretch.stop], np.float32)
 
     def _write(self, stretch: Stretch, data: bytes) -> None:
         region = self._regions[stretch.name]

@@ -1,5 +1,6 @@
 """GGUF maps: what is understood, and what is refused with the name of the field."""
 
+import itertools
 import struct
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def test_a_file_of_the_reference_writer_is_mapped_tensor_by_tensor(tmp_path: Pat
         ("ffn", Layout.Q4_0, 4 * 36, (4, 64), 36),
     ]
     assert parsed.metadata["general.architecture"] == "llama"
+
+
+def test_keys_and_descriptions_of_tensors_are_found_in_the_file_without_gaps(tmp_path: Path) -> None:
+    data = gguf_file(tmp_path / "m.gguf", {"norm": (weights((64,), 2), Kind.F32)})
+    parsed = parse_gguf(source(data))
+    spans = [*parsed.pairs.values(), parsed.infos]
+    assert spans[0][0] == len(b"GGUF") + 4 + 8 + 8
+    assert all(first[1] == second[0] for first, second in itertools.pairwise(spans))
+    for key, (start, end) in parsed.pairs.items():
+        assert data[start:end].startswith(_text(key))
+    assert data[slice(*parsed.infos)] == _text("norm") + struct.pack("<IQIQ", 1, 64, 0, 0)
 
 
 def test_a_file_without_tensors_is_one_raw_region() -> None:

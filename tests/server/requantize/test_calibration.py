@@ -129,7 +129,7 @@ def test_moments_are_those_of_the_model_in_one_piece(model: Path, calibration: C
     head = sampled_head(flat, draws.reshape(-1), norm, embedding, shape.epsilon)
     _assert_near(calibration.inputs(EMBEDDING), head.normed.T @ head.normed / runs.size)
     _assert_near(calibration.outputs(EMBEDDING), head.variance / runs.size)
-    upstream = head.at_hidden.reshape(hidden.shape)
+    upstream: Array = head.at_hidden.reshape(hidden.shape)
     for layer in reversed(range(shape.layers)):
         upstream, taps = backward_layer(shape, layers[layer], traces[layer], upstream)
         for name in MATRICES:

@@ -215,7 +215,7 @@ def test_a_correction_brings_the_candidate_nearer_to_the_float_model(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     plain = _choose(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2500)
-    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1)
+    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1, trust=0.1)
     assert plain.divergences == ()
     assert len(chosen.divergences) == 2
     assert chosen.divergences[1] < 0.9 * chosen.divergences[0]
@@ -223,14 +223,21 @@ def test_a_correction_brings_the_candidate_nearer_to_the_float_model(
     assert {path.name for path in tmp_path.iterdir()} == {"plain.gguf", "out.gguf"}
 
 
-def test_a_correction_that_makes_it_worse_is_not_taken(
+def test_a_correction_that_goes_too_far_is_shortened(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    plain = _choose(folder, calibration, tmp_path / "plain.gguf", price=1e-7)
+    wild = _choose(folder, calibration, tmp_path / "out.gguf", price=1e-7, corrections=1, trust=1000.0)
+    assert len(wild.rounds) > 2
+    assert wild.divergences[1] < wild.divergences[0]
+
+
+def test_a_correction_that_changes_nothing_ends_it(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
     out = tmp_path / "out.gguf"
-    wild = _choose(folder, calibration, out, price=1e-7, corrections=1, trust=1000.0)
-    assert wild.delta_bytes == plain.delta_bytes
-    assert out.read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    chosen = _choose(folder, calibration, out, price=1e6, corrections=3)
+    assert len(chosen.divergences) == 1
+    assert out.read_bytes() == (folder / "installed.gguf").read_bytes()
 
 
 def test_slopes_agree_with_finite_differences_of_the_divergence(
@@ -327,6 +334,10 @@ def test_files_that_do_not_belong_together_are_refused(
         choose(other, installed, calibration, settings, out, _quiet)
     with pytest.raises(ModelFileError, match=r"is q8_0, floats are needed .*before quantization"):
         choose(installed, installed, calibration, settings, out, _quiet)
+    part = tmp_path / "part.gguf"
+    write_gguf(new, part, [each for each in read_stored(new) if "ffn_up" not in each.name], {})
+    with pytest.raises(ModelFileError, match=r"no tensor blk.0.ffn_up.weight, which .*whole model"):
+        choose(part, installed, calibration, settings, out, _quiet)
     with pytest.raises(ModelFileError, match="no tensor has codes that can be chosen"):
         choose(new, new, calibration, settings, out, _quiet)
     with pytest.raises(RequestError, match="no such file"):
@@ -343,7 +354,7 @@ def test_files_that_do_not_belong_together_are_refused(
             choose(new, installed, calibration, wrong, out, _quiet)
     with pytest.raises(RequestError, match="the budget is 40"):
         choose(new, installed, calibration, Settings(budget_bytes=40, workers=1), out, _quiet)
-    assert list(tmp_path.iterdir()) == [other]
+    assert sorted(tmp_path.iterdir()) == [part, other]
 
 
 def test_damaged_weights_are_named(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
