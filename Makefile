@@ -204,7 +204,7 @@ bench-delta-large: ## measure the delta coder on files of 0.1, 1 and 4 GB: linea
 bench-requantize: ## measure chosen quantized files beside plain ones: bytes, divergence, flips (trains models first: hours; BENCH_OPTIONS='--cells GLOB')
 	$(call environment,bench)
 	$(BIN)/python -m benchmarks.pairs 'large.*' 'lora.q4_0' 'facts.q4_0' 'chain*.q4_0'
-	$(BIN)/python -m benchmarks.requantize $(BENCH_OPTIONS)
+	$(BIN)/python -m benchmarks.requantize $(if $(EVALS),--evals '$(EVALS)') $(BENCH_OPTIONS)
 
 .PHONY: bench-score
 bench-score: setup ## scorecards of SmolLM2 in three quantizations, and the same by other means: EVALS=folder with mmlu/ and gsm8k/ (SAMPLE=N questions)

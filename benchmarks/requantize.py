@@ -1,6 +1,6 @@
 """Choosing the next quantized file against the installed one, on real fine-tunes (`make bench-requantize`).
 
-`python -m benchmarks.requantize [--cells GLOB,...] [--cache DIR] [--evals DIR] [--json] [--plots DIR]`. Files are evaluated under llama.cpp on texts that were
+`python -m benchmarks.requantize [--cells GLOB,...] [--cache DIR] [--evals DIR] [--json]`. Files are evaluated under llama.cpp on texts that were
 used neither for calibration nor for settings (`texts.py`). What was measured is in journals: a run that was stopped goes on, and rows that are there are
 not measured again. Prints a table for each cell, and what it has to show with the measured figure beside it.
 
@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks import requantize_rows as found
 from benchmarks import requantize_series as series
 from benchmarks import texts
+from benchmarks.acceptance import Line
 from benchmarks.catalog import CACHE
 from benchmarks.requantize_rows import GOOD, INDEPENDENT, NEAREST, Cell, Measured, Results
 from benchmarks.rows import aligned
@@ -87,13 +88,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cells", default="*", metavar="GLOB,...", help="such as 'large.nearest.*'")
     parser.add_argument("--rows", default="*", metavar="GLOB,...", help="such as 'plain*'; * for all")
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument(
+        "--evals", type=Path, metavar="DIR", help="with gsm8k/ and mmlu/: their questions are a third text"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help=f"(default: {FOLDER} in --cache)")
     parser.add_argument("--peers-from", type=Path, metavar="FILE", help="JSON lines of `make bench-delta`")
     parser.add_argument(
         "--series", default="chain,facts,cost", metavar="NAME,...", help="(default: %(default)s)"
     )
     parser.add_argument("--measured", action="store_true", help="show what is there, measure nothing")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots as SVG files")
     parser.add_argument("--json", action="store_true", help="print a JSON line for each row, too")
     options = parser.parse_args(arguments)
     try:
@@ -110,10 +113,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         for line in found.json_lines(results):
             print(json.dumps(line))
-    if options.plots is not None:
-        from benchmarks.requantize_plots import write_plots  # noqa: PLC0415 - matplotlib, for plots alone
-
-        write_plots(results, options.plots)
     return 0 if all(line.status != "short" for line in lines) else 1
 
 
@@ -125,7 +124,7 @@ def run(options: argparse.Namespace) -> Results:
         raise RequestError(f"no cell is called {options.cells}", hint=f"there are {names}")
     results = Results()
     wanted = [] if options.measured else options.rows.split(",")
-    bench = _Bench(options.cache, options.work or options.cache / FOLDER, wanted)
+    bench = _Bench(options.cache, options.work or options.cache / FOLDER, wanted, options.evals)
     if options.peers_from is not None:
         results.peers.update(_peers(options.peers_from))
     for cell in cells:
@@ -140,7 +139,7 @@ def _is_wanted(cell: Cell, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(f"{cell.pair}.{cell.base}.{cell.kind}", pattern) for pattern in patterns)
 
 
-def _cells(line: found.Line) -> tuple[str, ...]:
+def _cells(line: Line) -> tuple[str, ...]:
     figure = "-" if line.figure is None else f"{line.figure:.3g}{line.unit}"
     return (line.what, f"{line.must:.3g}", f"{line.aim:.3g}", figure, line.status, line.at)
 
@@ -162,10 +161,11 @@ def _peers(path: Path) -> Iterator[tuple[Cell, int]]:
 class _Bench:
     """Files of the pairs, calibrations and texts, made when they are needed."""
 
-    def __init__(self, cache: Path, work: Path, wanted: Sequence[str]) -> None:
+    def __init__(self, cache: Path, work: Path, wanted: Sequence[str], evals: Path | None) -> None:
         self._cache = cache
         self._work = work
         self._wanted = wanted  # rows that are measured; what others have is taken
+        self._evals = evals
         self._texts: list[Text] = []
         self._calibrations: dict[str, Calibration] = {}
         self._control_bytes: dict[
@@ -308,6 +308,8 @@ class _Bench:
         if not self._texts:
             model = self._cache / "v1.q4_0.gguf"
             made = {"sources": texts.held_out_sources, "manuals": texts.held_out_manuals}
+            if (evals := self._evals) is not None:
+                made["questions"] = lambda: texts.held_out_questions(evals)
             self._texts = [Text(name, self._tokens(model, name, text())) for name, text in made.items()]
             check_unseen(self._texts, [Text("training", np.load(self._cache / "tokens.npy"))])
         return self._texts

@@ -14,7 +14,6 @@ from server.requantize.guards import Margins, check_texts, is_passed
 from server.requantize.rows import FROZEN, NOTHING, PLAIN, REPAIR, TRAP, Row, row
 from server.scorecard.statistics import Interval
 
-DEVELOPMENT = "development"
 HELD_OUT = ("sources", "manuals")
 GAINED = HELD_OUT[0]
 """The text of the kind that was trained on: where the update gains, so that it can be said how much of it is kept."""
@@ -188,7 +187,7 @@ def _chosen(results: Results, cell: Cell) -> list[tuple[str, Measured]]:
 def _fewest(
     what: str, results: Results, cell: Cell, must: float, aim: float, *, kl_share: float | None = None
 ) -> Line:
-    """The smallest of the files that keep enough, as judged on the development text where it was read there, and what it does held out."""
+    """The smallest of the files that keep enough and are no worse than plain; their prices were fixed before anything was read."""
     plain = results.files.get(cell, {}).get(PLAIN)
     tried = _chosen(results, cell)
     if plain is None or not tried:

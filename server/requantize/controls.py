@@ -15,7 +15,7 @@ from server.requantize.model import EMBEDDING, ModelFile, opened_gguf
 FILE_TYPE_KEY: Final = "general.file_type"
 """Which kind of file llama.cpp made (`llama_ftype`)."""
 
-_TYPE_OF_LAYOUT: Final = {
+_TYPE_OF_LAYOUT: Final[dict[Layout, int]] = {
     layout: number for number, (_, _, layout) in GGML_TYPES.items() if layout is not Layout.RAW
 }
 

@@ -198,7 +198,7 @@ class Evaluator:
     def _write(self, runs: Iterator[npt.NDArray[np.float32]], count: int, place: Path, top: Path) -> None:
         partial = place.with_suffix(".partial")
         likeliest = []
-        out: npt.NDArray[np.float16] | None = None
+        out: np.memmap[tuple[int, int], np.dtype[np.float16]] | None = None
         for number, rows in enumerate(runs):
             if out is None:
                 shape = (count * len(rows), rows.shape[1])

@@ -286,8 +286,8 @@ class _Bench:
         chosen, plain = (self._readings[name] for name in (rows.CHOSEN, rows.PLAIN))
         found = list(check_texts(chosen, plain, texts, margins))
         for suite in self._questions.suites:
-            answers = [self._evaluator.ask(self.file(name), suite) for name in (rows.PLAIN, rows.CHOSEN)]
-            found.append(check_suite(suite, *answers, margins))
+            before, now = (self._evaluator.ask(self.file(name), suite) for name in (rows.PLAIN, rows.CHOSEN))
+            found.append(check_suite(suite, before, now, margins))
         return tuple(found)
 
     def _row(self, name: str, note: str) -> Row:

@@ -5,7 +5,6 @@ import pytest
 
 from benchmarks.facts import FACTS, facts, facts_suite, facts_text
 from benchmarks.requantize_rows import (
-    DEVELOPMENT,
     GOOD,
     HELD_OUT,
     INDEPENDENT,
@@ -27,7 +26,7 @@ RTN, WELL = Cell("large", NEAREST, "q4_0"), Cell("large", GOOD, "q4_0")
 
 
 def measured(seed: int, share: float, nll: float, kl: float, flips: float = 0.2) -> Measured:
-    readings = {text: reading(seed, nll, kl, flips) for text in (*HELD_OUT, DEVELOPMENT)}
+    readings = {text: reading(seed, nll, kl, flips) for text in HELD_OUT}
     return Measured(delta_bytes=int(share * BYTES), file_bytes=BYTES, readings=readings)
 
 
@@ -55,8 +54,10 @@ def results() -> Results:
 def test_the_requirements_are_met_by_the_smallest_file_that_keeps_enough_and_is_no_worse() -> None:
     found = lines(results())
     fewest, half, at_budget, good = found[:4]
-    assert (fewest.figure, fewest.at, fewest.status) == (pytest.approx(0.4), "chosen, 0.4 %", "ok")
-    assert (half.figure, half.at) == (pytest.approx(0.7), "chosen, 0.7 %")
+    assert fewest.figure == pytest.approx(0.4)
+    assert (fewest.at, fewest.status) == ("chosen, 0.4 %", "ok")
+    assert half.figure == pytest.approx(0.7)
+    assert half.at == "chosen, 0.7 %"
     assert at_budget.figure == pytest.approx(100 * 0.25 / 0.3, abs=1)
     assert at_budget.status == "ok"
     assert good.figure is None

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from server.requantize.evaluation import Reading
 from server.requantize.figures import BLOCK_TOKENS, blocks, difference, figures, share_of_gain
 from server.requantize.texts import RUN_TOKENS
 from server.scorecard.statistics import clustered_ratio
@@ -87,7 +88,5 @@ def test_an_interval_holds_the_true_difference_about_as_often_as_it_promises() -
     assert held / rounds >= 0.88  # 0.95 less what 120 rounds leave open and 64 blocks promise too much
 
 
-def reading_of(kl: np.ndarray) -> object:
-    from server.requantize.evaluation import Reading  # noqa: PLC0415 - for this test alone
-
+def reading_of(kl: np.ndarray) -> Reading:
     return Reading(nll=tuple(kl), kl=tuple(kl), same=(True,) * len(kl))
