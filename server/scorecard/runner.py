@@ -99,18 +99,20 @@ class Runner:
         return answer
 
     def ask_all(self, items: Sequence[Item], what: str) -> list[Reply | None]:
-        """Ask all questions of a suite that have no answer yet."""
-        replies = [self._journal.get(f"reply:{question_key(item.question)}", Reply) for item in items]
-        done = sum(reply is not None for reply in replies)
-        for index, item in enumerate(items):
-            if replies[index] is not None:
-                continue
-            answer = self.ask(Ask(question=item.question), f"{what}: {item.name}")
-            if isinstance(answer, Replied):
-                replies[index] = answer.reply
-                self._journal.put(f"reply:{question_key(item.question)}", answer.reply)
-                done += 1
-                self._progress(done, len(items), what)
+        """Ask all questions of a suite that have no answer yet; one that stands there twice, once."""
+        keys = [f"reply:{question_key(item.question)}" for item in items]
+        done = sum(self._journal.get(key, Reply) is not None for key in keys)
+        replies: list[Reply | None] = []
+        for key, item in zip(keys, items, strict=True):
+            reply = self._journal.get(key, Reply)
+            if reply is None:
+                answer = self.ask(Ask(question=item.question), f"{what}: {item.name}")
+                if isinstance(answer, Replied):
+                    reply = answer.reply
+                    self._journal.put(key, reply)
+                    done += keys.count(key)
+                    self._progress(done, len(items), what)
+            replies.append(reply)
         return replies
 
     def ask(self, order: Order, what: str) -> Replied | Rows | None:

@@ -150,6 +150,22 @@ def test_the_same_again_is_read_back_and_starts_no_model(home: Path, monkeypatch
     assert journals(home) == before
 
 
+def test_a_question_that_stands_in_a_suite_twice_is_asked_once_and_counts_twice(
+    home: Path, tmp_path: Path
+) -> None:
+    line = json.dumps({"input": [0.5, *[0.25] * (FEATURES - 1)], "label": 0})
+    (tmp_path / "twice.jsonl").write_text(f"{line}\n{line}\n")
+    before = sum(data.count(b'"reply:') for data in journals(home).values())
+    plan = msgspec.structs.replace(QUICK, asking=Asking())
+    suites: list[tuple[SuiteKind, Path]] = [("classes", tmp_path / "twice.jsonl")]
+    card = score_release(home, "digits", "v1", suites=suites, plan=plan).card
+    (found,) = [each for each in card.suites if each.name == "classes"]
+    assert (found.count, found.right) == (2, 2)
+    prompts = sum(each.count for each in card.suites if each.name == "health plan")
+    asked = sum(data.count(b'"reply:') for data in journals(home).values()) - before
+    assert asked in {1, 1 + prompts}  # those of the health plan may have been asked by a test before
+
+
 def test_a_run_that_was_killed_goes_on_where_it_was(home: Path) -> None:
     suite = inputs(home.parent / "many.jsonl", 2000)
     add(home, "killed", write_classifier(home.parent / "killed.onnx", 7))
