@@ -1,8 +1,8 @@
-"""One update from the wish to its end: what happens on entering each state of the table. Pure. What comes from the air is for `fetching.py`, the
-trial and what follows from it for `conclusion.py`.
+"""One update from the wish to its end: what happens on entering each state of the table. Pure.
 
 Syncing and admitting decide whether it can succeed; downloading and installing leave the active slot alone, or what
 they take from it can be put back; the trial decides; the commit point is one durable record. `agent.py` says which event leads here.
+What comes from the air is for `fetching.py`, the trial and what follows from it for `conclusion.py`.
 """
 
 import dataclasses
