@@ -33,8 +33,8 @@ FIRST_BITS: Final = 9.0
 FURTHER_BITS: Final = 2.0
 """What the delta engine takes for a code that changes where one in a few hundred does, and for each step beyond the first."""
 
-TRUST: Final = 0.002
-"""All matrices are corrected side by side for what they have done wrong together: a whole step of each goes hundreds of times too far."""
+TRUST: Final = 0.0005
+"""All matrices are corrected side by side for what they have done wrong together: a whole step of each goes a thousand times too far."""
 
 LINE_SEARCH_MAX: Final = 5
 LINE_SEARCH_SHRINK_MIN: Final = 0.1
