@@ -187,7 +187,7 @@ def _chosen(results: Results, cell: Cell) -> list[tuple[str, Measured]]:
 def _fewest(
     what: str, results: Results, cell: Cell, must: float, aim: float, *, kl_share: float | None = None
 ) -> Line:
-    """The smallest of the files that keep enough and are no worse than plain; their prices were fixed before anything was read."""
+    """The smallest of the files that keep enough and are no worse than plain, of those that were measured."""
     plain = results.files.get(cell, {}).get(PLAIN)
     tried = _chosen(results, cell)
     if plain is None or not tried:

@@ -17,7 +17,7 @@ from server.requantize.texts import RUN_TOKENS
 from server.scorecard.statistics import Interval, clustered_mean, clustered_ratio
 
 BLOCK_TOKENS: Final = 64
-"""Of a text of 8 runs there are 64 blocks, enough for a bootstrap; what one token says of the next is over well before."""
+"""Of a text of 8 runs there are 64 blocks, enough for a bootstrap."""
 
 _Values = npt.NDArray[np.float64]
 

@@ -31,7 +31,7 @@ class Margins(Struct, frozen=True, kw_only=True):
     """How much worse than the plain file counts as no worse.
 
     Attributes:
-        kl_share: Of the plain file's mean divergence. Changes of processor and batch move a divergence by about as much.
+        kl_share: Of the plain file's mean divergence.
         flips: Share of tokens: 0.005 is one token in two hundred.
         accuracy_drop: Share of right answers of a suite.
     """

@@ -9,7 +9,7 @@ import pytest
 from protocol.errors import RequestError
 from server.cli import main
 from server.requantize import command as command_module
-from server.requantize import rows
+from server.requantize import fewest, rows
 from server.requantize.evaluation import quantize
 from server.requantize.guards import Margins
 from server.requantize.judging import Aim, Models, Questions, check_request
@@ -170,6 +170,7 @@ def test_keeping_a_share_takes_the_fewest_bytes_that_do_on_the_development_text(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command_module, "Margins", lambda: LOOSE)
+    monkeypatch.setattr(fewest, "RATIO", 2.0)  # few trials
     options = ("--keep", "40%", "--development", str(folder / "development.txt"), "--force", "--json")
     assert main(command(folder, *options)) == 0
     found = json.loads(capsys.readouterr().out)
