@@ -36,7 +36,7 @@ from protocol.delta.layouts import LAYOUT_BY_NUMBER, BlockLayout
 from protocol.delta.matching import Match
 from protocol.delta.modelling import Choice, Modeller
 from protocol.delta.notes import Notes
-from protocol.delta.planner import SegmentPlan
+from protocol.delta.planner import SegmentPlan, separate
 from protocol.delta.runs import write_context_runs
 from protocol.delta.splitting import split
 from protocol.delta.tensor import encode_tensor, write_runs
@@ -164,8 +164,20 @@ class _Chain:
 
     def encode(self) -> ChainResult:
         for plan in self._job.plans:
-            self._write(plan)
+            for part in self._parts_of(plan):
+                self._write(part)
         return ChainResult(self._records, self._notes.changed)
+
+    def _parts_of(self, plan: SegmentPlan) -> list[SegmentPlan]:
+        """Cut a plan where several tensors have bases: a tables record brings one for whole segments."""
+        if self._job.is_portable:
+            return [plan]
+        apart = [
+            index
+            for index, place in enumerate(plan.places)
+            if place is not None and self._modeller.choice(place.tensor).basis is not None
+        ]
+        return separate(plan, apart) if len(apart) > 1 else [plan]
 
     def _write(self, plan: SegmentPlan) -> None:
         result = read_exactly(self._new, plan.result_offset, plan.length)

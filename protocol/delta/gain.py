@@ -13,6 +13,7 @@ from protocol.delta.tensor import GAIN_LIMIT, Run
 from protocol.tensors.regions import Layout
 
 _CODES_MIN = 256  # fewer values cannot pay for ten bytes of parameters
+_MOVED_MIN = 0.15  # steps, for each code that changed: less is lost in what moved codes besides
 _FITTED = {Layout.I8, Layout.U8, Layout.PACKED4, Layout.I4}
 
 
@@ -30,25 +31,26 @@ def with_gains(runs: Sequence[Run], result: bytes, window: bytes) -> list[Run]:
     return fitted
 
 
-def fit_gain(run: Run, old: bytes, new: bytes) -> tuple[int, int] | None:
+def fit_gain(run: Run, old: bytes, new: bytes, *, by_position: bool = False) -> tuple[int, int] | None:
     """Return gain and offset of a run, or None where they do not help.
 
     Args:
         run: The run.
         old: Its bytes in the base.
         new: Its bytes in the result.
+        by_position: For a coder that uses the position within a code's cell: a gain helps it that moves no code to the next.
     """
     if NAME_BY_NUMBER[run.layout] not in _FITTED:
         return None
     layout = LAYOUT_BY_NUMBER[run.layout]
-    return _fit(layout, _codes(layout, old), _codes(layout, new))
+    return _fit(layout, _codes(layout, old), _codes(layout, new), by_position=by_position)
 
 
 def _codes(layout: BlockLayout, data: bytes) -> Array:
     return layout.codes.split(np.frombuffer(data, np.uint8).reshape(-1, layout.block_bytes))
 
 
-def _fit(layout: BlockLayout, old: Array, new: Array) -> tuple[int, int] | None:
+def _fit(layout: BlockLayout, old: Array, new: Array, *, by_position: bool) -> tuple[int, int] | None:
     if old.size < _CODES_MIN or np.array_equal(old, new):
         return None
     x, y = (
@@ -63,6 +65,9 @@ def _fit(layout: BlockLayout, old: Array, new: Array) -> tuple[int, int] | None:
     offset = round((y.mean() - slope * x.mean()) * (1 << GAIN_SHIFT))
     if abs(gain) > GAIN_LIMIT or abs(offset) > GAIN_LIMIT << 8:
         return None
+    if by_position:
+        moved = np.abs(x * (gain / (1 << GAIN_SHIFT) - 1) + offset / (1 << GAIN_SHIFT)).mean()
+        return (gain, offset) if moved > _MOVED_MIN * np.count_nonzero(x != y) / x.size else None
     expected, _ = predict_plain(layout, old, gain, offset)
     better = np.count_nonzero(expected != new) < 0.98 * np.count_nonzero(old != new)
     return (gain, offset) if better else None

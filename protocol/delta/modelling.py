@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protocol.delta.basis import fit_basis, is_tall
+from protocol.delta.basis import fit_basis, fit_matrix_basis, is_matrix, is_tall
 from protocol.delta.compression import compress
 from protocol.delta.context import ContextModel
 from protocol.delta.format import Profile
@@ -17,7 +17,7 @@ from protocol.delta.gain import fit_gain
 from protocol.delta.layouts import LAYOUT_BY_NUMBER, LAYOUTS, NAME_BY_NUMBER, Array, BlockLayout, Formula
 from protocol.delta.matching import Match
 from protocol.delta.planner import SegmentPlan, TensorPlace
-from protocol.delta.runs import DIVISORS, SLOTS, Basis, ContextRun, Flag
+from protocol.delta.runs import COLUMNS_MAX, DIVISORS, SCALED, SLOTS, Basis, ContextRun, Flag
 from protocol.delta.tensor import Run
 from protocol.tensors.regions import Layout, ReadAt, Region
 
@@ -27,6 +27,9 @@ _HALF_GROUP = 16
 _SAMPLES = 4  # pieces of a tall tensor on which choices are tried
 _SAMPLE_BYTES = 384 << 10
 _COMPARE_BYTES = 1 << 20
+_MATRIX_RANKS = (1, 2, 4)
+_RECORD_BYTES = 60  # of a segment and of the tables record before it, about
+_KEEPING_SCALES = {LAYOUTS[name].number for name in (Layout.RAW, *SCALED)}
 _EXPLAINED_MIN = 0.01  # of an update, by a basis that is worth a trial
 
 
@@ -73,6 +76,8 @@ class Modeller:
         self._choices = dict(choices or {})
         self._slots: dict[tuple[int, bool], int] = {}
         self._last_tensor: int | None = None
+        self._scales = _column_scales(regions, matches)
+        self._last_scales: int | None = None
 
     def tall_tensors(self) -> list[int]:
         """Return the tensors for which a basis may pay and that are not the same as in the base, by index in the map."""
@@ -125,16 +130,30 @@ class Modeller:
         gain, basis = None, None
         if old:
             flags |= Flag.BASE | observed_flags(NAME_BY_NUMBER[run.layout], old, new, self._profile)
+            flags |= self._scale_flags(run, tensor)
             flags |= choice.flags & ~(Flag.GRID if not self._has_grid(run, flags) else Flag.NONE)
-            gain = fit_gain(run, old, new)
+            gain = None if _has_scales(run, flags) else fit_gain(run, old, new, by_position=True)
             flags |= Flag.GAIN if gain else Flag.NONE
             if choice.basis and place and _is_whole_rows(run, place):
                 flags, basis = flags | Flag.RANK, choice.basis
+        else:
+            self._last_scales = None
         first_block = place.first_block if place else 0
         slot = self._slots.setdefault((run.layout, Flag.DRIFT in flags), len(self._slots)) % SLOTS
         return ContextRun(
             run.layout, flags, slot, run.blocks, row_codes, first_block, run.base_offset, gain, basis
         )
+
+    def _scale_flags(self, run: Run, tensor: int) -> Flag:
+        """Return whether a run is a tensor's scales, has those that this chain has seen last, or lies between: zero points, names."""
+        if tensor in self._scales.values() and run.length == self._regions[tensor].length:
+            self._last_scales = tensor
+        elif tensor in self._scales:
+            if self._scales[tensor] != self._last_scales:
+                self._last_scales = None
+        elif run.layout not in _KEEPING_SCALES or run.length > COLUMNS_MAX:
+            self._last_scales = None
+        return Flag.SCALES if self._last_scales is not None else Flag.NONE
 
     def _has_grid(self, run: Run, flags: Flag) -> bool:
         name = NAME_BY_NUMBER[run.layout]
@@ -154,6 +173,8 @@ class Modeller:
     def _choose(self, tensor: int) -> Choice:
         region, match = self._regions[tensor], self._matches[tensor].base
         flags = Flag.GRID if self._is_small and region.layout in {Layout.Q8_0, Layout.Q6_K} else Flag.NONE
+        if match is not None and self._is_small and is_matrix(region):
+            return self._choose_matrix(tensor, match)
         if match is None or not is_tall(region):
             return Choice(flags)
         drifting = Choice(flags | Flag.DRIFT)
@@ -166,8 +187,25 @@ class Modeller:
         candidates += [Choice(flags | Flag.DRIFT, basis.cut(rank)) for rank in (basis.rank // 2, basis.rank)]
         return min(candidates, key=lambda choice: self._trial_bytes(tensor, match, choice))
 
+    def _choose_matrix(self, tensor: int, match: Region) -> Choice:
+        basis = fit_matrix_basis(self._base, self._new, match, self._regions[tensor])
+        if basis is None:
+            return Choice()
+        candidates = [Choice()]
+        candidates += [Choice(basis=basis.cut(rank)) for rank in _MATRIX_RANKS if rank <= basis.rank]
+        return min(candidates, key=lambda choice: self._trial_bytes(tensor, match, choice))
+
+    def _feed_scales(self, model: ContextModel, scales: int) -> None:
+        region, match = self._regions[scales], self._matches[scales].base
+        assert match is not None
+        count = region.length // 4
+        flags = Flag.START | Flag.BASE | Flag.SCALES
+        run = ContextRun(LAYOUTS[region.layout].number, flags, 0, count, count, 0, 0)
+        old = self._base.read_at(match.offset, match.length)
+        model.encode([run], old, self._new.read_at(region.offset, region.length))
+
     def _trial_bytes(self, tensor: int, match: Region, choice: Choice) -> float:
-        """Estimate what a tall tensor costs, from evenly spread pieces of rows."""
+        """Estimate what a tensor costs, from evenly spread pieces of rows."""
         region = self._regions[tensor]
         layout = LAYOUTS[region.layout]
         row_blocks = region.row_bytes // layout.block_bytes
@@ -175,6 +213,9 @@ class Modeller:
         some = min(rows, max(1, _SAMPLE_BYTES // region.row_bytes))
         model = ContextModel()
         model.reset()
+        scales = self._scales.get(tensor)
+        if scales is not None:
+            self._feed_scales(model, scales)
         total = seen = 0
         for index in range(_SAMPLES):
             first = (rows - some) * index // max(1, _SAMPLES - 1)
@@ -184,6 +225,12 @@ class Modeller:
             flags |= (Flag.START if index == 0 else Flag.NONE) | (Flag.RANK if choice.basis else Flag.NONE)
             if Flag.LATTICE not in flags:
                 flags &= ~Flag.GRID
+            gain = None
+            if scales is not None:
+                flags |= Flag.SCALES
+            else:
+                gain = fit_gain(Run(layout.number, some * row_blocks, 0), old, new, by_position=True)
+            flags |= Flag.GAIN if gain else Flag.NONE
             run = ContextRun(
                 layout.number,
                 flags,
@@ -192,13 +239,33 @@ class Modeller:
                 row_blocks * layout.codes.count,
                 first * row_blocks,
                 0,
-                None,
+                gain,
                 choice.basis,
             )
             total += len(model.encode([run], old, new))
             seen += len(new)
-        side = len(compress(choice.basis.pack(), "small")) if choice.basis else 0
+        side = len(compress(choice.basis.pack(), "small")) + _RECORD_BYTES if choice.basis else 0
         return total * region.length / max(seen, 1) + side
+
+
+def _column_scales(regions: Sequence[Region], matches: Sequence[Match]) -> dict[int, int]:
+    """Return for each tensor whose columns have scales in a tensor before it, and both of which the base has, that tensor."""
+    found: dict[int, int] = {}
+    seen: dict[str, int] = {}
+    for index, (region, match) in enumerate(zip(regions, matches, strict=True)):
+        if match.base is None or match.base.length != region.length:
+            continue
+        if region.layout is Layout.F32:
+            seen[region.name] = index
+        elif region.layout in SCALED and region.scales in seen and 0 < region.row_bytes <= COLUMNS_MAX:
+            scales = seen[region.scales]
+            if regions[scales].length == 4 * region.row_bytes:
+                found[index] = scales
+    return found
+
+
+def _has_scales(run: Run, flags: Flag) -> bool:
+    return NAME_BY_NUMBER[run.layout] in SCALED and Flag.SCALES in flags
 
 
 def _is_whole_rows(run: Run, place: TensorPlace) -> bool:

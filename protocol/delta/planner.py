@@ -4,7 +4,7 @@ A plan says what belongs together and where its base lies; which rung of the lad
 tensors share a segment, large ones are cut at block borders, and what has no tensor layout is cut out by itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from protocol.delta.anchors import Anchors
@@ -254,6 +254,42 @@ def confine(plan: SegmentPlan, reach_bytes: int) -> SegmentPlan:
     return replace(
         plan, window_offset=plan.window_offset + first, window_length=last - first, runs=tuple(moved)
     )
+
+
+def separate(plan: SegmentPlan, apart: Collection[int]) -> list[SegmentPlan]:
+    """Cut a plan so that some of its runs are in different segments.
+
+    Args:
+        plan: With runs.
+        apart: Which runs, by index: no two of them may share a segment.
+
+    Returns:
+        The parts in order; the plan itself if a part would reach further in the base than the plan does (SPEC 6.12).
+    """
+    parts: list[SegmentPlan] = []
+    current, is_taken = _Open(plan.result_offset), False
+    for index, (run, place) in enumerate(zip(plan.runs, plan.places, strict=True)):
+        if is_taken and index in apart:
+            parts.append(current.close())
+            current, is_taken = _Open(current.start + current.length), False
+        is_taken = is_taken or index in apart
+        offset = None if run.base_offset is None else plan.window_offset + run.base_offset
+        current.add(replace(run, base_offset=offset), place)
+    parts.append(current.close())
+    is_near = all(
+        _behind(each) <= _behind(plan) and _ahead(each) <= _ahead(plan)
+        for each in parts
+        if each.window_length
+    )
+    return parts if is_near else [plan]
+
+
+def _behind(plan: SegmentPlan) -> int:
+    return plan.result_offset - plan.window_offset
+
+
+def _ahead(plan: SegmentPlan) -> int:
+    return plan.window_offset + plan.window_length - plan.result_offset - plan.length
 
 
 def _place(index: int, region: Region, layout: BlockLayout, inside: int) -> TensorPlace | None:

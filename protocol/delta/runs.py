@@ -25,6 +25,13 @@ COLUMNS_MAX: Final = 4096
 """Columns with statistics of their own."""
 
 RANK_MAX: Final = 16
+
+SCALED: Final = frozenset({Layout.I8, Layout.U8})
+"""Layouts whose columns may have their scales in another tensor, of float32."""
+
+RANKED: Final = frozenset({*DIVISORS, Layout.I8, Layout.U8})
+"""Layouts whose rows may move along a basis."""
+
 GROUP_CODES: Final = 32
 BASIS_BYTES_MAX: Final = 24_576
 """Directions and forecast of one basis: a state with it stays below its limit."""
@@ -46,6 +53,7 @@ class Flag(IntFlag):
     SPARSE = 4  # most groups do not change
     DRIFT = 8  # columns move together
     LATTICE = 16  # scales came from bfloat16 maxima
+    SCALES = 16  # of F32: they are the scales of columns; of codes without scales: those are of their columns; of bytes: keeps them
     GRID = 32  # weights came from bfloat16
     RANK = 64  # rows move along the basis that the last tables record brought
     START = 128  # statistics of rows and columns start anew
@@ -229,15 +237,17 @@ def check_run(run: ContextRun) -> None:
     has_scales = layout.formula is not Formula.PLAIN or layout.codebook
     if has_scales and run.row_codes % layout.codes.count:
         raise PatchError(f"rows of {run.row_codes} codes are not whole blocks of {name}")
-    if Flag.LATTICE in run.flags and name not in DIVISORS:
-        raise PatchError(f"scales of {name} have no lattice")
+    if Flag.LATTICE in run.flags and name not in {*DIVISORS, *SCALED, Layout.F32, Layout.RAW}:
+        raise PatchError(f"{name} has neither a lattice of scales nor scales of columns")
+    if Flag.SCALES in run.flags and Flag.DRIFT in run.flags and name in SCALED:
+        raise PatchError(f"columns of {name} cannot have scales and drift")
     if (Flag.GAIN in run.flags) != (run.gain is not None) or (run.gain and not takes_gain(layout)):
         raise PatchError(f"{name} takes no gain")
     if Flag.RANK not in run.flags:
         return
     basis = run.basis
     row_blocks = run.row_codes // layout.codes.count
-    if basis is None or name not in DIVISORS or basis.columns != run.row_codes:
+    if basis is None or name not in RANKED or basis.columns != run.row_codes:
         raise PatchError("a run refers to a basis that does not fit it")
     if Flag.BASE not in run.flags or run.first_block % row_blocks or run.blocks % row_blocks:
         raise PatchError("a run with a basis does not consist of whole rows")

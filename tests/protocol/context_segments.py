@@ -1,7 +1,7 @@
 """Segments of the context coder for tests, and the comparison of everything that codes them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from protocol.delta.layouts import LAYOUTS
 from protocol.delta.native import context as native
 from protocol.delta.reference import context as reference
 from protocol.delta.reference.scales import lattice
-from protocol.delta.runs import DIVISORS, Basis, ContextRun, Flag, check_run
+from protocol.delta.runs import DIVISORS, SCALED, Basis, ContextRun, Flag, check_run
 from protocol.delta.tensor import takes_gain
 from protocol.tensors import Layout
 from tests.protocol.model_files import blocks, moved_blocks
@@ -27,6 +27,10 @@ class Segment:
     runs: Sequence[ContextRun]
     window: bytes
     result: bytes
+
+    def with_flags(self, flags: Flag) -> "Segment":
+        """Return the segment with more flags on all its runs."""
+        return replace(self, runs=[replace(run, flags=run.flags | flags) for run in self.runs])
 
 
 def new_state() -> bytearray:
@@ -79,6 +83,12 @@ def flag_sets(name: Layout) -> list[Flag]:
     if name in DIVISORS:
         found += [Flag.BASE | Flag.LATTICE, Flag.BASE | Flag.LATTICE | every]
         found += [Flag.BASE | Flag.RANK, Flag.BASE | Flag.RANK | Flag.LATTICE | Flag.SPARSE | Flag.GRID]
+    if name in SCALED:
+        found += [Flag.BASE | Flag.SCALES, Flag.BASE | Flag.SCALES | Flag.GAIN | Flag.SPARSE]
+        found += [Flag.BASE | Flag.RANK, Flag.BASE | Flag.RANK | every]
+        found.append(Flag.BASE | Flag.RANK | Flag.SCALES)
+    if name in {Layout.F32, Layout.RAW}:
+        found.append(Flag.BASE | Flag.SCALES)
     return found
 
 
@@ -106,7 +116,27 @@ def tensor(name: Layout, flags: Flag, seed: int, count: int, share: float = 0.1)
     """Return blocks of a base, and what has become of them."""
     old = blocks(name, count, seed)
     new = moved_blocks(name, old, seed + 1, share)
-    return (on_lattice(name, old), on_lattice(name, new)) if Flag.LATTICE in flags else (old, new)
+    has_lattice = Flag.LATTICE in flags and name in DIVISORS
+    return (on_lattice(name, old), on_lattice(name, new)) if has_lattice else (old, new)
+
+
+def scaled_by_columns(update: float, columns: int = 64, rows: int = 40) -> Segment:
+    """Return weights of eight bits after some training, with a scale for each column before them; START is set, SCALES is not."""
+    rng = np.random.default_rng(12)
+    weights = 0.02 * rng.standard_normal((rows, columns))
+    versions = []
+    after = weights + update * rng.standard_normal(weights.shape)
+    # The first row has the largest weights, by which columns are scaled.
+    weights[0], after[0] = 0.1, 0.1 + 0.01 * rng.standard_normal(columns)
+    for moved in (weights, after):
+        scales = (np.abs(moved).max(axis=0) / 127).astype(np.float32)
+        versions.append(scales.tobytes() + np.rint(moved / scales).astype(np.int8).tobytes())
+    flags = Flag.START | Flag.BASE
+    runs = [
+        ContextRun(LAYOUTS[Layout.F32].number, flags, 0, columns, columns, 0, 0),
+        ContextRun(LAYOUTS[Layout.I8].number, flags, 0, rows * columns, columns, 0, 4 * columns),
+    ]
+    return Segment(runs, versions[0], versions[1])
 
 
 def three_segments(

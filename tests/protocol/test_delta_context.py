@@ -36,6 +36,7 @@ from tests.protocol.context_segments import (
     needs_library,
     new_state,
     on_lattice,
+    scaled_by_columns,
     tensor,
     three_segments,
 )
@@ -205,6 +206,35 @@ def test_rows_that_move_along_a_basis_cost_less_with_it() -> None:
     assert len(along) < 0.8 * len(plain)
 
 
+def test_codes_of_eight_bits_that_move_along_a_basis_cost_less_with_it() -> None:
+    rng = np.random.default_rng(9)
+    weights = 25 * rng.standard_normal((128, 256))
+    directions = np.clip(np.rint(50 * rng.standard_normal((1, 256))), -127, 127)
+    moved = weights + 0.01 * rng.standard_normal((128, 1)) @ directions
+    old, new = (np.clip(np.rint(values), -127, 127).astype(np.int8).tobytes() for values in (weights, moved))
+    basis = Basis(256, 1, directions.astype(np.int8).tobytes(), b"", bytes([26, 0]))
+    flags = Flag.START | Flag.BASE
+    plain = check([Segment([_run(Layout.I8, flags, 128 * 256, 256)], old, new)])[0]
+    along = check([Segment([_run(Layout.I8, flags | Flag.RANK, 128 * 256, 256, 0, basis)], old, new)])[0]
+    assert len(along) < 0.9 * len(plain)
+
+
+def test_codes_whose_columns_were_scaled_anew_cost_less_with_those_scales() -> None:
+    segment = scaled_by_columns(0.0002)
+    assert len(check([segment.with_flags(Flag.SCALES)])[0]) < 0.9 * len(check([segment])[0])
+
+
+@pytest.mark.parametrize("old", [0.0, 1e-40, -0.5, 1.0, 3e38, float("inf")])
+@pytest.mark.parametrize("new", [0.0, 1e-40, 0.25, -1.0, 3e38, float("nan")])
+def test_scales_of_any_kind_are_coded_alike(old: float, new: float) -> None:
+    segment = scaled_by_columns(0.001, rows=4)
+    window, result = (
+        np.full(64, scale, np.float32).tobytes() + data[256:]
+        for scale, data in ((old, segment.window), (new, segment.result))
+    )
+    check([Segment(segment.with_flags(Flag.SCALES).runs, window, result)])
+
+
 def test_a_basis_may_be_used_in_a_tensor_that_no_run_has_started() -> None:
     basis = basis_for(64, 4, 7, has_forecast=True)
     old, new = tensor(Layout.Q8_0, Flag(0), 8, 64)
@@ -266,18 +296,18 @@ def _segments(draw: st.DrawFn) -> Segment:
         name = draw(st.sampled_from(list(LAYOUTS)))
         flags = draw(st.sampled_from(flag_sets(name))) | draw(st.sampled_from([Flag(0), Flag.START]))
         layout = LAYOUTS[name]
-        unit = layout.codes.count if layout.codes.count >= 32 else 1
+        unit = layout.codes.count if layout.codes.count >= 32 else 32 if Flag.RANK in flags else 1
         row_codes = unit * draw(st.integers(1, 5))
         rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
         basis = None
         if Flag.RANK in flags:
             basis = basis_for(row_codes, draw(st.integers(1, 5)), 1, has_forecast=draw(st.booleans()))
-        row = row_codes // unit if basis else 1
+        row = row_codes // layout.codes.count if basis else 1
         count = row * draw(st.integers(1, 12))
         old, new = rng.bytes(count * layout.block_bytes), rng.bytes(count * layout.block_bytes)
         if draw(st.booleans()):
             new = bytes(np.where(rng.random(len(old)) < 0.1, list(new), list(old)).astype(np.uint8))
-        if Flag.LATTICE in flags:
+        if Flag.LATTICE in flags and name in DIVISORS:
             new = on_lattice(name, new)
         gain = None
         if Flag.GAIN in flags:

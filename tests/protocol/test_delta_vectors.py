@@ -15,10 +15,17 @@ from protocol.delta.inspection import inspect_delta
 from protocol.delta.layouts import LAYOUTS
 from protocol.delta.native import context as native
 from protocol.delta.reference import context as reference
-from protocol.delta.runs import DIVISORS, Basis, Flag, read_context_runs, write_context_runs
+from protocol.delta.runs import (
+    DIVISORS,
+    RANKED,
+    Basis,
+    Flag,
+    read_context_runs,
+    write_context_runs,
+)
 from protocol.delta.tensor import takes_gain
 from protocol.tensors import BytesSource, Layout
-from tests.protocol.context_segments import new_state, three_segments
+from tests.protocol.context_segments import Segment, new_state, scaled_by_columns, three_segments
 from tests.protocol.delta_files import apply, delta
 from tests.protocol.model_files import (
     GGML_NUMBERS,
@@ -99,8 +106,8 @@ def _write_vector(path: Path, base: bytes, new: bytes, segment_bytes: int) -> No
     path.write_text(json.dumps(vector, indent=1) + "\n")
 
 
-def _context_cases() -> dict[str, tuple[Layout, Flag]]:
-    """All flags at once for each layout, and both a lattice and a basis where there may be one."""
+def _context_cases() -> dict[str, list[Segment]]:
+    """All flags at once for each layout, both a lattice and a basis where there may be one, and scales of columns."""
     every = Flag.BASE | Flag.SPARSE | Flag.DRIFT | Flag.GRID
     cases = {
         layout.value: (layout, every | (Flag.GAIN if takes_gain(row) else Flag(0)))
@@ -108,12 +115,15 @@ def _context_cases() -> dict[str, tuple[Layout, Flag]]:
     }
     for layout in DIVISORS:
         cases[f"{layout.value}_lattice"] = layout, every | Flag.LATTICE
+    for layout in RANKED:
         cases[f"{layout.value}_rank"] = layout, Flag.BASE | Flag.RANK
-    return cases
+    segments = {
+        name: three_segments(*case, has_forecast=True, rows=2) for name, case in sorted(cases.items())
+    }
+    return segments | {"i8_scales": [scaled_by_columns(0.001, rows=8).with_flags(Flag.SCALES)]}
 
 
-def _context_vector(layout: Layout, flags: Flag) -> dict[str, object]:
-    segments = three_segments(layout, flags, has_forecast=True, rows=2)
+def _context_vector(segments: list[Segment]) -> dict[str, object]:
     basis, state = segments[0].runs[0].basis, new_state()
     vector: dict[str, object] = {
         "basis": basis.pack().hex() if basis else "",
@@ -136,7 +146,7 @@ def _write_missing_context() -> None:
     for name, case in _context_cases().items():
         path = CONTEXT_VECTORS / f"{name}.json"
         if not path.exists():
-            path.write_text(json.dumps(_context_vector(*case), indent=1) + "\n")
+            path.write_text(json.dumps(_context_vector(case), indent=1) + "\n")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -211,6 +211,7 @@ static inline int16_t centred(const Layout *l, uint8_t code) { return (int16_t)(
 static inline void start_groups(const Layout *l, Group *g) {
     g->old_step = g->new_step = STEP;
     g->old_offset = g->new_offset = 0;
+    g->ratios = 0;
     g->low = l->is_signed ? -128 : -l->zero;
     g->high = l->is_signed ? 127 : (1 << l->codes.width) - 1 - l->zero;
     memset(g->grid, 0, sizeof g->grid);
@@ -336,6 +337,15 @@ static inline int32_t word_class(int32_t level, int32_t exponent) {
     return clamp((level - exponent * LEVEL_UNITS) / LEVEL_UNITS + 3, 0, 2 * WORD_LEVELS - 1);
 }
 
+#define SCALE_RATIO_LIMIT (4 * STEP) /* within what drift keeps in the same place */
+
+/* From an old scale to a new one, whatever their signs; units of 2^-16. */
+static inline int32_t scale_ratio(uint64_t before, uint64_t after) {
+    const int32_t from = before >> 23 & 255, to = after >> 23 & 255, powers = clamp((from ? from : 1) - (to ? to : 1), -16, 16);
+    const int64_t old = (int64_t)(before & 0x7FFFFF) | (int64_t)(from > 0) << 23, now = (int64_t)(after & 0x7FFFFF) | (int64_t)(to > 0) << 23;
+    return ratio_of(old << (powers > 0 ? powers : 0), now << (powers < 0 ? -powers : 0), SCALE_RATIO_LIMIT);
+}
+
 static void code_word(Context *x, const int encode, const uint8_t *old, uint8_t *now) {
     const Layout *l = x->layout;
     Tensor *t = x->tensor;
@@ -344,7 +354,8 @@ static void code_word(Context *x, const int encode, const uint8_t *old, uint8_t 
     const int32_t column = column_of(x);
     if (x->in_row == 0) t->row = clamp(t->row + 1, 0, 1 << 24);
     if (++x->in_row == x->run->row_codes) x->in_row = 0;
-    uint64_t before = load_word(old, bytes), after = encode ? load_word(now, bytes) : 0;
+    const uint64_t scale = load_word(old, bytes);
+    uint64_t before = scale, after = encode ? load_word(now, bytes) : 0;
     int32_t exponent = 0;
     if (is_float) {
         exponent = (int32_t)((before & ~sign) >> (bits - 1 - l->exponent_bits));
@@ -360,10 +371,10 @@ static void code_word(Context *x, const int encode, const uint8_t *old, uint8_t 
     const int32_t now_level = (length + exponent) * LEVEL_UNITS;
     t->word_level += (now_level - t->word_level) / 8;
     t->spread[column] = t->row > 0 ? t->spread[column] + (now_level - t->spread[column]) / 4 : now_level;
-    if (encode) return;
     after = (before + (uint64_t)difference) & mask;
     if (is_float) after = after & sign ? after ^ sign : ~after & mask;
-    store_word(now, after, bytes);
+    if (is_float && x->run->flags & RUN_SCALES) t->drift_mean[column] = scale_ratio(scale, after) - STEP;
+    if (!encode) store_word(now, after, bytes);
 }
 
 /* ---- blocks that have no base ---- */
@@ -399,7 +410,11 @@ static void code_fresh(Context *x, const int encode, uint8_t *block) {
 static void start_tensor(Context *x) {
     Tensor *t = x->tensor;
     const int32_t start = x->model->spread == UNKNOWN ? 8 << SPREAD_UNITS : x->model->spread;
-    memset(t, 0, sizeof *t);
+    /* Scales come before their codes, and there may be something in between. */
+    const int has_scales = x->run->flags & RUN_SCALES && !x->layout->divisor && x->layout->kind != KIND_FLOAT;
+    memset(t, 0, offsetof(Tensor, drift_mean));
+    if (!has_scales) memset(t->drift_mean, 0, sizeof t->drift_mean);
+    memset(t->weight, 0, sizeof *t - offsetof(Tensor, weight));
     t->row = -1;
     t->unit = UNKNOWN;
     for (int k = 0; k < x->run->rank; k++) t->variance[k] = (int64_t)1 << x->run->prior[k];

@@ -22,6 +22,7 @@ typedef struct {
     int16_t *now;
     int32_t step_units;          /* the new step in the tensor's unit, times 16 */
     int32_t ratio, shift;        /* from old codes to new ones, units of 2^-16 */
+    const int32_t *ratios;       /* the same for each column, less 1, where they differ */
     int32_t mean[GROUP_MAX];     /* by how much columns and rows are expected to have moved, likewise */
     int32_t expected[GROUP_MAX]; /* codes */
     int32_t side[GROUP_MAX];     /* 1 where the next likely code is above */
@@ -38,6 +39,7 @@ static void expect_ratio(const Context *x, Group *g) {
     case KIND_PLAIN:
         g->ratio = has_gain ? x->run->gain : STEP;
         g->shift = has_gain ? clamp(x->run->offset, -SHIFT_LIMIT, SHIFT_LIMIT) : 0;
+        g->ratios = x->run->flags & RUN_SCALES ? x->tensor->drift_mean + g->column : 0;
         break;
     case KIND_INDEXED:
         g->ratio = STEP;
@@ -75,7 +77,10 @@ static void expect_still(Group *g, const int32_t *spread, int32_t level) {
 
 static void expect_moved(Group *g, const int32_t *spread, int32_t level) {
     int32_t position[GROUP_MAX];
-    for (int j = 0; j < g->count; j++) position[j] = g->old[j] * g->ratio + g->shift + g->mean[j];
+    if (g->ratios)
+        for (int j = 0; j < g->count; j++) position[j] = g->old[j] * (g->ratios[j] + STEP) + g->shift + g->mean[j];
+    else
+        for (int j = 0; j < g->count; j++) position[j] = g->old[j] * g->ratio + g->shift + g->mean[j];
     for (int j = 0; j < g->count; j++) {
         int32_t code = clamp((position[j] + HALF_STEP) >> 16, g->low, g->high);
         int32_t offset = position[j] - code * STEP;
@@ -102,7 +107,7 @@ static void expect(const Context *x, Group *g) {
         g->step_units = (int32_t)clamp64(in_units(t, magnitude(g->new_step) * 16), 0, 1 << 22);
     }
     const int32_t level = t->row_spread - log2_of(g->new_step) * LOG_UNITS;
-    if (is_moving || g->ratio != STEP || g->shift) expect_moved(g, t->spread + g->column, level);
+    if (is_moving || g->ratios || g->ratio != STEP || g->shift) expect_moved(g, t->spread + g->column, level);
     else expect_still(g, t->spread + g->column, level);
 }
 

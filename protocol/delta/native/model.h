@@ -64,7 +64,7 @@ typedef struct {
     int32_t last_change, before_change, is_left_busy;
     int32_t word_level;
     int32_t spread[COLUMNS_MAX];     /* log2 of b, units of 2^-12 */
-    int32_t drift_mean[COLUMNS_MAX]; /* mean change, units of 2^(unit - 4) */
+    int32_t drift_mean[COLUMNS_MAX]; /* mean change, units of 2^(unit - 4); with RUN_SCALES: ratio from old codes to new ones, less 1, units of 2^-16 */
     uint16_t weight[COLUMNS_MAX];    /* Fisher information about spread, units of 1/16 */
     uint8_t above[COLUMNS_MAX];      /* whether the code in the row above changed */
     uint8_t busy[COLUMNS_MAX / 16];  /* the group above: whether a code changed, and twice how its scale did */
@@ -85,6 +85,7 @@ enum Flag {
     RUN_SPARSE = 4,   /* most groups do not change: a flag for each says so */
     RUN_DRIFT = 8,    /* columns move together */
     RUN_LATTICE = 16, /* scales came from bfloat16 maxima */
+    RUN_SCALES = 16,  /* of words: they are the scales of columns; of plain codes: those are the scales of their columns */
     RUN_GRID = 32,    /* weights came from bfloat16 */
 };
 

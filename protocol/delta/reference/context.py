@@ -53,7 +53,8 @@ def _code_runs(
         x = Context.of(run, coder, state)
         if Flag.START in run.flags:
             prior = run.basis.prior[: run.basis.rank] if run.basis else b""
-            state.tensor.restart(prior, state.spread(x.model))
+            keeps_ratios = x.has_scales and x.shape.kind is not Kind.FLOAT
+            state.tensor.restart(prior, state.spread(x.model), keeps_ratios=keeps_ratios)
         new = memoryview(result)[len(out) : len(out) + run.length] if result is not None else None
         old = (
             None

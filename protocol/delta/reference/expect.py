@@ -43,7 +43,11 @@ def expect(x: Context, g: Group) -> None:
     if min(place) < 0 or max(place) >= SPREADS:
         place = [clamp(level, 0, SPREADS - 1) for level in place]
     g.place = place
-    if g.mean:
+    if g.ratios:
+        positions = [code * column + shift for code, column in zip(old, g.ratios, strict=True)]
+        if g.mean:
+            positions = [position + move for position, move in zip(positions, g.mean, strict=True)]
+    elif g.mean:
         positions = [code * ratio + shift + move for code, move in zip(old, g.mean, strict=True)]
     elif ratio != STEP or shift:
         positions = [code * ratio + shift for code in old]
@@ -69,6 +73,9 @@ def expect(x: Context, g: Group) -> None:
 def _expect_ratio(x: Context, g: Group) -> None:
     if x.shape.kind is Kind.PLAIN:
         g.ratio, g.shift = x.gain, clamp(x.offset, -_SHIFT_LIMIT, _SHIFT_LIMIT)
+        if x.has_scales:
+            ratios = x.tensor.drift_mean[g.column : g.column + len(g.old)]
+            g.ratios = [ratio + STEP for ratio in ratios]
     elif x.shape.kind is Kind.INDEXED:
         g.ratio, g.shift = STEP, 0
     else:

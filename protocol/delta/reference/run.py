@@ -31,6 +31,7 @@ class Context:
         is_sparse: A flag tells of most groups that they are as expected.
         has_drift: Columns move together.
         has_lattice: Scales came from bfloat16 maxima.
+        has_scales: Words are the scales of columns, or those are the scales of these codes' columns.
         has_grid: Weights came from bfloat16.
         directions: In which rows move, where there is a basis.
     """
@@ -48,6 +49,7 @@ class Context:
     is_sparse: bool
     has_drift: bool
     has_lattice: bool
+    has_scales: bool
     has_grid: bool
     directions: Directions | None
 
@@ -69,7 +71,8 @@ class Context:
             offset,
             Flag.SPARSE in run.flags,
             Flag.DRIFT in run.flags,
-            Flag.LATTICE in run.flags,
+            Flag.LATTICE in run.flags and shape.divisor > 0,
+            Flag.SCALES in run.flags and shape.divisor == 0,
             Flag.GRID in run.flags,
             Directions(run.basis) if run.basis else None,
         )
@@ -96,6 +99,7 @@ class Group:
         wanted: Codes of the result; empty for a reader.
         ratio: From old codes to new ones, units of 2**-16.
         shift: Likewise.
+        ratios: Of each code's column, where they differ; else empty.
         level: log2 of the row's b in steps, without the columns' part.
         mean: By how much columns and rows are expected to have moved, units of 2**-16 steps; empty for not at all.
         expected: Codes.
@@ -115,6 +119,7 @@ class Group:
     wanted: list[int] = field(default_factory=list)
     ratio: int = STEP
     shift: int = 0
+    ratios: list[int] = field(default_factory=list)
     level: int = 0
     mean: list[int] = field(default_factory=list)
     expected: list[int] = field(default_factory=list)

@@ -157,7 +157,7 @@ class Tensor:
     is_left_busy: int
     word_level: int
     spread: list[int]  # log2 of b, units of 2**-12
-    drift_mean: list[int]  # mean change, units of 2**(unit - 4)
+    drift_mean: list[int]  # mean change, units of 2**(unit - 4); or ratios of scales less 1, units of 2**-16
     weight: list[int]  # Fisher information about spread, units of 1/16
     above: list[int]  # whether the code in the row above changed
     busy: list[int]  # the group above: whether a code changed, and twice how its scale did
@@ -167,16 +167,18 @@ class Tensor:
         """Return the contents of a record of the state."""
         return cls(**{field.name: record[field.name].tolist() for field in fields(cls)})
 
-    def restart(self, prior: bytes, model_spread: int) -> None:
+    def restart(self, prior: bytes, model_spread: int, *, keeps_ratios: bool) -> None:
         """Forget everything: a tensor starts.
 
         Args:
             prior: Logarithms of the variances that its coefficients have, one for each direction.
             model_spread: Where the slot's tensor before has come to, or `UNKNOWN`.
+            keeps_ratios: The scales of its columns came before it.
         """
         fresh = Tensor.of(np.zeros((), _TENSOR))
         for field in fields(self):
-            setattr(self, field.name, getattr(fresh, field.name))
+            if field.name != "drift_mean" or not keeps_ratios:
+                setattr(self, field.name, getattr(fresh, field.name))
         self.row = -1
         self.unit = UNKNOWN
         self.variance[: len(prior)] = [1 << bits for bits in prior]

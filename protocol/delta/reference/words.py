@@ -5,7 +5,7 @@ from typing import Final
 import numpy as np
 
 from protocol.delta.layouts import Array
-from protocol.delta.reference.arithmetic import clamp, quotient
+from protocol.delta.reference.arithmetic import STEP, clamp, quotient, ratio_of
 from protocol.delta.reference.blocks import Kind
 from protocol.delta.reference.numbers import code_number
 from protocol.delta.reference.run import Context
@@ -13,6 +13,8 @@ from protocol.delta.reference.state import NUMBER_COUNTERS, WORD_LEVELS, WORDS
 
 _LEVEL_UNITS: Final = 16  # a bit of a difference's length
 _ROWS_MAX: Final = 1 << 24
+_SCALE_RATIO_LIMIT: Final = 4 * STEP
+"""Within what drift keeps in the same place."""
 
 
 def code_words(x: Context, old: bytes | memoryview, new: bytes | memoryview) -> bytes:
@@ -31,13 +33,26 @@ def code_words(x: Context, old: bytes | memoryview, new: bytes | memoryview) -> 
         if x.coder.is_encoder
         else ordered
     )
+    first = x.in_row
     found = [
         word + _code_word(x, exponent, _wrapped(after - word, sign))
         for word, exponent, after in zip(ordered, exponents, wanted, strict=True)
     ]
     mask = 2 * sign - 1
     words = np.array([word & mask for word in found], before.dtype)
-    return _unordered(words, sign, is_float=is_float).tobytes()
+    after = _unordered(words, sign, is_float=is_float)
+    if x.has_scales and is_float:
+        for at, scales in enumerate(zip(before.tolist(), after.tolist(), strict=True), first):
+            x.tensor.drift_mean[at % x.row_codes % x.columns] = _scale_ratio(*scales) - STEP
+    return after.tobytes()
+
+
+def _scale_ratio(before: int, after: int) -> int:
+    """Return the ratio of an old scale to a new one, whatever their signs, in units of 2**-16."""
+    old, new = before >> 23 & 255, after >> 23 & 255
+    powers = clamp(max(old, 1) - max(new, 1), -16, 16)
+    mantissa = (before & 0x7FFFFF) | (old > 0) << 23, (after & 0x7FFFFF) | (new > 0) << 23
+    return ratio_of(mantissa[0] << max(powers, 0), mantissa[1] << max(-powers, 0), _SCALE_RATIO_LIMIT)
 
 
 def _ordered(words: Array, sign: int, *, is_float: bool) -> Array:
