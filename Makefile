@@ -42,14 +42,14 @@ demo: ## bring up a broker, a server and 36 devices; ship a good and a bad relea
 	$(BIN)/whimbrel-sim run --devices $(DEVICES) --seed $(SEED) --report whimbrel-report.html
 
 .PHONY: demo-llm
-demo-llm: ## the same with a language model: SmolLM2-135M under llama.cpp, 4 devices (compiles llama.cpp: ten more minutes)
+demo-llm: ## the same with a language model: SmolLM2-135M under llama.cpp, 4 devices (compiles llama.cpp: some minutes more)
 	$(call environment,llm)
 	$(BIN)/python -m examples.smollm2.fetch
 	[ -f .cache/smollm2/report.json ] || $(BIN)/python -m examples.smollm2.build --model .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf --out .cache/smollm2
 	$(BIN)/whimbrel-sim run --llm --models .cache/smollm2 --devices 4 --seed $(SEED) --report whimbrel-llm-report.html
 
 .PHONY: setup
-setup: ## make the development environment (compiles llama.cpp once: about eight minutes)
+setup: ## make the development environment (compiles llama.cpp once: four to eight minutes)
 	$(call environment,dev)
 
 .PHONY: test

@@ -58,7 +58,7 @@ def install_commands(lock: Path) -> list[list[str]]:
     """The pip commands that bring the environment to what `lock` pins, and the project into it."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if is_missing(lock.read_text(), "llama-cpp-python"):
-        print("compiling llama.cpp: about eight minutes on two cores", flush=True)
+        print("compiling llama.cpp: four to eight minutes on two cores", flush=True)
         os.environ.setdefault("CMAKE_ARGS", shlex.join(LLAMA_OPTIONS))
     return [
         [*pip, "--require-hashes", "--requirement", str(lock)],
