@@ -6,8 +6,8 @@ from typing import Final
 
 from protocol.errors import RequestError
 
-ROUNDS_MAX: Final = 7
-"""Files that are coded to find the price of a budget; the curve is smooth, and three or four do."""
+ROUNDS_MAX: Final = 12
+"""Files that are coded to find the price of a budget; where the curve is smooth, three or four do."""
 
 BUDGET_USED_MIN: Final = 0.96
 """A file that takes less of its budget is not the best one for it yet."""
@@ -60,13 +60,17 @@ def price_of_budget(budget: int, floor: int, first: float, bytes_at: Callable[[f
 
 
 def _next_price(points: dict[float, int], budget: int) -> float:
-    """By the secant of bytes over price, both as logarithms, and between the nearest ones that are known."""
+    """By the secant of bytes over price, both as logarithms, and between the nearest ones that are known; by their middle where it creeps."""
     aim = math.log(budget * (1 + BUDGET_USED_MIN) / 2)
     known = sorted((math.log(price), math.log(count)) for price, count in points.items())
     cheap = [point for point in known if point[1] > aim]  # and too long
     dear = [point for point in known if point[1] <= aim]
     if cheap and dear:
         (x1, y1), (x2, y2) = cheap[-1], dear[0]
+        if y2 <= 0 or _fell_on_one_side(
+            list(points.values())[-2:], aim
+        ):  # 0: no code changes, a file that tells nothing of the slope
+            return math.exp((x1 + x2) / 2)
         margin = _MARGIN * (x2 - x1)
         guess = x1 + (aim - y1) * (x2 - x1) / (y2 - y1)
         return math.exp(min(max(guess, x1 + margin), x2 - margin))
@@ -76,3 +80,8 @@ def _next_price(points: dict[float, int], budget: int) -> float:
         slope = min(_SLOPE_MAX, (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0]))
     low, high = (math.log(each) for each in _PRICE_RANGE)
     return math.exp(min(max(x + 1.1 * (aim - y) / slope, low), high))
+
+
+def _fell_on_one_side(counts: list[int], aim: float) -> bool:
+    """Whether the last two files were both too long or both short enough: near a cliff the secant keeps one end, and hardly moves."""
+    return len(counts) == 2 and len({math.log(count) > aim for count in counts}) == 1

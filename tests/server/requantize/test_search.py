@@ -45,3 +45,16 @@ def test_steps_in_the_curve_do_not_loop() -> None:
     """Bytes that jump over the budget: the longest file below it is taken."""
     price = price_of_budget(1000, 0, 1e-8, lambda price: 2000 if price < 1e-7 else 500)
     assert price >= 1e-7
+
+
+@pytest.mark.parametrize("first", [5.4e-5, 1e-8, 2.6e-12])
+@pytest.mark.parametrize("budget", [230_000, 1_000_000])
+def test_a_cliff_is_found(first: float, budget: int) -> None:
+    """Gains that are all alike, as errors of plain weights are: nearly every code changes, or none does."""
+    floor = 19_112
+
+    def bytes_at(price: float) -> int:
+        return floor + int(3.5e6 * max(0.0, 1 - price / 1e-9))
+
+    price = price_of_budget(budget, floor, first, bytes_at)
+    assert 0.6 * budget < bytes_at(price) <= budget
