@@ -51,6 +51,10 @@ class Manager:
     def hears(self, message: str) -> bool:
         return wait_until(lambda: message in self.hear() or message in self.heard, WAIT_S)
 
+    def hears_of(self, words: str) -> bool:
+        """Whether some message has these words, now or before: it may come together with another one that was waited for."""
+        return wait_until(lambda: any(words in said for said in self.hear() + self.heard), WAIT_S)
+
 
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Path]:
@@ -115,12 +119,10 @@ def test_a_running_agent_says_that_it_is_up_how_it_stands_and_that_its_loop_turn
     ):
         assert manager.hears("READY=1")
         assert f"MAINPID={process.pid}" in manager.heard
-        assert wait_until(
-            lambda: any("digits v1 answers, connected" in said for said in manager.hear()), WAIT_S
-        )
+        assert manager.hears_of("digits v1 answers, connected")
         assert manager.hear(1.5).count("WATCHDOG=1") >= 4
         assert main(["pause", "--config", str(device / "device.toml")]) == 0
-        assert wait_until(lambda: any("updates are paused" in said for said in manager.hear()), WAIT_S)
+        assert manager.hears_of("updates are paused")
         process.terminate()
         assert process.wait(WAIT_S) == 0
         assert manager.hears("STOPPING=1")
