@@ -72,7 +72,7 @@ def test_a_bad_version_is_seen_to_come_back(page: Page, lab: BrowserLab, shots: 
     expect(page.locator(".chart")).to_have_attribute(
         "aria-label", re.compile("2 of 2 failed"), timeout=WAIT_MS
     )
-    expect(page.locator(".story")).to_contain_text("stop")
+    expect(page.locator("#decisions .story")).to_contain_text("stop")
     page.screenshot(path=shots / "stopped.png", full_page=True)
     page.locator("table a", has_text="device-").first.click()
     expect(page.locator(".story")).to_contain_text("rolled back v3")
@@ -92,7 +92,7 @@ def test_a_rollout_is_paused_resumed_and_aborted(page: Page, lab: BrowserLab, sh
     page.fill("#why", "the lab reports odd answers")
     order(page, "Pause")
     expect(page.locator("h1 .chip")).to_have_text("paused", timeout=WAIT_MS)
-    expect(page.locator(".story")).to_contain_text("the lab reports odd answers")
+    expect(page.locator("#decisions .story")).to_contain_text("the lab reports odd answers")
     expect(page.locator("#view button", has_text="Promote")).to_have_count(0)  # an approver's
     page.screenshot(path=shots / "paused.png", full_page=True)
     order(page, "Resume")
@@ -100,7 +100,7 @@ def test_a_rollout_is_paused_resumed_and_aborted(page: Page, lab: BrowserLab, sh
     order(page, "Abort")
     expect(page.locator("h1 .chip")).to_have_text("stopped", timeout=WAIT_MS)
     expect(page.locator("#view button")).to_have_count(0)
-    expect(page.locator(".story")).to_contain_text("by operator")
+    expect(page.locator("#decisions .story")).to_contain_text("by operator")
 
 
 def order(page: Page, action: str) -> None:

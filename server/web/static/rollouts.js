@@ -122,7 +122,7 @@ export async function rolloutPage(body, { parts: [id], onLeave, say, confirmed }
     rollout.evidence ? evidence(rollout.evidence, rollout) : null,
     Object.keys(rollout.codes).length ? h("section", { class: "card" }, h("h2", {}, "Why devices did not commit"),
       table("Reasons", ["Code", "Devices"], Object.entries(rollout.codes).map(([code, count]) => [h("code", {}, code), String(count)]))) : null,
-    h("section", { class: "card" }, h("h2", {}, "Decisions"), rollout.decisions.length ? h("ol", { class: "story", reversed: true }, [...rollout.decisions].reverse().map((each) =>
+    h("section", { class: "card", id: "decisions" }, h("h2", {}, "Decisions"), rollout.decisions.length ? h("ol", { class: "story", reversed: true }, [...rollout.decisions].reverse().map((each) =>
       h("li", { class: `d-${each.action}` }, time(each.at_ms), h("div", {}, h("b", {}, each.action), each.by ? ` by ${each.by}` : null, `: ${each.text}`,
         each.reason ? h("div", { class: "small" }, `“${each.reason}”`) : null)))) : h("p", { class: "soft" }, "None yet.")));
     replace(members, table(`${rollout.members_total} devices`, ["Device", "Wave", "Status", "Received", "Reason"], rollout.members.map((each) => [
