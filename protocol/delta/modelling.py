@@ -191,9 +191,17 @@ class Modeller:
         basis = fit_matrix_basis(self._base, self._new, match, self._regions[tensor])
         if basis is None:
             return Choice()
-        candidates = [Choice()]
-        candidates += [Choice(basis=basis.cut(rank)) for rank in _MATRIX_RANKS if rank <= basis.rank]
-        return min(candidates, key=lambda choice: self._trial_bytes(tensor, match, choice))
+        best = Choice()
+        fewest = self._trial_bytes(tensor, match, best)
+        for rank in _MATRIX_RANKS:
+            choice = Choice(basis=basis.cut(min(rank, basis.rank)))
+            count = self._trial_bytes(tensor, match, choice)
+            if count >= fewest:
+                break  # a trial costs as much as the tensor itself, and further directions are weaker still
+            best, fewest = choice, count
+            if rank >= basis.rank:
+                break
+        return best
 
     def _feed_scales(self, model: ContextModel, scales: int) -> None:
         region, match = self._regions[scales], self._matches[scales].base
