@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import msgspec
 
+from server.arguments import integer
 from server.audit import DONE, AuditRecord, actor_text, parse_head
-from server.display import Printer, table
+from server.display import Printer, instant_text, table
 from server.home import opened
 
 SHOWN: Final = 100
@@ -33,7 +34,11 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, printer: Printer)
         help="only acts whose kind begins so, for example rollout or user.add",
     )
     listing.add_argument(
-        "--count", type=_count, default=SHOWN, metavar="N", help="at most so many (default: %(default)s)"
+        "--count",
+        type=integer(1, COUNT_MAX),
+        default=SHOWN,
+        metavar="N",
+        help="at most so many (default: %(default)s)",
     )
     listing.set_defaults(run=_list, printer=printer)
     verify = actions.add_parser(
@@ -62,7 +67,7 @@ def _list(arguments: argparse.Namespace) -> int:
             since_ms=since_ms, who=arguments.who, what=arguments.what, count_max=arguments.count
         )
     rows = [
-        [str(each.number), _instant(each.at_ms), actor_text(each.by), each.what, each.on, _outcome(each)]
+        [str(each.number), instant_text(each.at_ms), actor_text(each.by), each.what, each.on, _outcome(each)]
         for each in records
     ]
     lines = table(["NUMBER", "WHEN", "WHO", "WHAT", "ON", "OUTCOME"], rows)
@@ -114,13 +119,3 @@ def _since(text: str) -> timedelta | datetime:
             f"{text[:40]!r} is no time such as 90m, 2h, 7d or 2027-01-31T08:00"
         ) from None
     return when if when.tzinfo else when.replace(tzinfo=UTC)
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= COUNT_MAX:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not between 1 and {COUNT_MAX}")
-    return int(text)
-
-
-def _instant(at_ms: int) -> str:
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

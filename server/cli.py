@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -40,6 +39,7 @@ from server import (
     verify_cli,
     webhooks_cli,
 )
+from server.arguments import integer
 from server.config import (
     DEFAULT_FLEET,
     DEFAULT_FOLDER,
@@ -50,7 +50,7 @@ from server.config import (
     parse_broker,
     read_config,
 )
-from server.display import bytes_text, table
+from server.display import bytes_text, instant_text, table
 from server.home import KEYS_FOLDER
 from server.ports import ReleaseRecord
 
@@ -144,7 +144,10 @@ def _add_init(commands: Any) -> None:
         "--broker", default=EMBEDDED, metavar="HOST:PORT", help="broker to use (default: an embedded one)"
     )
     init.add_argument(
-        "--port", type=_port, default=DEFAULT_PORT, help="of the embedded broker (default: %(default)s)"
+        "--port",
+        type=integer(0, 65_535),
+        default=DEFAULT_PORT,
+        help="of the embedded broker (default: %(default)s)",
     )
     init.add_argument(
         "--database",
@@ -167,7 +170,11 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
         "--health", required=True, type=Path, help="JSON file: what a device must see in its trial"
     )
     add.add_argument(
-        "--memory-bytes", metavar="N", type=_count, default=0, help="memory that a device needs to run it"
+        "--memory-bytes",
+        metavar="N",
+        type=integer(0, _INTEGER_MAX),
+        default=0,
+        help="memory that a device needs to run it",
     )
     add.add_argument("--tier", action="append", default=[], help="hardware tier that may take it; repeatable")
     add.add_argument("--runtime-version-min", default="", help="oldest version of the engine")
@@ -206,10 +213,12 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
 def _add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
     serve = commands.add_parser("serve", parents=[common], help="run the server until it is interrupted")
     serve.add_argument("--broker", metavar="HOST:PORT", help=f"instead of the configured one; or {EMBEDDED}")
-    serve.add_argument("--port", type=_port, help="of the embedded broker, instead of the configured one")
+    serve.add_argument(
+        "--port", type=integer(0, 65_535), help="of the embedded broker, instead of the configured one"
+    )
     serve.add_argument(
         "--web-port",
-        type=_port,
+        type=integer(0, 65_535),
         metavar="PORT",
         help="show the page on this port of loopback, or of [web] host",
     )
@@ -349,7 +358,7 @@ def _release_state(record: ReleaseRecord, *, is_withdrawn: bool) -> str:
     how = ", encrypted" if record.is_encrypted else ""
     if record.published_ms is None:
         return f"draft{how}"
-    return f"withdrawn{how}" if is_withdrawn else f"published {_instant(record.published_ms)}{how}"
+    return f"withdrawn{how}" if is_withdrawn else f"published {instant_text(record.published_ms)}{how}"
 
 
 def _devices(arguments: argparse.Namespace) -> int:
@@ -364,7 +373,7 @@ def _devices(arguments: argparse.Namespace) -> int:
             _state_text(device.report),
             (device.report.update.code if device.report and device.report.update else "") or "-",
             str(device.report.root) if device.report and device.report.root else "-",
-            _instant(device.seen_ms),
+            instant_text(device.seen_ms) if device.seen_ms else "-",
             ", ".join(labels.get(device.device, ())),
         ]
         for device in devices
@@ -446,28 +455,6 @@ def _release_json(record: ReleaseRecord) -> dict[str, Any]:
     value: dict[str, Any] = msgspec.to_builtins(record)
     value["release"]["health"]["prompts"] = len(record.release.health.prompts)
     return value
-
-
-def _instant(at_ms: int) -> str:
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if at_ms else "-"
-
-
-def _integer(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no integer") from None
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
-    return value
-
-
-def _count(text: str) -> int:
-    return _integer(text, 0, _INTEGER_MAX)
-
-
-def _port(text: str) -> int:
-    return _integer(text, 0, 65_535)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What people are shown: tables, sizes and addresses as text."""
+"""What people are shown: tables, sizes, times and addresses as text."""
 
 import argparse
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, Final, Self
 
 Printer = Callable[[argparse.Namespace, Any, list[str]], None]
@@ -33,6 +34,11 @@ def bytes_text(count: int) -> str:
         if size < 999.5 or unit == "TB":
             break
     return f"{size:.1f} {unit}"
+
+
+def instant_text(at_ms: int) -> str:
+    """A time, to the second."""
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def address_text(address: str) -> str:

@@ -9,12 +9,13 @@ from typing import Any, Final
 import msgspec
 
 from protocol.errors import RequestError, StorageError
+from server.arguments import integer, suite_argument
 from server.display import Printer, bytes_text, table
-from server.score_cli import suite_argument
 
 _BUDGET_DEFAULT: Final = "0.5%"
 _BYTES_MAX: Final = 1 << 44
 _RUNS_MAX: Final = 4096
+_WORKERS_MAX: Final = 256
 _SAMPLE_MAX: Final = 1_000_000
 _TENSORS_SHOWN: Final = 8
 _BUDGET: Final = re.compile(r"(?P<share>\d+(\.\d+)?)%|(?P<bytes>\d+)")
@@ -78,12 +79,15 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
     parser.add_argument(
         "--runs",
         metavar="N",
-        type=_runs,
+        type=integer(1, _RUNS_MAX),
         default=40,
         help="runs of 256 tokens to calibrate with (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", metavar="N", type=_workers, help="processes (default: one for each processor)"
+        "--workers",
+        metavar="N",
+        type=integer(1, _WORKERS_MAX),
+        help="processes (default: one for each processor)",
     )
     parser.add_argument(
         "--cache",
@@ -139,12 +143,16 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         help="questions of which the file may lose few against plain, as in `whimbrel score`; repeatable",
     )
     parser.add_argument(
-        "--sample", metavar="N", type=_sample, default=0, help="questions of each suite (default: all)"
+        "--sample",
+        metavar="N",
+        type=integer(1, _SAMPLE_MAX),
+        default=0,
+        help="questions of each suite (default: all)",
     )
     parser.add_argument(
         "--threads",
         metavar="N",
-        type=_workers,
+        type=integer(1, _WORKERS_MAX),
         default=1,
         help="of one inference (default: %(default)s)",
     )
@@ -290,25 +298,3 @@ def _share(text: str) -> float:
     if match is None or match["share"] is None or not 0 < float(match["share"]) <= 200:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no share such as 95%")
     return float(match["share"]) / 100
-
-
-def _sample(text: str) -> int:
-    return _integer(text, 1, _SAMPLE_MAX)
-
-
-def _runs(text: str) -> int:
-    return _integer(text, 1, _RUNS_MAX)
-
-
-def _workers(text: str) -> int:
-    return _integer(text, 1, 256)
-
-
-def _integer(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no integer") from None
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
-    return value

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -10,7 +9,8 @@ import msgspec
 from protocol.errors import RequestError
 from server import operations, rollout_orders
 from server.actors import login
-from server.display import Printer, bytes_text, table
+from server.arguments import integer
+from server.display import Printer, bytes_text, instant_text, table
 from server.operations import RolloutPlan, RolloutStatus
 from server.rollouts.evidence import Rules
 from server.rollouts.records import Decision, OrderAction, RolloutRecord
@@ -57,7 +57,7 @@ def add_parser(subparsers: Any, common: argparse.ArgumentParser, show: Printer) 
         order.add_argument("--by", default=login(), metavar="NAME", help="who you are (default: %(default)s)")
         order.add_argument(
             "--seen",
-            type=_count,
+            type=integer(0, _COUNT_MAX),
             metavar="N",
             help="refuse if there are other orders than the N that you know of",
         )
@@ -91,7 +91,7 @@ def _add_start(start: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--canary",
         metavar="N",
-        type=_positive,
+        type=integer(1, _COUNT_MAX),
         default=2,
         help="devices that go first, then all (default: %(default)s)",
     )
@@ -107,7 +107,7 @@ def _add_start(start: argparse.ArgumentParser) -> None:
         help="to wait after each wave, for example 30m or 1h,1d,0 for each of three waves",
     )
     start.add_argument(
-        "--pace", metavar="N", type=_positive, help="devices that are asked in a minute, at most"
+        "--pace", metavar="N", type=integer(1, _COUNT_MAX), help="devices that are asked in a minute, at most"
     )
     start.add_argument(
         "--in-flight",
@@ -150,7 +150,7 @@ def _add_judgement(start: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--max-failures",
         metavar="K",
-        type=_count,
+        type=integer(0, _COUNT_MAX),
         help="failures in a wave at which it stops at the latest (default: left to the tests)",
     )
     start.add_argument(
@@ -341,21 +341,17 @@ def shut_out_lines(devices: list[str]) -> list[str]:
 def _started_text(record: RolloutRecord) -> str:
     who = f" by {record.created_by}" if record.created_by else ""
     plan = ", ".join(wave.size_text for wave in record.plan)
-    return f"{_instant(record.created_ms)}  start{who}: {plan}"
+    return f"{instant_text(record.created_ms)}  start{who}: {plan}"
 
 
 def _decision_text(decision: Decision) -> str:
     numbers = ", ".join(f"{name} {_number(value)}" for name, value in decision.numbers.items() if value != "")
-    text = f"{_instant(decision.at_ms)}  {decision.action}: {decision.text}"
+    text = f"{instant_text(decision.at_ms)}  {decision.action}: {decision.text}"
     return f"{text} [{numbers}]" if numbers else text
 
 
 def _number(value: float | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _instant(at_ms: int) -> str:
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 # Arguments
@@ -391,21 +387,4 @@ def _rate(text: str) -> float:
 
 
 def _in_flight(text: str) -> int:
-    return 0 if text == "none" else _positive(text)
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no integer") from None
-    if not 0 <= value <= _COUNT_MAX:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and {_COUNT_MAX}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = _count(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 1 and {_COUNT_MAX}")
-    return value
+    return 0 if text == "none" else integer(1, _COUNT_MAX)(text)

@@ -8,6 +8,7 @@ from typing import Any, Final, get_args
 import msgspec
 
 from protocol.errors import RequestError, StorageError
+from server.arguments import integer, suite_argument
 from server.display import Printer, Progress
 from server.scorecard.items import SuiteKind
 from server.scorecard.keeping import Plan
@@ -62,28 +63,28 @@ def _add_questions(score: argparse.ArgumentParser) -> None:
     score.add_argument(
         "--seed",
         metavar="S",
-        type=_count(0, _COUNT_MAX),
+        type=integer(0, _COUNT_MAX),
         default=0,
         help="draws the sample (default: %(default)s)",
     )
     score.add_argument(
         "--shots",
         metavar="K",
-        type=_count(0, SHOTS_MAX),
+        type=integer(0, SHOTS_MAX),
         default=5,
         help="solved examples before each question (default: %(default)s)",
     )
     score.add_argument(
         "--answer-tokens",
         metavar="N",
-        type=_count(1, 4096),
+        type=integer(1, 4096),
         default=256,
         help="longest answer to a problem (default: %(default)s)",
     )
     score.add_argument(
         "--drift-texts",
         metavar="N",
-        type=_count(0, _COUNT_MAX),
+        type=integer(0, _COUNT_MAX),
         default=64,
         help="solutions or inputs over which distributions are compared (default: %(default)s)",
     )
@@ -93,21 +94,21 @@ def _add_conditions(score: argparse.ArgumentParser) -> None:
     score.add_argument(
         "--threads",
         metavar="N",
-        type=_count(1, 1024),
+        type=integer(1, 1024),
         default=max(1, (os.cpu_count() or 1) // 2),
         help="of one inference (default: half of the cores)",
     )
     score.add_argument(
         "--context",
         metavar="N",
-        type=_count(64, _CONTEXT_MAX),
+        type=integer(64, _CONTEXT_MAX),
         default=4096,
         help="tokens of examples, question and answer together (default: %(default)s)",
     )
     score.add_argument(
         "--memory-at",
         metavar="N",
-        type=_count(64, _CONTEXT_MAX),
+        type=integer(64, _CONTEXT_MAX),
         action="append",
         default=[],
         help=f"length of context at which memory is measured; repeatable (default: {_CONTEXTS})",
@@ -171,35 +172,11 @@ def _bound_lines(scored: Scored) -> list[str]:
     return [*lines, f"{subject.family} {subject.version} does not name it: {scored.note}"]
 
 
-def suite_argument(text: str) -> tuple[SuiteKind, Path]:
-    """`KIND=PATH` of a suite, as an option has it."""
-    name, equals, path = text.partition("=")
-    for kind in get_args(SuiteKind):
-        if name == kind and equals and path:
-            return kind, Path(path)
-    raise argparse.ArgumentTypeError(
-        f"{text[:60]!r} is not KIND=PATH with one of {', '.join(get_args(SuiteKind))}"
-    )
-
-
 def _sample(text: str) -> tuple[str, int]:
     kind, equals, number = text.rpartition("=")
     if equals and kind not in get_args(SuiteKind):
         raise argparse.ArgumentTypeError(
             f"{text[:60]!r} is not N or KIND=N with one of {', '.join(get_args(SuiteKind))}"
         )
-    count: int = _count(1, _COUNT_MAX)(number)
+    count: int = integer(1, _COUNT_MAX)(number)
     return kind, count
-
-
-def _count(low: int, high: int) -> Any:
-    def count(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no integer") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
-        return value
-
-    return count

@@ -1,7 +1,6 @@
 """`whimbrel webhooks`: where alerts go, how it goes with them, and whether a receiver understands us."""
 
 import argparse
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from server.adapters.keys import write_private
 from server.alerts.delivery import headers, message
 from server.alerts.records import WebhookStanding, new_alert
 from server.audit import DONE
-from server.display import Printer, table
+from server.display import Printer, instant_text, table
 from server.home import opened
 
 
@@ -104,7 +103,4 @@ def _failed_text(standing: WebhookStanding) -> str:
     failed = standing.failed
     if failed is None:
         return "-"
-    when = datetime.fromtimestamp((failed.tried_ms or failed.since_ms) / 1000, UTC).strftime(
-        "%Y-%m-%d %H:%M:%S UTC"
-    )
-    return f"{when}: {failed.error}"
+    return f"{instant_text(failed.tried_ms or failed.since_ms)}: {failed.error}"
