@@ -34,11 +34,13 @@ from protocol.ids import digest_of
 from server.requantize import rows
 from server.requantize.calibration import Calibration
 from server.requantize.choice import Settings, choose
-from server.requantize.controls import delta_bytes, write_frozen
-from server.requantize.evaluation import Evaluator, Readings
+from server.requantize.controls import write_frozen
+from server.requantize.evaluation import Evaluator
 from server.requantize.model import sha256_of
+from server.requantize.readings import Readings
 from server.requantize.texts import Text, Tokens, check_unseen
 from server.requantize.tokens import read_tokens
+from server.requantize.weighing import delta_bytes
 from server.requantize.work import MetricName
 from server.scorecard.journal import Journal, journal
 

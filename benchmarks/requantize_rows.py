@@ -8,9 +8,9 @@ from msgspec import Struct
 
 from benchmarks.acceptance import Line
 from benchmarks.requantize_series import Chain, Cost, Facts
-from server.requantize.evaluation import Readings
 from server.requantize.figures import TextFigures, difference, figures, share_of_gain
 from server.requantize.guards import Margins, check_texts, is_passed
+from server.requantize.readings import Readings
 from server.requantize.rows import FROZEN, NOTHING, PLAIN, REPAIR, TRAP, Row, row
 from server.scorecard.statistics import Interval
 

@@ -149,7 +149,7 @@ def calibrate(
         workers: Threads; None for as many as there are processors.
 
     Raises:
-        RequestError: The text is too short, has tokens that the model does not know, or another process calibrates here.
+        RequestError: The text is too short, or has tokens that the model does not know.
         ModelFileError: The model is quantized, damaged, or of an architecture that is not computed.
         StorageError: The folder cannot be written.
     """

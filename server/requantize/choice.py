@@ -13,12 +13,10 @@ from typing import Final
 import numpy as np
 from msgspec import Struct
 
-from protocol.delta.writer import make_delta
 from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import Layout
 from protocol.tensors.gguf import ArrayValue, read_array
 from server.adapters.blobs import storage_errors
-from server.releases.chain_workers import ChainWorkers, workers_for
 from server.requantize.calibration import Calibration
 from server.requantize.codes import LINEAR_LAYOUTS
 from server.requantize.correction import measure_divergence, measure_slopes
@@ -27,6 +25,7 @@ from server.requantize.header import start_file
 from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
 from server.requantize.provenance import Sources, sources_of
 from server.requantize.search import price_of_budget
+from server.requantize.weighing import delta_bytes
 from server.requantize.work import Files, MetricName, gain_at, run_all, stretches_of
 
 FIRST_BITS: Final = 9.0
@@ -312,12 +311,7 @@ class _Choice:
         return self.rounds[-1]
 
     def _delta_bytes(self) -> int:
-        sink = _Counter()
-        with opened_gguf(self._files.out) as made:
-            workers = workers_for(made.source.length, self._workers)
-            encode = ChainWorkers(self._files.installed, self._files.out, workers) if workers > 1 else None
-            make_delta(self._installed.source, made.source, sink, encode_chains=encode)
-        return sink.bytes
+        return delta_bytes(self._files.installed, self._files.out, self._workers)
 
     def _first_price(self, budget: int) -> float:
         """At which as many single steps pay as the budget has room for, by a look at a part of the rows."""
@@ -340,17 +334,6 @@ class _Choice:
                 if region.layout in FLOAT_LAYOUTS:
                     file.seek(region.offset)
                     file.write(_stored(self._new.floats(name).reshape(-1), region.layout))
-
-
-class _Counter:
-    """Takes a delta and keeps its length."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def write(self, data: bytes, /) -> None:
-        """Count."""
-        self.bytes += len(data)
 
 
 def _stored(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], layout: Layout) -> bytes:

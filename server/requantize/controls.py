@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from protocol.delta.writer import make_delta
 from protocol.errors import ModelFileError
 from protocol.tensors import Layout
 from protocol.tensors.gguf import GGML_TYPES
@@ -73,30 +72,6 @@ def write_frozen(plain: Path, installed: Path, out: Path) -> None:
                 partial.replace(out)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def delta_bytes(base: Path, new: Path) -> int:
-    """What the project's own delta from one file to the other weighs, in the profile for few bytes.
-
-    Raises:
-        RequestError: There is no such file.
-        ModelFileError: One of them is damaged.
-    """
-    sink = _Counter()
-    with opened_gguf(base) as old, opened_gguf(new) as fresh:
-        make_delta(old.source, fresh.source, sink)
-    return sink.bytes
-
-
-class _Counter:
-    """Takes a delta and keeps its length."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def write(self, data: bytes, /) -> None:
-        """Count."""
-        self.bytes += len(data)
 
 
 def _check_types(made: ModelFile, known: ModelFile, out: Path) -> None:

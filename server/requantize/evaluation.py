@@ -19,11 +19,11 @@ from typing import Final, Self
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
 
 from protocol.errors import EngineError, StorageFullError
 from protocol.ids import Digest, digest_of
 from server.adapters.blobs import storage_errors
+from server.requantize.readings import Reading, Readings
 from server.requantize.texts import RUN_TOKENS, Text
 from server.scorecard.items import Reply, Suite
 from server.scorecard.journal import Journal, journal
@@ -47,24 +47,6 @@ _DECIMALS: Final = 6
 
 Floats = npt.NDArray[np.float64]
 RunTokens = npt.NDArray[np.int32]  # (runs, RUN_TOKENS)
-
-
-class Reading(Struct, frozen=True, kw_only=True):
-    """One file on one text, at each predicted token in the order of the text's runs.
-
-    Attributes:
-        nll: Negative log-likelihood of the token that stands there, in nats.
-        kl: Divergence KL(float model || file) of the predictions, in nats; over all of the vocabulary.
-        same: Whether both hold the same token for the likeliest.
-    """
-
-    nll: tuple[float, ...]
-    kl: tuple[float, ...]
-    same: tuple[bool, ...]
-
-
-Readings = dict[str, Reading]
-"""By name of the text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from server.requantize.evaluation import Reading
+from server.requantize.readings import Reading
 from server.requantize.texts import RUN_TOKENS
 from server.scorecard.statistics import Interval, clustered_mean, clustered_ratio
 

@@ -15,8 +15,8 @@ from typing import Annotated, Final
 from msgspec import Meta, Struct
 
 from protocol.errors import RequestError
-from server.requantize.evaluation import Readings
 from server.requantize.figures import difference
+from server.requantize.readings import Readings
 from server.scorecard.card import Check
 from server.scorecard.items import Reply, Suite
 from server.scorecard.statistics import Interval

@@ -19,14 +19,16 @@ from server.adapters.blobs import storage_errors, sync_folder
 from server.requantize import rows
 from server.requantize.calibration import Calibration
 from server.requantize.choice import Chosen, Settings, choose
-from server.requantize.controls import delta_bytes, write_frozen, write_plain
-from server.requantize.evaluation import Evaluator, Readings
+from server.requantize.controls import write_frozen, write_plain
+from server.requantize.evaluation import Evaluator
 from server.requantize.fewest import Trial, fewest_bytes
 from server.requantize.figures import figures, share_of_gain
 from server.requantize.guards import Margins, check_suite, check_texts, is_passed
+from server.requantize.readings import Readings
 from server.requantize.rows import Row, row
 from server.requantize.search import SmallBudgetError
 from server.requantize.texts import Text, check_unseen
+from server.requantize.weighing import delta_bytes
 from server.requantize.work import MetricName
 from server.scorecard.card import Check
 from server.scorecard.items import Suite
@@ -224,7 +226,7 @@ class _Bench:
         self._settings = settings
         report("plain: llama.cpp's own quantizer")
         write_plain(models.new, models.installed, self.file(rows.PLAIN), evaluator.threads)
-        self._plain_bytes = delta_bytes(models.installed, self.file(rows.PLAIN))
+        self._plain_bytes = self._weighed(rows.PLAIN)
         self._sizes = {rows.NOTHING: 0, rows.PLAIN: self._plain_bytes}
         self._readings: dict[str, Readings] = {}
 
@@ -235,6 +237,9 @@ class _Bench:
             if name == rows.NOTHING
             else self._folder / f"{name.replace(',', '').replace(' ', '-')}.gguf"
         )
+
+    def _weighed(self, name: str) -> int:
+        return delta_bytes(self._models.installed, self.file(name), self._settings.workers)
 
     def chosen(self, aim: Aim) -> tuple[Trial, Chosen]:
         """Make the chosen file."""
@@ -256,7 +261,7 @@ class _Bench:
     def rows(self, trial: Trial, aim: Aim) -> tuple[Row, ...]:
         """Make and measure all files of the table."""
         write_frozen(self.file(rows.PLAIN), self._models.installed, self.file(rows.FROZEN))
-        self._sizes[rows.FROZEN] = delta_bytes(self._models.installed, self.file(rows.FROZEN))
+        self._sizes[rows.FROZEN] = self._weighed(rows.FROZEN)
         notes = {rows.CHOSEN: _how(trial, aim)}
         absent = {}
         try:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from server.requantize.evaluation import Reading
+from server.requantize.readings import Reading
 from server.requantize.texts import RUN_TOKENS, RUNS_MAX
 
 COUNT = RUNS_MAX * (RUN_TOKENS - 1)

@@ -9,10 +9,11 @@ from scipy import special
 
 from protocol.errors import EngineError
 from server.requantize import evaluation
-from server.requantize.controls import delta_bytes, write_frozen, write_plain
+from server.requantize.controls import write_frozen, write_plain
 from server.requantize.evaluation import Evaluator, quantize
 from server.requantize.model import EMBEDDING, opened_gguf
 from server.requantize.texts import RUN_TOKENS, Text
+from server.requantize.weighing import delta_bytes
 from tests.models import write_language_model
 from tests.server.scorecard.test_scoring_texts import Independent
 

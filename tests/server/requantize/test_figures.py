@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from server.requantize.evaluation import Reading
 from server.requantize.figures import BLOCK_TOKENS, blocks, difference, figures, share_of_gain
+from server.requantize.readings import Reading
 from server.requantize.texts import RUN_TOKENS
 from server.scorecard.statistics import clustered_ratio
 from tests.server.requantize.readings import COUNT, reading
