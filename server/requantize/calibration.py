@@ -14,8 +14,9 @@ goes layer by layer, forward and back, with the states between layers on disk: m
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from protocol.errors import RequestError, StorageError
 from server.adapters.blobs import storage_errors, write_file
+from server.adapters.lock import FolderLock
 from server.requantize.model import (
     EMBEDDING,
     OUTPUT_NORM,
@@ -70,6 +72,7 @@ _RUNS: Final = "runs"
 _LABEL_SEED: Final = 5
 _DONE: Final = "calibration.json"
 _STATES: Final = "states"
+_LOCK: Final = "lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,7 @@ def calibrate(
         workers: Threads; None for as many as there are processors.
 
     Raises:
-        RequestError: The text is too short, or has tokens that the model does not know.
+        RequestError: The text is too short, has tokens that the model does not know, or another process calibrates here.
         ModelFileError: The model is quantized, damaged, or of an architecture that is not computed.
         StorageError: The folder cannot be written.
     """
@@ -168,16 +171,45 @@ def calibrate(
         place = folder / name
         found = Calibration(place, record.model_sha256, digest, *runs.shape)
         with storage_errors(place):
-            (place / _STATES).mkdir(parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
             is_done = (place / _DONE).exists()
         if not is_done:
-            threads = workers or len(os.sched_getaffinity(0))
-            save(place / f"{_RUNS}.npy", runs)
-            with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
-                _measure(LayerPass(opened, shape, runs, place / _STATES, pool, report, "calibration"), place)
-            write_file(place / _DONE, msgspec.json.encode(record))
-        shutil.rmtree(place / _STATES, ignore_errors=True)
+            with _alone(place):
+                save(place / f"{_RUNS}.npy", runs)
+                with (
+                    threadpool_limits(1),
+                    ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
+                    _states(place) as states,
+                ):
+                    _measure(LayerPass(opened, shape, runs, states, pool, report, "calibration"), place)
+                    write_file(place / _DONE, msgspec.json.encode(record))
     return found
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """As long as nobody else writes here."""
+    try:
+        lock = FolderLock(place / _LOCK)
+    except RequestError as error:
+        raise RequestError(
+            f"{place}: another process calibrates for this model and text",
+            hint="wait for it: what it measures is used again",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _states(place: Path) -> Iterator[Path]:
+    """The folder of what is on its way between layers: there again for a run that goes on, gone after one that has ended."""
+    states = place / _STATES
+    with storage_errors(states):
+        states.mkdir(exist_ok=True)
+    yield states
+    shutil.rmtree(states, ignore_errors=True)
 
 
 def _there(values: Array | None, folder: Path) -> Array:

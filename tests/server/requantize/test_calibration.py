@@ -198,3 +198,17 @@ def test_what_cannot_be_calibrated_is_refused(model: Path, tmp_path: Path) -> No
         calibrate(other, tokens(1), tmp_path, _quiet)
     with pytest.raises(RequestError, match="no such file"):
         calibrate(tmp_path / "none.gguf", tokens(1), tmp_path, _quiet)
+
+
+def test_of_two_calibrations_at_once_the_second_is_told(model: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def report(_line: str) -> None:
+        if not refused:
+            with pytest.raises(RequestError, match="another process calibrates for this model") as found:
+                calibrate(model, tokens(1), tmp_path, _quiet, sequences=5, sequence_tokens=32)
+            refused.append(str(found.value))
+
+    found = calibrate(model, tokens(1), tmp_path, report, sequences=5, sequence_tokens=32)
+    assert refused
+    assert found.inputs("blk.0.attn_q.weight") is not None
