@@ -3,18 +3,16 @@
 What comes back are tokens and logits, or classes and scores; which of them are worse is decided in `answers.py` and `classes.py`.
 """
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
 
-import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from protocol.errors import EngineError, ModelFileError
+from protocol.errors import EngineError
 from protocol.release import ClassPrompt, TextPrompt
+from server.children import ask_child
 from server.diagnosis.classes import ClassAnswer
 from server.scorecard.items import ClassQuestion, Item
 from server.scorecard.work import Ask, Compare, Load, Model, Replied, Rows
@@ -28,8 +26,6 @@ CANDIDATES: Final = 5
 
 TIMEOUT_S: Final = 900
 """For all prompts of one version: a model of several GB on a slow machine takes minutes to load."""
-
-_DETAIL_CHARS: Final = 300
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
@@ -69,13 +65,6 @@ class Order(Struct, frozen=True, kw_only=True):
     candidates: int = CANDIDATES
 
 
-class Trouble(Struct, frozen=True, kw_only=True, tag=True):
-    """A child's last word, if it could not answer."""
-
-    detail: str
-    is_missing: bool = False  # it is the runtime that is not there
-
-
 def ask(model: Path, prompts: Sequence[TextPrompt], label: str, timeout_s: float = TIMEOUT_S) -> list[Answer]:
     """Ask a GGUF model.
 
@@ -89,30 +78,15 @@ def ask(model: Path, prompts: Sequence[TextPrompt], label: str, timeout_s: float
         ModelFileError: The runtime does not load it, crashes, or does not answer in time: the file is to blame.
         EngineError: The runtime is not installed.
     """
-    order = Order(model=str(model), prompts=list(prompts))
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "server.diagnosis.asking_child"],
-            input=msgspec.json.encode(order),
-            capture_output=True,
-            check=False,
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired:
-        raise ModelFileError(f"{label} did not answer within {timeout_s:g} s") from None
-    try:
-        result = msgspec.json.decode(child.stdout, type=list[Answer] | Trouble)
-    except msgspec.MsgspecError:
-        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-        raise ModelFileError(f"llama.cpp crashed with {label}: {how}") from None
-    if isinstance(result, Trouble):
-        if result.is_missing:
-            raise EngineError(
-                "prompts need llama-cpp-python, which is not installed",
-                hint="install whimbrel with the extra 'llama', or pass --no-prompts",
-            )
-        raise ModelFileError(f"{label}: {result.detail[:_DETAIL_CHARS]}")
-    return result
+    return ask_child(
+        "server.diagnosis.asking_child",
+        Order(model=str(model), prompts=list(prompts)),
+        list[Answer],
+        label,
+        timeout_s,
+        missing="prompts need",
+        hint="install whimbrel with the extra 'llama', or pass --no-prompts",
+    )
 
 
 def ask_classifier(

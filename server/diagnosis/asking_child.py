@@ -9,11 +9,11 @@ import os
 import sys
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 
 from protocol.release import TextPrompt
-from server.diagnosis.asking import Answer, Candidate, Order, Trouble
+from server.children import Trouble, answer_parent
+from server.diagnosis.asking import Answer, Candidate, Order
 
 CONTEXT_TOKENS: Final = 512
 """As on devices: prompt and answer together."""
@@ -23,12 +23,7 @@ _THREADS_MAX: Final = 2
 
 def main() -> int:
     """Answer the order of standard input; nothing else is printed."""
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not end up among the answers
-    out.write(msgspec.json.encode(_answered(order)))
-    out.flush()
-    return 0
+    return answer_parent(Order, _answered)
 
 
 def _answered(order: Order) -> list[Answer] | Trouble:

@@ -1,25 +1,21 @@
 """Text to tokens, by llama.cpp in a child process: a damaged vocabulary may take its process with it."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from protocol.errors import EngineError, ModelFileError, RequestError
+from protocol.errors import RequestError
 from server.adapters.blobs import storage_errors
+from server.children import ask_child
 
 TEXT_BYTES_MAX: Final = 64 << 20
 """Of all texts together: a few MB are plenty, and tokens are held in memory."""
 
 TIMEOUT_S: Final = 600
-
-_DETAIL_CHARS: Final = 300
 
 
 class Order(Struct, frozen=True):
@@ -27,19 +23,6 @@ class Order(Struct, frozen=True):
 
     model: str
     texts: list[str]
-
-
-class Trouble(Struct, frozen=True, tag=True):
-    """A child's last word, if it has no tokens."""
-
-    detail: str
-    is_missing: bool = False  # it is the runtime that is not there
-
-
-class Tokens(Struct, frozen=True, tag=True):
-    """Tokens of all texts, one after the other."""
-
-    tokens: list[int]
 
 
 def read_tokens(model: Path, texts: Sequence[Path]) -> npt.NDArray[np.int32]:
@@ -54,30 +37,16 @@ def read_tokens(model: Path, texts: Sequence[Path]) -> npt.NDArray[np.int32]:
         EngineError: llama.cpp is not installed.
         ModelFileError: It does not read the vocabulary.
     """
-    order = Order(str(model), _read(texts))
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "server.requantize.tokens_child"],
-            input=msgspec.json.encode(order),
-            capture_output=True,
-            check=False,
-            timeout=TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise ModelFileError(f"the tokenizer of {model} did not end within {TIMEOUT_S} s") from None
-    try:
-        result = msgspec.json.decode(child.stdout, type=Tokens | Trouble)
-    except msgspec.MsgspecError:
-        how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-        raise ModelFileError(f"llama.cpp crashed with the vocabulary of {model}: {how}") from None
-    if isinstance(result, Tokens):
-        return np.array(result.tokens, np.int32)
-    if result.is_missing:
-        raise EngineError(
-            "tokens need llama-cpp-python, which is not installed",
-            hint="install whimbrel with the extra 'llama'",
-        )
-    raise ModelFileError(f"{model}: {result.detail[:_DETAIL_CHARS]}")
+    tokens = ask_child(
+        "server.requantize.tokens_child",
+        Order(str(model), _read(texts)),
+        list[int],
+        f"the vocabulary of {model}",
+        TIMEOUT_S,
+        missing="tokens need",
+        hint="install whimbrel with the extra 'llama'",
+    )
+    return np.array(tokens, np.int32)
 
 
 def _read(paths: Sequence[Path]) -> list[str]:

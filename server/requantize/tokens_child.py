@@ -4,25 +4,18 @@ Started by `tokens.py` only. Nothing is added to a text, and nothing in it is re
 """
 
 import ctypes
-import os
 import sys
 
-import msgspec
-
-from server.requantize.tokens import Order, Tokens, Trouble
+from server.children import Trouble, answer_parent
+from server.requantize.tokens import Order
 
 
 def main() -> int:
     """Answer the order of standard input; nothing else is printed."""
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not end up in the answer
-    out.write(msgspec.json.encode(_tokens(order)))
-    out.flush()
-    return 0
+    return answer_parent(Order, _tokens)
 
 
-def _tokens(order: Order) -> Tokens | Trouble:
+def _tokens(order: Order) -> list[int] | Trouble:
     try:
         import llama_cpp  # noqa: PLC0415 - what it lacks is answered, not raised
     except ImportError as error:
@@ -36,7 +29,7 @@ def _tokens(order: Order) -> Tokens | Trouble:
             tokens += vocabulary.tokenize(text.encode(), add_bos=False, special=False)
     except (ValueError, RuntimeError) as error:
         return Trouble(detail=f"llama.cpp does not read the vocabulary: {' '.join(str(error).split())}")
-    return Tokens(tokens)
+    return tokens
 
 
 if __name__ == "__main__":
