@@ -95,6 +95,35 @@ class RolloutPlan(Struct, frozen=True, kw_only=True):
     from_version: str = ""
     by: str = ""
 
+    def record(
+        self,
+        number: int,
+        family: Family,
+        version: Version,
+        *,
+        canary_count: int,
+        wave_timeout_ms: int,
+        failures_max: int | None,
+        created_ms: int,
+    ) -> RolloutRecord:
+        """A new rollout that goes about it so; its arguments are those of `start_rollout`."""
+        return RolloutRecord(
+            id=f"r{number}",
+            family=family,
+            version=version,
+            canary_count=canary_count,
+            wave_timeout_ms=wave_timeout_ms,
+            failures_max=failures_max,
+            waves=self.waves,
+            rules=self.rules,
+            in_flight_max=self.in_flight_max,
+            pace_per_minute=self.pace_per_minute,
+            hold_max_ms=self.hold_max_ms,
+            from_version=self.from_version,
+            created_by=self.by,
+            created_ms=created_ms,
+        )
+
 
 class RolloutStatus(Struct, frozen=True, kw_only=True):
     """A rollout with what became of its devices."""
@@ -429,20 +458,13 @@ def start_rollout(
                         f"rollout {other.id} of {family} {other.version} is under way",
                         hint="wait until it is finished or stopped",
                     )
-            return RolloutRecord(
-                id=f"r{number}",
-                family=Family(family),
-                version=Version(version),
+            return plan.record(
+                number,
+                Family(family),
+                Version(version),
                 canary_count=canary_count,
                 wave_timeout_ms=wave_timeout_ms,
                 failures_max=failures_max,
-                waves=plan.waves,
-                rules=plan.rules,
-                in_flight_max=plan.in_flight_max,
-                pace_per_minute=plan.pace_per_minute,
-                hold_max_ms=plan.hold_max_ms,
-                from_version=plan.from_version,
-                created_by=plan.by,
                 created_ms=now_ms,
             )
 

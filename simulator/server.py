@@ -163,19 +163,14 @@ class SimulatedServer:
         """Ask for a rollout; the server takes it up."""
 
         def make(number: int, _before: list[RolloutRecord]) -> RolloutRecord:
-            return RolloutRecord(
-                id=f"r{number}",
-                family=Family(family),
-                version=Version(version),
-                created_ms=self.clock.now_ms(),
+            return plan.record(
+                number,
+                Family(family),
+                Version(version),
                 canary_count=canary_count,
                 wave_timeout_ms=wave_timeout_ms,
                 failures_max=failures_max,
-                waves=plan.waves,
-                rules=plan.rules,
-                in_flight_max=plan.in_flight_max,
-                pace_per_minute=plan.pace_per_minute,
-                from_version=plan.from_version,
+                created_ms=self.clock.now_ms(),
             )
 
         record = self.store.create_rollout(make)
