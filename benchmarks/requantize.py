@@ -53,12 +53,20 @@ class Choice:
 
     price: float
     extrapolation: float = 0.0
+    corrections: int = 0
+    is_pulled_back: bool = False  # begins with the codes of the independent file
 
     @property
     def name(self) -> str:
         """As tables show it."""
-        beyond = f", extrapolated by {self.extrapolation:g}" if self.extrapolation else ""
-        return f"chosen at {self.price:g}{beyond}"
+        parts = [f"chosen at {self.price:g}"]
+        if self.extrapolation:
+            parts.append(f"extrapolated by {self.extrapolation:g}")
+        if self.corrections:
+            parts.append(f"corrected {self.corrections}x")
+        if self.is_pulled_back:
+            parts.append("from independent")
+        return ", ".join(parts)
 
 
 CHOICES: dict[Cell, tuple[Choice, ...]] = {
@@ -70,13 +78,14 @@ CHOICES: dict[Cell, tuple[Choice, ...]] = {
         Choice(2e-8, 0.5),
     ),
     Cell("large", GOOD, "q4_0"): (
-        Choice(3e-10, 1.0),
+        Choice(3e-10, 0.7),
+        Choice(1.5e-10, 0.5, is_pulled_back=True),
+        Choice(3e-10, 0.7, corrections=1),
+        Choice(8e-11, 0.5, is_pulled_back=True),
         Choice(3e-10),
-        Choice(5e-11, 1.0),
-        Choice(1e-9, 3.0),
     ),
-    Cell("large", NEAREST, "q8_0"): (Choice(5e-10), Choice(2e-9)),
-    Cell("large", NEAREST, "q4_k_m"): (Choice(6e-9), Choice(1.5e-9)),
+    Cell("large", NEAREST, "q8_0"): (Choice(1e-11, 1.0), Choice(2e-11), Choice(3e-12, 1.0)),
+    Cell("large", NEAREST, "q4_k_m"): (Choice(1e-9, 0.5), Choice(6e-9), Choice(1.5e-9)),
     Cell("lora", NEAREST, "q4_0"): (Choice(8e-9), Choice(2e-9)),
 }
 """In the order in which they are measured."""
@@ -255,7 +264,12 @@ class _Bench:
         new, before = self._cache / f"v2_{cell.pair}.bf16.gguf", self._cache / "v1.bf16.gguf"
         choice = next((each for each in CHOICES[cell] if each.name == name), None)
         if choice is not None:
-            settings = Settings(price=choice.price, extrapolation=choice.extrapolation, workers=1)
+            settings = Settings(
+                price=choice.price,
+                extrapolation=choice.extrapolation,
+                corrections=choice.corrections,
+                workers=1,
+            )
         else:
             metric: MetricName = "weights" if name == rows.TRAP else "outputs"
             settings = Settings(budget_bytes=self._control_bytes[cell], metric=metric, workers=1)
@@ -268,6 +282,7 @@ class _Bench:
             out,
             _say,
             before=before if settings.extrapolation else None,
+            start=self._good(f"v2_{cell.pair}", cell.kind) if choice and choice.is_pulled_back else None,
         )
         return _Made(
             out, settings.extrapolation, sum(chosen.changed.values()), chosen.seconds, chosen.delta_bytes
