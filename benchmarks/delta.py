@@ -11,12 +11,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import acceptance
 from benchmarks.catalog import CACHE, PAIRS, Pair, missing, select
 from benchmarks.contenders import Contender, contenders
-from benchmarks.rows import OURS, Results, Row, json_line, parse_line, table
+from benchmarks.rows import OURS, Estimate, Results, Row, json_line, parse_line, table
 from benchmarks.running import Files, estimate, open_files, run
 from protocol.errors import RequestError, WhimbrelError
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run every method on every pair; 0 when all that ran meets what it must."""
     options = _options(arguments)
     try:
-        results = _run(options)
+        results = _earlier(options.measured) if options.measured else _run(options)
     except WhimbrelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,6 +59,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="take the peers' rows from JSON lines of an earlier run where pair, files and version are the same",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON line for each row, too")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="measure nothing: print the tables of the JSON lines of earlier runs (repeatable; of one pair the last file's)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -112,18 +120,41 @@ def _make(pairs: list[Pair], cache: Path) -> None:
         raise RequestError("the pairs could not be made", hint="`make bench-delta` sets up what is needed")
 
 
+def _earlier(paths: Sequence[Path]) -> Results:
+    """What earlier runs measured. A pair is taken from one run as a whole, since speeds compare within a run only."""
+    pairs: dict[str, Results] = {}
+    for path in paths:
+        found = _lines_of(path)
+        pairs |= {
+            pair: Results(
+                rows=[row for row, _ in found if row.pair == pair],
+                estimates={row.pair: estimate for row, estimate in found if row.pair == pair},
+            )
+            for pair in {row.pair for row, _ in found}
+        }
+    known = [pairs[name] for name in (pair.name for pair in PAIRS) if name in pairs]
+    return Results(
+        rows=[row for each in known for row in each.rows],
+        estimates={pair: estimate for each in known for pair, estimate in each.estimates.items()},
+    )
+
+
 def _earlier_rows(path: Path) -> list[Row]:
-    """The peers' rows of an earlier run; lines that are no rows, such as a table, are passed over.
+    """The peers' rows of an earlier run."""
+    return [row for row, _ in _lines_of(path) if not row.is_ours and row.patch_bytes is not None]
+
+
+def _lines_of(path: Path) -> list[tuple[Row, Estimate]]:
+    """The rows that a run printed; lines that are no rows, such as a table, are passed over.
 
     Raises:
-        RequestError: The file cannot be read, or holds no row.
+        RequestError: The file cannot be read, or holds a broken row.
     """
     try:
         lines = [line for line in path.read_text("utf-8").splitlines() if line.startswith("{")]
-        rows = [parse_line(line) for line in lines]
+        return [parse_line(line) for line in lines]
     except (OSError, ValueError) as error:
         raise RequestError(f"{path}: no JSON lines of an earlier run") from error
-    return [row for row in rows if not row.is_ours and row.patch_bytes is not None]
 
 
 def _known(earlier: list[Row], files: Files, method: Contender) -> Row | None:

@@ -118,19 +118,20 @@ def json_line(results: Results, row: Row) -> str:
     return json.dumps(line)
 
 
-def parse_line(line: str) -> Row:
-    """A row from its line; what follows from it is left out.
+def parse_line(line: str) -> tuple[Row, Estimate]:
+    """A row from its line, and the estimates for its pair; what follows from them is left out.
 
     Raises:
         ValueError: It is not such a line.
     """
     try:
         values = json.loads(line)
+        estimate = {name: values[name] for name in Estimate.__dataclass_fields__}
         values = {name: values[name] for name in Row.__dataclass_fields__}
         costs = {name: Cost(**values[name]) if values[name] else None for name in ("build", "apply")}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a row: {line[:80]}") from error
-    return Row(**values | costs)
+    return Row(**values | costs), Estimate(**estimate)
 
 
 def table(results: Results) -> str:

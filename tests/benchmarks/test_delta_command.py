@@ -53,9 +53,28 @@ def test_peers_come_from_an_earlier_run_on_the_same_files(
     assert rows[-1]["build"]["wall_s"] < 1000
 
 
+def test_earlier_runs_are_shown_together_each_pair_from_one_of_them(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--pairs", "random", "--cache", str(cache), "--json"]
+    shown = []
+    runs = []
+    for number, peers in enumerate(("xz,bsdiff4", "xz")):
+        delta.main([*arguments, "--peers", peers])
+        shown.append(capsys.readouterr().out)
+        runs.append(tmp_path / f"{number}.txt")
+        runs[-1].write_text(shown[-1])
+    measured = [argument for run in runs for argument in ("--measured", str(run))]
+    assert delta.main(measured) == 1
+    assert capsys.readouterr().out == "".join(
+        line for line in shown[1].splitlines(keepends=True) if not line.startswith("{")
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["--measured", "none.txt"], "none.txt: no JSON lines of an earlier run"),
         (["--pairs", "nothing"], "no pair is called nothing"),
         (["--pairs", "random", "--peers", "rar"], "no method is called rar"),
         (["--pairs", "random", "--peers-from", "none.txt"], "none.txt: no JSON lines of an earlier run"),

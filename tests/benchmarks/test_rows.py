@@ -41,7 +41,8 @@ def test_a_json_line_holds_the_row_and_what_follows_from_it() -> None:
 
 def test_a_row_comes_back_from_its_line() -> None:
     for each in (row("small", 300), row("xz", None)):
-        assert parse_line(json_line(results(each), each)) == each
+        found = results(each)
+        assert parse_line(json_line(found, each)) == (each, found.estimates[each.pair])
 
 
 def test_the_table_names_a_peer_that_is_not_installed() -> None:
