@@ -83,6 +83,8 @@ CHOICES: dict[Cell, tuple[Choice, ...]] = {
         Choice(3e-10, 0.7, corrections=1),
         Choice(8e-11, 0.5, is_pulled_back=True),
         Choice(3e-10),
+        Choice(4.5e-10, 0.7, corrections=1),
+        Choice(1.5e-10, 0.5, corrections=1, is_pulled_back=True),
     ),
     Cell("large", NEAREST, "q8_0"): (Choice(1e-11, 1.0), Choice(2e-11), Choice(3e-12, 1.0)),
     Cell("large", NEAREST, "q4_k_m"): (Choice(1e-9, 0.5), Choice(6e-9), Choice(1.5e-9)),
