@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
             models, questions, aim, calibration, evaluator, settings, Path(folder), out, report
         )
     if judged.is_written:
-        write_record(out, chosen)
+        write_record(out, chosen, judged.checks)
     show(arguments, msgspec.to_builtins(judged), _lines(out, judged))
     return 0 if judged.is_written else EXIT_NOT_WRITTEN
 
