@@ -22,7 +22,6 @@ from protocol.ids import (
     parse_version,
 )
 from protocol.release import (
-    Release,
     RuntimeName,
     encode_release,
     release_digest,
