@@ -147,7 +147,11 @@ def summary(outcome: Outcome) -> Iterator[str]:
                 each.version,
                 f"{each.prompts[0]} of {each.prompts[1]}",
                 "-" if each.commit_ms is None else f"{each.commit_ms / 1000:.1f} s",
-                ", ".join(f"{state} {ms / 1000:.1f}" for state, ms in each.states_ms.items() if ms),
+                ", ".join(
+                    f"{state} {ms / 1000:.1f}"
+                    for state, ms in each.states_ms.items()
+                    if ms and state != "idle"
+                ),
             ]
             for each in outcome.devices
         ],

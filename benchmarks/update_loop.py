@@ -18,9 +18,9 @@ import msgspec
 from msgspec import Struct
 
 from device.executor import CURRENT_LINK
+from protocol.delta.format import Profile
 from protocol.errors import RequestError
 from protocol.ids import Digest, digest_of
-from protocol.delta.format import Profile
 from protocol.release import ARTIFACTS_ROLE, HealthPlan, Prompt, TextPrompt, delta_target
 from server import operations
 from server.cli import main as whimbrel
@@ -260,7 +260,7 @@ def _plan_trials(ingredients: Ingredients, say: Say) -> dict[str, list[Prompt]]:
             )
             _health(version).write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1))
             say(
-                f"{_health(version)}: {len(prompts)} of {len(suite.items)} golden prompts, which {name} answers"
+                f"{_health(version)}: the {len(prompts)} of {len(suite.items)} golden prompts that {name} answers"
             )
     return plans
 

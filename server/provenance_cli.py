@@ -166,6 +166,8 @@ def _flat(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _value_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
