@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import update_loop
+from benchmarks import requantize_loop, update_loop
 from benchmarks.requantize_loop import problems, summary
 from benchmarks.update_loop import CHOSEN_FILE, INSTALLED_FILE, NEW_FILE, Ingredients
 from protocol.ids import digest_of
@@ -51,6 +51,16 @@ def write_ingredients(folder: Path) -> Ingredients:
         requantize_options=("--runs", "8", "--workers", "1"),
         wait_s_max=180.0,
     )
+
+
+def test_a_missing_model_is_named_with_what_makes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert requantize_loop.main(["--cache", str(tmp_path / "none"), "--work", str(tmp_path / "work")]) == 2
+    error = capsys.readouterr().err
+    assert "none/v2_large.bf16.gguf is missing" in error
+    assert "`make requantize-pair`" in error
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.slow
