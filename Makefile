@@ -206,6 +206,15 @@ bench-requantize: ## measure chosen quantized files beside plain ones: bytes, di
 	$(BIN)/python -m benchmarks.pairs 'large.*' 'lora.q4_0' 'facts.q4_0' 'chain*.q4_0'
 	$(BIN)/python -m benchmarks.requantize $(if $(EVALS),--evals '$(EVALS)') $(BENCH_OPTIONS)
 
+.PHONY: requantize-pair
+requantize-pair: ## make the models of requantize-loop: SmolLM2-135M, trained on and quantized (PyTorch, some minutes)
+	$(call environment,bench)
+	$(BIN)/python -m benchmarks.pairs large.q4_0
+
+.PHONY: requantize-loop
+requantize-loop: setup ## a requantized file of SmolLM2 through the whole loop: chosen, judged, scored, signed, sent to 4 live devices as a delta, tried, committed (twenty minutes; BENCH_OPTIONS='--budget 0.5%')
+	$(BIN)/python -m benchmarks.requantize_loop $(BENCH_OPTIONS)
+
 .PHONY: bench-score
 bench-score: setup ## scorecards of SmolLM2 in three quantizations, and the same by other means: EVALS=folder with mmlu/ and gsm8k/ (SAMPLE=N questions)
 	@[ -d "$(EVALS)/mmlu/test" ] || { echo "whimbrel: EVALS=$(EVALS) has no mmlu/test (github.com/hendrycks/test) beside gsm8k/test.jsonl (github.com/openai/grade-school-math)" >&2; exit 1; }

@@ -252,6 +252,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _release_add(arguments: argparse.Namespace) -> int:
+    said = provenance_cli.provenance_of(arguments)
     record = operations.add_release(
         arguments.dir,
         arguments.family,
@@ -262,7 +263,7 @@ def _release_add(arguments: argparse.Namespace) -> int:
         memory_bytes=arguments.memory_bytes,
         tiers=arguments.tier,
         runtime_version_min=arguments.runtime_version_min,
-        provenance=provenance_cli.provenance_of(arguments),
+        provenance=said,
         is_encrypted=arguments.encrypt,
     )
     name = f"{arguments.family} {arguments.version}"
@@ -270,6 +271,7 @@ def _release_add(arguments: argparse.Namespace) -> int:
     lines = [
         f"Draft {name}: {bytes_text(record.release.bytes_total)} in {len(record.release.files)} file(s){how}",
         *tiers_cli.added_lines(arguments, record.release.resources.tiers),
+        *provenance_cli.added_lines(arguments, said),
         f"Publish it with `whimbrel release publish {name}`",
     ]
     _print(arguments, _release_json(record), lines)

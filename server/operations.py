@@ -4,10 +4,8 @@ Each call opens the folder, acts in one transaction and closes it. A running ser
 """
 
 import hashlib
-import importlib.metadata
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,7 +22,6 @@ from protocol.ids import (
     parse_version,
 )
 from protocol.release import (
-    Release,
     RuntimeName,
     encode_release,
     release_digest,
@@ -56,14 +53,7 @@ from server.releases.catalog import blob_target
 from server.releases.chain import Chain, explain
 from server.releases.importer import import_release
 from server.releases.metadata import Standing
-from server.releases.provenance import (
-    PROVENANCE_BYTES_MAX,
-    Origin,
-    Statement,
-    check_statement,
-    decode_statement,
-    make_statement,
-)
+from server.releases.provenance import Statement
 from server.releases.publisher import Publisher
 from server.rollouts.evidence import Rules
 from server.rollouts.records import MemberRecord, MemberStatus, RolloutRecord
@@ -71,6 +61,7 @@ from server.rollouts.states import ACTIVE, RolloutState
 from server.rollouts.waves import Wave
 from server.scorecard.card import Scorecard
 from server.signing import change_signed, signed_paths
+from server.statements import Said, check_said, statement_of
 from server.tiers.judging import check_still_fits, for_tiers, read_named
 
 
@@ -200,7 +191,7 @@ def add_release(
     memory_bytes: int = 0,
     tiers: list[str] | None = None,
     runtime_version_min: str = "",
-    provenance: Path | Origin | None = None,
+    provenance: Said | None = None,
     is_encrypted: bool | None = None,
 ) -> ReleaseRecord:
     """Check and copy the files of a release, and keep it as a draft.
@@ -215,7 +206,7 @@ def add_release(
         memory_bytes: Likewise.
         tiers: Likewise.
         runtime_version_min: Likewise.
-        provenance: File with a statement about where the files come from, or what to say in one.
+        provenance: Where the files come from, if anybody says so.
         is_encrypted: Let only devices with a certificate read the files; None for as the last release of the family was added.
 
     Raises:
@@ -230,8 +221,7 @@ def add_release(
         if known is not None and known.published_ms is not None:
             home.store.add_release(known)  # raises the error that says so, before a large file is copied
         read_named(home, tiers or ())  # before a large file is copied
-        if isinstance(provenance, Path):
-            decode_statement(_read(provenance), str(provenance))  # before a large file is copied
+        check_said(provenance)  # before a large file is copied
         if is_encrypted is None:
             is_encrypted = encryption.is_family_encrypted(home.store.releases(), parse_family(family))
         release = import_release(
@@ -246,7 +236,7 @@ def add_release(
             runtime_version_min=runtime_version_min,
         )
         if provenance is not None:
-            statement = _statement(release, provenance)
+            statement = statement_of(release, provenance)
             release = msgspec.structs.replace(release, provenance_sha256=home.blobs.put(statement).digest)
         release = for_tiers(home, release)
         encryption.check_files(home.store.releases(), release, is_encrypted=is_encrypted)
@@ -565,24 +555,6 @@ def find_release(home: Home, family: Family, version: Version) -> ReleaseRecord:
         hint = f"known are {', '.join(known)[:200]}" if known else "run `whimbrel release add`"
         raise UnknownReleaseError(f"there is no model family {family}", hint=hint)
     raise UnknownReleaseError(f"{family} has no version {version}", hint="see `whimbrel release list`")
-
-
-def _statement(release: Release, provenance: Path | Origin) -> bytes:
-    if isinstance(provenance, Origin):
-        versions = {"whimbrel": importlib.metadata.version("whimbrel"), **provenance.versions}
-        return make_statement(release, replace(provenance, versions=versions))
-    data = _read(provenance)
-    check_statement(decode_statement(data, str(provenance)), release, str(provenance))
-    return data
-
-
-def _read(path: Path) -> bytes:
-    """A small file that a person names."""
-    try:
-        with path.open("rb") as file:
-            return file.read(PROVENANCE_BYTES_MAX + 1)
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}", hint="give a JSON file that can be read") from error
 
 
 def _status(record: RolloutRecord, members: list[MemberRecord]) -> RolloutStatus:

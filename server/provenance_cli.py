@@ -12,13 +12,18 @@ from protocol.ids import Digest, parse_digest
 from server.display import bytes_text, table
 from server.operations import ReleaseDetails
 from server.releases.provenance import Origin, Statement, scorecard_digests
+from server.releases.requantized import RECORD_NAME
+from server.statements import ChoiceRecord, Said, record_beside
 
 _VALUE_CHARS_MAX: Final = 200
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where a model comes from."""
-    group = parser.add_argument_group("where the model comes from, which is signed with the release")
+    group = parser.add_argument_group(
+        "where the model comes from, which is signed with the release",
+        "A record of `whimbrel requantize` beside the file (….requantized.json) is taken up unless --provenance or --source says something else.",
+    )
     group.add_argument(
         "--provenance",
         metavar="FILE",
@@ -41,8 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--builder", metavar="URI", default="", help="who, or what machine, quantized it")
 
 
-def provenance_of(arguments: argparse.Namespace) -> Path | Origin | None:
-    """What the options say: a file, an origin, or nothing.
+def provenance_of(arguments: argparse.Namespace) -> Said | None:
+    """What the options say, or the record beside a file that was chosen; or nothing.
 
     Raises:
         RequestError: They contradict each other, or a source is not there and has no digest.
@@ -53,6 +58,14 @@ def provenance_of(arguments: argparse.Namespace) -> Path | Origin | None:
             raise RequestError("--provenance says everything itself", hint="leave the other options out")
         path: Path = arguments.provenance
         return path
+    record = record_beside(arguments.files[0])
+    if arguments.source is None and record is not None and len(arguments.files) == 1:
+        if any(said[:-1]):
+            raise RequestError(
+                f"{record} says how {arguments.files[0].name} was made",
+                hint="leave out all options but --builder, or say something else with --source",
+            )
+        return ChoiceRecord(record, arguments.builder)
     if arguments.source is None:
         if any(said):
             raise RequestError("the source of the model is missing", hint="name it with --source")
@@ -64,6 +77,20 @@ def provenance_of(arguments: argparse.Namespace) -> Path | Origin | None:
         settings=dict(arguments.setting),
         builder=arguments.builder,
     )
+
+
+def added_lines(arguments: argparse.Namespace, said: Said | None) -> Iterator[str]:
+    """What became of the records beside the files of a new release."""
+    if isinstance(said, ChoiceRecord):
+        yield f"How it was chosen is signed with it, from {said.path}"
+        return
+    for record in filter(None, map(record_beside, arguments.files)):
+        reason = "--provenance or --source says something else"
+        if said is None:
+            reason = (
+                f"the release has {len(arguments.files)} files; --provenance says where all of them come from"
+            )
+        yield f"{record} is not taken up: {reason}"
 
 
 def details_lines(details: ReleaseDetails, state: str) -> list[str]:
@@ -113,12 +140,18 @@ def _provenance_rows(statement: Statement) -> Iterator[tuple[str, str]]:
         yield "source", _line(f"{source.uri or source.name} {_digests_text(source.digest)}")
     for name, value in _flat(build.external_parameters):
         yield name, value
+    for name, value in _flat(build.internal_parameters):
+        yield name, value
     versions = ", ".join(f"{name} {version}" for name, version in run.builder.version.items())
     yield "builder", _line(run.builder.id + (f" ({versions})" if versions else ""))
     yield "build type", _line(build.build_type)
     for name, value in (("run", run.metadata.invocation_id), ("finished", run.metadata.finished_on)):
         if value:
             yield name, _line(value)
+    for byproduct in run.byproducts:
+        if byproduct.name == RECORD_NAME:
+            where = "in the statement" if byproduct.content else "not in the statement, for its length"
+            yield "record", _line(f"{_digests_text(byproduct.digest)}, {where}")
     for digest in sorted(scorecard_digests(statement)):
         yield "scorecard", f"sha256 {_line(digest)}"
 
@@ -133,6 +166,8 @@ def _flat(parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _value_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -307,13 +307,12 @@ def _status_lines(status: RolloutStatus) -> list[str]:
     rows = []
     for member in status.members:
         update = member.update
-        received = (
-            f"{bytes_text(update.received_bytes)} of {bytes_text(update.full_bytes_total)}" if update else "-"
-        )
-        rows.append(
-            [member.device, member.wave, member.status, received, member.code or "-", member.detail[:60]]
-        )
-    return lines + table(["DEVICE", "WAVE", "STATUS", "RECEIVED", "CODE", "DETAIL"], rows)
+        received = whole = "-"
+        if update is not None:
+            received, whole = bytes_text(update.received_bytes), bytes_text(update.full_bytes_total)
+        told = [received, whole, member.code or "-", member.detail[:60]]
+        rows.append([member.device, member.wave, member.status, *told])
+    return lines + table(["DEVICE", "WAVE", "STATUS", "RECEIVED", "WHOLE FILES", "CODE", "DETAIL"], rows)
 
 
 def _state_text(record: RolloutRecord) -> str:

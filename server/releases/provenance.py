@@ -22,6 +22,9 @@ PREDICATE_TYPE: Final = "https://slsa.dev/provenance/v1"
 BUILD_TYPE: Final = "urn:whimbrel:quantization:1"
 """Build type of statements that are made here; SPEC section 7.2 says what its parameters are."""
 
+CHOICE_BUILD_TYPE: Final = "urn:whimbrel:requantization:1"
+"""Likewise, of a file that `whimbrel requantize` chose."""
+
 DEFAULT_BUILDER: Final = "urn:whimbrel:release-add"
 """Builder of a statement whose author names none: whoever added the release, by hand."""
 
@@ -43,6 +46,8 @@ class Resource(Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: _Text = ""
     uri: _Text = ""
     digest: _Digests = {}
+    media_type: _Text = msgspec.field(name="mediaType", default="")
+    content: Annotated[str, Meta(max_length=PROVENANCE_BYTES_MAX)] = ""  # base64
 
 
 class BuildDefinition(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
@@ -200,6 +205,11 @@ def scorecard_digests(statement: Statement) -> set[str]:
     }
 
 
+def encode_statement(statement: Statement) -> bytes:
+    """Canonical JSON of a statement that is made here."""
+    return _encoder.encode(statement)
+
+
 def make_statement(release: Release, origin: Origin) -> bytes:
     """Return the statement of a person about the files of a release, as JSON.
 
@@ -238,29 +248,30 @@ def make_statement(release: Release, origin: Origin) -> bytes:
             ),
         ),
     )
-    data = _encoder.encode(statement)
+    data = encode_statement(statement)
     check_statement(decode_statement(data, "provenance"), release, "provenance")
     return data
 
 
 def with_scorecard(statement: Statement, release: Release) -> bytes:
-    """A statement that a person made here, with the scorecard of the release in place of the one that it named.
+    """A statement that was made here, with the scorecard of the release in place of the one that it named.
 
     Raises:
         ReleaseError: A build system made it, which alone can say something else.
     """
     digest = release.scorecard_sha256
     assert digest is not None, "a scorecard to be named"
-    if statement.predicate.build_definition.build_type != BUILD_TYPE:
+    if statement.predicate.build_definition.build_type not in {BUILD_TYPE, CHOICE_BUILD_TYPE}:
         raise ReleaseError(
             "its provenance is the statement of a build system, and does not name this scorecard",
             hint=f"have it list the byproduct scorecard with the sha256 {digest}, and add the release again",
         )
     run = statement.predicate.run_details
-    named = [Resource(name="scorecard", digest={"sha256": digest})]
-    run = msgspec.structs.replace(run, byproducts=named)
+    others = [each for each in run.byproducts if each.name != "scorecard"]
+    named = Resource(name="scorecard", digest={"sha256": digest})
+    run = msgspec.structs.replace(run, byproducts=[*others, named])
     predicate = msgspec.structs.replace(statement.predicate, run_details=run)
-    data = _encoder.encode(msgspec.structs.replace(statement, predicate=predicate))
+    data = encode_statement(msgspec.structs.replace(statement, predicate=predicate))
     check_statement(decode_statement(data, "provenance"), release, "provenance")
     return data
 

@@ -69,9 +69,8 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
         judged, chosen = judge(
             models, questions, aim, calibration, evaluator, settings, Path(folder), out, report
         )
-    if judged.is_written:
-        write_record(out, chosen)
-    show(arguments, msgspec.to_builtins(judged), _lines(out, judged))
+    record = write_record(out, chosen, judged.checks) if judged.is_written else None
+    show(arguments, msgspec.to_builtins(judged), _lines(out, judged, record))
     return 0 if judged.is_written else EXIT_NOT_WRITTEN
 
 
@@ -120,7 +119,7 @@ def _aim(arguments: argparse.Namespace) -> Aim:
     return Aim(budget_bytes=budget, keep_share=arguments.keep, extrapolations=tried, margins=Margins())
 
 
-def _lines(out: Path, judged: Judged) -> list[str]:
+def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
     size = next(each.delta_bytes for each in judged.rows if each.name == "chosen") or 0
     marks = {"passed": "ok", "failed": "FAILED", "undecided": "UNDECIDED"}
     verdict = (
@@ -135,4 +134,9 @@ def _lines(out: Path, judged: Judged) -> list[str]:
         "",
         f"{judged.changed:,} of {judged.codes:,} codes changed",
         verdict,
+        *(
+            []
+            if record is None
+            else [f"How it was chosen: {record}; `whimbrel release add` signs it with the file"]
+        ),
     ]

@@ -1,7 +1,7 @@
 """How a file was chosen, as JSON beside it: enough to choose it again. Not in the file itself, whose every byte devices fetch."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 import msgspec
 from msgspec import Struct
@@ -9,11 +9,8 @@ from msgspec import Struct
 from server.adapters.blobs import write_file
 from server.requantize.calibration import Calibration
 from server.requantize.model import sha256_of
-
-RECORD_SUFFIX: Final = ".requantized.json"
-"""Added to the name of the chosen file."""
-
-RECORD_VERSION: Final = 1
+from server.requantize.record import RECORD_SUFFIX, RECORD_VERSION
+from server.scorecard.card import Check
 
 
 class Sources(Struct, frozen=True, kw_only=True):
@@ -60,13 +57,19 @@ def sources_of(
     )
 
 
-def write_record(out: Path, chosen: Struct) -> Path:
+def write_record(out: Path, chosen: Struct, guards: Sequence[Check] | None = None) -> Path:
     """Write beside the chosen file how it was chosen, and say where.
+
+    Args:
+        out: The chosen file.
+        chosen: How it was chosen.
+        guards: What it was judged by; None if nobody judged it.
 
     Raises:
         StorageError: It cannot be written.
     """
     path = out.with_name(f"{out.name}{RECORD_SUFFIX}")
-    record = {"requantized": RECORD_VERSION, **msgspec.to_builtins(chosen)}
+    judged = None if guards is None else msgspec.to_builtins(guards)
+    record = {"requantized": RECORD_VERSION, **msgspec.to_builtins(chosen), "guards": judged}
     write_file(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
     return path

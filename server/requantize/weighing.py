@@ -8,7 +8,7 @@ from server.requantize.model import opened_gguf
 
 
 def delta_bytes(base: Path, new: Path, workers: int | None = None) -> int:
-    """Length of a delta in the profile for few bytes.
+    """Length of the delta that a server makes and devices fetch, in the profile for few bytes.
 
     Args:
         base: The GGUF file that devices have.
@@ -23,7 +23,8 @@ def delta_bytes(base: Path, new: Path, workers: int | None = None) -> int:
     with opened_gguf(base) as old, opened_gguf(new) as fresh:
         count = workers_for(fresh.source.length, workers)
         encode = ChainWorkers(base, new, count) if count > 1 else None
-        make_delta(old.source, fresh.source, sink, encode_chains=encode)
+        # As a server makes it, so that what is promised is what devices fetch.
+        make_delta(old.source, fresh.source, sink, in_place=None, encode_chains=encode)
     return sink.bytes
 
 

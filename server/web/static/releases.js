@@ -30,7 +30,7 @@ export async function releasePage(body, { parts: [family, version], onLeave, say
         comparison(release.comparison), release.scorecard ? h("pre", { tabindex: 0 }, release.scorecard.lines.join("\n")) : h("p", { class: "soft" }, `Nobody kept score: whimbrel score ${family} ${version}`)),
       tradeoffs(family, version, onLeave),
       h("section", { class: "card" }, h("h2", {}, "Where it comes from"), release.provenance
-        ? h("pre", { tabindex: 0 }, JSON.stringify(release.provenance, null, 2)) : h("p", { class: "soft" }, "Nobody said so: release add --provenance")));
+        ? h("pre", { tabindex: 0 }, JSON.stringify(release.provenance, embedded, 2)) : h("p", { class: "soft" }, "Nobody said so: release add --provenance")));
   }
 
   async function act(action, title, text, button) {
@@ -46,5 +46,8 @@ export async function releasePage(body, { parts: [family, version], onLeave, say
 
   await load();
 }
+
+// A file inside a statement is told by its length; `release export` writes it whole.
+const embedded = (key, value) => key === "content" && typeof value === "string" && value ? `${value.length} characters of base64` : value;
 
 const path = ({ family, version }) => `releases/${encodeURIComponent(family)}/${encodeURIComponent(version)}`;

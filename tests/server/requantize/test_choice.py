@@ -68,7 +68,7 @@ def test_a_file_has_the_installed_scales_and_new_codes_and_its_delta_is_as_long_
         def write(self, data: bytes, /) -> None:
             patch.extend(data)
 
-    make_delta(BytesSource(old), BytesSource(new), Sink())
+    make_delta(BytesSource(old), BytesSource(new), Sink(), in_place=None)  # as a server does
     assert len(patch) == chosen.delta_bytes
     reader = DeltaReader(BytesSource(old))
     assert b"".join(piece.data for piece in reader.feed(patch)) == new
