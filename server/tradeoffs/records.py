@@ -7,7 +7,7 @@ from msgspec import Struct
 from protocol.release import RuntimeName
 from server.scorecard.card import Verdict
 from server.scorecard.items import SuiteKind
-from server.scorecard.statistics import Interval, Paired
+from server.scorecard.statistics import Interval, Outcome, Paired
 from server.tiers.fit import Budget
 
 REPORT_VERSION: Final = 1
@@ -23,10 +23,6 @@ Standing = Literal["scored", "failed", "incomplete", "apart", "unscored"]
 `failed`: a check failed. `incomplete`: something could not be measured. `apart`: it was compared with another version than the reference.
 `unscored`: there is none.
 """
-
-Outcome = Literal["better", "same", "worse", "undecided"]
-"""How one version stands to another on an axis, beyond the margin; `same`: no worse."""
-
 
 WayKind = Literal["there", "whole", "delta", "estimated"]
 """Nothing travels, whole files do, or deltas; `estimated` for deltas that were built to see how large they are and are not signed."""
