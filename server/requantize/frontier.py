@@ -46,6 +46,14 @@ FRONTIER_SUFFIX: Final = ".frontier.json"
 CHOSEN_BY: Final = 1
 """Grows when files are chosen in another way, so that no journal from before is believed."""
 
+_SLOPE: Final = -1.25
+"""How the logarithm of the price falls with that of the bytes, before two files say so themselves; as in `search.py`."""
+
+_SLOPE_MIN: Final = -5.0
+_SLOPE_MAX: Final = -0.2
+_RATIO_MIN: Final = 1.2
+"""Two files of nearly the same length say little of the slope."""
+
 Report = Callable[[str], None]
 
 
@@ -206,15 +214,6 @@ def first_price(budget: int, points: Sequence[Made]) -> float | None:
         slope = min(max(found, _SLOPE_MIN), _SLOPE_MAX)
     aim = budget * (1 + BUDGET_USED_MIN) / 2
     return coded[longest] * math.exp(slope * math.log(aim / longest))
-
-
-_SLOPE: Final = -1.25
-"""How the logarithm of the price falls with that of the bytes, before two files say so themselves; as in `search.py`."""
-
-_SLOPE_MIN: Final = -5.0
-_SLOPE_MAX: Final = -0.2
-_RATIO_MIN: Final = 1.2
-"""Two files of nearly the same length say little of the slope."""
 
 
 @contextmanager
