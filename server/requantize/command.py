@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     out: Path = arguments.out
     report = _reporter(arguments)
     models = Models(arguments.new, arguments.installed, arguments.before, arguments.start)
-    questions = _questions(arguments)
     aim = _aim(arguments)
+    questions = _questions(arguments)
     check_request(models, questions, aim)
     cache = arguments.cache or out.parent / "calibration"
     calibration = calibrate(

@@ -119,6 +119,12 @@ class _Kept(Struct, frozen=True, kw_only=True):
     reading: Reading
 
 
+class _Refused(Struct, frozen=True, kw_only=True):
+    """A budget in the journal for which there is no file."""
+
+    reason: str
+
+
 class FrontierBench:
     """The points of one frontier.
 
@@ -159,11 +165,9 @@ class FrontierBench:
             settings = replace(
                 self._settings, budget_bytes=budget.bytes, first_price=first_price(budget.bytes, points)
             )
-            try:
-                kept = self._point(budget, settings)
-            except SmallBudgetError as error:
-                notes.append(f"{budget.name}: {error.message}")
-                self._report(notes[-1])
+            kept = self._point(budget, settings)
+            if isinstance(kept, _Refused):
+                notes.append(f"{budget.name}: {kept.reason}")
                 continue
             points.append(Made(budget.name, kept.chosen.delta_bytes, kept.reading, kept.chosen))
         return points, notes
@@ -183,17 +187,21 @@ class FrontierBench:
                 hint="numerical libraries or the machine have changed: give another --cache, so that all points are made again",
             )
 
-    def _point(self, budget: Budget, settings: Settings) -> _Kept:
+    def _point(self, budget: Budget, settings: Settings) -> _Kept | _Refused:
         key = f"point:{budget.bytes}:{settings.first_price!r}"
-        kept = self._kept.get(key, _Kept)
-        if kept is not None:
-            self._report(f"{budget.name}: known, {kept.chosen.delta_bytes:,} bytes")
-            return kept
+        known = self._kept.get(key, _Kept) or self._kept.get(key, _Refused)
+        if known is not None:
+            self._report(f"{budget.name}: known")
+            return known
         self._report(f"{budget.name}: {budget.bytes:,} bytes")
-        chosen = self._choose(settings)
-        kept = _Kept(chosen=chosen, reading=self._read())
-        self._kept.put(key, kept)
-        return kept
+        found: _Kept | _Refused
+        try:
+            found = _Kept(chosen=self._choose(settings), reading=self._read())
+        except SmallBudgetError as error:
+            self._report(error.message)
+            found = _Refused(reason=error.message)
+        self._kept.put(key, found)
+        return found
 
 
 def first_price(budget: int, points: Sequence[Made]) -> float | None:

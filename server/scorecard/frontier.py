@@ -82,7 +82,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     """How a point is chosen from a frontier.
 
     Attributes:
-        kind: `budget`: the operator named it before anything was measured. `keep`: the fewest bytes that keep a share of plain's gain, and
+        kind: `budget`: the operator named it. `keep`: the fewest bytes that keep a share of plain's gain, and
             are no farther from the float model than plain. `no worse`: the fewest bytes that are shown to be no worse than plain.
         budget: Name of the point, for `budget`; "" else.
         keep_share: The share, for `keep`; 0 else.

@@ -50,7 +50,7 @@ def beaten_lines(found: Mapping[str, Standing]) -> list[str]:
             lines.append(f"{name} is beaten by {', '.join(standing.surely)}")
         elif standing.perhaps:
             lines.append(
-                f"{name} would be beaten by {', '.join(standing.perhaps)}, if that is no worse where the text does not say"
+                f"{name} would be beaten by {', '.join(standing.perhaps)}, if that is no worse where the text does not decide"
             )
     return lines
 
@@ -59,7 +59,7 @@ def choice_text(frontier: Frontier) -> str:
     """How the point was chosen, and whether the file was written."""
     rule = frontier.rule
     words = {
-        "budget": f"{rule.budget}, as the budget was named before anything was measured",
+        "budget": f"{rule.budget}, which the operator named",
         "keep": f"the fewest bytes that keep {100 * rule.keep_share:g} % of plain's gain on {frontier.text}, no farther from the float model than plain",
         "no worse": f"the fewest bytes that are shown to be no worse than plain on {frontier.text}, in divergence by {100 * rule.kl_share:g} % of"
         f" plain's and in flips by {100 * rule.flips:g} points",
