@@ -8,6 +8,7 @@ from msgspec import UNSET
 from server.display import table
 from server.scorecard.frontier import Frontier, HeldOut, Point, Standing, standings
 from server.scorecard.intervals import nats_text, share_text
+from server.scorecard.statistics import Interval
 
 TITLES: Final = ["", "FILE", "BYTES", "OF THE FILE", "KL, NATS", "95 %", "FLIPS", "95 %", "GAIN KEPT", "95 %"]
 HELD_OUT_TITLES: Final = ["TEXT", "TOKENS", "FILE", "KL, NATS", "95 %", "FLIPS", "95 %"]
@@ -33,10 +34,10 @@ def point_rows(frontier: Frontier) -> list[list[str]]:
             found[each.name].mark,
             named(frontier, each),
             f"{each.delta_bytes:,}",
-            f"{100 * each.delta_bytes / frontier.file_bytes:.3f} %",
+            f"{100 * each.delta_bytes / frontier.file_bytes:.3g} %",
             *nats_text(each.kl),
             *share_text(each.flips),
-            *share_text(each.gain),
+            *_gain(each.gain),
         ]
         for each in frontier.points
     ]
@@ -89,3 +90,10 @@ def _held_out(each: HeldOut) -> list[list[str]]:
 def named(frontier: Frontier, point: Point) -> str:
     """Name of a point, and whether it was chosen."""
     return f"{point.name} (chosen)" if point.name == frontier.chosen else point.name
+
+
+def _gain(gain: Interval | None) -> tuple[str, str]:
+    """A share of a gain: its interval is wide, and has no use for decimals."""
+    if gain is None:
+        return "-", "-"
+    return f"{100 * gain.value:.0f} %", f"{100 * gain.low:.0f} to {100 * gain.high:.0f} %"

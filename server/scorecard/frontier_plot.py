@@ -68,7 +68,8 @@ class _Scale:
             math.floor(math.log10(min(counts)) * 3) / 3
         )  # ends are about 1, 2 or 5 times a power of ten
         self.high = max(math.ceil(math.log10(max(counts)) * 3) / 3, self.low + 1 / 3)
-        self.kl_max = kl_max or 1.0
+        self.kl_step = _round_up((kl_max or 1.0) / _STEPS)
+        self.kl_max = self.kl_step * math.ceil((kl_max or 1.0) / self.kl_step - 1e-9)
 
     def x(self, count: float) -> float:
         share = (math.log10(count) - self.low) / (self.high - self.low)
@@ -95,11 +96,11 @@ def _axes(scale: _Scale, axis: str) -> list[str]:
         parts.append(
             f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{bytes_text(round(tick)).replace(".0 ", " ")}</text>'
         )
-    for step in range(_STEPS + 1):
-        y = scale.y(scale.kl_max * step / _STEPS)
+    for step in range(round(scale.kl_max / scale.kl_step) + 1):
+        y = scale.y(scale.kl_step * step)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{scale.kl_max * step / _STEPS:.2g}</text>'
+            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{scale.kl_step * step:.3g}</text>'
         )
     parts.append(
         f'<text x="{(_LEFT + right) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(axis)}</text>'
@@ -132,6 +133,12 @@ def _dot(scale: _Scale, dot: Dot) -> str:
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>{ring}'
         f'<text{weight} x="{x + 12:.1f}" y="{y - 8:.1f}">{escape(_short(words))}</text></g>'
     )
+
+
+def _round_up(value: float) -> float:
+    """To 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= value * (1 - 1e-9))
 
 
 def _short(name: str) -> str:

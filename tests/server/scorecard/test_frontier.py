@@ -166,8 +166,8 @@ def test_a_damaged_record_is_refused_with_its_name_and_what_is_wrong(
 def test_people_see_the_points_the_choice_and_how_it_was_judged(frontier: Frontier) -> None:
     rows = point_rows(written(frontier, b"file"))
     assert [row[:4] for row in rows][3:5] == [
-        ["best", "0.1%", "1,000", "0.100 %"],
-        ["best", "0.5% (chosen)", "5,000", "0.500 %"],
+        ["best", "0.1%", "1,000", "0.1 %"],
+        ["best", "0.5% (chosen)", "5,000", "0.5 %"],
     ]
     text = "\n".join(text_lines(written(frontier, b"file")))
     assert "Bytes against quality, measured on notes.txt, 4,088 tokens" in text
