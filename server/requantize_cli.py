@@ -11,8 +11,10 @@ import msgspec
 from protocol.errors import RequestError, StorageError
 from server.arguments import integer, suite_argument
 from server.display import Printer, bytes_text, table
+from server.scorecard.frontier import POINTS_MAX
 
 _BUDGET_DEFAULT: Final = "0.5%"
+_BUDGET_NAME_MAX: Final = 24
 _BYTES_MAX: Final = 1 << 44
 _RUNS_MAX: Final = 4096
 _WORKERS_MAX: Final = 256
@@ -121,10 +123,17 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         help="instead of --budget: as few bytes as keep this share of plain's gain on --development, such as 95%%",
     )
     parser.add_argument(
+        "--frontier",
+        metavar="SIZES",
+        type=_budgets,
+        help="measure a file of each budget on --development, such as 0.1%%,0.25%%,0.5%%,1%%, and choose among them: the one of"
+        " --budget, else the smallest that meets --keep, else the smallest that is no worse than plain there",
+    )
+    parser.add_argument(
         "--development",
         metavar="TEXT",
         type=Path,
-        help="text on which --keep tries settings: neither calibration nor held out",
+        help="text on which --keep and --frontier try settings: neither calibration nor held out",
     )
     parser.add_argument(
         "--golden",
@@ -169,16 +178,19 @@ def _run(arguments: argparse.Namespace, show: Printer) -> int:
 
 
 def _check_judging(arguments: argparse.Namespace) -> None:
-    if arguments.budget is None:
-        arguments.budget = _budget(_BUDGET_DEFAULT)
-    elif arguments.keep is not None:
+    if arguments.budget is not None and arguments.keep is not None:
         raise RequestError("--budget and --keep contradict each other", hint="give one of them")
-    if arguments.keep is not None and arguments.development is None:
-        raise RequestError("--keep needs --development", hint="give a text on which settings are tried")
+    if arguments.budget is None and arguments.keep is None and arguments.frontier is None:
+        arguments.budget = _budget(_BUDGET_DEFAULT)
+    needing = {"--keep": arguments.keep, "--frontier": arguments.frontier}
+    for name in (name for name, value in needing.items() if value is not None):
+        if arguments.development is None:
+            raise RequestError(f"{name} needs --development", hint="give a text on which settings are tried")
     if arguments.unjudged:
         given = {
             "--held-out": arguments.held_out,
             "--keep": arguments.keep,
+            "--frontier": arguments.frontier,
             "--golden": arguments.golden,
             "--suite": arguments.suite,
         }
@@ -281,6 +293,17 @@ def _budget(text: str) -> Any:
     if not 1 <= count <= _BYTES_MAX:
         raise argparse.ArgumentTypeError(f"{count} is not between 1 and {_BYTES_MAX} bytes")
     return lambda _length: count
+
+
+def _budgets(text: str) -> dict[str, Any]:
+    """Budgets by their names, in the order in which they were given."""
+    names = [each.strip() for each in text.split(",")]
+    if len(names) > POINTS_MAX - 1:  # --budget may come to it
+        raise argparse.ArgumentTypeError(f"{len(names)} budgets, possible are {POINTS_MAX - 1}")
+    long = next((name for name in names if len(name) > _BUDGET_NAME_MAX), None)
+    if long is not None:
+        raise argparse.ArgumentTypeError(f"{long[:40]!r} has more than {_BUDGET_NAME_MAX} characters")
+    return {name: _budget(name) for name in names}
 
 
 def _factor(text: str) -> float:

@@ -10,6 +10,7 @@ import msgspec
 from protocol.errors import RequestError, StorageError
 from server.arguments import integer, suite_argument
 from server.display import Printer, Progress
+from server.scorecard.frontier import FRONTIER_BYTES_MAX, Frontier, decode_frontier
 from server.scorecard.items import SuiteKind
 from server.scorecard.keeping import Plan
 from server.scorecard.page import render
@@ -39,6 +40,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
     _add_questions(score)
     _add_conditions(score)
     score.add_argument("--limits", metavar="FILE", type=Path, help="TOML file: what is good enough")
+    score.add_argument(
+        "--frontier",
+        metavar="FILE",
+        type=Path,
+        help="how the file was chosen: what `whimbrel requantize --frontier` wrote beside it",
+    )
     score.add_argument("--html", metavar="FILE", type=Path, help="write a page as well")
     score.set_defaults(run=lambda arguments: _score(arguments, show))
 
@@ -147,6 +154,7 @@ def _score(arguments: argparse.Namespace, show: Printer) -> int:
             suites=arguments.suite,
             plan=plan,
             against=arguments.against,
+            frontier=None if arguments.frontier is None else _frontier(arguments.frontier),
             progress=progress,
         )
     if page is not None:
@@ -162,6 +170,15 @@ def _score(arguments: argparse.Namespace, show: Printer) -> int:
     }
     show(arguments, value, [*text_lines(scored.card), "", *_bound_lines(scored)])
     return 0 if scored.card.verdict == "passed" else 1
+
+
+def _frontier(path: Path) -> Frontier:
+    try:
+        with path.open("rb") as file:
+            data = file.read(FRONTIER_BYTES_MAX + 1)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}", hint="give a file that can be read") from error
+    return decode_frontier(data, str(path))
 
 
 def _bound_lines(scored: Scored) -> list[str]:

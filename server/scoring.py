@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from protocol.errors import ReleaseError, RequestError
 from protocol.ids import Digest, Family, Version, digest_of, parse_family, parse_version
 from protocol.release import Release, release_target
 from server.alerts.records import Alert, new_alert
 from server.audit import Details
-from server.documents import read_statement
+from server.documents import read_card, read_statement
 from server.home import Home, opened
 from server.operations import find_release
 from server.ports import ReleaseRecord
 from server.releases.provenance import scorecard_digests, with_scorecard
 from server.scorecard.card import Scorecard, encode_card
+from server.scorecard.frontier import Frontier
 from server.scorecard.items import Suite, SuiteKind
 from server.scorecard.keeping import WORK_FOLDER, Plan, keep_score
 from server.scorecard.runner import Progress
@@ -49,6 +51,7 @@ def score_release(
     suites: Sequence[tuple[SuiteKind, Path]],
     plan: Plan,
     against: str | None = None,
+    frontier: Frontier | None = None,
     progress: Progress = lambda _done, _total, _what: None,
 ) -> Scored:
     """Measure a release, and bind the scorecard to it where it is a draft.
@@ -60,21 +63,25 @@ def score_release(
         suites: What is asked beside the prompts of the health plan, each by its kind and file or folder.
         plan: How it is done.
         against: The version that it replaces.
+        frontier: From which its file was chosen; by default the one that its scorecard has already.
         progress: Told how it goes.
 
     Raises:
-        RequestError: There is no such release, a suite is malformed, or somebody else measures the same model.
+        RequestError: There is no such release, a suite is malformed, the frontier is that of another file, or somebody else measures the
+            same model.
         EngineError: The runtime is not installed.
         StorageError: A file is missing or damaged, or there is no room.
     """
     read = _read_suites(suites, plan)
     with opened(folder) as home:
         record = find_release(home, parse_family(family), parse_version(version))
+        chosen_from = _frontier_of(home, record.release, frontier)
         before = None
         if against is not None:
             before = find_release(home, parse_family(family), parse_version(against)).release
             _check_comparable(record.release, before)
         card = keep_score(home.blobs, folder / WORK_FOLDER, record.release, before, read, plan, progress)
+        card = msgspec.structs.replace(card, frontier=chosen_from)
         data = encode_card(card)
         note = _obstacle(home, record, card)
         if not note:
@@ -99,6 +106,26 @@ def _read_suites(named: Sequence[tuple[SuiteKind, Path]], plan: Plan) -> list[Su
             hint="give them other names",
         )
     return suites
+
+
+def _frontier_of(home: Home, release: Release, given: Frontier | None) -> Frontier | UnsetType:
+    """How the file of a release was chosen, as far as anybody has said so."""
+    digests = {file.sha256 for file in release.files}
+    if given is not None:
+        if given.result is UNSET:
+            raise RequestError(
+                f"the frontier on {given.text} has no result: no file was written from it",
+                hint="give the one that lies beside the file of the release",
+            )
+        if given.result not in digests:
+            raise RequestError(
+                f"the frontier is that of a file with sha256 {given.result[:16]}…, which {release.family} {release.version} does not have",
+                hint="give the one that lies beside the file of the release",
+            )
+        return given
+    card = read_card(home, release)
+    known: Frontier | UnsetType = UNSET if card is None else card.frontier
+    return known if known is not UNSET and known.result in digests else UNSET
 
 
 def _check_comparable(release: Release, before: Release) -> None:

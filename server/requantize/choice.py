@@ -52,6 +52,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     Attributes:
         budget_bytes: What the delta from the installed file may weigh; or
         price: Nats per token that a bit of the delta must save. Exactly one of both.
+        first_price: With which the search for the budget's price begins; None for a look at the matrices.
         extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
         metric: What is kept near: what the layers put out, or the plain weights, which is a trap (docs/requantize.md).
         is_afresh: Begin with the best codes for the new model instead of the installed ones, and go back to these where that saves more
@@ -64,6 +65,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     budget_bytes: int | None = None
     price: float | None = None
+    first_price: float | None = None
     extrapolation: float = 0.0
     metric: MetricName = "outputs"
     is_afresh: bool = False
@@ -242,7 +244,9 @@ class _Choice:
             return self._round(self._settings.price)
         budget = self._settings.budget_bytes
         assert budget is not None
-        first = self.rounds[-1].price if self.rounds else self._first_price(budget - floor)
+        first = self.rounds[-1].price if self.rounds else self._settings.first_price
+        if first is None:
+            first = self._first_price(budget - floor)
         price = price_of_budget(budget, floor, first, self._bytes_at)
         return self.rounds[-1] if self.rounds[-1].price == price else self._round(price)
 

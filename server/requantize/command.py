@@ -14,12 +14,14 @@ from server.display import Printer, bytes_text
 from server.requantize.calibration import calibrate
 from server.requantize.choice import Settings
 from server.requantize.evaluation import Evaluator
+from server.requantize.frontier import NoPointError, budgets_of, write_frontier
 from server.requantize.guards import TEXTS_MIN, Margins
 from server.requantize.judging import Aim, Judged, Models, Questions, check_request, judge
 from server.requantize.provenance import write_record
 from server.requantize.rows import lines
 from server.requantize.texts import Text
 from server.requantize.tokens import read_tokens
+from server.scorecard.frontier_display import text_lines as frontier_lines
 from server.scorecard.items import Suite
 from server.scorecard.suites import Asking, read_suite
 
@@ -42,8 +44,8 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     out: Path = arguments.out
     report = _reporter(arguments)
     models = Models(arguments.new, arguments.installed, arguments.before, arguments.start)
-    questions = _questions(arguments)
     aim = _aim(arguments)
+    questions = _questions(arguments)
     check_request(models, questions, aim)
     cache = arguments.cache or out.parent / "calibration"
     calibration = calibrate(
@@ -66,10 +68,21 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
         ) as evaluator,
     ):
         settings = Settings(budget_bytes=1, workers=arguments.workers)
-        judged, chosen = judge(
-            models, questions, aim, calibration, evaluator, settings, Path(folder), out, report
-        )
+        try:
+            judged, chosen = judge(
+                models, questions, aim, calibration, evaluator, settings, Path(folder), out, report
+            )
+        except NoPointError as error:
+            found = {"frontier": msgspec.to_builtins(error.frontier), "is_written": False}
+            show(
+                arguments,
+                found,
+                [*frontier_lines(error.frontier), "", f"{out} is not written: {error.message}"],
+            )
+            return EXIT_NOT_WRITTEN
     record = write_record(out, chosen, judged.checks) if judged.is_written else None
+    if judged.is_written and judged.frontier is not None:
+        write_frontier(out, judged.frontier)
     show(arguments, msgspec.to_builtins(judged), _lines(out, judged, record))
     return 0 if judged.is_written else EXIT_NOT_WRITTEN
 
@@ -110,13 +123,20 @@ def _questions(arguments: argparse.Namespace) -> Questions:
 
 
 def _aim(arguments: argparse.Namespace) -> Aim:
-    budget = None
-    if arguments.keep is None:
-        budget = arguments.budget(arguments.installed.stat().st_size)
+    length = arguments.installed.stat().st_size
+    budget = None if arguments.budget is None else arguments.budget(length)
+    points = budgets_of(arguments.frontier or {}, budget, length)
     tried: tuple[float, ...] = (arguments.extrapolate,)
-    if arguments.keep is not None and arguments.before is not None and not arguments.extrapolate:
+    is_searched = arguments.keep is not None and not points
+    if is_searched and arguments.before is not None and not arguments.extrapolate:
         tried = _EXTRAPOLATIONS
-    return Aim(budget_bytes=budget, keep_share=arguments.keep, extrapolations=tried, margins=Margins())
+    return Aim(
+        budget_bytes=budget,
+        keep_share=arguments.keep,
+        extrapolations=tried,
+        margins=Margins(),
+        frontier=points,
+    )
 
 
 def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
@@ -128,6 +148,7 @@ def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
         else f"{out} is not written: {sum(check.status != 'passed' for check in judged.checks)} guard(s) did not pass"
     )
     return [
+        *([] if judged.frontier is None else [*frontier_lines(judged.frontier), ""]),
         *lines(judged.rows),
         "",
         *(f"{marks[check.status]:<9}  {check.name}: {check.detail}" for check in judged.checks),

@@ -71,7 +71,7 @@ class Evaluator:
     ) -> None:
         self.texts: Final = list(texts)
         self._reference = reference
-        self._folder = folder
+        self.folder: Final = folder
         self.threads: Final = threads
         self._progress = progress
         self._opened = ExitStack()
@@ -163,7 +163,7 @@ class Evaluator:
         """The float model's predictions, from disk if they are there."""
         name = f"{self._digest(self._reference)[:32]}-{text.digest[:32]}"
         if name not in self._references:
-            place = self._folder / f"reference-{name}.npy"
+            place = self.folder / f"reference-{name}.npy"
             top = _likeliest(place)
             if not place.exists() or not top.exists():
                 self._predict(text, place, top)
@@ -204,9 +204,9 @@ class Evaluator:
             raise StorageFullError(
                 f"the float model's predictions on one text are {needed:,} bytes, allowed are {REFERENCES_BYTES_MAX:,}"
             )
-        with storage_errors(self._folder):
-            known = sorted(self._folder.glob("reference-*.npy"), key=lambda path: path.stat().st_mtime)
-            in_use = {self._folder / f"reference-{name}.npy" for name in self._references}
+        with storage_errors(self.folder):
+            known = sorted(self.folder.glob("reference-*.npy"), key=lambda path: path.stat().st_mtime)
+            in_use = {self.folder / f"reference-{name}.npy" for name in self._references}
             total = sum(path.stat().st_size for path in known) + needed
             for path in known:
                 if total > REFERENCES_BYTES_MAX and path not in in_use:
@@ -232,7 +232,7 @@ class Evaluator:
             "threads": self.threads,
             "context_tokens": context_tokens,
         }
-        return used.enter_context(journal(self._folder, digest_of(msgspec.json.encode(identity)), identity))
+        return used.enter_context(journal(self.folder, digest_of(msgspec.json.encode(identity)), identity))
 
 
 def _loaded(path: Path, threads: int) -> Worker:

@@ -23,6 +23,15 @@ from server.requantize.controls import write_frozen, write_plain
 from server.requantize.evaluation import Evaluator
 from server.requantize.fewest import Trial, fewest_bytes
 from server.requantize.figures import figures, share_of_gain
+from server.requantize.frontier import (
+    Budget,
+    FrontierBench,
+    Made,
+    NoPointError,
+    draw,
+    points_journal,
+    with_verdict,
+)
 from server.requantize.guards import Margins, check_suite, check_texts, is_passed
 from server.requantize.readings import Readings
 from server.requantize.rows import Row, row
@@ -31,6 +40,7 @@ from server.requantize.texts import Text, check_unseen
 from server.requantize.weighing import delta_bytes
 from server.requantize.work import MetricName
 from server.scorecard.card import Check
+from server.scorecard.frontier import Frontier, Rule
 from server.scorecard.items import Suite
 
 BUDGET_SHARE_MIN: Final = 0.0003
@@ -75,19 +85,30 @@ class Questions:
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What is wanted; exactly one of `budget_bytes` and `keep_share`.
+    """What is wanted; exactly one of `budget_bytes` and `keep_share`, or at most one of them with budgets of a frontier.
 
     Attributes:
         budget_bytes: What the delta may weigh.
         keep_share: Of plain's gain in likelihood on the development text, with as few bytes as that takes.
         extrapolations: Settings of the choice that are tried; with a budget the first one is taken.
         margins: How much worse than plain counts as no worse.
+        frontier: Budgets that are measured on the development text, `budget_bytes` among them; the file is one of theirs.
     """
 
     budget_bytes: int | None = None
     keep_share: float | None = None
     extrapolations: tuple[float, ...] = (0.0,)
     margins: Margins = field(default_factory=Margins)
+    frontier: tuple[Budget, ...] = ()
+
+    @property
+    def rule(self) -> Rule:
+        """How a point of the frontier is chosen."""
+        rule = Rule(kind="no worse", kl_share=self.margins.kl_share, flips=self.margins.flips)
+        if self.keep_share is not None:
+            return msgspec.structs.replace(rule, kind="keep", keep_share=self.keep_share)
+        named = [each.name for each in self.frontier if each.bytes == self.budget_bytes]
+        return msgspec.structs.replace(rule, kind="budget", budget=named[0]) if named else rule
 
 
 class Judged(Struct, frozen=True, kw_only=True):
@@ -103,6 +124,7 @@ class Judged(Struct, frozen=True, kw_only=True):
         codes: How many there are.
         seconds: Of the choice alone.
         calibration_sha256: Of the calibration's tokens.
+        frontier: From which the file was chosen; None where it was not.
     """
 
     rows: tuple[Row, ...]
@@ -114,6 +136,7 @@ class Judged(Struct, frozen=True, kw_only=True):
     codes: int
     seconds: float
     calibration_sha256: str
+    frontier: Frontier | None = None
 
 
 def judge(
@@ -141,6 +164,7 @@ def judge(
         report: Takes lines about the progress.
 
     Raises:
+        NoPointError: No point of the frontier is good enough.
         RequestError: Texts overlap, are too few or too short, or nothing within the budget keeps what is wanted.
         WhimbrelError: As `choose` and `Evaluator.measure`.
     """
@@ -151,6 +175,9 @@ def judge(
     checks = bench.checks(aim.margins)
     if is_passed(checks):
         _publish(bench.file(rows.CHOSEN), out)
+    frontier = bench.frontier
+    if frontier is not None:
+        frontier = with_verdict(frontier, found, chosen.sources.result if is_passed(checks) else None)
     judged = Judged(
         rows=found,
         checks=checks,
@@ -161,6 +188,7 @@ def judge(
         codes=chosen.codes,
         seconds=chosen.seconds,
         calibration_sha256=calibration.tokens_sha256,
+        frontier=frontier,
     )
     return judged, chosen
 
@@ -171,8 +199,13 @@ def check_request(models: Models, questions: Questions, aim: Aim) -> None:
     Raises:
         RequestError: Texts overlap, are too few or too short, or something that is needed was not given.
     """
-    if (aim.budget_bytes is None) == (aim.keep_share is None):
+    if (aim.budget_bytes is None) == (aim.keep_share is None) and not aim.frontier:
         raise RequestError("a budget or a share of the gain is needed, and not both")
+    if aim.frontier and questions.development is None:
+        raise RequestError(
+            "a frontier needs a text on which it is measured",
+            hint="give --development, a text that is neither calibration nor held out",
+        )
     if aim.keep_share is not None and questions.development is None:
         raise RequestError(
             "keeping a share of the gain needs a text on which settings are tried",
@@ -229,6 +262,7 @@ class _Bench:
         self._plain_bytes = self._weighed(rows.PLAIN)
         self._sizes = {rows.NOTHING: 0, rows.PLAIN: self._plain_bytes}
         self._readings: dict[str, Readings] = {}
+        self.frontier: Frontier | None = None
 
     def file(self, name: str) -> Path:
         """Where a row's file lies."""
@@ -243,6 +277,8 @@ class _Bench:
 
     def chosen(self, aim: Aim) -> tuple[Trial, Chosen]:
         """Make the chosen file."""
+        if aim.frontier:
+            return self._from_frontier(aim)
         if aim.budget_bytes is not None:
             budget, extrapolation = aim.budget_bytes, aim.extrapolations[0]
             made = self._choose(rows.CHOSEN, budget, extrapolation)
@@ -258,10 +294,60 @@ class _Bench:
             )
         return trial, self._choose(rows.CHOSEN, trial.budget_bytes, trial.extrapolation)
 
+    def _from_frontier(self, aim: Aim) -> tuple[Trial, Chosen]:
+        """Measure all points on the development text, and make the one that is chosen."""
+        text, file = self._questions.development, self.file(rows.CHOSEN)
+        assert text is not None
+        self._make_frozen()
+        names = (rows.NOTHING, rows.PLAIN, rows.FROZEN)
+        controls = [
+            Made(name, self._sizes[name], self._evaluator.measure(self.file(name), [text])[text.name])
+            for name in names
+        ]
+        settings = msgspec.structs.replace(
+            self._settings, budget_bytes=None, extrapolation=aim.extrapolations[0]
+        )
+        files = {each: getattr(self._models, each) for each in ("new", "installed", "before", "start")}
+        with points_journal(self._evaluator, files, self._calibration, settings, text) as kept:
+            bench = FrontierBench(
+                settings,
+                kept,
+                file,
+                lambda each: self._choose_with(rows.CHOSEN, each),
+                lambda: self._evaluator.measure(file, [text])[text.name],
+                self._report,
+            )
+            points, notes = bench.measure(aim.frontier)
+            self.frontier = draw(
+                controls,
+                points,
+                notes,
+                aim.rule,
+                text,
+                self._models.new,
+                self._models.installed,
+                settings.extrapolation,
+            )
+            if not self.frontier.chosen:
+                raise NoPointError(self.frontier)
+            chosen = next(each.chosen for each in points if each.name == self.frontier.chosen)
+            assert chosen is not None
+            bench.remake(chosen)
+        self._sizes[rows.CHOSEN] = chosen.delta_bytes
+        assert chosen.settings.budget_bytes is not None
+        trial = Trial(
+            chosen.settings.budget_bytes, settings.extrapolation, chosen.delta_bytes, is_enough=True
+        )
+        return trial, chosen
+
+    def _make_frozen(self) -> None:
+        if rows.FROZEN not in self._sizes:
+            write_frozen(self.file(rows.PLAIN), self._models.installed, self.file(rows.FROZEN))
+            self._sizes[rows.FROZEN] = self._weighed(rows.FROZEN)
+
     def rows(self, trial: Trial, aim: Aim) -> tuple[Row, ...]:
         """Make and measure all files of the table."""
-        write_frozen(self.file(rows.PLAIN), self._models.installed, self.file(rows.FROZEN))
-        self._sizes[rows.FROZEN] = self._weighed(rows.FROZEN)
+        self._make_frozen()
         notes = {rows.CHOSEN: _how(trial, aim)}
         absent = {}
         try:
@@ -316,6 +402,9 @@ class _Bench:
         settings = msgspec.structs.replace(
             self._settings, budget_bytes=budget, extrapolation=extrapolation, metric=metric
         )
+        return self._choose_with(name, settings, target)
+
+    def _choose_with(self, name: str, settings: Settings, target: Path | None = None) -> Chosen:
         made = choose(
             target or self._models.new,
             self._models.installed,
@@ -323,7 +412,7 @@ class _Bench:
             settings,
             self.file(name),
             self._report,
-            before=self._models.before if extrapolation else None,
+            before=self._models.before if settings.extrapolation else None,
             start=self._models.start if name == rows.CHOSEN else None,
         )
         self._sizes[name] = made.delta_bytes
@@ -364,9 +453,9 @@ class _Bench:
 
 
 def _how(trial: Trial, aim: Aim) -> str:
-    wanted = (
-        f"a budget of {trial.budget_bytes:,} bytes"
-        if aim.keep_share is None
-        else f"the fewest bytes that keep {100 * aim.keep_share:g} % on the development text"
-    )
+    wanted = f"a budget of {trial.budget_bytes:,} bytes"
+    if aim.keep_share is not None:
+        wanted = f"the fewest bytes that keep {100 * aim.keep_share:g} % on the development text"
+    elif aim.budget_bytes is None:
+        wanted = "the fewest bytes of the frontier that are no worse than plain on the development text"
     return f"{wanted}, extrapolation {trial.extrapolation:g}"

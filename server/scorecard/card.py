@@ -3,11 +3,12 @@
 from typing import Final, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from protocol.errors import ReleaseError
 from protocol.ids import Digest
 from protocol.release import ReleaseFile, RuntimeName
+from server.scorecard.frontier import Frontier, check_frontier
 from server.scorecard.items import SuiteKind
 from server.scorecard.resources import Resources
 from server.scorecard.statistics import Interval, Paired, Quantile
@@ -213,7 +214,11 @@ class Missing(Struct, frozen=True, kw_only=True):
 
 
 class Scorecard(Struct, frozen=True, kw_only=True):
-    """Everything that was measured of a version. `verdict` is "passed" only if nothing is missing and every check passed."""
+    """Everything that was measured of a version.
+
+    `verdict` is "passed" only if nothing is missing and every check passed. `frontier` says how a requantized file was chosen; it is absent for
+    others, and decides nothing.
+    """
 
     v: int = CARD_VERSION
     subject: Subject
@@ -230,6 +235,7 @@ class Scorecard(Struct, frozen=True, kw_only=True):
     drift: Drift | None
     missing: tuple[Missing, ...]
     missing_count: int
+    frontier: Frontier | UnsetType = UNSET
 
 
 _encoder: Final = msgspec.json.Encoder(order="deterministic")
@@ -245,7 +251,7 @@ def decode_card(data: bytes, source: str) -> Scorecard:
     """Read a scorecard.
 
     Raises:
-        ReleaseError: Too long, malformed, or of another version.
+        ReleaseError: Too long, malformed, of another version, or its frontier contradicts itself.
     """
     if len(data) > CARD_BYTES_MAX:
         raise ReleaseError(f"{source} has {len(data)} bytes, allowed are {CARD_BYTES_MAX}")
@@ -255,4 +261,6 @@ def decode_card(data: bytes, source: str) -> Scorecard:
         raise ReleaseError(f"{source} is no scorecard: {error}", hint="score the version again") from error
     if card.v != CARD_VERSION:
         raise ReleaseError(f"{source} is a scorecard of version {card.v}, understood is {CARD_VERSION}")
+    if card.frontier is not UNSET:
+        check_frontier(card.frontier, f"what {source} says of how the file was chosen")
     return card

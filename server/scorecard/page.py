@@ -5,18 +5,28 @@ from html import escape
 from typing import Final
 
 from markupsafe import Markup
+from msgspec import UNSET
 
 from server.display import bytes_text
 from server.scorecard.card import Scorecard, SuiteDrift
+from server.scorecard.frontier import Frontier, standings
+from server.scorecard.frontier_display import (
+    HELD_OUT_TITLES,
+    TITLES,
+    beaten_lines,
+    choice_text,
+    held_out_rows,
+    point_rows,
+)
+from server.scorecard.frontier_plot import Dot, plot
+from server.scorecard.intervals import change_text, share_text
 from server.scorecard.report import (
     P_NOTABLE,
     VERDICTS,
-    change_text,
     cost_rows,
     divergence_rows,
     memory_rows,
     notable_groups,
-    share_text,
     speed_rows,
 )
 from server.scorecard.statistics import Interval
@@ -55,7 +65,30 @@ def render(card: Scorecard, digest: str) -> str:
         share_text=share_text,
         change_text=change_text,
         bytes_text=bytes_text,
+        frontier=None if card.frontier is UNSET else _frontier(card.frontier),
     )
+
+
+def _frontier(frontier: Frontier) -> dict[str, object]:
+    """What the template shows of how the file was chosen."""
+    description = f"Divergence from the float model on {frontier.text} over bytes of the delta"
+    found = standings(frontier)
+    dots = [
+        Dot(each.name, each.delta_bytes, each.kl, found[each.name].mark, each.name == frontier.chosen)
+        for each in frontier.points
+    ]
+    return {
+        "text": frontier.text,
+        "tokens": frontier.tokens,
+        "plot": Markup(plot(dots, "bytes of the delta", description)),  # noqa: S704 - see `render`
+        "choice": choice_text(frontier),
+        "titles": TITLES,
+        "rows": point_rows(frontier),
+        "lines": [*beaten_lines(found), *frontier.notes],
+        "held_out_titles": HELD_OUT_TITLES,
+        "held_out": held_out_rows(frontier),
+        "installed": frontier.installed,
+    }
 
 
 def _headline(card: Scorecard) -> str:

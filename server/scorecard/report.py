@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from typing import Final
 
+from msgspec import UNSET
+
 from server.display import bytes_text, table
+from server.scorecard import frontier_display
 from server.scorecard.card import (
     Divergence,
     Drift,
@@ -12,7 +15,7 @@ from server.scorecard.card import (
     SuiteDrift,
     SuiteScore,
 )
-from server.scorecard.statistics import Interval, Quantile
+from server.scorecard.intervals import change_text, quantile_text, share_text
 
 GROUPS_SHOWN: Final = 8
 """In text: those that changed most."""
@@ -49,26 +52,9 @@ def text_lines(card: Scorecard) -> list[str]:
     lines += ["", *_resource_lines(card)]
     if card.drift is not None:
         lines += ["", *_drift_lines(card.drift)]
+    if card.frontier is not UNSET:
+        lines += ["", *frontier_display.text_lines(card.frontier)]
     return lines
-
-
-def share_text(share: Interval | None) -> tuple[str, str]:
-    """A share and its interval."""
-    if share is None:
-        return "-", "-"
-    return f"{100 * share.value:.1f} %", f"{100 * share.low:.1f} to {100 * share.high:.1f} %"
-
-
-def change_text(change: Interval) -> tuple[str, str]:
-    """A difference of shares and its interval, in percentage points."""
-    return f"{100 * change.value:+.1f}", f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
-
-
-def quantile_text(found: Quantile) -> str:
-    """A latency with what bounds it."""
-    high = "no bound" if found.high is None else f"{found.high:.2f}"
-    low = "no bound" if found.low is None else f"{found.low:.2f}"
-    return f"{found.value:.2f} ms ({low} to {high})"
 
 
 def speed_rows(speed: SpeedScore) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ CONFIDENCE: Final = 0.95
 
 RESAMPLES: Final = 2_000
 """Of a bootstrap: the ends of a 95 % interval are then the 50th value from either side."""
+
+Outcome = Literal["better", "same", "worse", "undecided"]
+"""How one stands to another, beyond a margin; `same`: no worse."""
 
 _Floats = npt.NDArray[np.float64]
 
@@ -49,6 +52,21 @@ class Paired(Struct, frozen=True, kw_only=True):
     lost: int
     difference: Interval
     p_value: float
+
+
+def outcome(low: float, high: float, margin: float) -> Outcome:
+    """Say what an interval of a difference decides.
+
+    Args:
+        low: End of the interval of one less another, larger being better for the one.
+        high: Likewise.
+        margin: How much is no difference; 0 for exact figures.
+    """
+    if low > margin:
+        return "better"
+    if low >= -margin:
+        return "same"
+    return "worse" if high < -margin else "undecided"
 
 
 def wilson(right: int, count: int) -> Interval:

@@ -73,6 +73,20 @@ class Field:
             undelivered=undelivered,
         )
 
+    def holders(self, digest: Digest, tier: str | None) -> int:
+        """How many devices of a tier have a file; of all tiers, if it is None."""
+        return sum(
+            count
+            for device, count in self._kinds
+            if (tier is None or device.tier == tier)
+            and device.report is not None
+            and digest in device.report.files.values()
+        )
+
+    def version_of(self, digest: Digest) -> str:
+        """The version that has a file; empty where none has."""
+        return self._versions.get(digest, "")
+
     def missing(self, release: Release) -> tuple[list[Missing], list[DeltaName]]:
         """Deltas to a version that are not there and that devices could use, those for most devices first."""
         counts: Counter[tuple[Digest, Digest]] = Counter()

@@ -11,8 +11,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from server.scorecard.statistics import CONFIDENCE, holm
-from server.tradeoffs.records import Axis, Candidate, Figure, Margins, Outcome, Rival
+from server.scorecard.statistics import CONFIDENCE, Outcome, holm, outcome
+from server.tradeoffs.records import Axis, Candidate, Figure, Margins, Rival
 from server.tradeoffs.standing import flips_between
 
 
@@ -57,10 +57,10 @@ def beaten(contenders: Sequence[Contender], axes: Sequence[Axis], margins: Margi
     edges: dict[int, dict[int, Rival]] = {index: {} for index in range(len(contenders))}
     perhaps: list[list[Rival]] = [[] for _ in contenders]
     for (one, other), found in outcomes.items():
-        better: list[Axis] = [axis for axis, outcome in found.items() if outcome == "better"]
+        better: list[Axis] = [axis for axis, each in found.items() if each == "better"]
         if not better or "worse" in found.values():
             continue
-        undecided: list[Axis] = [axis for axis, outcome in found.items() if outcome == "undecided"]
+        undecided: list[Axis] = [axis for axis, each in found.items() if each == "undecided"]
         rival = Rival(version=contenders[one].candidate.version, better=better, undecided=undecided)
         if undecided:
             perhaps[other].append(rival)
@@ -90,9 +90,7 @@ def compare(axis: Axis, one: Contender, other: Contender, margins: Margins) -> O
         return "undecided"
     is_exact = mine.low == mine.high and theirs.low == theirs.high
     margin = 0.0 if is_exact else margins.latency * max(mine.value, theirs.value)
-    return _outcome(
-        (theirs.low or 0.0) - (mine.high or 0.0), (theirs.high or 0.0) - (mine.low or 0.0), margin
-    )
+    return outcome((theirs.low or 0.0) - (mine.high or 0.0), (theirs.high or 0.0) - (mine.low or 0.0), margin)
 
 
 def contrast(axis: Axis, one: Contender, other: Contender, margins: Margins) -> Outcome:
@@ -107,14 +105,14 @@ def contrast(axis: Axis, one: Contender, other: Contender, margins: Margins) -> 
 def _by_accuracy(one: Candidate, other: Candidate, margin: float) -> Outcome:
     """No worse takes every suite; for better one suffices, if McNemar's test with Holm's adjustment for their number says so too."""
     flips = list(flips_between(one, other).values())
-    outcomes = [_outcome(each.difference.low, each.difference.high, margin) for each in flips]
+    outcomes = [outcome(each.difference.low, each.difference.high, margin) for each in flips]
     if "worse" in outcomes:
         return "worse"
     if not outcomes or "undecided" in outcomes:
         return "undecided"
     adjusted = holm([each.p_value for each in flips])
     is_better = any(
-        outcome == "better" and p <= 1 - CONFIDENCE for outcome, p in zip(outcomes, adjusted, strict=True)
+        each == "better" and p <= 1 - CONFIDENCE for each, p in zip(outcomes, adjusted, strict=True)
     )
     return "better" if is_better else "same"
 
@@ -124,16 +122,7 @@ def _by_drift(one: Candidate, other: Candidate, margin: float) -> Outcome:
     if one.drift is None or other.drift is None:
         return "undecided"
     mine, theirs = one.drift.mean, other.drift.mean
-    return _outcome(theirs.low - mine.high, theirs.high - mine.low, margin)
-
-
-def _outcome(low: float, high: float, margin: float) -> Outcome:
-    """Of a difference that lies between two ends, larger being better."""
-    if low > margin:
-        return "better"
-    if low >= -margin:
-        return "same"
-    return "worse" if high < -margin else "undecided"
+    return outcome(theirs.low - mine.high, theirs.high - mine.low, margin)
 
 
 def _is_known(contender: Contender, axis: Axis) -> bool:

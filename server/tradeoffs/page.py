@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from server.display import bytes_text
 from server.templates import template
+from server.tradeoffs.frontiers import TITLES, headline, option_rows, picture, why_lines
 from server.tradeoffs.records import Candidate, Option, TierTable, TradeoffReport
 from server.tradeoffs.text import (
     COMPARISON_TITLES,
@@ -45,6 +46,7 @@ def render(report: TradeoffReport) -> str:
             ("Any two of them", COMPARISON_TITLES, comparison_rows(report), 3),
         ],
         option_titles=OPTION_TITLES,
+        frontier_titles=TITLES,
         tiers=[
             (
                 table,
@@ -52,6 +54,15 @@ def render(report: TradeoffReport) -> str:
                 Markup(_plot(report, table)),  # noqa: S704 - built by us, every text in it is escaped
                 [option_row(option, report.currency) for option in table.options],
                 [line for option in table.options for line in option_lines(option)],
+                [
+                    (
+                        headline(each),
+                        Markup(picture(each, table.name)),  # noqa: S704 - likewise
+                        option_rows(each, report.currency),
+                        why_lines(each),
+                    )
+                    for each in table.frontiers
+                ],
             )
             for table in report.tiers
         ],

@@ -7,7 +7,7 @@ from msgspec import Struct
 from protocol.release import RuntimeName
 from server.scorecard.card import Verdict
 from server.scorecard.items import SuiteKind
-from server.scorecard.statistics import Interval, Paired
+from server.scorecard.statistics import Interval, Outcome, Paired
 from server.tiers.fit import Budget
 
 REPORT_VERSION: Final = 1
@@ -23,10 +23,6 @@ Standing = Literal["scored", "failed", "incomplete", "apart", "unscored"]
 `failed`: a check failed. `incomplete`: something could not be measured. `apart`: it was compared with another version than the reference.
 `unscored`: there is none.
 """
-
-Outcome = Literal["better", "same", "worse", "undecided"]
-"""How one version stands to another on an axis, beyond the margin; `same`: no worse."""
-
 
 WayKind = Literal["there", "whole", "delta", "estimated"]
 """Nothing travels, whole files do, or deltas; `estimated` for deltas that were built to see how large they are and are not signed."""
@@ -236,6 +232,58 @@ class Option(Struct, frozen=True, kw_only=True):
     cost: float | None
 
 
+class FrontierOption(Struct, frozen=True, kw_only=True):
+    """A file that could be sent in the place of a version.
+
+    Attributes:
+        name: Of the point of the frontier.
+        is_chosen: Whether it is the version itself.
+        delta_bytes: Of the delta from the file that devices have.
+        wire_bytes: To each device that has that file, chunk indexes included; whole files where the delta does not pay.
+        total_bytes: To all of these.
+        cost: Of that, in the currency of the prices; None without a price, or without devices.
+        kl: Mean divergence from the float model, nats.
+        flips: Share of tokens at which the two would choose differently.
+        is_best: Whether nothing on the frontier beats it for certain.
+        beaten_by: Names of what beats it for certain.
+        perhaps_beaten_by: Names of what would beat it, if it is no worse where the text does not say.
+    """
+
+    name: str
+    is_chosen: bool
+    delta_bytes: int
+    wire_bytes: int
+    total_bytes: int
+    cost: float | None
+    kl: Interval
+    flips: Interval
+    is_best: bool
+    beaten_by: list[str]
+    perhaps_beaten_by: list[str]
+
+
+class FrontierTable(Struct, frozen=True, kw_only=True):
+    """The frontier that a version's file was chosen from, on one tier.
+
+    Attributes:
+        version: Of the version.
+        installed: Version whose file it was chosen against; empty where no release has that.
+        installed_sha256: Of that file.
+        devices: Of the tier, that have it. Nothing is said here of others.
+        text: Name of the text on which it was measured.
+        tokens: That were predicted of it.
+        options: The points.
+    """
+
+    version: str
+    installed: str
+    installed_sha256: str
+    devices: int
+    text: str
+    tokens: int
+    options: list[FrontierOption]
+
+
 class TierTable(Struct, frozen=True, kw_only=True):
     """The versions on one tier.
 
@@ -249,6 +297,7 @@ class TierTable(Struct, frozen=True, kw_only=True):
         price_per_mb: Of 10**6 bytes over the air; None where there is no price.
         axes: Those on which versions are compared here; an axis of which nothing is known is left out.
         options: In the order in which the versions were named.
+        frontiers: Of those versions whose scorecard says from which frontier their file was chosen.
     """
 
     name: str
@@ -260,6 +309,7 @@ class TierTable(Struct, frozen=True, kw_only=True):
     price_per_mb: float | None
     axes: list[Axis]
     options: list[Option]
+    frontiers: list[FrontierTable] = []
 
 
 class Missing(Struct, frozen=True, kw_only=True):

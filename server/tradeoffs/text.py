@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from server.display import bytes_text, table
-from server.scorecard.report import change_text, share_text
+from server.scorecard.intervals import change_text, share_text
+from server.tradeoffs.frontiers import frontier_lines
 from server.tradeoffs.records import (
     Air,
     Candidate,
@@ -67,6 +68,9 @@ def text_lines(report: TradeoffReport) -> Iterator[str]:
         yield f"{tier.name}: {tier_text(tier)}"
         yield from table(OPTION_TITLES, [option_row(option, report.currency) for option in tier.options])
         yield from (f"  {line}" for option in tier.options for line in option_lines(option))
+        for frontier in tier.frontiers:
+            yield ""
+            yield from frontier_lines(frontier, report.currency)
     if report.missing:
         yield ""
         yield from missing_lines(report)

@@ -29,6 +29,7 @@ from server.tradeoffs.air import Field
 from server.tradeoffs.deltas import Progress, measure_deltas, read_sizes
 from server.tradeoffs.dominance import Beaten, Contender, beaten, contrast, known_axes
 from server.tradeoffs.energy import MODEL
+from server.tradeoffs.frontiers import frontier_tables
 from server.tradeoffs.paragraph import write_paragraph
 from server.tradeoffs.prices import MB, Prices
 from server.tradeoffs.records import (
@@ -264,6 +265,7 @@ def _tier_table(
         price_per_mb=price,
         axes=axes,
         options=[_judged(option, found.get(option.version)) for option in options],
+        frontiers=frontier_tables(entries, field, table.devices_of, price, question.margins),
     )
 
 
@@ -391,5 +393,10 @@ def _notes(report: TradeoffReport) -> Iterator[str]:
         for way in option.air.ways
     ):
         yield "Some bytes are of deltas that were built for this report and are not signed; a server builds those that pay once a rollout begins."
+    if any(table.frontiers for table in report.tiers):
+        yield (
+            "What could be sent instead of a requantized version is compared in bytes over the air, divergence from the float model and flips, on the"
+            f" text on which it was chosen; no difference are {report.margins.drift:g} nats and what the choice allowed of flips."
+        )
     if report.strays:
         yield f"Devices of the family whose tier is not shown here: {report.strays:,}."

@@ -4,8 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from server.scorecard.statistics import Outcome
 from server.tiers.fit import Budget
-from server.tradeoffs.records import Axis, Outcome, Standing, WayKind
+from server.tradeoffs.records import Axis, Standing, WayKind
 from server.web.views import VersionCount
 
 
