@@ -23,10 +23,11 @@ from server.requantize.correction import measure_divergence, measure_slopes
 from server.requantize.descent import Price
 from server.requantize.header import start_file
 from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
-from server.requantize.portions import Portion, check_alike, check_portions, mean_bytes, shares_of
-from server.requantize.provenance import Sent, Sources, sent_to, sources_of
-from server.requantize.search import price_of_budget
-from server.requantize.weighing import delta_bytes
+from server.requantize.portions import Portion, check_fleet, mean_bytes, shares_of
+from server.requantize.provenance import Sources, sources_of
+from server.requantize.search import SmallBudgetError, price_of_budget
+from server.requantize.sent import Sent, sent_to
+from server.requantize.weighing import delta_sizes
 from server.requantize.work import Files, MetricName, gain_at, run_all, stretches_of
 
 FIRST_BITS: Final = 9.0
@@ -147,7 +148,7 @@ def choose(
         StorageError: The result cannot be written.
     """
     _check(settings, before)
-    check_portions(installed, also)
+    check_fleet(installed, also)
     began = time.perf_counter()
     partial = out.with_name(f".partial-{out.name}")
     try:
@@ -168,7 +169,6 @@ def choose(
             _check_pair(fresh, old)
             for each in also:
                 with opened_gguf(each.path) as other:
-                    check_alike(old, other)
                     _check_pair(fresh, other)
             start_file(fresh, old, partial)
             choice = _Choice(files, fresh, old, settings, report)
@@ -267,6 +267,11 @@ class _Choice:
             return self._round(self._settings.price)
         budget = self._settings.budget_bytes
         assert budget is not None
+        if self._files.also and floor >= budget:
+            raise SmallBudgetError(
+                f"what the installed files differ by takes {floor:,} bytes on average whatever is chosen, the budget is {budget:,}",
+                hint="allow more, or leave out a file that few devices have",
+            )
         first = self.rounds[-1].price if self.rounds else self._first_price(budget - floor)
         price = price_of_budget(budget, floor, first, self._bytes_at)
         return self.rounds[-1] if self.rounds[-1].price == price else self._round(price)
@@ -341,7 +346,7 @@ class _Choice:
     def _sizes(self) -> tuple[int, ...]:
         """Of the delta from each installed file."""
         bases = (self._files.installed, *(each.path for each in self._files.also))
-        return tuple(delta_bytes(base, self._files.out, self._workers) for base in bases)
+        return delta_sizes(bases, self._files.out, self._workers)
 
     def _mean(self, sizes: tuple[int, ...]) -> int:
         return mean_bytes(sizes, self._files.also)

@@ -3,17 +3,21 @@
 One file is chosen for all of them. What it costs is then the mean over the devices: what each file's delta weighs, times the share that has it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from protocol.errors import ModelFileError, RequestError
-from server.requantize.model import ModelFile, sha256_of
+from server.requantize.model import ModelFile, opened_gguf, sha256_of
 
 PORTIONS_MAX: Final = 8
 """Files of one fleet: each is read beside the others, and gets a delta of its own in every round."""
+
+_SHARE_MIN: Final = 1e-6
+"""Left for the first file: below it is what adding shares has rounded."""
+
+_HINT: Final = "devices with such a file need an update of their own: leave it out here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +57,32 @@ def mean_bytes(sizes: Sequence[int], also: Sequence[Portion]) -> int:
     return round(sum(share * size for share, size in zip(shares_of(also) or (1.0,), sizes, strict=True)))
 
 
-def check_portions(installed: Path, also: Sequence[Portion]) -> None:
-    """Refuse shares that are none, and files that are given twice.
+def check_fleet(installed: Path, also: Sequence[Portion]) -> None:
+    """Refuse shares that are none, files that are given twice, and files whose codes cannot be compared one by one.
 
     Raises:
-        RequestError: Something of that.
+        RequestError: A share is none, or a file is there twice.
+        ModelFileError: Names, shapes or types of tensors differ.
         StorageError: A file cannot be read.
     """
+    if not also:
+        return
+    _check_shares(installed, also)
+    with opened_gguf(installed) as first:
+        for each in also:
+            with opened_gguf(each.path) as other:
+                _check_alike(first, other)
+    seen: dict[str, Path] = {}
+    for path in (installed, *(each.path for each in also)):
+        digest = sha256_of(path)
+        if digest in seen:
+            raise RequestError(
+                f"{path}: is the same file as {seen[digest]}", hint="add the two shares, and give it once"
+            )
+        seen[digest] = path
+
+
+def _check_shares(installed: Path, also: Sequence[Portion]) -> None:
     if len(also) >= PORTIONS_MAX:
         raise RequestError(
             f"{len(also) + 1} installed files, at most {PORTIONS_MAX} are weighed",
@@ -72,35 +95,20 @@ def check_portions(installed: Path, also: Sequence[Portion]) -> None:
                 hint="give the share of the devices that have this file, such as 0.3",
             )
     total = sum(each.share for each in also)
-    if also and total >= 1 - math.ulp(1) * len(also):
+    if total >= 1 - _SHARE_MIN:
         raise RequestError(
             f"the shares of the other files come to {total:g}, which leaves nothing for {installed}",
             hint="--installed has what the files given with --also leave of 1",
         )
-    seen: dict[str, Path] = {}
-    for path in [installed, *(each.path for each in also)] if also else []:
-        digest = sha256_of(path)
-        if digest in seen:
-            raise RequestError(
-                f"{path}: is the same file as {seen[digest]}", hint="add the two shares, and give it once"
-            )
-        seen[digest] = path
 
 
 def main_first(installed: Path, also: Sequence[Portion]) -> tuple[Path, tuple[Portion, ...]]:
-    """The same fleet with the file that most devices have before the others, as `choose` takes it."""
-    ranked = sorted(
-        all_portions(installed, also), key=lambda each: -each.share
-    )  # stable: the first of equals stays
+    """The same fleet with the file that most devices have before the others, as `choose` takes it; of equal shares the order stays."""
+    ranked = sorted(all_portions(installed, also), key=lambda each: -each.share)
     return ranked[0].path, tuple(ranked[1:])
 
 
-def check_alike(installed: ModelFile, other: ModelFile) -> None:
-    """Refuse a file that holds another kind of model: codes are compared one by one.
-
-    Raises:
-        ModelFileError: Names, shapes or types of tensors differ.
-    """
+def _check_alike(installed: ModelFile, other: ModelFile) -> None:
     for name, region in installed.tensors.items():
         if name not in other.tensors:
             raise ModelFileError(
@@ -120,6 +128,3 @@ def check_alike(installed: ModelFile, other: ModelFile) -> None:
     unknown = next((name for name in other.tensors if name not in installed.tensors), None)
     if unknown is not None:
         raise ModelFileError(f"{other.path}: {installed.path} has no tensor {unknown}", hint=_HINT)
-
-
-_HINT: Final = "devices with such a file need an update of their own: leave it out here"

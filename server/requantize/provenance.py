@@ -1,6 +1,5 @@
 """How a file was chosen, as JSON beside it: enough to choose it again. Not in the file itself, whose every byte devices fetch."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +9,6 @@ from msgspec import Struct
 from server.adapters.blobs import write_file
 from server.requantize.calibration import Calibration
 from server.requantize.model import sha256_of
-from server.requantize.portions import Portion, all_portions, names_of
 
 RECORD_SUFFIX: Final = ".requantized.json"
 """Added to the name of the chosen file."""
@@ -40,44 +38,6 @@ class Sources(Struct, frozen=True, kw_only=True):
     calibration_tokens: str
     calibration_runs: tuple[int, int]
     result: str
-
-
-class Sent(Struct, frozen=True, kw_only=True):
-    """What goes to the devices of one of several installed files.
-
-    Attributes:
-        name: Of the file, for people.
-        sha256: Of the file.
-        share: Of the fleet that has it.
-        delta_bytes: Of the delta from it to the chosen file.
-        plain_bytes: Of that to the plain file; None where nobody made one.
-        alone_bytes: Of that to a file which was chosen for these devices alone, at the same price; None where that was not tried.
-        alone_objective: What that file costs in nats per token, beside `objective_after` of the common one.
-    """
-
-    name: str
-    sha256: str
-    share: float
-    delta_bytes: int
-    plain_bytes: int | None = None
-    alone_bytes: int | None = None
-    alone_objective: float | None = None
-
-
-def sent_to(installed: Path, also: Sequence[Portion], sizes: Sequence[int]) -> tuple[Sent, ...]:
-    """Of each installed file, where there are several; none where there is one.
-
-    Raises:
-        StorageError: One cannot be read.
-    """
-    if not also:
-        return ()
-    return tuple(
-        Sent(name=name, sha256=sha256_of(each.path), share=each.share, delta_bytes=size)
-        for name, each, size in zip(
-            names_of(installed, also), all_portions(installed, also), sizes, strict=True
-        )
-    )
 
 
 def sources_of(

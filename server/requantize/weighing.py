@@ -1,5 +1,6 @@
 """What the project's own delta from one file to another weighs, without keeping it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from protocol.delta.writer import make_delta
@@ -25,6 +26,11 @@ def delta_bytes(base: Path, new: Path, workers: int | None = None) -> int:
         encode = ChainWorkers(base, new, count) if count > 1 else None
         make_delta(old.source, fresh.source, sink, encode_chains=encode)
     return sink.bytes
+
+
+def delta_sizes(bases: Iterable[Path], new: Path, workers: int | None = None) -> tuple[int, ...]:
+    """As `delta_bytes`, from each of several files."""
+    return tuple(delta_bytes(base, new, workers) for base in bases)
 
 
 class _Counter:
