@@ -11,6 +11,7 @@ import numpy as np
 from protocol.delta.layouts import LAYOUTS
 from server.diagnosis.weights import Flags
 from server.requantize.codes import CodedRows, Codes
+from server.requantize.descent import Price
 
 
 def leading_rows(held: Sequence[CodedRows], shares: Sequence[float]) -> CodedRows:
@@ -50,6 +51,26 @@ def anchors_of(rows: CodedRows, held: Sequence[CodedRows]) -> Codes:
         there = each.codes if same.all() else rows.nearest(each.weights(each.codes))
         anchors[..., index] = np.where(own, each.codes, there)
     return anchors
+
+
+def cheapest_codes(anchors: Codes, price: Price) -> Codes:
+    """Of each weight, the code among those that devices have which costs the fleet least; the first file's where several do.
+
+    Args:
+        anchors: Shape (rows, columns, files).
+        price: With the shares of these files.
+
+    Returns:
+        Shape (rows, columns).
+    """
+    codes = anchors[..., 0]
+    least = price.of_each(codes, anchors)
+    for index in range(1, anchors.shape[-1]):
+        other = anchors[..., index]
+        cost = price.of_each(other, anchors)
+        codes = np.where(cost < least, other, codes)
+        least = np.minimum(cost, least)
+    return codes
 
 
 def _same_scales(one: CodedRows, other: CodedRows) -> Flags:

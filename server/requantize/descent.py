@@ -80,15 +80,18 @@ class Price:
 
     def of(self, codes: Codes, installed: Codes) -> float:
         """Of all codes."""
+        return float(self.of_each(codes, installed).sum())
+
+    def of_each(self, codes: Codes, installed: Codes) -> npt.NDArray[np.float64]:
+        """Of each code."""
         if self.shares:
-            return sum(
-                share * self._alone().of(codes, installed[..., index])
-                for index, share in enumerate(self.shares)
+            alone = self._alone()
+            each = (
+                share * alone.of_each(codes, installed[..., index]) for index, share in enumerate(self.shares)
             )
+            return np.asarray(sum(each), np.float64)
         distance = np.abs(codes - installed)
-        return self.first * float(np.count_nonzero(distance)) + self.further * float(
-            np.maximum(distance - 1, 0).sum(dtype=np.float64)
-        )
+        return np.where(distance, self.first + self.further * (distance - 1.0), 0.0)
 
     def of_step(self, codes: Codes, installed: Codes, direction: int) -> npt.NDArray[np.float64]:
         """Of a step of each code up (1) or down (-1): given back where it leads nearer to the installed code."""

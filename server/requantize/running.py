@@ -11,6 +11,7 @@ from protocol.ids import Digest, parse_family
 from protocol.release import Release
 from server.adapters.blobs import storage_errors
 from server.home import Home, opened
+from server.releases.delta_garbage import is_absent
 from server.requantize.portions import PORTIONS_MAX, Portion
 
 
@@ -20,7 +21,8 @@ def running(
 ) -> Iterator[tuple[Path, tuple[Portion, ...]]]:
     """The files under the names of their versions, the one that most devices run first.
 
-    Versions that few devices run are left out beyond `PORTIONS_MAX`; shares are of those that are not.
+    Devices that have been absent for long do not count. Beyond `PORTIONS_MAX` files those that few devices run are left out; shares
+    are of the devices that are weighed.
 
     Args:
         folder: The server's.
@@ -28,43 +30,47 @@ def running(
         report: Takes lines that say which versions are weighed.
 
     Raises:
-        RequestError: No device of the family has reported a version that the server has, or a version is not one GGUF file.
+        RequestError: No device of the family has reported a version that the server has, or a version is not one file.
         StorageError: The server's folder cannot be read.
     """
     with opened(folder) as home:
-        reports = Counter(
-            each.version
-            for each in home.store.devices()
-            if each.family == parse_family(family) and each.version
-        )
         releases = {
             each.release.version: each.release
             for each in home.store.releases()
-            if each.release.family == family
+            if each.release.family == parse_family(family)
         }
-        known = [(version, count) for version, count in reports.most_common() if version in releases]
-        weighed = known[:PORTIONS_MAX]
-        if not weighed:
-            raise RequestError(
-                f"no device has reported a version of {family} that this server has",
-                hint="see `whimbrel devices`, or give the file with --installed",
-            )
-        files = {version: _file(home, releases[version]) for version, _ in weighed}
-    total = sum(count for _, count in weighed)
-    for version, count in weighed:
-        report(f"{family} {version}: on {count:,} devices, {100 * count / total:.3g} %")
-    if total < reports.total():
-        report(f"{reports.total() - total:,} devices run other versions, which are not weighed")
-    with tempfile.TemporaryDirectory(prefix="whimbrel-") as name, storage_errors(Path(name)):
-        links = [Path(name) / f"{version}.gguf" for version, _ in weighed]
-        for link, file in zip(links, files.values(), strict=True):
-            link.symlink_to(file.resolve())
-        yield (
-            links[0],
-            tuple(
-                Portion(link, count / total) for link, (_, count) in zip(links[1:], weighed[1:], strict=True)
-            ),
+        now_ms = home.clock.now_ms()
+        reports = Counter(
+            each.version
+            for each in home.store.devices()
+            if each.family == family and each.version and not is_absent(each, now_ms)
         )
+        files: dict[Path, str] = {}  # with the version that most devices have it by
+        counts: Counter[Path] = Counter()
+        for version, count in reports.most_common():
+            if version in releases:
+                path = _file(home, releases[version])
+                files.setdefault(path, version)
+                counts[path] += count
+    weighed = counts.most_common(PORTIONS_MAX)
+    if not weighed:
+        raise RequestError(
+            f"no device has reported a version of {family} that this server has",
+            hint="see `whimbrel devices`, or give the file with --installed",
+        )
+    total = sum(count for _, count in weighed)
+    for path, count in weighed:
+        report(f"{family} {files[path]}: {count:,} device(s), {100 * count / total:.3g} %")
+    if total < reports.total():
+        report(f"{reports.total() - total:,} device(s) with other files are not weighed")
+    with tempfile.TemporaryDirectory(prefix="whimbrel-") as name:
+        portions = []
+        for path, count in weighed:
+            link = Path(name) / f"{files[path]}.gguf"
+            with storage_errors(link):
+                link.symlink_to(path.resolve())
+            portions.append(Portion(link, count / total))
+        yield portions[0].path, tuple(portions[1:])
 
 
 def _file(home: Home, release: Release) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, Self
 
@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from protocol.errors import EngineError, ModelFileError
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
-from server.requantize.anchors import anchors_of, leading_rows
+from server.requantize.anchors import anchors_of, cheapest_codes, leading_rows
 from server.requantize.calibration import Calibration
 from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes
 from server.requantize.correction import Slopes
@@ -173,7 +173,10 @@ class Worker:
             if not np.isfinite(each.steps).all() or not np.isfinite(each.offsets).all():
                 raise ModelFileError(f"{model.path}: {stretch.name} has scales that are no numbers")
         rows = leading_rows(held, shares_of(self._files.also))
-        return rows, anchors_of(rows, held)
+        anchors = anchors_of(rows, held)
+        if stretch.price is not None:
+            rows = replace(rows, codes=cheapest_codes(anchors, stretch.price))
+        return rows, anchors
 
     def _begin(self, stretch: Stretch, rows: CodedRows, target: Floats, metric: Metric) -> Codes:
         """The codes that the descent begins with."""
