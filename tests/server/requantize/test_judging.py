@@ -129,7 +129,11 @@ def test_devices_that_have_another_file_get_a_row_a_guard_and_a_place_in_the_rec
     given = ("--also", f"{folder / 'second.gguf'}=0.25", "--budget", "20%", "--json", "--force")
     assert main(command(folder, *given)) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["name"] for row in found["rows"]][:3] == ["nothing sent", "nothing sent, second.gguf", "plain"]
+    assert [row["name"] for row in found["rows"]][:3] == [
+        "nothing sent",
+        "nothing sent, second.gguf",
+        "plain",
+    ]
     assert found["rows"][1]["delta_bytes"] == 0
     first, second = found["sent"]
     assert (first["share"], second["share"]) == (0.75, 0.25)

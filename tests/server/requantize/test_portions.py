@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gguf_files import Stored, read_stored, write_gguf
-from protocol.delta.layouts import LAYOUTS
+from protocol.delta.layouts import LAYOUTS, Array
 from protocol.errors import ModelFileError, RequestError
 from protocol.ids import DeviceId, digest_of
 from protocol.tensors import Layout
@@ -157,7 +157,7 @@ def test_other_quantizations_are_chosen_for_several_as_well(
 
 def _rows(codes: Sequence[int], scale: float) -> CodedRows:
     layout = LAYOUTS[Layout.Q4_0]
-    fields = {
+    fields: dict[str, Array] = {
         "d": np.full((1, 1), scale, np.float16).view(np.uint16),
         layout.codes.name: np.array(codes, np.uint8).reshape(1, 32),
     }
@@ -167,8 +167,7 @@ def _rows(codes: Sequence[int], scale: float) -> CodedRows:
 def test_a_block_has_the_scale_that_most_of_the_fleet_has_and_devices_with_another_the_nearest_codes() -> (
     None
 ):
-    held = [_rows(range(32), 1.0), _rows([8] * 32, 2.0), _rows([11] * 32, 2.0)]
-    held[0] = _rows([code % 16 for code in range(32)], 1.0)
+    held = [_rows([*range(16), *range(16)], 1.0), _rows([8] * 32, 2.0), _rows([11] * 32, 2.0)]
     rows = leading_rows(held, (0.4, 0.3, 0.3))
     assert set(rows.steps.reshape(-1)) == {2.0}
     assert set(rows.codes.reshape(-1)) == {8}
