@@ -247,6 +247,18 @@ def test_a_budget_below_what_the_files_differ_by_is_refused_and_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_file_is_named(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
+    damaged = []
+    for each in read_stored(folder / "v2.gguf"):
+        data = np.array(each.data)
+        if each.name == "blk.1.ffn_up.weight":
+            data.reshape(-1, 18)[3, :2] = (0x00, 0x7E)  # the scale of a block: not a number
+        damaged.append(Stored(each.name, data, each.kind))
+    write_gguf(folder / "v2.gguf", tmp_path / "bad.gguf", damaged, {})
+    with pytest.raises(ModelFileError, match=r"bad.gguf: blk.1.ffn_up.weight has scales that are no numbers"):
+        _choose(folder, calibration, tmp_path / "out.gguf", "v1.gguf", [Portion(tmp_path / "bad.gguf", 0.3)])
+
+
 def test_a_file_that_costs_some_devices_more_than_plain_does_not_pass() -> None:
     sent = Sent(name="v1", sha256="", share=0.9, delta_bytes=10, plain_bytes=20, alone_bytes=5)
     other = Sent(name="v2", sha256="", share=0.1, delta_bytes=30, plain_bytes=20, alone_bytes=15)
@@ -350,6 +362,11 @@ def test_wrong_fleets_on_the_command_line_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def _times(folder: Path) -> dict[Path, int]:
+    """When each array of a calibration was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
+
+
 @pytest.mark.llama
 def test_the_command_chooses_for_the_fleet_of_a_server_and_goes_on_where_it_was(
     home: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -367,10 +384,12 @@ def test_the_command_chooses_for_the_fleet_of_a_server_and_goes_on_where_it_was(
         ("v2.gguf", 0.25),
     ]
     assert all(0 < each["alone_bytes"] <= each["delta_bytes"] for each in record["sent"])
-    first = out.read_bytes()
+    first, measured = out.read_bytes(), _times(tmp_path / "calibration")
+    assert measured
     files = ["--installed", str(folder / "v2.gguf"), "--also", f"{folder / 'v1.gguf'}=75%"]
     rest = ["--out", str(out), "--unjudged", "--budget", "12%", "--force", "--json"]
     assert main(_command(folder, *files, *rest)) == 0
     again = json.loads(capsys.readouterr().out)
     assert out.read_bytes() == first
     assert again["sent"] == record["sent"]
+    assert _times(tmp_path / "calibration") == measured
