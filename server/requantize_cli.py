@@ -275,11 +275,13 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
         before=arguments.before,
         also=arguments.also,
     )
-    before = arguments.before if settings.extrapolation else None
-    chosen = with_alone(
-        chosen, arguments.new, installed, arguments.also, calibration, out.parent, report, before=before
-    )
     record = write_record(out, chosen)
+    if arguments.also:
+        before = arguments.before if settings.extrapolation else None
+        chosen = with_alone(
+            chosen, arguments.new, installed, arguments.also, calibration, out.parent, report, before=before
+        )
+        write_record(out, chosen)
     show(arguments, msgspec.to_builtins(chosen), _lines(out, record, chosen))
     return 0
 

@@ -85,7 +85,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
         price: Nats per token and bit, at which its codes stand.
         delta_bytes: Of the delta from the installed file, as devices fetch it; of several files, the mean over the fleet.
         file_bytes: Of the chosen file.
-        changed: Codes that differ from the installed ones, by tensor.
+        changed: Codes that differ from the installed ones, by tensor; of several files, from those that are cheapest to the fleet.
         codes: How many codes there are in these tensors.
         kept: Tensors that stay as installed, as their layout has no linear codes.
         objective_before: What the installed codes cost, in nats per token, as the metric sees it.
