@@ -203,7 +203,7 @@ bench-delta-large: ## measure the delta coder on files of 0.1, 1 and 4 GB: linea
 .PHONY: bench-requantize
 bench-requantize: ## measure chosen quantized files beside plain ones: bytes, divergence, flips (trains models first: hours; BENCH_OPTIONS='--cells GLOB')
 	$(call environment,bench)
-	$(BIN)/python -m benchmarks.pairs 'large.*' 'lora.q4_0' 'facts.q4_0' 'chain*.q4_0'
+	$(BIN)/python -m benchmarks.pairs 'large.*' 'lora.q4_0' 'tiny.q4_0' 'last2.q4_0' 'facts.q4_0' 'chain*.q4_0'
 	$(BIN)/python -m benchmarks.requantize $(if $(EVALS),--evals '$(EVALS)') $(BENCH_OPTIONS)
 
 .PHONY: requantize-pair

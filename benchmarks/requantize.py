@@ -28,6 +28,7 @@ from benchmarks import texts
 from benchmarks.acceptance import Line
 from benchmarks.catalog import CACHE
 from benchmarks.requantize_rows import GOOD, INDEPENDENT, NEAREST, Cell, Measured, Results
+from benchmarks.requantize_sources import run_sources, source_lines
 from benchmarks.rows import aligned
 from protocol.errors import RequestError, WhimbrelError
 from protocol.ids import digest_of
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, metavar="DIR", help=f"(default: {FOLDER} in --cache)")
     parser.add_argument("--peers-from", type=Path, metavar="FILE", help="JSON lines of `make bench-delta`")
     parser.add_argument(
-        "--series", default="chain,facts,cost", metavar="NAME,...", help="(default: %(default)s)"
+        "--series", default="chain,facts,cost,sources", metavar="NAME,...", help="(default: %(default)s)"
     )
     parser.add_argument("--measured", action="store_true", help="show what is there, measure nothing")
     parser.add_argument("--json", action="store_true", help="print a JSON line for each row, too")
@@ -123,6 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines = found.lines(results)
     heading = ("requirement", "must", "aim", "measured", "", "on")
     print(aligned([heading, *(_cells(line) for line in lines)], left=1))
+    print("\n".join(source_lines(results.sources)))
     if options.json:
         for line in found.json_lines(results):
             print(json.dumps(line))
@@ -315,6 +317,8 @@ class _Bench:
             results.chain = kept.get("chain", series.Chain)
             results.facts = kept.get("facts", series.Facts)
             results.cost = kept.get("cost", series.Cost)
+            is_measuring = "sources" in wanted and bool(self._wanted)
+            results.sources = run_sources(self._cache, self._work, kept, _say, is_measuring=is_measuring)
             if "chain" in wanted and self._wanted:
                 results.chain = series.run_chain(self._cache, self._work, self.texts(), kept, _say)
             if "facts" in wanted and self._wanted:

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from benchmarks.acceptance import Line
 from benchmarks.requantize_series import Chain, Cost, Facts
+from benchmarks.requantize_sources import ForWhom
 from server.requantize.figures import TextFigures, difference, figures, share_of_gain
 from server.requantize.guards import Margins, check_texts, is_passed
 from server.requantize.readings import Readings
@@ -77,6 +78,7 @@ class Results:
         cost: Of the whole command; None where it did not run.
         chain: Ten updates in a row; None likewise.
         facts: Answers on the narrow task; None likewise.
+        sources: One file for two versions beside one for each, by the versions that a fleet has.
     """
 
     files: dict[Cell, dict[str, Measured]] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Results:
     cost: Cost | None = None
     chain: Chain | None = None
     facts: Facts | None = None
+    sources: dict[tuple[str, str], tuple[ForWhom, ...]] = field(default_factory=dict)
 
     def full(self, cell: Cell) -> Measured | None:
         """The file whose gain is the whole of it: plain, or where the installed file is a good one, one as good."""

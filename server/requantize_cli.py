@@ -3,6 +3,8 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,9 +43,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
     parser.add_argument(
         "new", metavar="NEW", type=Path, help="the new model in floats: GGUF with F32, F16 or BF16"
     )
-    parser.add_argument(
-        "--installed", metavar="FILE", type=Path, required=True, help="the quantized GGUF that devices have"
-    )
+    _add_installed(parser)
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
     parser.add_argument(
         "--calibration",
@@ -100,6 +100,28 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
     parser.add_argument("--force", action="store_true", help="replace --out if it is there")
     _add_judging(parser)
     parser.set_defaults(run=lambda arguments: _run(arguments, show))
+
+
+def _add_installed(parser: argparse.ArgumentParser) -> None:
+    """What devices have."""
+    installed = parser.add_mutually_exclusive_group(required=True)
+    installed.add_argument(
+        "--installed", metavar="FILE", type=Path, help="the quantized GGUF that devices have"
+    )
+    installed.add_argument(
+        "--fleet",
+        metavar="FAMILY",
+        help="instead of --installed: the versions that the server's devices of this family run, as they report, with their shares",
+    )
+    parser.add_argument(
+        "--also",
+        metavar="FILE=SHARE",
+        type=_portion,
+        action="append",
+        default=[],
+        help="another quantized GGUF that a share of the devices has instead, such as v1.gguf=0.3; repeatable: one file is chosen for"
+        " all, and --budget is what a device fetches on average",
+    )
 
 
 def _add_judging(parser: argparse.ArgumentParser) -> None:
@@ -168,13 +190,37 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace, show: Printer) -> int:
-    _check_files(arguments)
     _check_judging(arguments)
-    if arguments.unjudged:
-        return _run_unjudged(arguments, show)
     from server.requantize import command  # noqa: PLC0415 - numpy and the coder, which no other command loads
 
-    return command.run(arguments, show)
+    with ExitStack() as stack:
+        _find_installed(arguments, stack)
+        _check_files(arguments)
+        return _run_unjudged(arguments, show) if arguments.unjudged else command.run(arguments, show)
+
+
+def _find_installed(arguments: argparse.Namespace, stack: ExitStack) -> None:
+    """Put the file that most devices have into `installed`, and all others with their shares into `also`."""
+    from server.requantize.portions import Portion, main_first  # noqa: PLC0415 - numpy
+    from server.requantize.running import running  # noqa: PLC0415 - likewise
+
+    if arguments.fleet is None:
+        others = [Portion(path, share) for path, share in arguments.also]
+        arguments.installed, arguments.also = main_first(arguments.installed, others)
+    elif arguments.also:
+        raise RequestError("--fleet and --also contradict each other", hint="give one of them")
+    else:
+        found = running(arguments.dir, arguments.fleet, _reporter(arguments))
+        arguments.installed, arguments.also = stack.enter_context(found)
+
+
+def _reporter(arguments: argparse.Namespace) -> Callable[[str], None]:
+    def report(line: str) -> None:
+        if not arguments.json:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    return report
 
 
 def _check_judging(arguments: argparse.Namespace) -> None:
@@ -205,8 +251,10 @@ def _check_judging(arguments: argparse.Namespace) -> None:
 
 
 def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
-    from server.requantize.calibration import calibrate  # noqa: PLC0415 - numpy and the coder, which no other command loads
+    from server.requantize.alone import with_alone  # noqa: PLC0415 - numpy and the coder, which no other command loads
+    from server.requantize.calibration import calibrate  # noqa: PLC0415 - likewise
     from server.requantize.choice import Settings, choose  # noqa: PLC0415 - likewise
+    from server.requantize.portions import check_fleet  # noqa: PLC0415 - likewise
     from server.requantize.provenance import write_record  # noqa: PLC0415 - likewise
     from server.requantize.tokens import read_tokens  # noqa: PLC0415 - likewise
 
@@ -218,11 +266,8 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
         workers=arguments.workers,
     )
 
-    def report(line: str) -> None:
-        if not arguments.json:
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
-
+    report = _reporter(arguments)
+    check_fleet(installed, arguments.also)
     calibration = calibrate(
         arguments.new,
         read_tokens(arguments.new, arguments.calibration),
@@ -240,8 +285,15 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
         report,
         start=arguments.start,
         before=arguments.before,
+        also=arguments.also,
     )
     record = write_record(out, chosen)
+    if arguments.also:
+        before = arguments.before if settings.extrapolation else None
+        chosen = with_alone(
+            chosen, arguments.new, installed, arguments.also, calibration, out.parent, report, before=before
+        )
+        write_record(out, chosen)
     show(arguments, msgspec.to_builtins(chosen), _lines(out, record, chosen))
     return 0
 
@@ -249,7 +301,8 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
 def _check_files(arguments: argparse.Namespace) -> None:
     """What can be known before the long work."""
     out: Path = arguments.out
-    for path in (arguments.new, arguments.installed, arguments.before, arguments.start):
+    others = [each.path for each in arguments.also]
+    for path in (arguments.new, arguments.installed, *others, arguments.before, arguments.start):
         if path is None:
             continue
         if not path.is_file():
@@ -263,6 +316,8 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _lines(out: Path, record: Path, chosen: Any) -> list[str]:
+    from server.requantize.sent import sent_lines  # noqa: PLC0415 - numpy
+
     changed = sum(chosen.changed.values())
     ranked = sorted(chosen.changed.items(), key=lambda each: -each[1])[:_TENSORS_SHOWN]
     lines = [
@@ -270,6 +325,7 @@ def _lines(out: Path, record: Path, chosen: Any) -> list[str]:
         f"{changed:,} of {chosen.codes:,} codes changed, at {chosen.price:.3g} nats a bit",
         f"Expected loss per token, as the calibration sees it: {chosen.objective_before:.4g} nats as installed, {chosen.objective_after:.4g} now",
         *table(["TENSOR", "CODES CHANGED"], [[name, f"{count:,}"] for name, count in ranked if count]),
+        *sent_lines(chosen.sent),
         f"How it was chosen: {record}",
     ]
     if chosen.kept:
@@ -304,6 +360,21 @@ def _budgets(text: str) -> dict[str, Any]:
     if long is not None:
         raise argparse.ArgumentTypeError(f"{long[:40]!r} has more than {_BUDGET_NAME_MAX} characters")
     return {name: _budget(name) for name in names}
+
+
+def _portion(text: str) -> tuple[Path, float]:
+    """A file and a share of the fleet."""
+    name, _, number = text.rpartition("=")
+    is_percent = number.endswith("%")
+    try:
+        share = float(number.removesuffix("%")) / (100 if is_percent else 1)
+    except ValueError:
+        share = -1.0
+    if not name or not 0 < share < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text[:200]!r} is not FILE=SHARE with a share of the devices between 0 and 1, such as v1.gguf=0.3"
+        )
+    return Path(name), share
 
 
 def _factor(text: str) -> float:

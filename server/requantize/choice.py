@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -23,9 +23,11 @@ from server.requantize.correction import measure_divergence, measure_slopes
 from server.requantize.descent import Price
 from server.requantize.header import start_file
 from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
+from server.requantize.portions import Portion, check_fleet, mean_bytes, shares_of
 from server.requantize.provenance import Sources, sources_of
-from server.requantize.search import price_of_budget
-from server.requantize.weighing import delta_bytes
+from server.requantize.search import SmallBudgetError, price_of_budget
+from server.requantize.sent import Sent, sent_to
+from server.requantize.weighing import delta_sizes
 from server.requantize.work import Files, MetricName, gain_at, run_all, stretches_of
 
 FIRST_BITS: Final = 9.0
@@ -41,6 +43,9 @@ LINE_SEARCH_SHRINK_MIN: Final = 0.1
 
 PAIRS: Final = 4
 
+_DEAR: Final = 1e6
+"""Nats a bit: no code is worth that."""
+
 _PROBE_EVERY: Final = 16
 _ARCHITECTURE: Final = "general.architecture"
 _TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
@@ -50,7 +55,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How a file is chosen.
 
     Attributes:
-        budget_bytes: What the delta from the installed file may weigh; or
+        budget_bytes: What the delta from the installed file may weigh, from several files on average over the fleet; or
         price: Nats per token that a bit of the delta must save. Exactly one of both.
         first_price: With which the search for the budget's price begins; None for a look at the matrices.
         extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
@@ -80,9 +85,9 @@ class Chosen(Struct, frozen=True, kw_only=True):
 
     Attributes:
         price: Nats per token and bit, at which its codes stand.
-        delta_bytes: Of the delta from the installed file, as devices fetch it.
+        delta_bytes: Of the delta from the installed file, as devices fetch it; of several files, the mean over the fleet.
         file_bytes: Of the chosen file.
-        changed: Codes that differ from the installed ones, by tensor.
+        changed: Codes that differ from the installed ones, by tensor; of several files, from those that are cheapest to the fleet.
         codes: How many codes there are in these tensors.
         kept: Tensors that stay as installed, as their layout has no linear codes.
         objective_before: What the installed codes cost, in nats per token, as the metric sees it.
@@ -92,6 +97,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
         seconds: From start to end.
         settings: What was asked for.
         sources: Digests of what went in and came out.
+        sent: What goes to the devices of each installed file; empty where all have the same.
     """
 
     price: float
@@ -107,6 +113,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
     seconds: float
     settings: Settings
     sources: Sources
+    sent: tuple[Sent, ...] = ()
 
 
 def choose(
@@ -119,10 +126,12 @@ def choose(
     *,
     start: Path | None = None,
     before: Path | None = None,
+    also: Sequence[Portion] = (),
 ) -> Chosen:
     """Write the quantized file of the new model that is worth most for what its delta from the installed one weighs.
 
     Scales and layouts are the installed file's, and so are tensors whose layout has no linear codes. Float tensors are the new ones.
+    Of several installed files each block has the scales that most of the fleet has.
 
     Args:
         new: The new model in floats, GGUF.
@@ -133,6 +142,7 @@ def choose(
         report: Takes lines about the progress.
         start: A quantized file whose codes the descent begins with; the price stays relative to the installed ones.
         before: The installed version in floats; needed for extrapolation.
+        also: Further files that a part of the devices has instead of `installed`, none of them more devices than have that.
 
     Raises:
         RequestError: The settings contradict each other, or a file is not there.
@@ -140,6 +150,7 @@ def choose(
         StorageError: The result cannot be written.
     """
     _check(settings, before)
+    check_fleet(installed, also)
     began = time.perf_counter()
     partial = out.with_name(f".partial-{out.name}")
     try:
@@ -154,9 +165,13 @@ def choose(
             extrapolation=settings.extrapolation,
             pairs=settings.pairs,
             is_afresh=settings.is_afresh,
+            also=tuple(also),
         )
         with opened_gguf(new) as fresh, opened_gguf(installed) as old:
             _check_pair(fresh, old)
+            for each in also:
+                with opened_gguf(each.path) as other:
+                    _check_pair(fresh, other)
             start_file(fresh, old, partial)
             choice = _Choice(files, fresh, old, settings, report)
             result = choice.run()
@@ -179,15 +194,17 @@ def choose(
         seconds=seconds,
         settings=settings,
         sources=sources_of(new, installed, before, start, calibration, out),
+        sent=sent_to(installed, also, result.sizes),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """One file that was made and coded."""
+    """One file that was made and coded; `bytes` is the mean of the sizes over the fleet."""
 
     price: float
     bytes: int
+    sizes: tuple[int, ...]
     before: float
     after: float
     promised: float
@@ -231,12 +248,20 @@ class _Choice:
     def run(self) -> _Round:
         """Leave the chosen file in place and say what it is."""
         self._write_floats()
-        floor = self._delta_bytes()
+        floor = self._floor()
         best = self._search(floor)
         if not self._settings.corrections:
             return best
         with tempfile.TemporaryDirectory(dir=self._files.out.parent, prefix=".correction-") as name:
             return self._corrected(best, floor, Path(name))
+
+    def _floor(self) -> int:
+        """What is sent whatever the price: to one version what is no code; to several also what they differ by."""
+        if not self._files.also:
+            return self._mean(self._sizes())
+        floor = self._round(_DEAR).bytes
+        self.rounds.clear()
+        return floor
 
     def _search(self, floor: int) -> _Round:
         """The file of the price that was given, or of one that the budget gives."""
@@ -244,6 +269,11 @@ class _Choice:
             return self._round(self._settings.price)
         budget = self._settings.budget_bytes
         assert budget is not None
+        if self._files.also and floor >= budget:
+            raise SmallBudgetError(
+                f"what the installed files differ by takes {floor:,} bytes on average whatever is chosen, the budget is {budget:,}",
+                hint="allow more, or leave out a file that few devices have",
+            )
         first = self.rounds[-1].price if self.rounds else self._settings.first_price
         if first is None:
             first = self._first_price(budget - floor)
@@ -298,7 +328,8 @@ class _Choice:
     def _round(self, price: float) -> _Round:
         """Descend at a price and code the result."""
         self._report(f"round {len(self.rounds) + 1}: descent at {price:.3g} nats a bit")
-        bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS)
+        shares = shares_of(self._files.also)
+        bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS, shares=shares)
         changed = dict.fromkeys(self._names, 0)
         before = after = promised = 0.0
         stretches = stretches_of(self._installed, self._names, bits)
@@ -306,16 +337,23 @@ class _Choice:
             changed[outcome.name] += outcome.changed
             before, after = before + outcome.before, after + outcome.after
             promised += outcome.promised
-        size = self._delta_bytes()
+        sizes = self._sizes()
+        size = self._mean(sizes)
+        each = f" ({', '.join(f'{count:,}' for count in sizes)})" if self._files.also else ""
         self._report(
-            f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes changed, {size:,} bytes,"
+            f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes changed, {size:,} bytes{each},"
             f" objective {before:.4g} to {after:.4g}"
         )
-        self.rounds.append(_Round(price, size, before, after, promised, changed))
+        self.rounds.append(_Round(price, size, sizes, before, after, promised, changed))
         return self.rounds[-1]
 
-    def _delta_bytes(self) -> int:
-        return delta_bytes(self._files.installed, self._files.out, self._workers)
+    def _sizes(self) -> tuple[int, ...]:
+        """Of the delta from each installed file."""
+        bases = (self._files.installed, *(each.path for each in self._files.also))
+        return delta_sizes(bases, self._files.out, self._workers)
+
+    def _mean(self, sizes: tuple[int, ...]) -> int:
+        return mean_bytes(sizes, self._files.also)
 
     def _first_price(self, budget: int) -> float:
         """At which as many single steps pay as the budget has room for, by a look at a part of the rows."""

@@ -19,6 +19,7 @@ from server.requantize.guards import TEXTS_MIN, Margins
 from server.requantize.judging import Aim, Judged, Models, Questions, check_request, judge
 from server.requantize.provenance import write_record
 from server.requantize.rows import lines
+from server.requantize.sent import sent_lines
 from server.requantize.texts import Text
 from server.requantize.tokens import read_tokens
 from server.scorecard.frontier_display import text_lines as frontier_lines
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     """
     out: Path = arguments.out
     report = _reporter(arguments)
-    models = Models(arguments.new, arguments.installed, arguments.before, arguments.start)
+    models = Models(arguments.new, arguments.installed, arguments.before, arguments.start, arguments.also)
     aim = _aim(arguments)
     questions = _questions(arguments)
     check_request(models, questions, aim)
@@ -153,6 +154,7 @@ def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
         "",
         *(f"{marks[check.status]:<9}  {check.name}: {check.detail}" for check in judged.checks),
         "",
+        *sent_lines(judged.sent),
         f"{judged.changed:,} of {judged.codes:,} codes changed",
         verdict,
         *(

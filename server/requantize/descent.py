@@ -70,21 +70,54 @@ class Price:
     Attributes:
         first: Moving a code away from the installed one.
         further: Each step more.
+        shares: Of the fleet that has each of several installed files; none for one file. Installed codes then have one more axis,
+            as long as this, and the price is the mean over the fleet.
     """
 
     first: float
     further: float
+    shares: tuple[float, ...] = ()
 
     def of(self, codes: Codes, installed: Codes) -> float:
         """Of all codes."""
+        return float(self.of_each(codes, installed).sum())
+
+    def of_each(self, codes: Codes, installed: Codes) -> npt.NDArray[np.float64]:
+        """Of each code."""
+        if self.shares:
+            alone = self._alone()
+            each = (
+                share * alone.of_each(codes, installed[..., index]) for index, share in enumerate(self.shares)
+            )
+            return np.asarray(sum(each), np.float64)
         distance = np.abs(codes - installed)
-        return self.first * float(np.count_nonzero(distance)) + self.further * float(
-            np.maximum(distance - 1, 0).sum(dtype=np.float64)
-        )
+        return np.where(distance, self.first + self.further * (distance - 1.0), 0.0)
+
+    def of_step(self, codes: Codes, installed: Codes, direction: int) -> npt.NDArray[np.float64]:
+        """Of a step of each code up (1) or down (-1): given back where it leads nearer to the installed code."""
+        if self.shares:
+            alone = self._alone()
+            each = (
+                share * alone.of_step(codes, installed[..., index], direction)
+                for index, share in enumerate(self.shares)
+            )
+            return np.asarray(sum(each), np.float64)
+        away = (codes - installed) * direction
+        cost = np.where(away >= 1, self.further, -self.further)
+        return np.where(away == 0, self.first, np.where(away == -1, -self.first, cost))
+
+    def _alone(self) -> "Price":
+        return Price(self.first, self.further)
 
 
 def descend(
-    rows: CodedRows, start: Codes, gradient: Floats, metric: Metric, price: Price, pairs: int = 0
+    rows: CodedRows,
+    start: Codes,
+    gradient: Floats,
+    metric: Metric,
+    price: Price,
+    pairs: int = 0,
+    anchors: Codes | None = None,
 ) -> tuple[Codes, Floats]:
     """Codes that no single step makes better, and the gradient there.
 
@@ -96,12 +129,15 @@ def descend(
         metric: Of these rows.
         price: Relative to the installed codes.
         pairs: How many first steps are tried for two together, where no single one pays; 0 for none.
+        anchors: The codes that the price is relative to, where those are not the rows' own: of several installed files, with a last
+            axis for these (`anchors.py`).
     """
+    installed = rows.codes if anchors is None else anchors
     codes, reached = np.empty_like(start), np.empty_like(gradient)
     many = max(1, _BLOCK_WEIGHTS // start.shape[1])
     for first in range(0, len(start), many):
         part = slice(first, first + many)
-        block = _Block(rows, part, start[part], gradient[part], metric.part(part), price)
+        block = _Block(rows, part, installed[part], start[part], gradient[part], metric.part(part), price)
         block.run(min(pairs, start.shape[1] - 1))
         codes[part], reached[part] = block.rows.codes, block.rows.gradient
     return codes, reached
@@ -119,7 +155,7 @@ class _Rows:
 
     Attributes:
         codes: Where they stand.
-        installed: Where they came from.
+        installed: What the price is relative to; with a last axis for several installed files.
         steps: What a code is multiplied with.
         half: Half the curvature along each code.
         outputs: G of each row.
@@ -154,12 +190,19 @@ class _Block:
     """The descent of some rows."""
 
     def __init__(
-        self, rows: CodedRows, part: slice, start: Codes, gradient: Floats, metric: Metric, price: Price
+        self,
+        rows: CodedRows,
+        part: slice,
+        installed: Codes,
+        start: Codes,
+        gradient: Floats,
+        metric: Metric,
+        price: Price,
     ) -> None:
         self._low, self._high = rows.low, rows.high
         self._price = price
         self._inputs = metric.inputs
-        installed, steps = rows.codes[part], rows.steps[part]
+        steps = rows.steps[part]
         self.rows = _Rows(
             codes=start.copy(),
             installed=installed,
@@ -244,10 +287,8 @@ class _Block:
         rows.down[at] = self._cost(moved, installed, -1)
 
     def _cost(self, codes: Codes, installed: Codes, direction: int) -> Floats:
-        """Of a step up or down from here: given back where it leads nearer to the installed code, and never out of range."""
-        away = (codes - installed) * direction
-        cost = np.where(away >= 1, self._price.further, -self._price.further)
-        cost = np.where(away == 0, self._price.first, np.where(away == -1, -self._price.first, cost))
+        """Of a step up or down from here, never out of range."""
+        cost = self._price.of_step(codes, installed, direction)
         after = codes + direction
         return np.where((after < self._low) | (after > self._high), np.inf, cost).astype(np.float32)
 

@@ -17,6 +17,7 @@ from msgspec import Struct
 from protocol.errors import RequestError
 from server.adapters.blobs import storage_errors, sync_folder
 from server.requantize import rows
+from server.requantize.alone import with_alone
 from server.requantize.calibration import Calibration
 from server.requantize.choice import Chosen, Settings, choose
 from server.requantize.controls import write_frozen, write_plain
@@ -33,11 +34,13 @@ from server.requantize.frontier import (
     with_verdict,
 )
 from server.requantize.guards import Margins, check_suite, check_texts, is_passed
+from server.requantize.portions import Portion, all_portions, check_fleet, mean_bytes, names_of
 from server.requantize.readings import Readings
 from server.requantize.rows import Row, row
 from server.requantize.search import SmallBudgetError
+from server.requantize.sent import Sent, check_sent
 from server.requantize.texts import Text, check_unseen
-from server.requantize.weighing import delta_bytes
+from server.requantize.weighing import delta_sizes
 from server.requantize.work import MetricName
 from server.scorecard.card import Check
 from server.scorecard.frontier import Frontier, Rule
@@ -58,12 +61,14 @@ class Models:
         installed: The quantized file that devices have.
         before: The installed version in floats; None where nobody kept it.
         start: A quantized file whose codes the choice begins with; None for the installed ones.
+        also: Further files that a part of the devices has instead of `installed`, none of them more devices than have that.
     """
 
     new: Path
     installed: Path
     before: Path | None = None
     start: Path | None = None
+    also: tuple[Portion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,7 @@ class Judged(Struct, frozen=True, kw_only=True):
         seconds: Of the choice alone.
         calibration_sha256: Of the calibration's tokens.
         frontier: From which the file was chosen; None where it was not.
+        sent: What goes to the devices of each of several installed files; empty where all have the same.
     """
 
     rows: tuple[Row, ...]
@@ -137,6 +143,7 @@ class Judged(Struct, frozen=True, kw_only=True):
     seconds: float
     calibration_sha256: str
     frontier: Frontier | None = None
+    sent: tuple[Sent, ...] = ()
 
 
 def judge(
@@ -172,7 +179,8 @@ def judge(
     bench = _Bench(models, questions, calibration, evaluator, settings, folder, report)
     trial, chosen = bench.chosen(aim)
     found = bench.rows(trial, aim)
-    checks = bench.checks(aim.margins)
+    chosen = bench.beside_others(chosen)
+    checks = (*bench.checks(aim.margins), *check_sent(chosen.sent))
     if is_passed(checks):
         _publish(bench.file(rows.CHOSEN), out)
     frontier = bench.frontier
@@ -189,6 +197,7 @@ def judge(
         seconds=chosen.seconds,
         calibration_sha256=calibration.tokens_sha256,
         frontier=frontier,
+        sent=chosen.sent,
     )
     return judged, chosen
 
@@ -198,6 +207,7 @@ def check_request(models: Models, questions: Questions, aim: Aim) -> None:
 
     Raises:
         RequestError: Texts overlap, are too few or too short, or something that is needed was not given.
+        ModelFileError: One of several installed files is of another kind than the first.
     """
     if (aim.budget_bytes is None) == (aim.keep_share is None) and not aim.frontier:
         raise RequestError("a budget or a share of the gain is needed, and not both")
@@ -213,6 +223,7 @@ def check_request(models: Models, questions: Questions, aim: Aim) -> None:
         )
     if models.before is None and any(aim.extrapolations):
         raise RequestError("extrapolation needs the installed version in floats", hint="give --before")
+    check_fleet(models.installed, models.also)
     used = [questions.calibration]
     if questions.development is not None:
         questions.development.runs()
@@ -257,23 +268,28 @@ class _Bench:
         self._folder = folder
         self._report = report
         self._settings = settings
+        nothing, *others = names_of(models.installed, models.also)
+        self._nothing = {rows.NOTHING: models.installed}
+        self._nothing |= {
+            rows.nothing_to(name): each.path for name, each in zip(others, models.also, strict=True)
+        }
+        self._notes = {rows.NOTHING: f"{nothing}, which most devices have"} if others else {}
         report("plain: llama.cpp's own quantizer")
         write_plain(models.new, models.installed, self.file(rows.PLAIN), evaluator.threads)
-        self._plain_bytes = self._weighed(rows.PLAIN)
-        self._sizes = {rows.NOTHING: 0, rows.PLAIN: self._plain_bytes}
+        self._plain_each = self._weighed(rows.PLAIN)
+        self._plain_bytes = mean_bytes(self._plain_each, models.also)
+        self._sizes = {**dict.fromkeys(self._nothing, 0), rows.PLAIN: self._plain_bytes}
         self._readings: dict[str, Readings] = {}
         self.frontier: Frontier | None = None
 
     def file(self, name: str) -> Path:
         """Where a row's file lies."""
-        return (
-            self._models.installed
-            if name == rows.NOTHING
-            else self._folder / f"{name.replace(',', '').replace(' ', '-')}.gguf"
-        )
+        return self._nothing.get(name) or self._folder / f"{name.replace(',', '').replace(' ', '-')}.gguf"
 
-    def _weighed(self, name: str) -> int:
-        return delta_bytes(self._models.installed, self.file(name), self._settings.workers)
+    def _weighed(self, name: str) -> tuple[int, ...]:
+        """Bytes of the delta from each installed file."""
+        bases = [each.path for each in all_portions(self._models.installed, self._models.also)]
+        return delta_sizes(bases, self.file(name), self._settings.workers)
 
     def chosen(self, aim: Aim) -> tuple[Trial, Chosen]:
         """Make the chosen file."""
@@ -308,6 +324,7 @@ class _Bench:
             self._settings, budget_bytes=None, extrapolation=aim.extrapolations[0]
         )
         files = {each: getattr(self._models, each) for each in ("new", "installed", "before", "start")}
+        files |= {f"also {n}, {each.share!r}": each.path for n, each in enumerate(self._models.also)}
         with points_journal(self._evaluator, files, self._calibration, settings, text) as kept:
             bench = FrontierBench(
                 settings,
@@ -343,12 +360,12 @@ class _Bench:
     def _make_frozen(self) -> None:
         if rows.FROZEN not in self._sizes:
             write_frozen(self.file(rows.PLAIN), self._models.installed, self.file(rows.FROZEN))
-            self._sizes[rows.FROZEN] = self._weighed(rows.FROZEN)
+            self._sizes[rows.FROZEN] = mean_bytes(self._weighed(rows.FROZEN), self._models.also)
 
     def rows(self, trial: Trial, aim: Aim) -> tuple[Row, ...]:
         """Make and measure all files of the table."""
         self._make_frozen()
-        notes = {rows.CHOSEN: _how(trial, aim)}
+        notes = {**self._notes, rows.CHOSEN: _how(trial, aim)}
         absent = {}
         try:
             self._choose(rows.TRAP, trial.delta_bytes, trial.extrapolation, metric="weights")
@@ -363,12 +380,31 @@ class _Bench:
                 notes[rows.REPAIR] = "as many bytes as chosen, near the installed version in floats"
         except SmallBudgetError as error:
             absent[rows.REPAIR] = str(error)
-        for name in rows.NAMES:
+        names = (*self._nothing, *(name for name in rows.NAMES if name != rows.NOTHING))
+        for name in names:
             if name not in absent:
                 self._readings[name] = self._evaluator.measure(self.file(name), self._questions.held_out)
         return tuple(
             Row(name=name, note=absent[name]) if name in absent else self._row(name, notes.get(name, ""))
-            for name in rows.NAMES
+            for name in names
+        )
+
+    def beside_others(self, chosen: Chosen) -> Chosen:
+        """Beside what goes to each installed file's devices: plain's bytes, and those of a file for them alone."""
+        models, before = self._models, self._models.before if chosen.settings.extrapolation else None
+        found = with_alone(
+            chosen,
+            models.new,
+            models.installed,
+            models.also,
+            self._calibration,
+            self._folder,
+            self._report,
+            before=before,
+        )
+        sent = zip(found.sent, self._plain_each, strict=False)  # none, where there is one installed file
+        return msgspec.structs.replace(
+            found, sent=tuple(msgspec.structs.replace(each, plain_bytes=size) for each, size in sent)
         )
 
     def checks(self, margins: Margins) -> tuple[Check, ...]:
@@ -414,6 +450,7 @@ class _Bench:
             self._report,
             before=self._models.before if settings.extrapolation else None,
             start=self._models.start if name == rows.CHOSEN else None,
+            also=self._models.also,
         )
         self._sizes[name] = made.delta_bytes
         return made

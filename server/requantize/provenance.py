@@ -18,7 +18,7 @@ class Sources(Struct, frozen=True, kw_only=True):
 
     Attributes:
         new: The new model in floats.
-        installed: The quantized file that devices have.
+        installed: The quantized file that devices have; of several, that of most (all are in `Chosen.sent`).
         before: The installed version in floats, where it was extrapolated from.
         start: The file whose codes the descent began with, where it was another.
         calibration_model: The float model whose layers were looked at, the new one as a rule.

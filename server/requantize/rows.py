@@ -20,12 +20,17 @@ NAMES: Final = (NOTHING, PLAIN, FROZEN, REPAIR, TRAP, CHOSEN)
 """Always all of them, in this order."""
 
 
+def nothing_to(name: str) -> str:
+    """The row of another installed file, after that of the one that most devices have."""
+    return f"{NOTHING}, {name}"
+
+
 class Row(Struct, frozen=True, kw_only=True):
     """One file that could be sent.
 
     Attributes:
-        name: One of `NAMES`, or another in a benchmark.
-        delta_bytes: Of the project's own delta from the installed file; None where there is no such file.
+        name: One of `NAMES`, of `nothing_to`, or another in a benchmark.
+        delta_bytes: Of the project's own delta from the installed file, from several the mean over the fleet; None where there is no such file.
         share: The same, of the file.
         texts: Figures by name of the text.
         note: Why there are no figures, or how the file was made; "" for nothing.

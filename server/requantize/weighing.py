@@ -1,5 +1,6 @@
 """What the project's own delta from one file to another weighs, without keeping it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from protocol.delta.writer import make_delta
@@ -26,6 +27,11 @@ def delta_bytes(base: Path, new: Path, workers: int | None = None) -> int:
         # As a server makes it, so that what is promised is what devices fetch.
         make_delta(old.source, fresh.source, sink, in_place=None, encode_chains=encode)
     return sink.bytes
+
+
+def delta_sizes(bases: Iterable[Path], new: Path, workers: int | None = None) -> tuple[int, ...]:
+    """As `delta_bytes`, from each of several files."""
+    return tuple(delta_bytes(base, new, workers) for base in bases)
 
 
 class _Counter:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, Self
 
@@ -19,11 +19,13 @@ from threadpoolctl import threadpool_limits
 from protocol.errors import EngineError, ModelFileError
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
+from server.requantize.anchors import anchors_of, cheapest_codes, leading_rows
 from server.requantize.calibration import Calibration
 from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes
 from server.requantize.correction import Slopes
 from server.requantize.descent import Metric, Price, descend, single_gains
 from server.requantize.model import ModelFile, opened_gguf, row_bytes, rows_and_columns
+from server.requantize.portions import Portion, shares_of
 
 MetricName = Literal["outputs", "weights"]
 
@@ -55,6 +57,7 @@ class Files:
         slopes: Gradient of the divergence at `start`.
         trust: How far to go from the gradient that the metric expects there towards it, 0 to 1.
         pairs: First steps that are tried for two together.
+        also: Further files that a part of the devices has instead of `installed`.
     """
 
     new: Path
@@ -69,6 +72,7 @@ class Files:
     slopes: Slopes | None = None
     trust: float = 0.0
     pairs: int = 0
+    also: tuple[Portion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ class Worker:
         self._files = files
         self._stack = ExitStack()
         self._new = self._open(files.new)
-        self._installed = self._open(files.installed)
+        self._held = [self._open(path) for path in (files.installed, *(each.path for each in files.also))]
         self._before = None if files.before is None else self._open(files.before)
         self._start = None if files.start is None else self._open(files.start)
         with opened_gguf(files.out) as made:
@@ -135,7 +139,7 @@ class Worker:
             ModelFileError: A weight or a scale is no number.
             StorageError: The result cannot be written.
         """
-        rows = _coded(self._installed, stretch)
+        rows, anchors = self._rows(stretch)
         target = self._target(stretch)
         if not np.isfinite(target).all() or not np.isfinite(rows.steps).all():
             raise ModelFileError(f"{stretch.name}: there are weights or scales that are no numbers")
@@ -149,7 +153,7 @@ class Worker:
         gradient = expected
         if slopes is not None:
             gradient = expected + np.float32(self._files.trust) * (slopes - expected)
-        codes, reached = descend(rows, start, gradient, metric, stretch.price, self._files.pairs)
+        codes, reached = descend(rows, start, gradient, metric, stretch.price, self._files.pairs, anchors)
         self._write(stretch, rows.joined(codes))
         before = 0.5 * _inner(error, expected)
         if start is not rows.codes:
@@ -159,6 +163,20 @@ class Worker:
         moved = rows.weights(codes) - rows.weights(start)
         promised = 0.0 if slopes is None else _inner(slopes, moved)
         return Outcome(stretch.name, int(np.count_nonzero(codes != rows.codes)), before, after, promised)
+
+    def _rows(self, stretch: Stretch) -> tuple[CodedRows, Codes | None]:
+        """The rows that the descent works on, and what their codes cost is relative to; None for their own codes."""
+        held = [_coded(model, stretch) for model in self._held]
+        if len(held) == 1:
+            return held[0], None
+        for model, each in zip(self._held, held, strict=True):
+            if not np.isfinite(each.steps).all() or not np.isfinite(each.offsets).all():
+                raise ModelFileError(f"{model.path}: {stretch.name} has scales that are no numbers")
+        rows = leading_rows(held, shares_of(self._files.also))
+        anchors = anchors_of(rows, held)
+        if stretch.price is not None:
+            rows = replace(rows, codes=cheapest_codes(anchors, stretch.price))
+        return rows, anchors
 
     def _begin(self, stretch: Stretch, rows: CodedRows, target: Floats, metric: Metric) -> Codes:
         """The codes that the descent begins with."""

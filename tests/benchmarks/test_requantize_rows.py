@@ -17,6 +17,7 @@ from benchmarks.requantize_rows import (
     table_rows,
 )
 from benchmarks.requantize_series import Chain, Cost, Divergence, Facts
+from benchmarks.requantize_sources import ForWhom, source_lines
 from benchmarks.texts import development_text, held_out_manuals, held_out_sources, training_text
 from server.requantize.rows import NOTHING, PLAIN, TRAP
 from tests.server.requantize.readings import reading
@@ -115,3 +116,18 @@ def test_made_up_facts_are_all_different_and_all_in_the_text() -> None:
     suite = facts_suite()
     assert len(suite.items) == len({item.name for item in suite.items}) == FACTS
     assert suite.items[0].is_exact
+
+
+def test_a_file_for_two_versions_stands_beside_those_for_one() -> None:
+    found = {
+        ("b", "a"): (
+            ForWhom(chosen_for=(), sizes=(3000, 4000)),
+            ForWhom(chosen_for=("b", "a"), sizes=(1000, 2000), objective=0.125),
+        )
+    }
+    lines = "\n".join(source_lines(found)).splitlines()
+    assert lines[1].split("  ")[0] == "new v2_large"
+    assert "to b, 70 %, bytes" in lines[1]
+    assert lines[2].split() == ["plain", "3,000", "4,000", "3,300", "-"]
+    assert lines[3].split() == ["chosen", "for", "b", "and", "a", "1,000", "2,000", "1,300", "0.1250"]
+    assert source_lines({}) == []

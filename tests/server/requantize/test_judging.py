@@ -120,6 +120,33 @@ def test_a_file_that_is_worse_leaves_the_output_as_it_was_and_says_why(
     assert not list(folder.glob("*.partial*"))
 
 
+def test_devices_that_have_another_file_get_a_row_a_guard_and_a_place_in_the_record(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_module, "Margins", lambda: LOOSE)
+    other = write_language_model(folder / "other.gguf", 1, noise=0.01)
+    quantize(other, folder / "second.gguf", Q4_0, Q8_0_TYPE, 1)
+    given = ("--also", f"{folder / 'second.gguf'}=0.25", "--budget", "20%", "--json", "--force")
+    assert main(command(folder, *given)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["rows"]][:3] == [
+        "nothing sent",
+        "nothing sent, second.gguf",
+        "plain",
+    ]
+    assert found["rows"][1]["delta_bytes"] == 0
+    first, second = found["sent"]
+    assert (first["share"], second["share"]) == (0.75, 0.25)
+    sizes = {row["name"]: row["delta_bytes"] for row in found["rows"]}
+    for row, key in (("chosen", "delta_bytes"), ("plain", "plain_bytes")):
+        assert sizes[row] == round(0.75 * first[key] + 0.25 * second[key])
+    checks = {check["name"]: check["status"] for check in found["checks"]}
+    assert checks["bytes from installed.gguf"] == checks["bytes from second.gguf"] == "passed"
+    record = json.loads((folder / "chosen.gguf.requantized.json").read_text())
+    assert record["sent"] == found["sent"]
+    assert all(each["alone_bytes"] > 0 for each in record["sent"])
+
+
 def drawn(name: str, seed: int) -> Text:
     return Text(name, np.random.default_rng(seed).integers(3, 259, 2 * RUN_TOKENS).astype(np.int32))
 
