@@ -16,6 +16,7 @@ _BUDGET_DEFAULT: Final = "0.5%"
 _BYTES_MAX: Final = 1 << 44
 _RUNS_MAX: Final = 4096
 _WORKERS_MAX: Final = 256
+_RANK_MAX: Final = 256  # beyond it an adapter is hardly smaller than what it changes
 _SAMPLE_MAX: Final = 1_000_000
 _TENSORS_SHOWN: Final = 8
 _BUDGET: Final = re.compile(r"(?P<share>\d+(\.\d+)?)%|(?P<bytes>\d+)")
@@ -143,6 +144,13 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         help="questions of which the file may lose few against plain, as in `whimbrel score`; repeatable",
     )
     parser.add_argument(
+        "--adapter",
+        metavar="FILE|rank=N",
+        type=_adapter,
+        help="measure beside it: the installed file with this low-rank adapter (LoRA, GGUF), or with one of rank N that is made from"
+        " the models, from --before where it is given, else from the installed file; it is written if it passes",
+    )
+    parser.add_argument(
         "--sample",
         metavar="N",
         type=integer(1, _SAMPLE_MAX),
@@ -181,6 +189,7 @@ def _check_judging(arguments: argparse.Namespace) -> None:
             "--keep": arguments.keep,
             "--golden": arguments.golden,
             "--suite": arguments.suite,
+            "--adapter": arguments.adapter,
         }
         useless = next((name for name, value in given.items() if value), None)
         if useless is not None:
@@ -237,7 +246,8 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
 def _check_files(arguments: argparse.Namespace) -> None:
     """What can be known before the long work."""
     out: Path = arguments.out
-    for path in (arguments.new, arguments.installed, arguments.before, arguments.start):
+    adapter = arguments.adapter if isinstance(arguments.adapter, Path) else None
+    for path in (arguments.new, arguments.installed, arguments.before, arguments.start, adapter):
         if path is None:
             continue
         if not path.is_file():
@@ -281,6 +291,11 @@ def _budget(text: str) -> Any:
     if not 1 <= count <= _BYTES_MAX:
         raise argparse.ArgumentTypeError(f"{count} is not between 1 and {_BYTES_MAX} bytes")
     return lambda _length: count
+
+
+def _adapter(text: str) -> Path | int:
+    name, equals, number = text.partition("=")
+    return integer(1, _RANK_MAX)(number) if equals and name == "rank" else Path(text)
 
 
 def _factor(text: str) -> float:

@@ -17,6 +17,17 @@ from msgspec import Struct
 from protocol.errors import RequestError
 from server.adapters.blobs import storage_errors, sync_folder
 from server.requantize import rows
+from server.requantize.adapter import (
+    Candidate,
+    JudgedAdapter,
+    Wish,
+    adapter_path,
+    cheapest,
+    check_wish,
+    judged,
+    make_candidates,
+    record_adapter,
+)
 from server.requantize.calibration import Calibration
 from server.requantize.choice import Chosen, Settings, choose
 from server.requantize.controls import write_frozen, write_plain
@@ -48,12 +59,14 @@ class Models:
         installed: The quantized file that devices have.
         before: The installed version in floats; None where nobody kept it.
         start: A quantized file whose codes the choice begins with; None for the installed ones.
+        adapter: What could be added to the installed file instead; None for nothing.
     """
 
     new: Path
     installed: Path
     before: Path | None = None
     start: Path | None = None
+    adapter: Wish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +116,7 @@ class Judged(Struct, frozen=True, kw_only=True):
         codes: How many there are.
         seconds: Of the choice alone.
         calibration_sha256: Of the calibration's tokens.
+        adapters: Adapters that were asked for, with their guards.
     """
 
     rows: tuple[Row, ...]
@@ -114,6 +128,12 @@ class Judged(Struct, frozen=True, kw_only=True):
     codes: int
     seconds: float
     calibration_sha256: str
+    adapters: tuple[JudgedAdapter, ...] = ()
+
+    @property
+    def adapter(self) -> JudgedAdapter | None:
+        """The adapter that is written: the cheapest of those that passed."""
+        return cheapest(self.adapters)
 
 
 def judge(
@@ -127,7 +147,7 @@ def judge(
     out: Path,
     report: Report,
 ) -> tuple[Judged, Chosen]:
-    """Choose a file, measure all rows, and write it if it passes.
+    """Choose a file, measure all rows, and write it if it passes; likewise an adapter, if one is asked for.
 
     Args:
         models: What is chosen from.
@@ -148,11 +168,19 @@ def judge(
     bench = _Bench(models, questions, calibration, evaluator, settings, folder, report)
     trial, chosen = bench.chosen(aim)
     found = bench.rows(trial, aim)
-    checks = bench.checks(aim.margins)
+    adapted = bench.adapter_rows()
+    checks = bench.checks(rows.CHOSEN, aim.margins)
     if is_passed(checks):
         _publish(bench.file(rows.CHOSEN), out)
-    judged = Judged(
-        rows=found,
+    adapters = tuple(judged(each, bench.checks(each.name, aim.margins)) for each in bench.adapters)
+    if models.adapter is not None and (best := cheapest(adapters)) is not None:
+        path = next(each.path for each in bench.adapters if each.name == best.name)
+        _publish(path, adapter_path(out))
+        record_adapter(
+            adapter_path(out), models.adapter, models.new, models.installed, models.before, calibration
+        )
+    verdict = Judged(
+        rows=(*found, *adapted),
         checks=checks,
         is_written=is_passed(checks),
         price=chosen.price,
@@ -161,8 +189,9 @@ def judge(
         codes=chosen.codes,
         seconds=chosen.seconds,
         calibration_sha256=calibration.tokens_sha256,
+        adapters=adapters,
     )
-    return judged, chosen
+    return verdict, chosen
 
 
 def check_request(models: Models, questions: Questions, aim: Aim) -> None:
@@ -180,6 +209,8 @@ def check_request(models: Models, questions: Questions, aim: Aim) -> None:
         )
     if models.before is None and any(aim.extrapolations):
         raise RequestError("extrapolation needs the installed version in floats", hint="give --before")
+    if models.adapter is not None:
+        check_wish(models.adapter, models.installed)
     used = [questions.calibration]
     if questions.development is not None:
         questions.development.runs()
@@ -222,6 +253,7 @@ class _Bench:
         self._calibration = calibration
         self._evaluator = evaluator
         self._folder = folder
+        self.adapters: tuple[Candidate, ...] = ()
         self._report = report
         self._settings = settings
         report("plain: llama.cpp's own quantizer")
@@ -231,10 +263,10 @@ class _Bench:
         self._readings: dict[str, Readings] = {}
 
     def file(self, name: str) -> Path:
-        """Where a row's file lies."""
+        """Where a row's file lies; that which an adapter is added to is the installed one."""
         return (
             self._models.installed
-            if name == rows.NOTHING
+            if name == rows.NOTHING or self._adapter(name) is not None
             else self._folder / f"{name.replace(',', '').replace(' ', '-')}.gguf"
         )
 
@@ -285,13 +317,40 @@ class _Bench:
             for name in rows.NAMES
         )
 
-    def checks(self, margins: Margins) -> tuple[Check, ...]:
-        """The guards, all of them."""
+    def adapter_rows(self) -> tuple[Row, ...]:
+        """Make and measure the adapters, if any are asked for."""
+        models = self._models
+        if models.adapter is None:
+            return ()
+        self.adapters = make_candidates(
+            models.adapter,
+            models.new,
+            models.installed,
+            models.before,
+            self._calibration,
+            self._folder,
+            self._report,
+            self._settings.workers,
+        )
+        for each in self.adapters:
+            self._sizes[each.name] = each.path.stat().st_size
+            self._readings[each.name] = self._evaluator.measure(
+                models.installed, self._questions.held_out, each.path
+            )
+        return tuple(self._row(each.name, each.note) for each in self.adapters)
+
+    def _adapter(self, name: str) -> Path | None:
+        return next((each.path for each in self.adapters if each.name == name), None)
+
+    def checks(self, name: str, margins: Margins) -> tuple[Check, ...]:
+        """The guards of a row, all of them."""
         texts = [text.name for text in self._questions.held_out]
-        chosen, plain = (self._readings[name] for name in (rows.CHOSEN, rows.PLAIN))
-        found = list(check_texts(chosen, plain, texts, margins))
+        found = list(check_texts(self._readings[name], self._readings[rows.PLAIN], texts, margins))
         for suite in self._questions.suites:
-            before, now = (self._evaluator.ask(self.file(name), suite) for name in (rows.PLAIN, rows.CHOSEN))
+            before, now = (
+                self._evaluator.ask(self.file(each), suite, self._adapter(each))
+                for each in (rows.PLAIN, name)
+            )
             found.append(check_suite(suite, before, now, margins))
         return tuple(found)
 
