@@ -86,10 +86,16 @@ def factors(change: Floats, inputs: Floats, outputs: Floats, rank: int) -> tuple
     """
     root = np.linalg.cholesky(inputs.astype(np.float64))
     worth = np.sqrt(outputs.astype(np.float64))[:, None]
-    left, sizes, right = np.linalg.svd(worth * (change.astype(np.float64) @ root), full_matrices=False)
-    scale = np.sqrt(sizes[:rank])
-    up = left[:, :rank] * scale / worth
-    down = np.linalg.solve(root.T, (scale[:, None] * right[:rank]).T).T
+    weighted = worth * (change.astype(np.float64) @ root)
+    # The decomposition by the eigenvectors of the smaller of both products: what is projected onto them is its truncation.
+    if weighted.shape[0] <= weighted.shape[1]:
+        left = _strongest(weighted @ weighted.T, rank)
+        right = left.T @ weighted
+    else:
+        right = _strongest(weighted.T @ weighted, rank).T
+        left = weighted @ right.T
+    up = left / worth
+    down = np.linalg.solve(root.T, right.T).T
     # A row of A and the column of B that belongs to it may share their size in any way: alike, so that few bits hold both.
     balance = np.sqrt(
         np.linalg.norm(up, axis=0) / np.maximum(np.linalg.norm(down, axis=1), np.finfo(np.float64).tiny)
@@ -97,6 +103,11 @@ def factors(change: Floats, inputs: Floats, outputs: Floats, rank: int) -> tuple
     return (down * balance[:, None]).astype(np.float32), (
         up / np.maximum(balance, np.finfo(np.float64).tiny)
     ).astype(np.float32)
+
+
+def _strongest(symmetric: Floats, count: int) -> Floats:
+    """Eigenvectors of the largest eigenvalues, as columns."""
+    return np.asarray(np.linalg.eigh(symmetric)[1][:, -count:])
 
 
 def _change(new: ModelFile, old: ModelFile, name: str) -> Floats:

@@ -156,3 +156,5 @@ def test_the_command_takes_an_adapter_and_shows_which_file_it_is(
     shown = capsys.readouterr().out
     assert "lora.gguf (adapter)" in shown
     assert "llama from 0.3.36 on" in shown
+    assert main(["diagnose", "f", "1", "1", "--dir", str(folder)]) == 1
+    assert "f 1 has the adapter lora.gguf: what it changes is not diagnosed" in capsys.readouterr().err
