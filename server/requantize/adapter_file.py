@@ -61,7 +61,12 @@ def write_packed(out: Path, architecture: str, alpha: float, parts: Mapping[str,
         ModelFileError: A number of them is none, or too large.
         StorageError: The file cannot be written.
     """
-    pairs = {TYPE_KEY: "adapter", ARCHITECTURE_KEY: architecture, KIND_KEY: "lora", ALPHA_KEY: alpha}
+    pairs: dict[str, str | float] = {
+        TYPE_KEY: "adapter",
+        ARCHITECTURE_KEY: architecture,
+        KIND_KEY: "lora",
+        ALPHA_KEY: alpha,
+    }
     header = [
         struct.pack("<4sIQQ", MAGIC, _VERSION, len(parts), len(pairs)),
         *map(_pair, pairs, pairs.values()),

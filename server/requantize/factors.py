@@ -18,7 +18,7 @@ from server.releases.adapter_files import DOWN, UP
 from server.requantize.adapter_file import Parts, architecture_of, write_packed
 from server.requantize.calibration import Calibration
 from server.requantize.model import ModelFile, opened_gguf, read_shape, tensor_name
-from server.requantize.transformer import MATRICES
+from server.requantize.transformer import MATRICES, Array
 from server.requantize.work import DAMPING
 
 _WORTH_MIN: Final = 1e-6  # of the mean: an output that the text never needed is not divided by nothing
@@ -72,7 +72,7 @@ def write_factored(
         write_packed(out, architecture_of(new), float(rank), parts)
 
 
-def factors(change: Floats, inputs: Floats, outputs: Floats, rank: int) -> tuple[Floats, Floats]:
+def factors(change: Array, inputs: Array, outputs: Array, rank: int) -> tuple[Floats, Floats]:
     """A and B of the B A that is nearest to a change.
 
     Args:
@@ -86,28 +86,27 @@ def factors(change: Floats, inputs: Floats, outputs: Floats, rank: int) -> tuple
     """
     root = np.linalg.cholesky(inputs.astype(np.float64))
     worth = np.sqrt(outputs.astype(np.float64))[:, None]
-    weighted = worth * (change.astype(np.float64) @ root)
+    weighted: Array = worth * (change.astype(np.float64) @ root)
     # The decomposition by the eigenvectors of the smaller of both products: what is projected onto them is its truncation.
     if weighted.shape[0] <= weighted.shape[1]:
         left = _strongest(weighted @ weighted.T, rank)
-        right = left.T @ weighted
+        right: Array = left.T @ weighted
     else:
         right = _strongest(weighted.T @ weighted, rank).T
         left = weighted @ right.T
     up = left / worth
     down = np.linalg.solve(root.T, right.T).T
     # A row of A and the column of B that belongs to it may share their size in any way: alike, so that few bits hold both.
-    balance = np.sqrt(
-        np.linalg.norm(up, axis=0) / np.maximum(np.linalg.norm(down, axis=1), np.finfo(np.float64).tiny)
-    )
-    return (down * balance[:, None]).astype(np.float32), (
-        up / np.maximum(balance, np.finfo(np.float64).tiny)
-    ).astype(np.float32)
+    tiny = np.finfo(np.float64).tiny
+    balance = np.sqrt(np.linalg.norm(up, axis=0) / np.maximum(np.linalg.norm(down, axis=1), tiny))
+    down, up = down * balance[:, None], up / np.maximum(balance, tiny)
+    return down.astype(np.float32), up.astype(np.float32)
 
 
-def _strongest(symmetric: Floats, count: int) -> Floats:
+def _strongest(symmetric: Array, count: int) -> Array:
     """Eigenvectors of the largest eigenvalues, as columns."""
-    return np.asarray(np.linalg.eigh(symmetric)[1][:, -count:])
+    vectors: Array = np.linalg.eigh(symmetric)[1]
+    return vectors[:, -count:]
 
 
 def _change(new: ModelFile, old: ModelFile, name: str) -> Floats:
@@ -123,7 +122,7 @@ def _change(new: ModelFile, old: ModelFile, name: str) -> Floats:
     return change
 
 
-def _metric(calibration: Calibration, name: str, change: Floats) -> tuple[Floats, Floats]:
+def _metric(calibration: Calibration, name: str, change: Floats) -> tuple[Array, Array]:
     inputs, outputs = calibration.inputs(name), calibration.outputs(name)
     if inputs is None or outputs is None:
         raise ModelFileError(f"{calibration.folder}: nothing was measured of {name}", hint="calibrate again")
@@ -133,4 +132,4 @@ def _metric(calibration: Calibration, name: str, change: Floats) -> tuple[Floats
     worth = np.asarray(outputs, np.float64)
     worth = np.maximum(worth, max(_WORTH_MIN * worth.mean(), np.finfo(np.float32).tiny))
     assert (len(worth), len(moments)) == change.shape
-    return np.asarray(moments), np.asarray(worth)
+    return moments, worth

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from device import events
-from device.adapters.engine_llama import load_llama
+from device.adapters.engine_llama import LlamaModel, load_llama
 from device.config import DeviceConfig, HookConfig
 from device.runtime import DeviceRuntime, install_factory
 from device.states import State
@@ -97,6 +97,7 @@ def lab(tmp_path: Path) -> Iterator[TextLab]:
 
 def serves(device: DeviceRuntime) -> float:
     with device.executor.leases.lease() as lease:
+        assert isinstance(lease.model, LlamaModel)
         return lease.model.logprob_mean(ASKED, ANSWER)
 
 
@@ -122,7 +123,9 @@ def test_an_adapter_comes_alone_answers_as_the_merged_model_and_goes_again(lab: 
     worse = write_adapter(lab.folder / "worse.lora.gguf", base, LIKES_NOT)
     lab.publish_text("v3", likelihood_min=after, adapter=worse)
     assert lab.roll_out("v3") == "stopped"
-    assert (version_of(device), device.agent.record.update.code) == ("v2", "trial.answers")
+    update = device.agent.record.update
+    assert update is not None
+    assert (version_of(device), update.code) == ("v2", "trial.answers")
     assert serves(device) == pytest.approx(after, abs=NEAR)
 
     device.stop()

@@ -28,7 +28,7 @@ def health(folder: Path) -> Path:
     return write_health_plan(folder / "health.json", prompts=[golden])
 
 
-def imported(folder: Path, model: Path, adapter: Path, **more: str) -> Release:
+def imported(folder: Path, model: Path, adapter: Path, oldest: str = "") -> Release:
     blobs = FolderBlobs(folder / "blobs")
     return import_release(
         blobs,
@@ -38,7 +38,7 @@ def imported(folder: Path, model: Path, adapter: Path, **more: str) -> Release:
         runtime="llama",
         health=health(folder),
         adapter=adapter,
-        **more,
+        runtime_version_min=oldest,
     )
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_have_an_adapter_says_so(tmp_path: Path, model: Path) -> Non
     with pytest.raises(
         WhimbrelError, match=r"adapters need llama-cpp-python 0\.3\.36 or later, 0\.3\.1 is older"
     ):
-        imported(tmp_path, model, adapter, runtime_version_min="0.3.1")
+        imported(tmp_path, model, adapter, "0.3.1")
     with pytest.raises(WhimbrelError, match=r"is an adapter, and no model by itself \(give its model"):
         imported(tmp_path, adapter, model)
     classifier = write_classifier(tmp_path / "model.onnx", 1)
