@@ -360,8 +360,10 @@ def _infer(arguments: argparse.Namespace) -> int:
             hint="ask again after the update; `whimbrel-device status` shows it",
         )
     slot = record.slots[record.active]
-    path = RealDisk(config.folder).path(slot_file(record.active, slot.main_file))
-    model = LocalEngine().load(ModelSource(slot.runtime, path))
+    disk = RealDisk(config.folder)
+    path = disk.path(slot_file(record.active, slot.main_file))
+    adapter = disk.path(slot_file(record.active, slot.adapter_file)) if slot.adapter_file else ""
+    model = LocalEngine().load(ModelSource(slot.runtime, path, adapter))
     try:
         print(model.answer(_prompt(arguments)))
     finally:

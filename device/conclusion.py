@@ -48,13 +48,13 @@ class Conclusion:
         self._ledger.note(tries=update.tries + 1)
         self._ledger.set_slot(slot, replace(self._ledger.record.slots[slot], health=SlotHealth.ON_TRIAL))
         self._desk.persist()
-        file = self._ledger.record.slots[slot].main_file
+        content = self._ledger.record.slots[slot]
         order = TrialOrder(
             ModelSource(self._ledger.release.runtime, ""),
             self._ledger.release.health,
             self._desk.config.memory_bytes_max,
         )
-        self._desk.emit(StartTrial(self._desk.ask(), slot, file, order))
+        self._desk.emit(StartTrial(self._desk.ask(), slot, content.main_file, order, content.adapter_file))
 
     def trial_finished(self, event: events.TrialFinished) -> None:
         """The evidence is there: judge it."""

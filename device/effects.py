@@ -165,6 +165,7 @@ class StartTrial:
     slot: SlotName
     file: str
     order: TrialOrder
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +177,7 @@ class Serve:
     runtime: RuntimeName
     file: str
     version: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

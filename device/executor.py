@@ -26,9 +26,10 @@ from device.ports import (
     TrialOrder,
     Workers,
 )
-from device.slots import SlotName, measure_slot, slot_bytes, slot_file, slot_folder
+from device.slots import measure_slot, slot_bytes, slot_file, slot_folder
 from protocol.constants import METADATA_BYTES_MAX
 from protocol.errors import ContentKeyError, TrustError, WhimbrelError
+from protocol.release import RuntimeName
 
 ROOT_FILE: Final = "root.json"
 """The start of trust: put there by the installer, replaced by verified successors."""
@@ -239,15 +240,19 @@ class Executor:
         return events.InstallProgressed(effect.serial, done)
 
     def _trial(self, effect: effects.StartTrial) -> events.TrialFinished:
-        source = ModelSource(effect.order.model.runtime, self._model_path(effect.slot, effect.file))
+        source = self._source(effect.order.model.runtime, effect)
         order = TrialOrder(source, effect.order.health, effect.order.memory_bytes_max)
         return events.TrialFinished(effect.serial, self._engine.trial(order))
 
     def _serve(self, effect: effects.Serve) -> events.ServingStarted:
         """Load the new model before the old one goes: a request always finds one of them, and keeps the one that it found."""
-        model = self._engine.load(ModelSource(effect.runtime, self._model_path(effect.slot, effect.file)))
+        model = self._engine.load(self._source(effect.runtime, effect))
         self.leases.swap(model, effect.version)
         return events.ServingStarted(effect.serial)
 
-    def _model_path(self, slot: SlotName, file: str) -> str:
-        return self._disk.path(slot_file(slot, file))
+    def _source(self, runtime: RuntimeName, effect: effects.StartTrial | effects.Serve) -> ModelSource:
+        path, adapter = (
+            self._disk.path(slot_file(effect.slot, name)) if name else ""
+            for name in (effect.file, effect.adapter)
+        )
+        return ModelSource(runtime, path, adapter)

@@ -47,6 +47,7 @@ class SlotRecord(Struct, frozen=True, kw_only=True):
     version: str = ""
     runtime: RuntimeName = "onnx"
     main_file: str = ""
+    adapter_file: str = ""  # that the runtime adds to the weights of the main one; empty for none
     files: dict[str, str] = {}  # name to SHA-256, as signed
     release_sha256: str = ""  # of its description; empty in records of older agents
     memory_bytes: int = 0  # what it takes while it runs: measured by its trial, or else what its release says; 0 in older records

@@ -112,10 +112,17 @@ class KeyOpener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model as an engine loads it."""
+    """A model as an engine loads it.
+
+    Attributes:
+        runtime: Which one loads it.
+        path: The file that it opens.
+        adapter: Path of the low-rank adapter that it adds to the weights; empty for none.
+    """
 
     runtime: RuntimeName
     path: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -310,13 +310,15 @@ class DeviceRuntime:
 
     def _swapped(self, slot: SlotName) -> None:
         record = self.agent.record.slots[slot]
+        folder = self.config.folder.absolute() / CURRENT_LINK
         self._hook.run(
             {
                 "WHIMBREL_REASON": "swap" if self._has_served else "start",
                 "WHIMBREL_DEVICE": self.config.agent.device,
                 "WHIMBREL_FAMILY": self.config.agent.family,
                 "WHIMBREL_VERSION": record.version,
-                "WHIMBREL_MODEL": str(self.config.folder.absolute() / CURRENT_LINK / record.main_file),
+                "WHIMBREL_MODEL": str(folder / record.main_file),
+                "WHIMBREL_ADAPTER": str(folder / record.adapter_file) if record.adapter_file else "",
             }
         )
         self._has_served = True
@@ -381,6 +383,7 @@ def install_factory(
         version=release.version,
         runtime=release.runtime,
         main_file=release.files[0].name,
+        adapter_file=release.adapter.name if release.adapter else "",
         files={file.name: file.sha256 for file in release.files},
         release_sha256=release_digest(release),
         memory_bytes=model_bytes(release),

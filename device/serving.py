@@ -100,7 +100,9 @@ class Serving:
         self._is_waiting = False
         self._serve = self._desk.serial()
         self.deadline_ms = self._desk.now_ms + JOB_TIMEOUT_MS
-        self._desk.emit(Serve(self._serve, slot, record.runtime, record.main_file, record.version))
+        self._desk.emit(
+            Serve(self._serve, slot, record.runtime, record.main_file, record.version, record.adapter_file)
+        )
 
     def probed(self, event: events.Probed) -> bool:
         """Whether this was the inventory."""

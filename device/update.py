@@ -398,6 +398,7 @@ class Update:
                 version=release.version,
                 runtime=release.runtime,
                 main_file=release.files[0].name,
+                adapter_file=release.adapter.name if release.adapter else "",
                 files=wanted,
                 release_sha256=self._ledger.update.release_sha256,
                 memory_bytes=model_bytes(release),

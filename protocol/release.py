@@ -1,5 +1,6 @@
 """What a release is: the signed description that a device judges before it fetches a byte (SPEC section 7)."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
@@ -22,6 +23,10 @@ FILES_MAX: Final = 8
 PROMPTS_MAX: Final = 256
 
 RuntimeName = Literal["onnx", "llama"]
+FileRole = Literal["adapter"]
+
+ROLES_VERSION: Final = 2
+"""Of the description of a release whose files have roles. Agents that do not know roles would run the first file alone; they refuse this."""
 
 ARTIFACTS_ROLE: Final = "artifacts"
 """Name of the TUF role that lists whole files and deltas: how devices get to what a release names, never what they may run."""
@@ -76,6 +81,8 @@ class ReleaseFile(Struct, frozen=True, kw_only=True):
     name: _FileName
     length: _Length
     sha256: _DigestText
+    # What the runtime does with it beside the first. Left out for a file that the first one itself speaks of.
+    role: FileRole | UnsetType = UNSET
 
 
 class Resources(Struct, frozen=True, kw_only=True):
@@ -104,6 +111,11 @@ class Release(Struct, frozen=True, kw_only=True):
     def bytes_total(self) -> int:
         """Length of all files."""
         return sum(file.length for file in self.files)
+
+    @property
+    def adapter(self) -> ReleaseFile | None:
+        """The low-rank adapter that the runtime adds to the weights of the first file; None where there is none."""
+        return next((file for file in self.files if file.role == "adapter"), None)
 
 
 class ChunkTree(Struct, frozen=True, kw_only=True):
@@ -188,8 +200,7 @@ def check_release(release: Release) -> None:
     Raises:
         ReleaseError: Names the field.
     """
-    if release.v != PROTOCOL_VERSION:
-        raise ReleaseError(f"release description of version {release.v}, understood is {PROTOCOL_VERSION}")
+    _check_version(release)
     try:
         parse_family(release.family)
         parse_version(release.version)
@@ -202,7 +213,13 @@ def check_release(release: Release) -> None:
         raise ReleaseError(
             f"release description: {release.bytes_total} bytes in all, allowed are {BLOB_BYTES_MAX}"
         )
+    _check_adapter(release)
     _check_health(release.health)
+
+
+def description_version(files: Sequence[ReleaseFile]) -> int:
+    """The version that the description of a release with these files has: the lowest that can say it."""
+    return PROTOCOL_VERSION if all(file.role is UNSET for file in files) else ROLES_VERSION
 
 
 def releases_role(family: Family) -> str:
@@ -308,6 +325,26 @@ def version_tuple(text: str) -> tuple[int, ...]:
             break
         numbers.append(int(part))
     return tuple(numbers)
+
+
+def _check_version(release: Release) -> None:
+    if release.v not in {PROTOCOL_VERSION, ROLES_VERSION}:
+        raise ReleaseError(
+            f"release description of version {release.v}, understood are {PROTOCOL_VERSION} and {ROLES_VERSION}"
+        )
+    needed = description_version(release.files)
+    if release.v != needed:
+        raise ReleaseError(f"release description of version {release.v}, its files need {needed}")
+
+
+def _check_adapter(release: Release) -> None:
+    adapters = [file.name for file in release.files if file.role == "adapter"]
+    if not adapters:
+        return
+    if release.runtime != "llama":
+        raise ReleaseError(f"release description: the runtime {release.runtime} has no adapters")
+    if len(adapters) > 1 or release.files[0].role == "adapter":
+        raise ReleaseError("release description: one adapter is allowed, behind the model")
 
 
 def _check_health(plan: HealthPlan) -> None:

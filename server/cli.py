@@ -170,6 +170,12 @@ def _add_release(commands: Any, common: argparse.ArgumentParser) -> None:
         "--health", required=True, type=Path, help="JSON file: what a device must see in its trial"
     )
     add.add_argument(
+        "--adapter",
+        metavar="FILE",
+        type=Path,
+        help="low-rank adapter (LoRA, GGUF) that the engine llama adds to the model's weights",
+    )
+    add.add_argument(
         "--memory-bytes",
         metavar="N",
         type=integer(0, _INTEGER_MAX),
@@ -260,6 +266,7 @@ def _release_add(arguments: argparse.Namespace) -> int:
         arguments.files,
         runtime=arguments.runtime,
         health=arguments.health,
+        adapter=arguments.adapter,
         memory_bytes=arguments.memory_bytes,
         tiers=arguments.tier,
         runtime_version_min=arguments.runtime_version_min,

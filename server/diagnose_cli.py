@@ -99,6 +99,11 @@ def _releases(
     plan: HealthPlan | None = None
     for family, version in pairs:
         release = operations.show_release(folder, family, version).record.release
+        if release.adapter is not None:
+            raise RequestError(
+                f"{family} {version} has the adapter {release.adapter.name}: what it changes is not diagnosed",
+                hint="merge it into the model and diagnose two files; `whimbrel score` compares the answers",
+            )
         with opened(folder) as home:
             files = {file.name: home.blobs.path(Digest(file.sha256)) for file in release.files}
         missing = [name for name, path in files.items() if not path.is_file()]

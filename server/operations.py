@@ -188,6 +188,7 @@ def add_release(
     *,
     runtime: RuntimeName,
     health: Path,
+    adapter: Path | None = None,
     memory_bytes: int = 0,
     tiers: list[str] | None = None,
     runtime_version_min: str = "",
@@ -203,6 +204,7 @@ def add_release(
         files: Likewise.
         runtime: Likewise.
         health: Likewise.
+        adapter: Likewise.
         memory_bytes: Likewise.
         tiers: Likewise.
         runtime_version_min: Likewise.
@@ -231,6 +233,7 @@ def add_release(
             files=files,
             runtime=runtime,
             health=health,
+            adapter=adapter,
             memory_bytes=memory_bytes,
             tiers=tiers,
             runtime_version_min=runtime_version_min,

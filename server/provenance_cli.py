@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec import UNSET
+
 from protocol.errors import RequestError, TopicError
 from protocol.ids import Digest, parse_digest
 from server.display import bytes_text, table
@@ -96,7 +98,14 @@ def added_lines(arguments: argparse.Namespace, said: Said | None) -> Iterator[st
 def details_lines(details: ReleaseDetails, state: str) -> list[str]:
     """A release for people."""
     release = details.record.release
-    files = [[file.name, bytes_text(file.length), file.sha256] for file in release.files]
+    files = [
+        [
+            file.name if file.role is UNSET else f"{file.name} ({file.role})",
+            bytes_text(file.length),
+            file.sha256,
+        ]
+        for file in release.files
+    ]
     needs = [f"{release.runtime} from {release.runtime_version_min} on"]
     if release.resources.memory_bytes:
         needs.append(f"{bytes_text(release.resources.memory_bytes)} of memory")

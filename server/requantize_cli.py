@@ -20,6 +20,7 @@ _BUDGET_NAME_MAX: Final = 24
 _BYTES_MAX: Final = 1 << 44
 _RUNS_MAX: Final = 4096
 _WORKERS_MAX: Final = 256
+_RANK_MAX: Final = 256  # beyond it an adapter is hardly smaller than what it changes
 _SAMPLE_MAX: Final = 1_000_000
 _TENSORS_SHOWN: Final = 8
 _BUDGET: Final = re.compile(r"(?P<share>\d+(\.\d+)?)%|(?P<bytes>\d+)")
@@ -174,6 +175,13 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         help="questions of which the file may lose few against plain, as in `whimbrel score`; repeatable",
     )
     parser.add_argument(
+        "--adapter",
+        metavar="FILE|rank=N",
+        type=_adapter,
+        help="measure beside it: the installed file with this low-rank adapter (LoRA, GGUF), or with one of rank N that is made from"
+        " the models, from --before where it is given, else from the installed file; it is written if it passes",
+    )
+    parser.add_argument(
         "--sample",
         metavar="N",
         type=integer(1, _SAMPLE_MAX),
@@ -239,6 +247,7 @@ def _check_judging(arguments: argparse.Namespace) -> None:
             "--frontier": arguments.frontier,
             "--golden": arguments.golden,
             "--suite": arguments.suite,
+            "--adapter": arguments.adapter,
         }
         useless = next((name for name, value in given.items() if value), None)
         if useless is not None:
@@ -301,8 +310,9 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
 def _check_files(arguments: argparse.Namespace) -> None:
     """What can be known before the long work."""
     out: Path = arguments.out
+    adapter = arguments.adapter if isinstance(arguments.adapter, Path) else None
     others = [each.path for each in arguments.also]
-    for path in (arguments.new, arguments.installed, *others, arguments.before, arguments.start):
+    for path in (arguments.new, arguments.installed, *others, arguments.before, arguments.start, adapter):
         if path is None:
             continue
         if not path.is_file():
@@ -375,6 +385,11 @@ def _portion(text: str) -> tuple[Path, float]:
             f"{text[:200]!r} is not FILE=SHARE with a share of the devices between 0 and 1, such as v1.gguf=0.3"
         )
     return Path(name), share
+
+
+def _adapter(text: str) -> Path | int:
+    name, equals, number = text.partition("=")
+    return integer(1, _RANK_MAX)(number) if equals and name == "rank" else Path(text)
 
 
 def _factor(text: str) -> float:

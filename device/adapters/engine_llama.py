@@ -136,15 +136,20 @@ class LlamaModel:
         return self._llama
 
 
-def load_llama(path: str, settings: LlamaSettings = ON_PROCESSOR.llama) -> LlamaModel:
+def load_llama(path: str, settings: LlamaSettings = ON_PROCESSOR.llama, adapter: str = "") -> LlamaModel:
     """Load a GGUF file, its weights mapped and not copied, with as many layers on an accelerator as the settings say.
 
+    Args:
+        path: The file.
+        settings: Where it runs.
+        adapter: A GGUF file with a low-rank adapter, which is added to the weights; empty for none.
+
     Raises:
-        EngineError: The runtime is missing, or refuses the file.
+        EngineError: The runtime is missing, or refuses a file.
     """
     llama_cpp = _llama_cpp()
     threads = settings.threads or _threads()
-    layers = _gpu_layers(path, settings)
+    layers = _gpu_layers(path, adapter, settings)
     try:
         llama = llama_cpp.Llama(
             path,
@@ -159,7 +164,24 @@ def load_llama(path: str, settings: LlamaSettings = ON_PROCESSOR.llama) -> Llama
         )
     except Exception as error:
         raise EngineError(f"llama.cpp cannot load the file: {error_line(error)}") from error
+    if adapter:
+        try:
+            _add_adapter(llama_cpp, llama, adapter)
+        except EngineError:
+            llama.close()
+            raise
     return LlamaModel(llama)
+
+
+def _add_adapter(llama_cpp: Any, llama: Any, path: str) -> None:
+    """Add an adapter to the loaded weights. Not by `Llama(lora_path=…)`, which copies the weights into memory instead of mapping them."""
+    loaded = llama_cpp.llama_adapter_lora_init(llama._model.model, path.encode())  # noqa: SLF001 - no public way to it
+    if not loaded:
+        raise EngineError("llama.cpp cannot load the adapter: it is damaged, or made for another model")
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded)  # the model frees them
+    scales = (ctypes.c_float * 1)(1.0)
+    if llama_cpp.llama_set_adapters_lora(llama._ctx.ctx, adapters, 1, scales):  # noqa: SLF001 - likewise
+        raise EngineError("llama.cpp cannot add the adapter to the model")
 
 
 def gpu_trouble() -> str:
@@ -174,7 +196,7 @@ def gpu_trouble() -> str:
     return f"llama-cpp-python {llama_cpp.__version__} was built without an accelerator, or finds none"
 
 
-def _gpu_layers(path: str, settings: LlamaSettings) -> int:
+def _gpu_layers(path: str, adapter: str, settings: LlamaSettings) -> int:
     """Layers for the accelerator: as llama.cpp counts them, the output is one of them."""
     if not settings.gpu_layers:
         return 0
@@ -184,7 +206,7 @@ def _gpu_layers(path: str, settings: LlamaSettings) -> int:
     if settings.gpu_memory_mb_max is None:
         return _ALL_LAYERS if settings.gpu_layers == "all" else settings.gpu_layers
     try:
-        costs = layer_costs(Path(path), CONTEXT_TOKENS)
+        costs = layer_costs(Path(path), CONTEXT_TOKENS, Path(adapter) if adapter else None)
     except (WhimbrelError, OSError) as error:
         raise EngineError(f"llama.cpp cannot load the file: {error_line(error)}") from error
     wanted = len(costs) if settings.gpu_layers == "all" else min(settings.gpu_layers, len(costs))

@@ -90,4 +90,4 @@ def load_model(source: ModelSource, compute: Compute) -> "OnnxModel | LlamaModel
         return load_onnx(source.path, compute.onnx)
     from device.adapters.engine_llama import load_llama  # noqa: PLC0415 - see the top
 
-    return load_llama(source.path, compute.llama)
+    return load_llama(source.path, compute.llama, source.adapter)

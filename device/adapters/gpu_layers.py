@@ -31,19 +31,19 @@ class _File:
         return self._file.read(length)
 
 
-def layer_costs(path: Path, context_tokens: int) -> list[int]:
+def layer_costs(path: Path, context_tokens: int, adapter: Path | None = None) -> list[int]:
     """Bytes that each layer takes on an accelerator, in the order in which llama.cpp puts them there: the output first.
 
     Args:
         path: The model.
         context_tokens: Tokens of the context, and of a batch.
+        adapter: What is added to its weights, each part where these are.
 
     Raises:
-        ModelFileError: It is no well-formed GGUF file.
-        OSError: It cannot be read.
+        ModelFileError: One of them is no well-formed GGUF file.
+        OSError: One cannot be read.
     """
-    with path.open("rb") as file:
-        model = parse_gguf(_File(file))
+    model = _parsed(path)
     blocks: dict[int, int] = {}
     output = embedding = 0
     for tensor in model.tensors:
@@ -56,9 +56,19 @@ def layer_costs(path: Path, context_tokens: int) -> list[int]:
             output += tensor.length
     if not any(tensor.name == _OUTPUT for tensor in model.tensors):
         output += embedding  # the output is the embedding then, and a copy of it goes there
+    for tensor in _parsed(adapter).tensors if adapter is not None else ():
+        if (found := _BLOCK.match(tensor.name)) and int(found[1]) in blocks:
+            blocks[int(found[1])] += tensor.length
+        else:
+            output += tensor.length
     cache = context_tokens * _cache_bytes(model)
     logits = context_tokens * _ROW_BYTES * _vocabulary(model)
     return [output + logits, *(blocks[number] + cache for number in sorted(blocks, reverse=True))]
+
+
+def _parsed(path: Path) -> GgufFile:
+    with path.open("rb") as file:
+        return parse_gguf(_File(file))
 
 
 def layers_that_fit(costs: Sequence[int], bytes_max: int) -> int:

@@ -15,6 +15,7 @@ from protocol.release import FILES_MAX, RuntimeName
 from protocol.tensors import Region, map_external, parse_gguf, parse_onnx, parse_safetensors
 from protocol.tensors.gguf import GgufFile
 from server.adapters.blobs import FileSource
+from server.releases.adapter_files import check_adapter, is_adapter
 
 _GGUF, _ONNX, _SAFETENSORS = ".gguf", ".onnx", ".safetensors"
 MODEL_ENDINGS: Final[dict[RuntimeName, str]] = {"llama": _GGUF, "onnx": _ONNX}
@@ -23,24 +24,29 @@ MODEL_ENDINGS: Final[dict[RuntimeName, str]] = {"llama": _GGUF, "onnx": _ONNX}
 _EXPORT_AGAIN: Final = "give the file that was exported with this model"
 
 
-def check_model_files(files: Sequence[Path], runtime: RuntimeName) -> None:
+def check_model_files(files: Sequence[Path], runtime: RuntimeName, adapter: Path | None = None) -> None:
     """Check the model, the files that belong to it, and every other file that says by its name to be a model.
 
     Args:
         files: The model first. Their names differ.
         runtime: Which engine loads the model.
+        adapter: Which of the files it adds to the weights.
 
     Raises:
         RequestError: A file cannot be read, or is no plain file.
-        ModelFileError: One is damaged or not of its kind, or a file of external tensors is not what it says.
+        ModelFileError: One is damaged or not of its kind, or a file of external tensors is not what it says, or an adapter is for another model.
         ReleaseError: A file that the model needs is missing.
     """
     external: dict[str, tuple[Region, ...]] = {}
     shards: dict[str, GgufFile] = {}
     for path in files:
         is_model = path is files[0]
-        ending = MODEL_ENDINGS[runtime] if is_model else path.suffix.lower()
-        with _opened(path, may_be_link=is_model) as source, _named(path, runtime if is_model else ending[1:]):
+        is_loaded = is_model or path is adapter
+        ending = MODEL_ENDINGS[runtime] if is_loaded else path.suffix.lower()
+        with (
+            _opened(path, may_be_link=is_model) as source,
+            _named(path, runtime if is_loaded else ending[1:]),
+        ):
             if is_model and source.length == 0:
                 raise ModelFileError("the file is empty")
             if ending == _GGUF:
@@ -51,7 +57,7 @@ def check_model_files(files: Sequence[Path], runtime: RuntimeName) -> None:
                 for location, tensors in parse_onnx(source).external.items():
                     external[location] = external.get(location, ()) + tensors
     if runtime == "llama":
-        _check_shards(files[0], shards)
+        _check_llama(files[0], shards, adapter)
     _check_external(files[0], {path.name: path for path in files[1:]}, external)
 
 
@@ -112,14 +118,28 @@ def _check_external(
             ) from error
 
 
-def _check_shards(model: Path, shards: Mapping[str, GgufFile]) -> None:
+def _check_llama(model: Path, files: Mapping[str, GgufFile], adapter: Path | None) -> None:
+    if is_adapter(files[model.name]):
+        raise ModelFileError(
+            f"{model} is an adapter, and no model by itself",
+            hint="give its model, and the adapter with --adapter",
+        )
+    names = _check_shards(model, files)
+    if adapter is not None:
+        check_adapter(adapter, files[adapter.name], model.name, [files[name] for name in names])
+
+
+def _check_shards(model: Path, shards: Mapping[str, GgufFile]) -> list[str]:
     """A model that is split into several GGUF files must be whole: llama.cpp finds the others by the name of the first.
 
     Names and keys: llama.cpp `llama_split_path` and `gguf-split`.
+
+    Returns:
+        The names of the parts, in order; that of the model where it is whole.
     """
     count = _number(shards[model.name], "split.count")
     if count <= 1:
-        return
+        return [model.name]
     if count > FILES_MAX:
         raise ReleaseError(
             f"{model} is split into {count} parts, a release has at most {FILES_MAX} files",
@@ -156,6 +176,7 @@ def _check_shards(model: Path, shards: Mapping[str, GgufFile]) -> None:
         raise ModelFileError(
             f"{model} says that its parts have {said} tensors, they have {len(seen)}", hint=_EXPORT_AGAIN
         )
+    return names
 
 
 def _number(file: GgufFile, key: str) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +11,7 @@ import msgspec
 
 from protocol.errors import RequestError
 from server.display import Printer, bytes_text
+from server.requantize.adapter import adapter_path, check_out
 from server.requantize.calibration import calibrate
 from server.requantize.choice import Settings
 from server.requantize.evaluation import Evaluator
@@ -22,12 +23,13 @@ from server.requantize.rows import lines
 from server.requantize.sent import sent_lines
 from server.requantize.texts import Text
 from server.requantize.tokens import read_tokens
+from server.scorecard.card import Check
 from server.scorecard.frontier_display import text_lines as frontier_lines
 from server.scorecard.items import Suite
 from server.scorecard.suites import Asking, read_suite
 
 EXIT_NOT_WRITTEN: Final = 1
-"""A guard did not pass."""
+"""Nothing passed all guards."""
 
 _EXTRAPOLATIONS: Final = (0.0, 0.5, 1.0)
 """Tried on the development text where the installed version in floats is there, and nobody says which."""
@@ -37,17 +39,26 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     """Choose, measure, and write the file if all guards pass.
 
     Returns:
-        0 if it was written, else `EXIT_NOT_WRITTEN`.
+        0 if it or an adapter was written, else `EXIT_NOT_WRITTEN`.
 
     Raises:
         WhimbrelError: As `judge`.
     """
     out: Path = arguments.out
     report = _reporter(arguments)
-    models = Models(arguments.new, arguments.installed, arguments.before, arguments.start, arguments.also)
+    models = Models(
+        new=arguments.new,
+        installed=arguments.installed,
+        before=arguments.before,
+        start=arguments.start,
+        also=arguments.also,
+        adapter=arguments.adapter,
+    )
     aim = _aim(arguments)
     questions = _questions(arguments)
     check_request(models, questions, aim)
+    if models.adapter is not None:
+        check_out(out, is_replaced=arguments.force)
     cache = arguments.cache or out.parent / "calibration"
     calibration = calibrate(
         arguments.new,
@@ -85,7 +96,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     if judged.is_written and judged.frontier is not None:
         write_frontier(out, judged.frontier)
     show(arguments, msgspec.to_builtins(judged), _lines(out, judged, record))
-    return 0 if judged.is_written else EXIT_NOT_WRITTEN
+    return 0 if judged.is_written or judged.adapter is not None else EXIT_NOT_WRITTEN
 
 
 def _reporter(arguments: argparse.Namespace) -> Callable[[str], None]:
@@ -142,7 +153,6 @@ def _aim(arguments: argparse.Namespace) -> Aim:
 
 def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
     size = next(each.delta_bytes for each in judged.rows if each.name == "chosen") or 0
-    marks = {"passed": "ok", "failed": "FAILED", "undecided": "UNDECIDED"}
     verdict = (
         f"{out}: {bytes_text(size)} to send"
         if judged.is_written
@@ -152,7 +162,7 @@ def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
         *([] if judged.frontier is None else [*frontier_lines(judged.frontier), ""]),
         *lines(judged.rows),
         "",
-        *(f"{marks[check.status]:<9}  {check.name}: {check.detail}" for check in judged.checks),
+        *_check_lines(judged.checks),
         "",
         *sent_lines(judged.sent),
         f"{judged.changed:,} of {judged.codes:,} codes changed",
@@ -162,4 +172,28 @@ def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
             if record is None
             else [f"How it was chosen: {record}; `whimbrel release add` signs it with the file"]
         ),
+        *_adapter_lines(out, judged, size),
     ]
+
+
+def _check_lines(checks: Sequence[Check]) -> list[str]:
+    marks = {"passed": "ok", "failed": "FAILED", "undecided": "UNDECIDED"}
+    return [f"{marks[check.status]:<9}  {check.name}: {check.detail}" for check in checks]
+
+
+def _adapter_lines(out: Path, judged: Judged, chosen_bytes: int) -> list[str]:
+    if not judged.adapters:
+        return []
+    found = []
+    for each in judged.adapters:
+        found += ["", f"{each.name}: {bytes_text(each.bytes)} to send", *_check_lines(each.checks)]
+    best = judged.adapter
+    if best is None:
+        return [*found, "", "No adapter is written: guards did not pass"]
+    found += ["", f"{adapter_path(out)}: {bytes_text(best.bytes)} to send, with the installed file"]
+    if judged.is_written:
+        cheaper = "the adapter" if best.bytes < chosen_bytes else "the chosen file"
+        found.append(f"Both pass; {cheaper} is cheaper")
+    else:
+        found.append("The adapter passes, the chosen file does not")
+    return found

@@ -89,8 +89,10 @@ class Evaluator:
         self._opened.close()
         self._references.clear()
 
-    def measure(self, candidate: Path, texts: Sequence[Text] | None = None) -> Readings:
-        """Measure a file on texts, by default on all.
+    def measure(
+        self, candidate: Path, texts: Sequence[Text] | None = None, adapter: Path | None = None
+    ) -> Readings:
+        """Measure a file on texts, by default on all; with an adapter, the file with that.
 
         Raises:
             EngineError: llama.cpp is missing, or one of the models gives no finite numbers or has another vocabulary.
@@ -98,29 +100,30 @@ class Evaluator:
         """
         found: Readings = {}
         with ExitStack() as used:
-            kept = self._journal(candidate, used)
+            kept = self._journal(candidate, adapter, used)
+            name = candidate.name if adapter is None else f"{candidate.name} with {adapter.name}"
             worker: Worker | None = None
             for text in self.texts if texts is None else texts:
                 key = f"reading:{text.digest}:{self._digest(self._reference)}"
                 reading = kept.get(key, Reading)
                 if reading is None:
                     reference = self._reference_on(text)
-                    worker = worker or used.enter_context(_loaded(candidate, self.threads))
-                    reading = self._read(worker, reference, text, f"{candidate.name}: {text.name}")
+                    worker = worker or used.enter_context(_loaded(candidate, self.threads, adapter))
+                    reading = self._read(worker, reference, text, f"{name}: {text.name}")
                     kept.put(key, reading)
                 found[text.name] = reading
         return found
 
-    def ask(self, candidate: Path, suite: Suite) -> list[Reply]:
-        """Ask a file all questions of a suite.
+    def ask(self, candidate: Path, suite: Suite, adapter: Path | None = None) -> list[Reply]:
+        """Ask a file, or a file with an adapter, all questions of a suite.
 
         Raises:
             EngineError: A question has no answer.
             StorageError: A file or the folder cannot be read or written.
         """
         with ExitStack() as used:
-            kept = self._journal(candidate, used, ANSWER_CONTEXT_TOKENS)
-            model = _model(candidate, self.threads, ANSWER_CONTEXT_TOKENS)
+            kept = self._journal(candidate, adapter, used, ANSWER_CONTEXT_TOKENS)
+            model = _model(candidate, self.threads, ANSWER_CONTEXT_TOKENS, adapter)
             runner = Runner(kept, lambda: model, self._progress)
             used.callback(runner.close)
             replies = runner.ask_all(suite.items, f"{candidate.name}: {suite.name}")
@@ -224,7 +227,9 @@ class Evaluator:
                     self._digests[key] = Digest(hashlib.file_digest(file, "sha256").hexdigest())
         return self._digests[key]
 
-    def _journal(self, model: Path, used: ExitStack, context_tokens: int = RUN_TOKENS) -> Journal:
+    def _journal(
+        self, model: Path, adapter: Path | None, used: ExitStack, context_tokens: int = RUN_TOKENS
+    ) -> Journal:
         identity: dict[str, object] = {
             "measured_by": MEASURED_BY,
             "file": self._digest(model),
@@ -232,12 +237,14 @@ class Evaluator:
             "threads": self.threads,
             "context_tokens": context_tokens,
         }
+        if adapter is not None:
+            identity["adapter"] = self._digest(adapter)
         return used.enter_context(journal(self.folder, digest_of(msgspec.json.encode(identity)), identity))
 
 
-def _loaded(path: Path, threads: int) -> Worker:
+def _loaded(path: Path, threads: int, adapter: Path | None = None) -> Worker:
     """A worker that has loaded a model to read texts."""
-    worker = Worker(_model(path, threads, RUN_TOKENS))
+    worker = Worker(_model(path, threads, RUN_TOKENS, adapter))
     try:
         worker.ask(Load())
     except EngineError as error:
@@ -260,8 +267,14 @@ def _likeliest(predictions: Path) -> Path:
     return predictions.with_name(predictions.name.replace("reference-", "likeliest-"))
 
 
-def _model(path: Path, threads: int, context_tokens: int) -> Model:
-    return Model(path=str(path.absolute()), runtime="llama", threads=threads, context_tokens=context_tokens)
+def _model(path: Path, threads: int, context_tokens: int, adapter: Path | None = None) -> Model:
+    return Model(
+        path=str(path.absolute()),
+        runtime="llama",
+        threads=threads,
+        context_tokens=context_tokens,
+        adapter="" if adapter is None else str(adapter.absolute()),
+    )
 
 
 def _rounded(parts: Sequence[Floats]) -> tuple[float, ...]:

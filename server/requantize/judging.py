@@ -17,6 +17,17 @@ from msgspec import Struct
 from protocol.errors import RequestError
 from server.adapters.blobs import storage_errors, sync_folder
 from server.requantize import rows
+from server.requantize.adapter import (
+    Candidate,
+    JudgedAdapter,
+    Wish,
+    adapter_path,
+    cheapest,
+    check_wish,
+    judged,
+    make_candidates,
+    record_adapter,
+)
 from server.requantize.alone import with_alone
 from server.requantize.calibration import Calibration
 from server.requantize.choice import Chosen, Settings, choose
@@ -62,6 +73,7 @@ class Models:
         before: The installed version in floats; None where nobody kept it.
         start: A quantized file whose codes the choice begins with; None for the installed ones.
         also: Further files that a part of the devices has instead of `installed`, none of them more devices than have that.
+        adapter: What could be added to the installed file instead; None for nothing.
     """
 
     new: Path
@@ -69,6 +81,7 @@ class Models:
     before: Path | None = None
     start: Path | None = None
     also: tuple[Portion, ...] = ()
+    adapter: Wish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +144,7 @@ class Judged(Struct, frozen=True, kw_only=True):
         calibration_sha256: Of the calibration's tokens.
         frontier: From which the file was chosen; None where it was not.
         sent: What goes to the devices of each of several installed files; empty where all have the same.
+        adapters: Adapters that were asked for, with their guards.
     """
 
     rows: tuple[Row, ...]
@@ -144,6 +158,12 @@ class Judged(Struct, frozen=True, kw_only=True):
     calibration_sha256: str
     frontier: Frontier | None = None
     sent: tuple[Sent, ...] = ()
+    adapters: tuple[JudgedAdapter, ...] = ()
+
+    @property
+    def adapter(self) -> JudgedAdapter | None:
+        """The adapter that is written: the cheapest of those that passed."""
+        return cheapest(self.adapters)
 
 
 def judge(
@@ -157,7 +177,7 @@ def judge(
     out: Path,
     report: Report,
 ) -> tuple[Judged, Chosen]:
-    """Choose a file, measure all rows, and write it if it passes.
+    """Choose a file, measure all rows, and write it if it passes; likewise an adapter, if one is asked for.
 
     Args:
         models: What is chosen from.
@@ -180,14 +200,22 @@ def judge(
     trial, chosen = bench.chosen(aim)
     found = bench.rows(trial, aim)
     chosen = bench.beside_others(chosen)
-    checks = (*bench.checks(aim.margins), *check_sent(chosen.sent))
+    adapted = bench.adapter_rows()
+    checks = (*bench.checks(rows.CHOSEN, aim.margins), *check_sent(chosen.sent))
     if is_passed(checks):
         _publish(bench.file(rows.CHOSEN), out)
     frontier = bench.frontier
     if frontier is not None:
         frontier = with_verdict(frontier, found, chosen.sources.result if is_passed(checks) else None)
-    judged = Judged(
-        rows=found,
+    adapters = tuple(judged(each, bench.checks(each.name, aim.margins)) for each in bench.adapters)
+    if models.adapter is not None and (best := cheapest(adapters)) is not None:
+        path = next(each.path for each in bench.adapters if each.name == best.name)
+        _publish(path, adapter_path(out))
+        record_adapter(
+            adapter_path(out), models.adapter, models.new, models.installed, models.before, calibration
+        )
+    verdict = Judged(
+        rows=(*found, *adapted),
         checks=checks,
         is_written=is_passed(checks),
         price=chosen.price,
@@ -198,8 +226,9 @@ def judge(
         calibration_sha256=calibration.tokens_sha256,
         frontier=frontier,
         sent=chosen.sent,
+        adapters=adapters,
     )
-    return judged, chosen
+    return verdict, chosen
 
 
 def check_request(models: Models, questions: Questions, aim: Aim) -> None:
@@ -224,6 +253,13 @@ def check_request(models: Models, questions: Questions, aim: Aim) -> None:
     if models.before is None and any(aim.extrapolations):
         raise RequestError("extrapolation needs the installed version in floats", hint="give --before")
     check_fleet(models.installed, models.also)
+    if models.adapter is not None:
+        if models.also:
+            raise RequestError(
+                "an adapter goes with one installed file, and devices have several",
+                hint="leave out --adapter, or bring the fleet to one version first",
+            )
+        check_wish(models.adapter, models.installed)
     used = [questions.calibration]
     if questions.development is not None:
         questions.development.runs()
@@ -266,6 +302,7 @@ class _Bench:
         self._calibration = calibration
         self._evaluator = evaluator
         self._folder = folder
+        self.adapters: tuple[Candidate, ...] = ()
         self._report = report
         self._settings = settings
         nothing, *others = names_of(models.installed, models.also)
@@ -283,7 +320,9 @@ class _Bench:
         self.frontier: Frontier | None = None
 
     def file(self, name: str) -> Path:
-        """Where a row's file lies."""
+        """Where a row's file lies; that which an adapter is added to is the installed one."""
+        if self._adapter(name) is not None:
+            return self._models.installed
         return self._nothing.get(name) or self._folder / f"{name.replace(',', '').replace(' ', '-')}.gguf"
 
     def _weighed(self, name: str) -> tuple[int, ...]:
@@ -407,13 +446,40 @@ class _Bench:
             found, sent=tuple(msgspec.structs.replace(each, plain_bytes=size) for each, size in sent)
         )
 
-    def checks(self, margins: Margins) -> tuple[Check, ...]:
-        """The guards, all of them."""
+    def adapter_rows(self) -> tuple[Row, ...]:
+        """Make and measure the adapters, if any are asked for."""
+        models = self._models
+        if models.adapter is None:
+            return ()
+        self.adapters = make_candidates(
+            models.adapter,
+            models.new,
+            models.installed,
+            models.before,
+            self._calibration,
+            self._folder,
+            self._report,
+            self._settings.workers,
+        )
+        for each in self.adapters:
+            self._sizes[each.name] = each.path.stat().st_size
+            self._readings[each.name] = self._evaluator.measure(
+                models.installed, self._questions.held_out, each.path
+            )
+        return tuple(self._row(each.name, each.note) for each in self.adapters)
+
+    def _adapter(self, name: str) -> Path | None:
+        return next((each.path for each in self.adapters if each.name == name), None)
+
+    def checks(self, name: str, margins: Margins) -> tuple[Check, ...]:
+        """The guards of a row, all of them."""
         texts = [text.name for text in self._questions.held_out]
-        chosen, plain = (self._readings[name] for name in (rows.CHOSEN, rows.PLAIN))
-        found = list(check_texts(chosen, plain, texts, margins))
+        found = list(check_texts(self._readings[name], self._readings[rows.PLAIN], texts, margins))
         for suite in self._questions.suites:
-            before, now = (self._evaluator.ask(self.file(name), suite) for name in (rows.PLAIN, rows.CHOSEN))
+            before, now = (
+                self._evaluator.ask(self.file(each), suite, self._adapter(each))
+                for each in (rows.PLAIN, name)
+            )
             found.append(check_suite(suite, before, now, margins))
         return tuple(found)
 

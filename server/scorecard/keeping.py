@@ -212,6 +212,7 @@ def _prepared(blobs: FolderBlobs, place: Path, release: Release, plan: Plan) -> 
         runtime=release.runtime,
         threads=plan.threads,
         context_tokens=plan.context_tokens,
+        adapter=str((place / release.adapter.name).absolute()) if release.adapter else "",
     )
 
 
@@ -232,6 +233,7 @@ def _pair(folder: Path, release: Release, against: Release, plan: Plan) -> Itera
 
 def _identity(release: Release, plan: Plan) -> dict[str, object]:
     """All that an answer depends on beside the question."""
+    adapter = release.adapter
     return {
         "asked_by": ASKED_BY,
         "files": [file.sha256 for file in release.files],
@@ -239,6 +241,9 @@ def _identity(release: Release, plan: Plan) -> dict[str, object]:
         "runtime_version": runtime_version(release.runtime),
         "threads": plan.threads,
         "context_tokens": plan.context_tokens if release.runtime == "llama" else 0,
+        **(
+            {"adapter": adapter.sha256} if adapter else {}
+        ),  # journals of releases without one are found as before
     }
 
 
@@ -286,8 +291,12 @@ def _resources(blobs: FolderBlobs, release: Release, plan: Plan, memory: Memory 
             with storage_errors(path):
                 sources[file.name] = FileSource(opened.enter_context(path.open("rb")))
         if release.runtime == "llama":
-            parts = [parse_gguf(source) for name, source in sources.items() if name.endswith(".gguf")]
-            parts = parts or [parse_gguf(next(iter(sources.values())))]
+            loaded = {release.files[0].name, release.adapter.name if release.adapter else ""}
+            parts = [
+                parse_gguf(source)
+                for name, source in sources.items()
+                if name in loaded or name.endswith(".gguf")
+            ]
             return text_resources(parts, release.bytes_total, plan.speed.prompt_tokens, plan.memory.contexts)
         tensors = [region for regions in map_files(sources).values() for region in regions if region.name]
         operators = memory.operators if memory is not None else ()

@@ -60,8 +60,8 @@ class LlamaEngine:
 
     def __init__(self, model: Model) -> None:
         self._cpp: Final = _llama_cpp()
-        self._weights: Final = _loaded(self._cpp, model.path)
-        self._vocab: Final = self._cpp.llama_model_get_vocab(self._weights)
+        self._weights: Final = _Weights(self._cpp, model)
+        self._vocab: Final = self._cpp.llama_model_get_vocab(self._weights.model)
         self._context: Final = _Context(
             self._cpp,
             self._weights,
@@ -116,7 +116,7 @@ class LlamaEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._context.close()
-        self._cpp.llama_model_free(self._weights)
+        self._weights.close()
 
     def _choose(self, question: ChoiceQuestion) -> Reply:
         text, tokens, shared = self._fitted(
@@ -227,10 +227,39 @@ class LlamaEngine:
         return buffer.raw[: max(0, length)]
 
 
+class _Weights:
+    """A loaded file, and the adapter beside it if there is one."""
+
+    def __init__(self, cpp: Any, model: Model) -> None:
+        self._cpp = cpp
+        self.model: Final = _loaded(cpp, model.path)
+        self._adapter: Final = (
+            cpp.llama_adapter_lora_init(self.model, model.adapter.encode()) if model.adapter else None
+        )
+        if model.adapter and not self._adapter:
+            self.close()
+            raise EngineError(
+                "llama.cpp cannot load the adapter",
+                hint="it is damaged, or made for another model or a newer llama.cpp",
+            )
+
+    def adapt(self, context: Any) -> None:
+        """Let a context use the adapter."""
+        if self._adapter is None:
+            return
+        adapters = (self._cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+        if self._cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)):
+            raise EngineError("llama.cpp cannot add the adapter to the model")
+
+    def close(self) -> None:
+        """Give the memory back, the adapter's with it."""
+        self._cpp.llama_model_free(self.model)
+
+
 class _Context:
     """Keys and values of one sequence of tokens."""
 
-    def __init__(self, cpp: Any, weights: Any, tokens: int, threads: int) -> None:
+    def __init__(self, cpp: Any, weights: _Weights, tokens: int, threads: int) -> None:
         self._cpp = cpp
         parameters = cpp.llama_context_default_params()
         parameters.n_ctx = tokens
@@ -239,11 +268,12 @@ class _Context:
         # As devices run models. On a processor it also sums values in 16 bits, which moves SmolLM2's log-probabilities by a nat.
         parameters.flash_attn_type = cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.no_perf = True
-        self._context = cpp.llama_init_from_model(weights, parameters)
+        self._context = cpp.llama_init_from_model(weights.model, parameters)
         if not self._context:
             raise EngineError(f"llama.cpp has no context of {tokens} tokens: too little memory")
+        weights.adapt(self._context)
         self.tokens: Final[int] = tokens
-        self.vocabulary: Final[int] = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(weights))
+        self.vocabulary: Final[int] = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(weights.model))
         self._batch = cpp.llama_batch_init(_BATCH_TOKENS, 0, 1)
 
     def evaluate(self, tokens: Sequence[int], start: int, rows: int) -> _Row:
@@ -293,12 +323,13 @@ def measure_speed(model: Model, order: SpeedOrder) -> Speed:
     """
     cpp = _llama_cpp()
     load_ms, step_ms, prompt_ms = [], [], []
-    weights = None
-    for _ in range(order.loads):
-        if weights is not None:
-            cpp.llama_model_free(weights)
+    begin = time.perf_counter()
+    weights = _Weights(cpp, model)
+    load_ms.append(1000 * (time.perf_counter() - begin))
+    for _ in range(order.loads - 1):
+        weights.close()
         begin = time.perf_counter()
-        weights = _loaded(cpp, model.path)
+        weights = _Weights(cpp, model)
         load_ms.append(1000 * (time.perf_counter() - begin))
     tokens = order.prompt_tokens + order.decode_tokens
     context = _Context(cpp, weights, tokens, model.threads)
@@ -314,7 +345,7 @@ def measure_speed(model: Model, order: SpeedOrder) -> Speed:
             context.evaluate([prompt[position]], position, 1)
             step_ms.append(1000 * (time.perf_counter() - begin))
     context.close()
-    cpp.llama_model_free(weights)
+    weights.close()
     return Speed(
         load_ms=tuple(load_ms),
         step_ms=tuple(step_ms),
@@ -331,7 +362,7 @@ def measure_memory(model: Model, order: MemoryOrder) -> Memory:
     """
     cpp = _llama_cpp()
     runtime = resident_bytes()
-    weights = _loaded(cpp, model.path)
+    weights = _Weights(cpp, model)
     warm = _Context(cpp, weights, _BATCH_TOKENS, model.threads)
     made = resident_bytes()
     warm.evaluate(_some_tokens(cpp, weights, 1), 0, 1)  # a mapped file is resident once it was read
@@ -347,7 +378,7 @@ def measure_memory(model: Model, order: MemoryOrder) -> Memory:
         context.evaluate(_some_tokens(cpp, weights, tokens), 0, 1)
         contexts.append(ContextMemory(tokens=tokens, cache_bytes=max(0, cache), peak_bytes=peak_bytes()))
         context.close()
-    cpp.llama_model_free(weights)
+    weights.close()
     return Memory(runtime_bytes=runtime, weights_bytes=max(read, loaded - runtime), contexts=tuple(contexts))
 
 
@@ -367,13 +398,13 @@ def quantize(model: Model, order: Quantize) -> None:
         raise EngineError(f"llama.cpp cannot quantize the file as kind {order.file_type}: code {code}")
 
 
-def trained_tokens(cpp: Any, weights: Any) -> int:
+def trained_tokens(cpp: Any, weights: _Weights) -> int:
     """Longest context that the model was trained for."""
-    return int(cpp.llama_model_n_ctx_train(weights))
+    return int(cpp.llama_model_n_ctx_train(weights.model))
 
 
-def _some_tokens(cpp: Any, weights: Any, count: int) -> list[int]:
-    size = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(weights))
+def _some_tokens(cpp: Any, weights: _Weights, count: int) -> list[int]:
+    size = cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(weights.model))
     return [_STRIDE * index % size for index in range(1, count + 1)]
 
 

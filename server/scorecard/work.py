@@ -24,12 +24,14 @@ class Model(Struct, frozen=True, kw_only=True):
         runtime: Which runtime.
         threads: Of one inference.
         context_tokens: Of a text model: for examples, question and answer together, at most what the model was trained for.
+        adapter: Path of the low-rank adapter that the runtime adds to the weights; empty for none.
     """
 
     path: str
     runtime: RuntimeName
     threads: int
     context_tokens: int
+    adapter: str = ""
 
 
 class SpeedOrder(Struct, frozen=True, kw_only=True, tag="speed"):

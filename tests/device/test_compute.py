@@ -22,6 +22,7 @@ from device.compute import (
 from device.config import load_config
 from device.ports import ModelSource, TrialOrder
 from protocol.errors import EngineError, RequestError
+from tests.adapters import write_parts
 from tests.models import health_plan, language_model, prompts, write_classifier
 
 MB = 1 << 20
@@ -197,6 +198,15 @@ def test_layers_are_counted_from_the_output_back(tmp_path: Path) -> None:
         4,
     ]
     assert layers_that_fit(costs, sum(costs) - 1) == 3
+    parts = {"blk.1.ffn_up.weight": (inner * 2, width), "output_norm.weight": (1, width)}
+    factors = {
+        f"{name}.lora_{end}": np.zeros((2, columns) if end == "a" else (rows, 2), np.float32)
+        for name, (rows, columns) in parts.items()
+        for end in "ab"
+    }
+    sizes = [4 * 2 * (rows + columns) for rows, columns in parts.values()]
+    adapted = layer_costs(path, context, write_parts(tmp_path / "lora.gguf", factors))
+    assert adapted == [costs[0] + sizes[1], costs[1], costs[2] + sizes[0], costs[3]]
 
 
 def write_gguf(

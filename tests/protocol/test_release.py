@@ -79,3 +79,39 @@ def test_a_release_without_provenance_has_the_bytes_that_it_always_had() -> None
     said = msgspec.structs.replace(RELEASE, provenance_sha256=digest_of(b"statement"))
     assert decode_release(encode_release(said)) == said
     assert release_digest(said) != release_digest(RELEASE)
+
+
+def with_files(*roles: str | None) -> dict[str, object]:
+    files = [
+        {"name": f"{number}.gguf", "length": 1, "sha256": digest_of(b"")} for number in range(len(roles))
+    ]
+    return {
+        "files": [file | ({"role": role} if role else {}) for file, role in zip(files, roles, strict=True)]
+    }
+
+
+def test_a_file_with_a_role_makes_a_description_that_older_agents_refuse_by_its_version() -> None:
+    release = decode_release(changed(v=2, runtime="llama", **with_files(None, None, "adapter")))
+    assert release.adapter == release.files[2]
+    assert json.loads(encode_release(release))["v"] == 2
+    assert decode_release(encode_release(RELEASE)).adapter is None
+    assert b"role" not in encode_release(RELEASE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"v": 1, "runtime": "llama", **with_files(None, "adapter")}, "of version 1, its files need 2"),
+        ({"v": 2, "runtime": "llama", **with_files(None, None)}, "of version 2, its files need 1"),
+        ({"v": 3, "runtime": "llama", **with_files(None, "adapter")}, "of version 3, understood are 1 and 2"),
+        ({"v": 2, "runtime": "onnx", **with_files(None, "adapter")}, "the runtime onnx has no adapters"),
+        ({"v": 2, "runtime": "llama", **with_files("adapter")}, "one adapter is allowed, behind the model"),
+        ({"v": 2, "runtime": "llama", **with_files(None, "adapter", "adapter")}, "one adapter is allowed"),
+        ({"v": 2, "runtime": "llama", **with_files(None, "draft")}, r"\$\.files\[1\]\.role"),
+    ],
+)
+def test_roles_that_say_nothing_a_runtime_could_do_are_refused(
+    fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ReleaseError, match=message):
+        decode_release(changed(**fields))
