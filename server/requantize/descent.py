@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.diagnosis.weights import Flags, Floats
-from server.requantize.codes import CodedRows, Codes
+from server.requantize.codes import Codes, LinearRows
 
 Places = npt.NDArray[np.int64]
 
@@ -84,7 +84,7 @@ class Price:
 
 
 def descend(
-    rows: CodedRows, start: Codes, gradient: Floats, metric: Metric, price: Price, pairs: int = 0
+    rows: LinearRows, start: Codes, gradient: Floats, metric: Metric, price: Price, pairs: int = 0
 ) -> tuple[Codes, Floats]:
     """Codes that no single step makes better, and the gradient there.
 
@@ -107,7 +107,7 @@ def descend(
     return codes, reached
 
 
-def single_gains(rows: CodedRows, gradient: Floats, metric: Metric) -> Floats:
+def single_gains(rows: LinearRows, gradient: Floats, metric: Metric) -> Floats:
     """What each code's best single step from the installed one gains before it is paid for; negative where none helps."""
     half = np.float32(0.5) * np.square(rows.steps) * metric.curvature()
     return np.asarray(np.abs(rows.steps * gradient) - half, np.float32)
@@ -154,7 +154,7 @@ class _Block:
     """The descent of some rows."""
 
     def __init__(
-        self, rows: CodedRows, part: slice, start: Codes, gradient: Floats, metric: Metric, price: Price
+        self, rows: LinearRows, part: slice, start: Codes, gradient: Floats, metric: Metric, price: Price
     ) -> None:
         self._low, self._high = rows.low, rows.high
         self._price = price

@@ -150,7 +150,7 @@ def judge(
     found = bench.rows(trial, aim)
     checks = bench.checks(aim.margins)
     if is_passed(checks):
-        _publish(bench.file(rows.CHOSEN), out)
+        publish(bench.file(rows.CHOSEN), out)
     judged = Judged(
         rows=found,
         checks=checks,
@@ -190,7 +190,7 @@ def check_request(models: Models, questions: Questions, aim: Aim) -> None:
         text.runs()
 
 
-def _publish(path: Path, out: Path) -> None:
+def publish(path: Path, out: Path) -> None:
     """Copy under the wanted name, which it takes when it is whole."""
     partial = out.with_name(f".partial-{out.name}")
     try:
