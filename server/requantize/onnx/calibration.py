@@ -203,37 +203,32 @@ def _measured(
         CALIBRATED_BY, new.sha256, installed.sha256, samples.digest, asked, {}, products, tuple(lookups)
     )
     label = f"{new.path} on {samples.name}"
-    files = folder / "samples.npz"
-    write_samples(samples, files)
-    report(f"calibration: {len(samples)} samples through the model in floats")
-    order = Observe(
-        model=str(new.path),
-        samples=str(files),
-        products=products,
-        lookups=tuple(lookups.items()),
-        folder=str(folder),
-        asked=asked,
-    )
-    carry_out(order, label)
     count = min(len(samples), EFFECT_SAMPLES_MAX)
     places = np.linspace(0, len(samples) - 1, count).astype(np.int64)
     few = Samples(
         samples.name, {name: each[places] if each.ndim else each for name, each in samples.arrays.items()}
     )
-    write_samples(few, files)
+    files = folder / "samples.npz", folder / "few.npz"
+    for each, path in zip((samples, few), files, strict=True):
+        write_samples(each, path)
     names = tuple(each.name for each in (*matrices, *floats))
-    report(f"calibration: what {len(names)} installed tensors do to the answers to {count} samples")
-    effects = carry_out(
-        Effects(
-            model=str(new.path),
-            installed=str(installed.path),
-            tensors=names,
-            samples=str(files),
-            asked=asked,
-        ),
-        label,
+    report(
+        f"calibration: {len(samples)} samples through the model in floats, and {count} with each of {len(names)} installed tensors"
     )
-    files.unlink()
+    observe = Observe(
+        model=str(new.path),
+        samples=str(files[0]),
+        products=products,
+        lookups=tuple(lookups.items()),
+        folder=str(folder),
+        asked=asked,
+    )
+    measure = Effects(
+        model=str(new.path), installed=str(installed.path), tensors=names, samples=str(files[1]), asked=asked
+    )
+    _, effects = carry_out([observe, measure], label)
+    for path in files:
+        path.unlink()
     opened = _opened(folder, record, len(samples))
     forms = [_form(opened, each, new, installed) for each in matrices]
     forms += [float(np.square(new.floats(each.name) - installed.floats(each.name)).sum()) for each in floats]

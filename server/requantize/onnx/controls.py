@@ -38,7 +38,7 @@ def write_plain(new: Graph, installed: Graph, given: Path | None, out: Path) -> 
     else:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".plain-") as folder:
             made = Path(folder) / "plain.onnx"
-            carry_out(_as_installed(new, installed, made), f"{new.path}, to be quantized")
+            carry_out([_as_installed(new, installed, made)], f"{new.path}, to be quantized")
             with storage_errors(out):
                 made.replace(out)
     plain = Graph(out)

@@ -4,7 +4,7 @@ As `server/requantize/judging.py`, with sets of samples in the place of texts: *
 and *held-out* sets, on which nothing was decided, judge. No two of them share a sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -20,10 +20,9 @@ from server.requantize.judging import BUDGET_SHARE_MIN, publish
 from server.requantize.onnx.calibration import Calibration
 from server.requantize.onnx.choice import Chosen, MetricName, Settings, choose
 from server.requantize.onnx.controls import write_plain
-from server.requantize.onnx.distortion import Answers
 from server.requantize.onnx.graph import Graph
 from server.requantize.onnx.inputs import SAMPLES_MIN, Samples, check_unseen
-from server.requantize.onnx.orders import Asked, answers, write_samples
+from server.requantize.onnx.orders import Answer, Asked, carry_out, read_answers, write_samples
 from server.requantize.onnx.verdict import (
     NAMES,
     Reading,
@@ -219,7 +218,6 @@ class Bench:
         self._settings = settings
         self._folder = folder
         self._report = report
-        self._references: dict[str, Answers] = {}
         self._readings: dict[str, dict[str, Reading]] = {}
         report("plain: " + ("as given" if models.plain else "onnxruntime's own quantizer"))
         write_plain(models.new, models.installed, models.plain, self.file(PLAIN))
@@ -290,12 +288,7 @@ class Bench:
                 notes[REPAIR] = "at most as many bytes as chosen, near the installed version in floats"
             except SmallBudgetError as error:
                 absent[REPAIR] = str(error)
-        for name in NAMES:
-            if name not in absent:
-                self._readings[name] = {
-                    each.name: self.measure(self.file(name), each, f"{name}: {each.name}")
-                    for each in held_out
-                }
+        self._readings = self.measure([name for name in NAMES if name not in absent], held_out)
         return tuple(
             Row(name=name, note=absent[name]) if name in absent else self._row(name, notes.get(name, ""))
             for name in NAMES
@@ -310,18 +303,33 @@ class Bench:
             found.append(check_suite(suite, before, now, margins))
         return tuple(found)
 
-    def measure(self, path: Path, samples: Samples, what: str) -> Reading:
-        """A file's answers to a set, beside those of the model in floats."""
-        asked_with, answered = self._folder / "samples.npz", self._folder / "answers.npz"
-        write_samples(samples, asked_with)
-        if samples.name not in self._references:
-            new = self._models.new.path
-            self._references[samples.name] = answers(
-                new, asked_with, answered, self._asked, f"{new} on {samples.name}"
+    def measure(self, names: Sequence[str], sets: Sequence[Samples]) -> dict[str, dict[str, Reading]]:
+        """Files' answers to sets of samples beside those of the model in floats: readings by row and set."""
+        orders = []
+        for number, samples in enumerate(sets):
+            place = self._folder / f"samples-{number}.npz"
+            write_samples(samples, place)
+            models = [self._models.new.path, *(self.file(name) for name in names)]
+            orders += [
+                Answer(
+                    model=str(path),
+                    samples=str(place),
+                    out=str(self._folder / f"answers-{number}-{column}.npz"),
+                    asked=self._asked,
+                )
+                for column, path in enumerate(models)
+            ]
+        self._report(f"answers of {', '.join(names)} to {', '.join(each.name for each in sets)}")
+        carry_out(orders, f"{self._models.new.path} and its quantized files")
+        found: dict[str, dict[str, Reading]] = {name: {} for name in names}
+        for number, samples in enumerate(sets):
+            reference, *others = (
+                read_answers(self._folder / f"answers-{number}-{column}.npz")
+                for column in range(len(names) + 1)
             )
-        found = answers(path, asked_with, answered, self._asked, f"{path.name} on {samples.name}")
-        self._report(f"{what}: read")
-        return reading(self._asked.kind, self._references[samples.name], found)
+            for name, answers in zip(names, others, strict=True):
+                found[name][samples.name] = reading(self._asked.kind, reference, answers)
+        return found
 
     def _row(self, name: str, note: str) -> Row:
         installed, plain = self._readings[NOTHING], self._readings[PLAIN]
@@ -354,9 +362,8 @@ class Bench:
     def _attempt(self, keep_share: float, development: Samples) -> Callable[[int, float], Trial]:
         """A trial of the search: a file of some budget, on the development set."""
         name = development.name
-        installed, plain = (
-            self.measure(self.file(each), development, f"{each}: {name}") for each in (NOTHING, PLAIN)
-        )
+        known = self.measure([NOTHING, PLAIN], [development])
+        installed, plain = known[NOTHING][name], known[PLAIN][name]
         if share_of_gain(plain, installed, plain) is None:
             raise RequestError(
                 f"on {name} the plain file is not nearer to the new model than the installed one: there is no gain to keep a share of",
@@ -369,9 +376,8 @@ class Bench:
             except SmallBudgetError as error:
                 self._report(str(error))
                 return Trial(budget, extrapolation, budget, is_enough=False)
-            gain = share_of_gain(
-                self.measure(self.file(CHOSEN), development, f"{CHOSEN}: {name}"), installed, plain
-            )
+            found = self.measure([CHOSEN], [development])[CHOSEN][name]
+            gain = share_of_gain(found, installed, plain)
             assert gain is not None
             self._report(f"{made.delta_bytes:,} bytes keep {100 * gain.value:.1f} % of the gain on {name}")
             return Trial(budget, extrapolation, made.delta_bytes, gain.value >= keep_share)

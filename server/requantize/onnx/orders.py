@@ -1,6 +1,6 @@
 """What is asked of the process that runs ONNX models, and how it is asked. Arrays travel as files, all else as JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -103,9 +103,9 @@ Order = Observe | Effects | Answer | QuantizeDynamic
 
 
 class Envelope(Struct, frozen=True):
-    """One order, as a child reads it."""
+    """Orders of one child."""
 
-    order: Order
+    orders: tuple[Order, ...]
 
 
 class Finished(Struct, frozen=True, kw_only=True, tag=True):
@@ -118,21 +118,24 @@ class Finished(Struct, frozen=True, kw_only=True, tag=True):
     values: tuple[float, ...] = ()
 
 
-def carry_out(order: Order, label: str) -> tuple[float, ...]:
-    """Have an order carried out in a process of its own.
+def carry_out(orders: Sequence[Order], label: str) -> list[tuple[float, ...]]:
+    """Have orders carried out, one after the other in one process, since that takes longer to start than a small model to run.
 
     Args:
-        order: What.
+        orders: What.
         label: What a person calls the model.
 
+    Returns:
+        What was measured by each.
+
     Raises:
-        ModelFileError: The runtime does not load the model, crashes, or gives no answer.
+        ModelFileError: The runtime does not load a model, crashes, or gives no answer.
         EngineError: onnxruntime or the package `onnx` is not installed.
     """
     answer = ask_child(
         _CHILD,
-        Envelope(order),
-        Finished,
+        Envelope(tuple(orders)),
+        list[Finished],
         label,
         TIMEOUT_S,
         missing="ONNX models need",
@@ -140,24 +143,7 @@ def carry_out(order: Order, label: str) -> tuple[float, ...]:
         runtime="onnxruntime",
         package="onnxruntime and onnx",
     )
-    return answer.values
-
-
-def answers(model: Path, samples: Path, out: Path, asked: Asked, label: str) -> Answers:
-    """What a model answers.
-
-    Args:
-        model: The file.
-        samples: As `write_samples` wrote them.
-        out: Takes the answers; suffix `.npz`.
-        asked: How.
-        label: What a person calls the model.
-
-    Raises:
-        WhimbrelError: As `carry_out`.
-    """
-    carry_out(Answer(model=str(model), samples=str(samples), out=str(out), asked=asked), label)
-    return read_answers(out)
+    return [each.values for each in answer]
 
 
 def read_answers(path: Path) -> Answers:

@@ -25,6 +25,7 @@ from server.requantize.onnx.orders import (
     Envelope,
     Finished,
     Observe,
+    Order,
     QuantizeDynamic,
     write_answers,
 )
@@ -58,7 +59,7 @@ def main() -> int:
     return answer_parent(Envelope, _carry_out)
 
 
-def _carry_out(envelope: Envelope) -> Finished | Trouble:
+def _carry_out(envelope: Envelope) -> list[Finished] | Trouble:
     os.environ.setdefault(*_TELEMETRY)
     try:
         import onnx  # noqa: F401, PLC0415 - what it lacks is answered, not raised
@@ -66,21 +67,28 @@ def _carry_out(envelope: Envelope) -> Finished | Trouble:
     except ImportError as error:
         return Trouble(detail=str(error), is_missing=True)
     onnxruntime.set_default_logger_severity(_LOG_ERRORS)
-    order = envelope.order
-    try:
-        if isinstance(order, Observe):
-            _observe(order)
-        elif isinstance(order, Effects):
-            return Finished(values=tuple(_effects(order)))
-        elif isinstance(order, Answer):
-            model = _Model(order.model, order.asked)
-            write_answers(model.answers(_read(order.samples)), Path(order.out))
-        else:
-            _quantize(order)
-    except WhimbrelError as error:
-        return Trouble(detail=f"{error.message}{f' ({error.hint})' if error.hint else ''}")
-    except Exception as error:  # noqa: BLE001 - onnxruntime has an exception for each of its codes
-        return Trouble(detail=f"onnxruntime: {' '.join(str(error).split()) or type(error).__name__}")
+    found = []
+    for order in envelope.orders:
+        try:
+            found.append(_finished(order))
+        except WhimbrelError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            return Trouble(detail=f"{order.model}: {error.message}{hint}")
+        except Exception as error:  # noqa: BLE001 - onnxruntime has an exception for each of its codes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return Trouble(detail=f"onnxruntime, {order.model}: {reason}")
+    return found
+
+
+def _finished(order: Order) -> Finished:
+    if isinstance(order, Observe):
+        _observe(order)
+    elif isinstance(order, Effects):
+        return Finished(values=tuple(_effects(order)))
+    elif isinstance(order, Answer):
+        write_answers(_Model(order.model, order.asked).answers(_read(order.samples)), Path(order.out))
+    else:
+        _quantize(order)
     return Finished()
 
 

@@ -38,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("qdq1", ["w1", "w2"]),
     ],
 )
-def test_installed_codes_are_read_as_onnxruntime_reads_them(folder: Path, kind: str, names: list[str]) -> None:
+def test_installed_codes_are_read_as_onnxruntime_reads_them(
+    folder: Path, kind: str, names: list[str]
+) -> None:
     new, installed = Graph(folder / "model.onnx"), Graph(folder / f"{kind}.onnx")
     matrices, kept = find_matrices(new, installed)
     assert [each.name for each in matrices] == names
@@ -49,12 +51,16 @@ def test_installed_codes_are_read_as_onnxruntime_reads_them(folder: Path, kind: 
             if matrix.name == tensor.name:
                 read = matrix.installed_weights(installed)
                 whole = numpy_helper.to_array(tensor)
-                assert np.abs(read - whole).max() < 0.6 * float(matrix.grid.scales.max())  # rounded to nearest
+                assert np.abs(read - whole).max() < 0.6 * float(
+                    matrix.grid.scales.max()
+                )  # rounded to nearest
                 tensor.CopyFrom(numpy_helper.from_array(read, tensor.name))
     onnx.save(model, str(folder / "read.onnx"))
     samples = models.drawn("some", 3)
     scores, said = models.run(folder / "read.onnx", samples), models.run(folder / f"{kind}.onnx", samples)
-    tolerance = 1e-4 if kind in {"int4", "qdq0"} else 0.03  # the runtime rounds what goes into the others, too
+    tolerance = (
+        1e-4 if kind in {"int4", "qdq0"} else 0.03
+    )  # the runtime rounds what goes into the others, too
     assert np.abs(scores - said).max() < tolerance * np.abs(said).max()
 
 
@@ -101,7 +107,9 @@ def test_only_floats_that_differ_are_listed(folder: Path, tmp_path: Path) -> Non
     other = models.write_model(tmp_path / "other.onnx", noise=0.1)
     installed = Graph(folder / "int8.onnx")
     assert find_floats(Graph(folder / "model.onnx"), installed) == ()
-    assert {each.name for each in find_floats(Graph(other), installed)} == {"b1"}  # b2 is too small to have a place
+    assert {each.name for each in find_floats(Graph(other), installed)} == {
+        "b1"
+    }  # b2 is too small to have a place
 
 
 def test_codes_of_a_reduced_range_stay_in_it() -> None:
@@ -113,7 +121,9 @@ def test_codes_of_a_reduced_range_stay_in_it() -> None:
     assert Form((2, 3)).range(np.array([0, 128])) == (0, 255)
 
 
-def test_what_is_no_quantized_file_of_the_model_is_refused_with_the_reason(folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_quantized_file_of_the_model_is_refused_with_the_reason(
+    folder: Path, tmp_path: Path
+) -> None:
     new = Graph(folder / "model.onnx")
     with pytest.raises(ModelFileError, match="no quantized tensor is known to be one of"):
         find_matrices(new, new)
@@ -132,6 +142,12 @@ def test_what_is_no_quantized_file_of_the_model_is_refused_with_the_reason(folde
     onnx.save(model, str(damaged))
     with pytest.raises(ModelFileError, match="the scales of w1_quantized are no numbers"):
         find_matrices(new, Graph(damaged))
-    onnx.save(onnx.load(str(folder / "model.onnx")), str(damaged), save_as_external_data=True, location="beside", size_threshold=0)
+    onnx.save(
+        onnx.load(str(folder / "model.onnx")),
+        str(damaged),
+        save_as_external_data=True,
+        location="beside",
+        size_threshold=0,
+    )
     with pytest.raises(ModelFileError, match="its tensors lie in beside"):
         Graph(damaged)

@@ -46,7 +46,9 @@ def test_distortions_are_what_they_are_called() -> None:
     logits, other = answers([[0, np.log(3)]]), answers([[0, 0]])
     expected = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
     assert distortions("classes", logits, other) == pytest.approx([expected], rel=1e-5)
-    assert distortions("classes", answers([[0.25, 0.75]]), answers([[0.5, 0.5]])) == pytest.approx([expected], rel=1e-5)
+    assert distortions("classes", answers([[0.25, 0.75]]), answers([[0.5, 0.5]])) == pytest.approx(
+        [expected], rel=1e-5
+    )
     with pytest.raises(ModelFileError, match="not finite"):
         distortions("values", first, answers([[np.nan, 0], [0, 0]]))
     with pytest.raises(ModelFileError, match="shape"):
@@ -97,7 +99,7 @@ def test_a_file_passes_only_if_the_whole_interval_is_within_the_margin() -> None
     plain, installed = read(1, 1e-3, 0.1), read(2, 4e-3, 0.2)
 
     def statuses(chosen: Reading) -> list[str]:
-        both = {name: chosen for name in ("a", "b")}
+        both = dict.fromkeys(("a", "b"), chosen)
         return [each.status for each in check_sets(both, {"a": plain, "b": plain}, ["a", "b"], Margins())]
 
     assert statuses(read(3, 0.8e-3, 0.02)) == ["passed"] * 4
