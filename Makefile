@@ -206,6 +206,12 @@ bench-requantize: ## measure chosen quantized files beside plain ones: bytes, di
 	$(BIN)/python -m benchmarks.pairs 'large.*' 'lora.q4_0' 'facts.q4_0' 'chain*.q4_0'
 	$(BIN)/python -m benchmarks.requantize $(if $(EVALS),--evals '$(EVALS)') $(BENCH_OPTIONS)
 
+.PHONY: bench-requantize-onnx
+bench-requantize-onnx: ## the same for an ONNX model, MiniLM as int8 and int4 (minutes; BENCH_OPTIONS=int8: one of them)
+	$(call environment,bench)
+	$(BIN)/python -m benchmarks.pairs 'minilm-large.*'
+	$(BIN)/python -m benchmarks.requantize_onnx $(BENCH_OPTIONS)
+
 .PHONY: bench-score
 bench-score: setup ## scorecards of SmolLM2 in three quantizations, and the same by other means: EVALS=folder with mmlu/ and gsm8k/ (SAMPLE=N questions)
 	@[ -d "$(EVALS)/mmlu/test" ] || { echo "whimbrel: EVALS=$(EVALS) has no mmlu/test (github.com/hendrycks/test) beside gsm8k/test.jsonl (github.com/openai/grade-school-math)" >&2; exit 1; }

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 import numpy as np
 from msgspec import Struct
+from threadpoolctl import threadpool_limits
 
 from protocol.errors import RequestError
 from protocol.ids import digest_of
@@ -230,7 +231,8 @@ def _measured(
     for path in files:
         path.unlink()
     opened = _opened(folder, record, len(samples))
-    forms = [_form(opened, each, new, installed) for each in matrices]
+    with threadpool_limits(1):  # sums in one order
+        forms = [_form(opened, each, new, installed) for each in matrices]
     forms += [float(np.square(new.floats(each.name) - installed.floats(each.name)).sum()) for each in floats]
     worths = {
         name: Worth(factor=2 * effect / form if form > 0 else 0.0, effect=effect)

@@ -5,6 +5,7 @@ whose initializers lie in other files are refused here.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from protocol.errors import EngineError, ModelFileError, RequestError
 from protocol.tensors import parse_onnx
+from protocol.tensors.onnx import MIN_TENSOR_BYTES
 from server.adapters.blobs import FileSource, storage_errors
 from server.diagnosis.weights import Floats
 
@@ -55,7 +57,7 @@ class Stored:
     Attributes:
         dims: Its shape.
         data_type: A number of `TensorProto.DataType`.
-        offset: Where its bytes start in the file; None where they are few, or no run of bytes.
+        offset: Where its bytes start in the file; None where they are no run of bytes, or few and no floats.
         length: Of these bytes.
     """
 
@@ -97,7 +99,7 @@ class Graph:
         self.inputs: Final = tuple(each.name for each in graph.input if each.name not in self._tensors)
         self.outputs: Final = tuple(each.name for each in graph.output)
         self.stored: Final[Mapping[str, Stored]] = {
-            name: self._located(each, places.get(name)) for name, each in self._tensors.items()
+            name: _located(each, places.get(name), data) for name, each in self._tensors.items()
         }
 
     def array(self, name: str) -> Array:
@@ -166,12 +168,22 @@ class Graph:
         data: bytes = model.SerializeToString()
         return data
 
-    def _located(self, tensor: Any, place: tuple[int, int] | None) -> Stored:
-        """Where the project's own parser found the tensor; not believed where the bytes are others."""
-        dims = tuple(int(size) for size in tensor.dims)
-        if place is None or place[1] != len(tensor.raw_data):
-            return Stored(dims, tensor.data_type, None, 0)
-        return Stored(dims, tensor.data_type, *place)
+
+def _located(tensor: Any, place: tuple[int, int] | None, data: bytes) -> Stored:
+    """Where the project's own parser found the tensor; not believed where the bytes are others.
+
+    That parser passes over what is smaller than a delta's rows. Such floats are looked for as the whole message that they are, name and all.
+    """
+    dims = tuple(int(size) for size in tensor.dims)
+    raw = bytes(tensor.raw_data)
+    if place is None and tensor.data_type in FLOAT_TYPES and 0 < len(raw) < MIN_TENSOR_BYTES:
+        message = tensor.SerializeToString()
+        start = data.find(message)
+        if start >= 0 and data.find(message, start + 1) < 0:
+            place = (start + message.rfind(raw), len(raw))
+    if place is None or place[1] != len(raw) or data[place[0] : sum(place)] != raw:
+        return Stored(dims, tensor.data_type, None, 0)
+    return Stored(dims, tensor.data_type, *place)
 
 
 def _places(path: Path) -> dict[str, tuple[int, int]]:
@@ -188,13 +200,9 @@ def _places(path: Path) -> dict[str, tuple[int, int]]:
             f"{path}: its tensors lie in {next(iter(found.external))}",
             hint="save the model with all tensors in one file",
         )
-    names = [region.name for region in found.regions if region.name]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
-    return {
-        region.name: (region.offset, region.length)
-        for region in found.regions
-        if region.name and region.name not in twice
-    }
+    named = [region for region in found.regions if region.name]
+    counts = Counter(region.name for region in named)  # names of attributes' tensors need not be unique
+    return {region.name: (region.offset, region.length) for region in named if counts[region.name] == 1}
 
 
 def _integers(node: Any) -> dict[str, int]:

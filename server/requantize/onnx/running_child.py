@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from protocol.errors import ModelFileError, WhimbrelError
 from server.children import Trouble, answer_parent
@@ -56,7 +57,8 @@ Array = npt.NDArray[Any]
 
 def main() -> int:
     """Carry out the order of standard input; nothing but the answer is printed."""
-    return answer_parent(Envelope, _carry_out)
+    with threadpool_limits(1):  # sums in one order
+        return answer_parent(Envelope, _carry_out)
 
 
 def _carry_out(envelope: Envelope) -> list[Finished] | Trouble:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from server.requantize.onnx.judging import Aim, Models, Questions, check_request
 from server.requantize.onnx.matrices import find_floats, find_matrices
 from server.requantize.onnx.orders import Asked
 from server.requantize.weighing import delta_bytes
+from tests.models import FEATURES, prompts, write_classifier
 from tests.server.requantize.onnx import models
 
 pytest.importorskip("onnxruntime")
@@ -212,3 +214,43 @@ def test_sets_that_share_samples_or_are_too_small_are_refused_before_the_work(fo
     assert "needs samples on which settings are tried" in refused(
         Questions(sets[0], (sets[1], sets[2])), Aim(keep_share=0.5)
     )
+
+
+def test_a_classifier_is_judged_on_lines_of_a_suite_and_on_golden_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_module, "Margins", lambda: LOOSE)
+    old = write_classifier(tmp_path / "old.onnx", seed=1)
+    new = write_classifier(tmp_path / "new.onnx", seed=2)
+    models.write_dynamic(old, tmp_path / "installed.onnx")
+    draws = np.random.default_rng(1)
+    for name in ("calibration", "one", "two"):
+        rows = draws.normal(0, 1, (40, FEATURES)).round(3).tolist()
+        lines = (json.dumps({"input": row, "label": 0}) for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    golden = tmp_path / "golden.jsonl"
+    golden.write_bytes(b"\n".join(msgspec.json.encode(prompt) for prompt in prompts()))
+    options = [
+        *(
+            "requantize",
+            str(new),
+            "--installed",
+            str(tmp_path / "installed.onnx"),
+            "--out",
+            str(tmp_path / "out.onnx"),
+        ),
+        *(
+            "--calibration",
+            str(tmp_path / "calibration.jsonl"),
+            "--output-kind",
+            "classes",
+            "--budget",
+            "40%",
+        ),
+        *("--held-out", str(tmp_path / "one.jsonl"), "--held-out", str(tmp_path / "two.jsonl")),
+        *("--golden", str(golden), "--json"),
+    ]
+    assert main(options) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert [(each["name"], each["status"]) for each in checks][-1] == ("golden", "passed")
+    assert checks[-1]["detail"] == "8 of the 8 prompts that plain answers as it has to"
