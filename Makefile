@@ -215,6 +215,12 @@ requantize-pair: ## make the models of requantize-loop: SmolLM2-135M, trained on
 requantize-loop: setup ## a requantized file of SmolLM2 through the whole loop: chosen, judged, scored, signed, sent to 4 live devices as a delta, tried, committed (twenty minutes; BENCH_OPTIONS='--budget 0.5%')
 	$(BIN)/python -m benchmarks.requantize_loop $(BENCH_OPTIONS)
 
+.PHONY: bench-requantize-onnx
+bench-requantize-onnx: ## the same for an ONNX model, MiniLM as int8 and int4 (minutes; BENCH_OPTIONS=int8: one of them)
+	$(call environment,bench)
+	$(BIN)/python -m benchmarks.pairs 'minilm-large.*'
+	$(BIN)/python -m benchmarks.requantize_onnx $(BENCH_OPTIONS)
+
 .PHONY: bench-score
 bench-score: setup ## scorecards of SmolLM2 in three quantizations, and the same by other means: EVALS=folder with mmlu/ and gsm8k/ (SAMPLE=N questions)
 	@[ -d "$(EVALS)/mmlu/test" ] || { echo "whimbrel: EVALS=$(EVALS) has no mmlu/test (github.com/hendrycks/test) beside gsm8k/test.jsonl (github.com/openai/grade-school-math)" >&2; exit 1; }

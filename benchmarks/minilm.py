@@ -14,8 +14,9 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.bert import Bert, Size, WordPiece
+from benchmarks.bert import Bert, Size
 from benchmarks.texts import training_text
+from benchmarks.wordpiece import WordPiece
 from protocol.tensors import BytesSource, parse_safetensors
 
 RATES = {"large": 5e-5, "tiny": 1e-5}

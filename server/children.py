@@ -25,7 +25,16 @@ class Trouble(Struct, frozen=True, kw_only=True, tag=True):
 
 
 def ask_child(
-    module: str, order: Struct, kind: type[_Answer], label: str, timeout_s: float, *, missing: str, hint: str
+    module: str,
+    order: Struct,
+    kind: type[_Answer],
+    label: str,
+    timeout_s: float,
+    *,
+    missing: str,
+    hint: str,
+    runtime: str = "llama.cpp",
+    package: str = "llama-cpp-python",
 ) -> _Answer:
     """Run a module that ends in `answer_parent`.
 
@@ -35,8 +44,10 @@ def ask_child(
         kind: Of its answer; a struct with a tag, or a list.
         label: What a person calls the model that it opens.
         timeout_s: For all of it.
-        missing: What is said where llama-cpp-python is not installed: what needs it.
+        missing: What is said where the runtime is not installed: what needs it.
         hint: What to do then.
+        runtime: What the child runs the model with, as people call it.
+        package: The same as it is installed.
 
     Raises:
         ModelFileError: The runtime does not load the model, crashes, or does not answer in time: the file is to blame.
@@ -56,11 +67,11 @@ def ask_child(
         result: _Answer | Trouble = msgspec.json.decode(child.stdout, type=kind | Trouble)
     except msgspec.MsgspecError:
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-        raise ModelFileError(f"llama.cpp crashed with {label}: {how}") from None
+        raise ModelFileError(f"{runtime} crashed with {label}: {how}") from None
     if not isinstance(result, Trouble):
         return result
     if result.is_missing:
-        raise EngineError(f"{missing} llama-cpp-python, which is not installed", hint=hint)
+        raise EngineError(f"{missing} {package}, which is not installed", hint=hint)
     raise ModelFileError(f"{label}: {result.detail[:_DETAIL_CHARS]}")
 
 

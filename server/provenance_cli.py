@@ -61,7 +61,8 @@ def provenance_of(arguments: argparse.Namespace) -> Said | None:
         path: Path = arguments.provenance
         return path
     record = record_beside(arguments.files[0])
-    if arguments.source is None and record is not None and len(arguments.files) == 1:
+    is_alone = len(arguments.files) == 1 and arguments.adapter is None
+    if arguments.source is None and record is not None and is_alone:
         if any(said[:-1]):
             raise RequestError(
                 f"{record} says how {arguments.files[0].name} was made",

@@ -42,7 +42,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         " and beside it, as JSON, how it was chosen. What was measured of a model is kept: a run that was interrupted goes on.",
     )
     parser.add_argument(
-        "new", metavar="NEW", type=Path, help="the new model in floats: GGUF with F32, F16 or BF16"
+        "new", metavar="NEW", type=Path, help="the new model in floats: GGUF with F32, F16 or BF16, or ONNX"
     )
     _add_installed(parser)
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
@@ -52,7 +52,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         type=Path,
         action="append",
         required=True,
-        help="text of the kind that the model is for, UTF-8; repeatable; about 100 kB are used",
+        help="text of the kind that the model is for, UTF-8, of which about 100 kB are used; for ONNX an .npz with an array for each input,"
+        " or lines of a suite `classes`; repeatable",
     )
     parser.add_argument(
         "--budget",
@@ -100,6 +101,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
     )
     parser.add_argument("--force", action="store_true", help="replace --out if it is there")
     _add_judging(parser)
+    _add_onnx(parser)
     parser.set_defaults(run=lambda arguments: _run(arguments, show))
 
 
@@ -133,8 +135,8 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="text on which the file is judged beside plain quantization, and which calibration has not seen; at least twice,"
-        " with texts of different kinds",
+        help="text, or samples of an ONNX model, on which the file is judged beside plain quantization, and which calibration has not"
+        " seen; at least twice, of different kinds",
     )
     parser.add_argument(
         "--unjudged", action="store_true", help="write the file without judging it, for experiments"
@@ -156,7 +158,7 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         "--development",
         metavar="TEXT",
         type=Path,
-        help="text on which --keep and --frontier try settings: neither calibration nor held out",
+        help="text or samples on which --keep and --frontier try settings: neither calibration nor held out",
     )
     parser.add_argument(
         "--golden",
@@ -197,13 +199,40 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_onnx(parser: argparse.ArgumentParser) -> None:
+    """What is asked of ONNX models alone."""
+    group = parser.add_argument_group("ONNX models")
+    group.add_argument(
+        "--output-kind",
+        choices=["embedding", "classes", "values"],
+        help="what the output is: vectors that are compared by their direction (of several positions, their mean), scores of classes,"
+        " or other numbers",
+    )
+    group.add_argument("--output", metavar="NAME", help="the output that counts (default: the first)")
+    group.add_argument(
+        "--mask",
+        metavar="NAME",
+        help="the input that is 0 at positions that do not count (default: attention_mask, where there is one)",
+    )
+    group.add_argument(
+        "--plain",
+        metavar="FILE",
+        type=Path,
+        help="the new model, quantized as the installed file was; needed where that is no dynamic quantization by onnxruntime",
+    )
+
+
 def _run(arguments: argparse.Namespace, show: Printer) -> int:
     _check_judging(arguments)
     from server.requantize import command  # noqa: PLC0415 - numpy and the coder, which no other command loads
+    from server.requantize.onnx import command as onnx_command  # noqa: PLC0415 - likewise
 
     with ExitStack() as stack:
         _find_installed(arguments, stack)
         _check_files(arguments)
+        if onnx_command.is_onnx(arguments.new):
+            return onnx_command.run(arguments, show)
+        _check_gguf(arguments)
         return _run_unjudged(arguments, show) if arguments.unjudged else command.run(arguments, show)
 
 
@@ -229,6 +258,15 @@ def _reporter(arguments: argparse.Namespace) -> Callable[[str], None]:
             sys.stderr.flush()
 
     return report
+
+
+def _check_gguf(arguments: argparse.Namespace) -> None:
+    given = ("output_kind", "output", "mask", "plain")
+    useless = next((name for name in given if getattr(arguments, name) is not None), None)
+    if useless is not None:
+        raise RequestError(
+            f"--{useless.replace('_', '-')} is for ONNX models, {arguments.new} is none", hint="leave it out"
+        )
 
 
 def _check_judging(arguments: argparse.Namespace) -> None:
@@ -312,11 +350,19 @@ def _check_files(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     adapter = arguments.adapter if isinstance(arguments.adapter, Path) else None
     others = [each.path for each in arguments.also]
-    for path in (arguments.new, arguments.installed, *others, arguments.before, arguments.start, adapter):
+    for path in (
+        arguments.new,
+        arguments.installed,
+        *others,
+        arguments.before,
+        arguments.start,
+        arguments.plain,
+        adapter,
+    ):
         if path is None:
             continue
         if not path.is_file():
-            raise RequestError(f"{path}: no such file", hint="give a GGUF file")
+            raise RequestError(f"{path}: no such file", hint="give a GGUF or ONNX file")
         if out.exists() and out.samefile(path):
             raise RequestError(f"{out}: is one of the files to choose from", hint="choose another --out")
     if out.is_dir() or not out.parent.is_dir():

@@ -104,6 +104,8 @@ def _asked(release: Release, record: Record) -> dict[str, Any]:
         if sources.calibration_runs is not None:
             calibration["runs"], calibration["run_tokens"] = sources.calibration_runs
         parameters["calibration"] = calibration
+    elif sources.samples is not None:
+        parameters["calibration"] = {"samples_sha256": sources.samples}
     return parameters
 
 

@@ -25,12 +25,10 @@ LINEAR_LAYOUTS: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class CodedRows:
-    """Rows of a quantized tensor, taken apart.
+class LinearRows:
+    """Rows of weights that are linear in their codes: what a descent needs to know of them.
 
     Attributes:
-        layout: Of the tensor.
-        fields: All fields of its blocks, the codes among them.
         codes: Shape (rows, columns), signed where the layout's are.
         steps: What a code is multiplied with, same shape; 0 where a block has no scale.
         offsets: What is added, same shape.
@@ -38,13 +36,34 @@ class CodedRows:
         high: Largest code.
     """
 
-    layout: Layout
-    fields: Mapping[str, Array]
     codes: Codes
     steps: Floats
     offsets: Floats
     low: int
     high: int
+
+    def weights(self, codes: Codes) -> Floats:
+        """What weights the codes stand for with these scales."""
+        return self.steps * codes.astype(np.float32) + self.offsets
+
+    def nearest(self, weights: Floats) -> Codes:
+        """Codes whose weights are nearest to the given ones; the installed code where a block has no scale."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            wanted = np.clip(np.rint((weights - self.offsets) / self.steps), self.low, self.high)
+        return np.where(self.steps == 0, self.codes, np.nan_to_num(wanted)).astype(np.int16)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRows(LinearRows):
+    """Rows of a quantized tensor, taken apart.
+
+    Attributes:
+        layout: Of the tensor.
+        fields: All fields of its blocks, the codes among them.
+    """
+
+    layout: Layout
+    fields: Mapping[str, Array]
 
     @classmethod
     def read(cls, layout: Layout, data: bytes, columns: int) -> Self:
@@ -62,24 +81,14 @@ class CodedRows:
         each = stored.shape[1] // step.shape[1]
         low, high = code_range(layout)
         return cls(
-            layout,
-            fields,
             (stored.view(np.int8) if row.is_signed else stored).reshape(-1, columns).astype(np.int16),
             np.repeat(step, each, 1).reshape(-1, columns),
             np.repeat(offset - step * np.float32(row.zero), each, 1).reshape(-1, columns),
             low,
             high,
+            layout,
+            fields,
         )
-
-    def weights(self, codes: Codes) -> Floats:
-        """What weights the codes stand for with these scales."""
-        return self.steps * codes.astype(np.float32) + self.offsets
-
-    def nearest(self, weights: Floats) -> Codes:
-        """Codes whose weights are nearest to the given ones; the installed code where a block has no scale."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            wanted = np.clip(np.rint((weights - self.offsets) / self.steps), self.low, self.high)
-        return np.where(self.steps == 0, self.codes, np.nan_to_num(wanted)).astype(np.int16)
 
     def joined(self, codes: Codes) -> bytes:
         """The rows' bytes with other codes and the same scales."""

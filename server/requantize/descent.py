@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.diagnosis.weights import Flags, Floats
-from server.requantize.codes import CodedRows, Codes
+from server.requantize.codes import Codes, LinearRows
 
 Places = npt.NDArray[np.int64]
 
@@ -111,7 +111,7 @@ class Price:
 
 
 def descend(
-    rows: CodedRows,
+    rows: LinearRows,
     start: Codes,
     gradient: Floats,
     metric: Metric,
@@ -143,7 +143,7 @@ def descend(
     return codes, reached
 
 
-def single_gains(rows: CodedRows, gradient: Floats, metric: Metric) -> Floats:
+def single_gains(rows: LinearRows, gradient: Floats, metric: Metric) -> Floats:
     """What each code's best single step from the installed one gains before it is paid for; negative where none helps."""
     half = np.float32(0.5) * np.square(rows.steps) * metric.curvature()
     return np.asarray(np.abs(rows.steps * gradient) - half, np.float32)
@@ -191,7 +191,7 @@ class _Block:
 
     def __init__(
         self,
-        rows: CodedRows,
+        rows: LinearRows,
         part: slice,
         installed: Codes,
         start: Codes,

@@ -58,9 +58,9 @@ def check_texts(
     for name in names:
         mean = sum(plain[name].kl) / len(plain[name].kl)
         found = difference("kl", chosen[name], plain[name])
-        checks.append(_no_worse(f"{name}: divergence", found, margins.kl_share * mean, "nats", 1))
+        checks.append(no_worse(f"{name}: divergence", found, margins.kl_share * mean, "nats", 1))
         flips = difference("flips", chosen[name], plain[name])
-        checks.append(_no_worse(f"{name}: flips", flips, margins.flips, "points", 100))
+        checks.append(no_worse(f"{name}: flips", flips, margins.flips, "points", 100))
     return tuple(checks)
 
 
@@ -91,7 +91,16 @@ def reasons(checks: Sequence[Check]) -> list[str]:
     return [f"{check.name} {check.status}: {check.detail}" for check in checks if check.status != "passed"]
 
 
-def _no_worse(name: str, found: Interval, margin: float, unit: str, factor: float) -> Check:
+def no_worse(name: str, found: Interval, margin: float, unit: str, factor: float) -> Check:
+    """The guard on one figure.
+
+    Args:
+        name: Of the guard.
+        found: Difference from the plain file; more is worse.
+        margin: How much more counts as no worse.
+        unit: For people.
+        factor: To that unit.
+    """
     low, value, high, most = (factor * each for each in (found.low, found.value, found.high, margin))
     detail = f"{value:+.4f} {unit} ({low:+.4f} to {high:+.4f}) against plain, allowed are {most:+.4f}"
     if found.high <= margin:

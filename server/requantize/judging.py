@@ -203,14 +203,14 @@ def judge(
     adapted = bench.adapter_rows()
     checks = (*bench.checks(rows.CHOSEN, aim.margins), *check_sent(chosen.sent))
     if is_passed(checks):
-        _publish(bench.file(rows.CHOSEN), out)
+        publish(bench.file(rows.CHOSEN), out)
     frontier = bench.frontier
     if frontier is not None:
         frontier = with_verdict(frontier, found, chosen.sources.result if is_passed(checks) else None)
     adapters = tuple(judged(each, bench.checks(each.name, aim.margins)) for each in bench.adapters)
     if models.adapter is not None and (best := cheapest(adapters)) is not None:
         path = next(each.path for each in bench.adapters if each.name == best.name)
-        _publish(path, adapter_path(out))
+        publish(path, adapter_path(out))
         record_adapter(
             adapter_path(out), models.adapter, models.new, models.installed, models.before, calibration
         )
@@ -270,7 +270,7 @@ def check_request(models: Models, questions: Questions, aim: Aim) -> None:
         text.runs()
 
 
-def _publish(path: Path, out: Path) -> None:
+def publish(path: Path, out: Path) -> None:
     """Copy under the wanted name, which it takes when it is whole."""
     partial = out.with_name(f".partial-{out.name}")
     try:

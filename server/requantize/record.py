@@ -34,6 +34,7 @@ class Sources(Struct, frozen=True, kw_only=True):
     calibration_model: _Digest | None = None
     calibration_tokens: _Digest | None = None
     calibration_runs: tuple[_Count, _Count] | None = None
+    samples: _Digest | None = None
 
 
 class Guard(Struct, frozen=True, kw_only=True):

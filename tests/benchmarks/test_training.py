@@ -3,7 +3,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is installed for `make bench-delta` only")
 
-from benchmarks.bert import Bert, Size, WordPiece  # noqa: E402 - after the check
+from benchmarks.bert import Bert, Size  # noqa: E402 - after the check
 from benchmarks.finetune import Recipe, train  # noqa: E402
 from benchmarks.llama import EMBEDDING, OUTPUT_NORM, Llama  # noqa: E402
 from benchmarks.weights import relative_change, round_bf16  # noqa: E402
@@ -62,12 +62,6 @@ def test_training_changes_what_the_recipe_says_and_lowers_the_loss(kind: str) ->
     assert changed == expected[kind]
     assert all(np.array_equal(round_bf16(value), value) for value in trained.values())
     assert relative_change(base, trained) > 0
-
-
-def test_words_are_cut_into_the_longest_known_pieces() -> None:
-    tokenizer = WordPiece(["[CLS]", "[SEP]", "[UNK]", "play", "##ing", "##s", "p", "."])
-    assert tokenizer.encode("Playing plays. q", 16) == [0, 3, 4, 3, 5, 7, 2, 1]
-    assert tokenizer.encode("Playing plays.", 4) == [0, 3, 4, 1]
 
 
 def test_padding_does_not_change_what_the_encoder_says() -> None:
