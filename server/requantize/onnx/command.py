@@ -100,11 +100,11 @@ def _check_options(arguments: argparse.Namespace) -> None:
         "--start": arguments.start,
         "--frontier": arguments.frontier,
         "--adapter": arguments.adapter,
-        "several installed files": arguments.also or None,
+        "--also": arguments.also or None,
     }
     foreign = next((name for name, value in given.items() if value is not None), None)
     if foreign is not None:
-        raise RequestError(f"{foreign}: for GGUF files only", hint="leave it out")
+        raise RequestError(f"{foreign} is for GGUF files", hint="leave it out")
 
 
 def _calibrated(

@@ -17,7 +17,8 @@ from server.requantize.evaluation import quantize
 from server.requantize.frontier import FRONTIER_SUFFIX, Budget, FrontierBench, Made, budgets_of, first_price
 from server.requantize.guards import Margins
 from server.requantize.model import sha256_of
-from server.requantize.record import RECORD_SUFFIX, Sources
+from server.requantize.provenance import Sources
+from server.requantize.record import RECORD_SUFFIX
 from server.requantize.search import BUDGET_USED_MIN, SmallBudgetError
 from server.requantize.texts import RUN_TOKENS
 from server.scorecard.frontier import decode_frontier
