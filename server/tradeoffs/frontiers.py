@@ -5,7 +5,6 @@ are compared among themselves, in bytes over the air, drift and flips, by the ma
 """
 
 from collections.abc import Iterator, Sequence
-from operator import mul
 from typing import Final
 
 from msgspec import UNSET
@@ -51,7 +50,10 @@ def _table(
     known = [Digest(each.installed) for each in frontier.fleet] or [Digest(frontier.installed)]
     holders = [field.holders(each, tier) for each in known]
     devices = sum(holders)
-    totals = {each.name: sum(map(mul, holders, _wire_bytes(frontier, each))) for each in frontier.points}
+    totals = {
+        each.name: sum(count * size for count, size in zip(holders, _wire_bytes(frontier, each), strict=True))
+        for each in frontier.points
+    }
     means = {
         each.name: totals[each.name] / devices if devices else _expected_bytes(frontier, each)
         for each in frontier.points
@@ -92,7 +94,7 @@ def _wire_bytes(frontier: Frontier, point: Point) -> list[int]:
 
 def _expected_bytes(frontier: Frontier, point: Point) -> float:
     shares = [each.share for each in frontier.fleet] or [1.0]
-    return sum(map(mul, shares, _wire_bytes(frontier, point)))
+    return sum(share * size for share, size in zip(shares, _wire_bytes(frontier, point), strict=True))
 
 
 def frontier_lines(found: FrontierTable, currency: str) -> Iterator[str]:
