@@ -33,6 +33,7 @@ from server.scorecard.frontier import (
     HeldOut,
     Point,
     Rule,
+    Share,
     check_frontier,
     encode_frontier,
     pick,
@@ -93,12 +94,13 @@ def budgets_of(
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A file, and what was measured of it on the development text."""
+    """A file, and what was measured of it on the development text; `each_bytes` are those from each of several installed files."""
 
     name: str
     delta_bytes: int
     reading: Reading
     chosen: Chosen | None = None
+    each_bytes: tuple[int, ...] = ()
 
 
 class NoPointError(RequestError):
@@ -267,6 +269,7 @@ def draw(
     new: Path,
     installed: Path,
     extrapolation: float,
+    fleet: Sequence[Share] = (),
 ) -> Frontier:
     """The frontier of what was measured, with the point that the rule chooses.
 
@@ -279,6 +282,7 @@ def draw(
         new: The new model in floats.
         installed: The quantized file that devices have.
         extrapolation: With which points were chosen.
+        fleet: Of several installed files, all of them, that one first.
 
     Raises:
         StorageError: A file cannot be read.
@@ -295,6 +299,7 @@ def draw(
                 budget_bytes=None if made.chosen is None else made.chosen.settings.budget_bytes,
                 price=None if made.chosen is None else made.chosen.price,
                 delta_bytes=made.delta_bytes,
+                each_bytes=made.each_bytes,
                 kl=here.kl,
                 flips=here.flips,
                 gain=here.gain,
@@ -304,6 +309,7 @@ def draw(
     frontier = Frontier(
         new=sha256_of(new),
         installed=sha256_of(installed),
+        fleet=tuple(fleet),
         file_bytes=installed.stat().st_size,
         text=text.name,
         tokens=len(plain.nll),

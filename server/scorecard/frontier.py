@@ -22,6 +22,9 @@ POINTS_MAX: Final = 16
 """Budgets of one frontier: each is a file that is chosen and measured, and compared with all others."""
 
 CONTROLS_MAX: Final = 4
+FLEET_MAX: Final = 8
+"""Installed files that one file is chosen for."""
+
 NOTES_MAX: Final = 64
 
 PLAIN: Final = "plain"
@@ -33,6 +36,13 @@ _Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _Bytes = Annotated[int, Meta(ge=0, le=1 << 44)]
 _Count = Annotated[int, Meta(ge=1, le=1 << 32)]
 _Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Share(Struct, frozen=True, kw_only=True):
+    """A part of the fleet: SHA-256 of the quantized file that its devices have, and how large it is."""
+
+    installed: _Digest
+    share: _Share
 
 
 class Difference(Struct, frozen=True, kw_only=True):
@@ -56,7 +66,8 @@ class Point(Struct, frozen=True, kw_only=True):
         name: Of the point: its budget, or what it is where it was not chosen.
         budget_bytes: What its delta was allowed to weigh; None for a control.
         price: Nats per token and bit at which its codes stand; None for a control.
-        delta_bytes: Of the delta from the installed file.
+        delta_bytes: Of the delta from the installed file; from several ones, the mean over the fleet.
+        each_bytes: Of the delta from each file of the fleet; none where all devices have the same.
         kl: Mean divergence from the float model, nats.
         flips: Share of tokens at which the file and the float model would choose differently.
         gain: Share of what plain gains in likelihood over the installed file; None where that gain is not above 0 with confidence.
@@ -67,6 +78,7 @@ class Point(Struct, frozen=True, kw_only=True):
     budget_bytes: _Bytes | None = None
     price: float | None = None
     delta_bytes: _Bytes
+    each_bytes: Annotated[tuple[_Bytes, ...], Meta(max_length=FLEET_MAX)] = ()
     kl: Interval
     flips: Interval
     gain: Interval | None = None
@@ -123,7 +135,8 @@ class Frontier(Struct, frozen=True, kw_only=True):
     Attributes:
         frontier: Version of this document.
         new: SHA-256 of the new model in floats.
-        installed: SHA-256 of the quantized file that devices have.
+        installed: SHA-256 of the quantized file that devices have; of several ones, of that which most have.
+        fleet: All of them, that one first; none where all devices have it.
         file_bytes: Length of that.
         text: Name of the development text.
         tokens: That were predicted of it.
@@ -139,6 +152,7 @@ class Frontier(Struct, frozen=True, kw_only=True):
     frontier: Literal[1] = FRONTIER_VERSION
     new: _Digest
     installed: _Digest
+    fleet: Annotated[tuple[Share, ...], Meta(max_length=FLEET_MAX)] = ()
     file_bytes: _Count
     text: _Name
     tokens: _Count
@@ -187,7 +201,7 @@ class Standing(Struct, frozen=True, kw_only=True):
 
 
 def standings(
-    frontier: Frontier, kl_margin: float | None = None, bytes_of: Callable[[Point], int] | None = None
+    frontier: Frontier, kl_margin: float | None = None, bytes_of: Callable[[Point], float] | None = None
 ) -> dict[str, Standing]:
     """Which points beat which, in bytes, divergence and flips; by name.
 
@@ -284,7 +298,14 @@ def check_frontier(frontier: Frontier, source: str) -> None:
         wrong = f"the chosen point {frontier.chosen} is not there"
     elif frontier.result is not UNSET and not frontier.chosen:
         wrong = "a file was written, and no point was chosen"
+    elif frontier.fleet and frontier.fleet[0].installed != frontier.installed:
+        wrong = "the first file of the fleet is not the installed one"
     for index, point in enumerate(frontier.points):
+        if len(point.each_bytes) != len(frontier.fleet):
+            wrong = (
+                wrong
+                or f"{point.name}: {len(point.each_bytes)} deltas from the {len(frontier.fleet)} files of the fleet"
+            )
         if sorted(each.other for each in point.differences) != sorted(names[:index]):
             wrong = wrong or f"{point.name}: differences are not those from the {index} points before it"
         intervals = [point.kl, point.flips, *([] if point.gain is None else [point.gain])]

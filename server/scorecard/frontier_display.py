@@ -20,7 +20,7 @@ def text_lines(frontier: Frontier) -> list[str]:
         f"Bytes against quality, measured on {frontier.text}, {frontier.tokens:,} tokens",
         *table(TITLES, point_rows(frontier)),
         *(f"  {line}" for line in beaten_lines(standings(frontier))),
-        *(f"  {note}" for note in frontier.notes),
+        *(f"  {note}" for note in notes(frontier)),
         f"Chosen: {choice_text(frontier)}",
         *table(HELD_OUT_TITLES, held_out_rows(frontier)),
     ]
@@ -54,6 +54,12 @@ def beaten_lines(found: Mapping[str, Standing]) -> list[str]:
                 f"{name} would be beaten by {', '.join(standing.perhaps)}, if that is no worse where the text does not decide"
             )
     return lines
+
+
+def notes(frontier: Frontier) -> list[str]:
+    """For which fleet bytes are meant, and budgets without a file."""
+    fleet = ", ".join(f"{100 * each.share:.3g} % have {each.installed[:16]}…" for each in frontier.fleet)
+    return [*([f"Bytes are the mean over a fleet of which {fleet}"] if fleet else []), *frontier.notes]
 
 
 def choice_text(frontier: Frontier) -> str:

@@ -16,6 +16,7 @@ from server.scorecard.frontier_display import (
     beaten_lines,
     choice_text,
     held_out_rows,
+    notes,
     point_rows,
 )
 from server.scorecard.frontier_plot import Dot, plot
@@ -84,7 +85,7 @@ def _frontier(frontier: Frontier) -> dict[str, object]:
         "choice": choice_text(frontier),
         "titles": TITLES,
         "rows": point_rows(frontier),
-        "lines": [*beaten_lines(found), *frontier.notes],
+        "lines": [*beaten_lines(found), *notes(frontier)],
         "held_out_titles": HELD_OUT_TITLES,
         "held_out": held_out_rows(frontier),
         "installed": frontier.installed,

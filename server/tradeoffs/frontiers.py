@@ -47,14 +47,21 @@ def frontier_tables(
 def _table(
     version: str, frontier: Frontier, field: Field, tier: str | None, price: float | None, margins: Margins
 ) -> FrontierTable:
-    installed = Digest(frontier.installed)
-    devices = field.holders(installed, tier)
-    sent = {each.name: _wire_bytes(each, frontier.file_bytes) for each in frontier.points}
-    found = standings(frontier, margins.drift, lambda point: sent[point.name])
+    known = [Digest(each.installed) for each in frontier.fleet] or [Digest(frontier.installed)]
+    holders = [field.holders(each, tier) for each in known]
+    devices = sum(holders)
+    totals = {
+        each.name: sum(count * size for count, size in zip(holders, _wire_bytes(frontier, each), strict=True))
+        for each in frontier.points
+    }
+    means = {
+        each.name: totals[each.name] / devices if devices else _expected_bytes(frontier, each)
+        for each in frontier.points
+    }
+    found = standings(frontier, margins.drift, lambda point: means[point.name])
     return FrontierTable(
         version=version,
-        installed=field.version_of(installed),
-        installed_sha256=installed,
+        installed=[field.version_of(each) or f"sha256 {each[:16]}…" for each in known],
         devices=devices,
         text=frontier.text,
         tokens=frontier.tokens,
@@ -62,10 +69,9 @@ def _table(
             FrontierOption(
                 name=each.name,
                 is_chosen=each.name == frontier.chosen,
-                delta_bytes=each.delta_bytes,
-                wire_bytes=sent[each.name],
-                total_bytes=devices * sent[each.name],
-                cost=None if price is None or not devices else devices * sent[each.name] / MB * price,
+                mean_bytes=means[each.name],
+                total_bytes=totals[each.name],
+                cost=None if price is None or not devices else totals[each.name] / MB * price,
                 kl=each.kl,
                 flips=each.flips,
                 is_best=not found[each.name].surely,
@@ -77,12 +83,18 @@ def _table(
     )
 
 
-def _wire_bytes(point: Point, file_bytes: int) -> int:
-    """To a device that has the installed file: the delta, or the whole file where that is as good."""
-    if not point.delta_bytes:
-        return 0
-    is_delta = is_worthwhile(point.delta_bytes, file_bytes)
-    return wire_bytes(point.delta_bytes if is_delta else file_bytes)
+def _wire_bytes(frontier: Frontier, point: Point) -> list[int]:
+    """To a device with each of the installed files: the delta, or the whole file where that is as good."""
+    found = []
+    for size in point.each_bytes or (point.delta_bytes,):
+        is_delta = is_worthwhile(size, frontier.file_bytes)
+        found.append(wire_bytes(size if is_delta else frontier.file_bytes) if size else 0)
+    return found
+
+
+def _expected_bytes(frontier: Frontier, point: Point) -> float:
+    shares = [each.share for each in frontier.fleet] or [1.0]
+    return sum(share * size for share, size in zip(shares, _wire_bytes(frontier, point), strict=True))
 
 
 def frontier_lines(found: FrontierTable, currency: str) -> Iterator[str]:
@@ -95,8 +107,7 @@ def frontier_lines(found: FrontierTable, currency: str) -> Iterator[str]:
 def headline(found: FrontierTable) -> str:
     """What is shown, and for whom."""
     devices = f"{found.devices:,} device{'' if found.devices == 1 else 's'}"
-    against = found.installed or f"sha256 {found.installed_sha256[:16]}…"
-    return f"What could be sent instead of {found.version}, for {devices} with {against}; measured on {found.text}, {found.tokens:,} tokens"
+    return f"What could be sent instead of {found.version}, for {devices} with {' or '.join(found.installed)}; measured on {found.text}, {found.tokens:,} tokens"
 
 
 def option_rows(found: FrontierTable, currency: str) -> list[list[str]]:
@@ -105,7 +116,7 @@ def option_rows(found: FrontierTable, currency: str) -> list[list[str]]:
         [
             _standing(each).mark,
             f"{each.name} (chosen)" if each.is_chosen else each.name,
-            bytes_text(each.wire_bytes),
+            bytes_text(round(each.mean_bytes)),
             bytes_text(each.total_bytes) if found.devices else "-",
             "-" if each.cost is None else f"{each.cost:,.2f} {currency}",
             *nats_text(each.kl),
@@ -123,7 +134,7 @@ def why_lines(found: FrontierTable) -> list[str]:
 def picture(found: FrontierTable, tier: str) -> str:
     """Divergence over bytes to each device, as SVG."""
     dots = [
-        Dot(each.name, each.wire_bytes, each.kl, _standing(each).mark, each.is_chosen)
+        Dot(each.name, round(each.mean_bytes), each.kl, _standing(each).mark, each.is_chosen)
         for each in found.options
     ]
     description = f"Divergence from the float model over bytes to each device of {tier}, for {found.version} and what could be sent instead"

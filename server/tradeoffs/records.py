@@ -238,8 +238,8 @@ class FrontierOption(Struct, frozen=True, kw_only=True):
     Attributes:
         name: Of the point of the frontier.
         is_chosen: Whether it is the version itself.
-        delta_bytes: Of the delta from the file that devices have.
-        wire_bytes: To each device that has that file, chunk indexes included; whole files where the delta does not pay.
+        mean_bytes: To each device that has a file which it was chosen against, chunk indexes included; whole files where the delta does not
+            pay. Where there are no such devices, as over the fleet for which it was chosen.
         total_bytes: To all of these.
         cost: Of that, in the currency of the prices; None without a price, or without devices.
         kl: Mean divergence from the float model, nats.
@@ -251,8 +251,7 @@ class FrontierOption(Struct, frozen=True, kw_only=True):
 
     name: str
     is_chosen: bool
-    delta_bytes: int
-    wire_bytes: int
+    mean_bytes: float
     total_bytes: int
     cost: float | None
     kl: Interval
@@ -267,17 +266,15 @@ class FrontierTable(Struct, frozen=True, kw_only=True):
 
     Attributes:
         version: Of the version.
-        installed: Version whose file it was chosen against; empty where no release has that.
-        installed_sha256: Of that file.
-        devices: Of the tier, that have it. Nothing is said here of others.
+        installed: Versions whose files it was chosen against; the beginning of the digest where no release has the file.
+        devices: Of the tier, that have one of them. Nothing is said here of others.
         text: Name of the text on which it was measured.
         tokens: That were predicted of it.
         options: The points.
     """
 
     version: str
-    installed: str
-    installed_sha256: str
+    installed: list[str]
     devices: int
     text: str
     tokens: int

@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from protocol.delta_graph import wire_bytes
+from protocol.errors import ReleaseError
 from protocol.ids import DeviceId, digest_of
 from server import operations
 from server.cli import main
+from server.documents import read_card
 from server.fleet.registry import DeviceRecord
 from server.home import opened
-from server.scorecard.frontier import Frontier
+from server.scorecard.frontier import Frontier, Share, check_frontier
+from server.scorecard.frontier_display import notes
 from server.tradeoffs.page import render
 from server.tradeoffs.prices import Prices
 from server.tradeoffs.records import FrontierTable, Margins, TradeoffReport
@@ -80,10 +84,10 @@ def tables(report: TradeoffReport) -> dict[str, FrontierTable]:
 def test_points_weigh_what_devices_with_the_installed_file_would_fetch(home: Path) -> None:
     found = tables(ask(home, prices=Prices(currency="EUR", tiers={"pi": 0.4})))
     assert {tier: (each.version, each.installed, each.devices) for tier, each in found.items()} == {
-        "pi": ("v2", "v1", 3),
-        "tiny": ("v2", "v1", 2),
+        "pi": ("v2", ["v1"], 3),
+        "tiny": ("v2", ["v1"], 2),
     }
-    sizes = {each.name: each.wire_bytes for each in found["pi"].options}
+    sizes = {each.name: each.mean_bytes for each in found["pi"].options}
     assert sizes["nothing sent"] == 0
     assert sizes["0.5%"] == wire_bytes(5_000)
     point = next(each for each in found["pi"].options if each.is_chosen)
@@ -118,3 +122,31 @@ def test_people_and_programs_see_the_frontier_of_each_tier(
     assert main(["tradeoffs", "digits", "v1", "v2", "--json", "--dir", str(home)]) == 0
     (shown,) = json.loads(capsys.readouterr().out)["tiers"][0]["frontiers"]
     assert [each["name"] for each in shown["options"] if each["is_chosen"]] == ["0.5%"]
+
+
+def test_of_several_installed_files_each_device_is_counted_with_what_goes_to_it(home: Path) -> None:
+    """On tier tiny two devices have v1 and one has v2: to these go 5,000 and 7,000 bytes of the chosen point, on pi three have v1."""
+    whole = frontier_of(home.parent)
+    other = digest_of((home.parent / "v2.onnx").read_bytes())
+    points = tuple(
+        replace(each, each_bytes=(each.delta_bytes, each.delta_bytes + 2_000 if each.delta_bytes else 0))
+        for each in whole.points
+    )
+    fleet = (Share(installed=whole.installed, share=0.8), Share(installed=other, share=0.2))
+    mixed = replace(whole, points=points, fleet=fleet)
+    check_frontier(mixed, "mixed")
+    with opened(home) as there:
+        release = operations.show_release(home, "digits", "v2").record.release
+        card = read_card(there, release)
+    assert card is not None
+    report = ask(home, cards=(msgspec.structs.replace(card, frontier=mixed),))
+    found = tables(report)
+    (tiny,) = [each for each in found["tiny"].options if each.is_chosen]
+    total = 2 * wire_bytes(5_000) + wire_bytes(7_000)
+    assert (found["tiny"].devices, tiny.total_bytes, tiny.mean_bytes) == (3, total, total / 3)
+    assert found["tiny"].installed == ["v1", "v2"]
+    assert found["pi"].devices == 3
+    assert "for 3 devices with v1 or v2" in "\n".join(text_lines(report))
+    assert notes(mixed)[0].startswith("Bytes are the mean over a fleet of which 80 % have ")
+    with pytest.raises(ReleaseError, match="nothing sent: 0 deltas from the 2 files of the fleet"):
+        check_frontier(replace(whole, fleet=fleet), "mixed")
