@@ -248,7 +248,7 @@ class _Choice:
     def run(self) -> _Round:
         """Leave the chosen file in place and say what it is."""
         self._write_floats()
-        floor = self._floor()
+        floor = self._floor() if self._settings.price is None else 0
         best = self._search(floor)
         if not self._settings.corrections:
             return best
