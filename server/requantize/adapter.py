@@ -153,13 +153,15 @@ def adapter_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}{SUFFIX}")
 
 
-def check_out(out: Path, *, is_replaced: bool) -> None:
-    """Refuse to overwrite an adapter from before.
+def check_out(out: Path, wish: Wish, *, is_replaced: bool) -> None:
+    """Refuse to overwrite an adapter from before, or the one that is given.
 
     Raises:
         RequestError: It is there.
     """
     path = adapter_path(out)
+    if isinstance(wish, Path) and path.exists() and path.samefile(wish):
+        raise RequestError(f"{path}: is the adapter that was given", hint="choose another --out")
     if path.exists() and not is_replaced:
         raise RequestError(f"{path}: exists", hint="choose another --out, or pass --force to replace it")
 

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     aim = _aim(arguments)
     check_request(models, questions, aim)
     if models.adapter is not None:
-        check_out(out, is_replaced=arguments.force)
+        check_out(out, models.adapter, is_replaced=arguments.force)
     cache = arguments.cache or out.parent / "calibration"
     calibration = calibrate(
         arguments.new,

@@ -206,6 +206,10 @@ def test_an_adapter_for_another_model_is_refused_before_the_work(
     assert "'qwen2'" in capsys.readouterr().err
     assert main(command(folder, "--adapter", str(folder / "none.gguf"), "--force")) == 1
     assert "none.gguf: no such file" in capsys.readouterr().err
+    own = write_parts(folder / "chosen.adapter.gguf", parts)
+    assert main(command(folder, "--adapter", str(own), "--force")) == 1
+    assert f"{own}: is the adapter that was given" in capsys.readouterr().err
+    own.unlink()
     assert main(command(folder, "--adapter", "rank=0", "--force")) == 2
     bare = command(folder)[: -2 * len(HELD_OUT)]
     assert main([*bare, "--unjudged", "--adapter", "rank=2", "--force"]) == 1
