@@ -177,7 +177,7 @@ def test_an_adapter_that_passes_is_written_beside_the_chosen_file_and_the_cheape
     assert said.count("golden: 1 of the 1 prompts that plain answers") == 2
     assert "Both pass; the " in said
     record = json.loads((folder / "chosen.adapter.gguf.requantized.json").read_bytes())
-    assert (record["rank"], record["given"], record["before"]) == (RANK, None, None)
+    assert (record["rank"], record["given"]) == (RANK, None)
     (folder / "chosen.gguf").unlink()
     assert main(command(folder, *options)) == 1
     assert f"{out}: exists" in capsys.readouterr().err
