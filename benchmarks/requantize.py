@@ -109,7 +109,7 @@ class Adapter:
 
 
 ADAPTERS: dict[Cell, tuple[Adapter, ...]] = {
-    Cell("lora", NEAREST, "q4_0"): (Adapter(8), Adapter(8, is_from_file=True), Adapter(1)),
+    Cell("lora", NEAREST, "q4_0"): (Adapter(8), Adapter(8, is_from_file=True), Adapter(1, is_from_file=True)),
 }
 """Likewise; measured before what is chosen, which takes longer."""
 

@@ -180,8 +180,8 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         metavar="FILE|rank=N",
         type=_adapter,
-        help="measure beside it: the installed file with this low-rank adapter (LoRA, GGUF), or with one of rank N that is made from"
-        " the models, from --before where it is given, else from the installed file; it is written if it passes",
+        help="measure beside it: the installed file with this low-rank adapter (LoRA, GGUF), or with one of rank N that is made to"
+        " lead from it to the new model; it is written if it passes",
     )
     parser.add_argument(
         "--sample",

@@ -24,6 +24,7 @@ ARCHITECTURE_KEY: Final = "general.architecture"
 INVOCATION_KEY: Final = "adapter.alora.invocation_tokens"
 
 _EMBEDDING: Final = "token_embd.weight"
+_OUTPUT: Final = "output.weight"
 _CONVERT: Final = "make it with llama.cpp's convert_lora_to_gguf.py, from an adapter of this model"
 
 
@@ -120,7 +121,6 @@ def _check_shapes(path: Path, factors: Factors, model: str, tensors: Mapping[str
     if matrix is None:
         raise ModelFileError(f"{path} changes {factors.name}, which {model} does not have", hint=_CONVERT)
     down, up = factors.down.dims, factors.up.dims
-    wanted: tuple[tuple[int, ...], tuple[int, ...]]
     if len(matrix.dims) < 2 or len(down) != len(matrix.dims) or len(up) != len(matrix.dims):
         raise ModelFileError(
             f"{path}: {factors.name} has {_shape(matrix.dims)}, its factors {_shape(down)} and {_shape(up)}",
@@ -128,11 +128,14 @@ def _check_shapes(path: Path, factors: Factors, model: str, tensors: Mapping[str
         )
     *stack, rows, columns = matrix.dims
     rank = factors.rank
-    if (
-        factors.name == _EMBEDDING
-    ):  # rows are looked up: A and B stand the other way round (llm_graph_context::build_inp_embd)
-        rows, columns = columns, rows
     wanted = ((*stack, rank, columns), (*stack, rows, rank))
+    if factors.name == _EMBEDDING:
+        if _OUTPUT not in tensors:
+            raise ModelFileError(
+                f"{path} changes {_EMBEDDING}, which is the output of {model}, too: llama.cpp dies of such an adapter",
+                hint="train it without the embedding, or merge it into the model",
+            )
+        wanted = ((rows, rank), (columns, rank))  # rows are looked up (llm_graph_context::build_inp_embd)
     if (down, up) != wanted:
         raise ModelFileError(
             f"{path}: {factors.name} of {model} is {_shape(matrix.dims)}; factors of rank {rank} are"

@@ -66,7 +66,6 @@ class AdapterRecord(Struct, frozen=True, kw_only=True):
     Attributes:
         new: The new model in floats.
         installed: The file that it is for.
-        before: The installed version in floats, where it leads on from there.
         given: The adapter that it was made of; None where it was made from the models.
         rank: Of one that was made from the models.
         calibration_tokens: The runs of tokens of the calibration, as little-endian int32, of one that was made from the models.
@@ -75,7 +74,6 @@ class AdapterRecord(Struct, frozen=True, kw_only=True):
 
     new: str
     installed: str
-    before: str | None
     given: str | None
     rank: int | None
     calibration_tokens: str | None
@@ -103,7 +101,6 @@ def make_candidates(
     wish: Wish,
     new: Path,
     installed: Path,
-    before: Path | None,
     calibration: Calibration,
     folder: Path,
     report: Callable[[str], None],
@@ -111,11 +108,13 @@ def make_candidates(
 ) -> tuple[Candidate, ...]:
     """A given adapter as it is and in few bits, or one of a rank in few bits.
 
+    One that is made leads from the installed file to the new model, rounding included: beside that, one of what training changed alone is no match
+    (docs/requantize.md).
+
     Args:
         wish: Which.
         new: The new model in floats.
         installed: What the adapter is for.
-        before: The installed version in floats: the adapter then carries the update; without, it mends rounding of the installed file, too.
         calibration: Of the new model.
         folder: For what is made.
         report: Takes lines about the progress.
@@ -131,9 +130,8 @@ def make_candidates(
         return given, Candidate(
             PACKED, packed, f"{wish.name} in Q8_0, and in F16 where rows are no whole blocks"
         )
-    write_factored(new, before or installed, calibration, wish, packed, report, workers)
-    origin = "the installed version in floats" if before is not None else "the installed file"
-    return (Candidate(GIVEN, packed, f"of rank {wish}, from {origin} to the new model"),)
+    write_factored(new, installed, calibration, wish, packed, report, workers)
+    return (Candidate(GIVEN, packed, f"of rank {wish}, from the installed file to the new model"),)
 
 
 def cheapest(adapters: tuple[JudgedAdapter, ...]) -> JudgedAdapter | None:
@@ -153,20 +151,20 @@ def adapter_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}{SUFFIX}")
 
 
-def check_out(out: Path, *, is_replaced: bool) -> None:
-    """Refuse to overwrite an adapter from before.
+def check_out(out: Path, wish: Wish, *, is_replaced: bool) -> None:
+    """Refuse to overwrite an adapter from before, or the one that is given.
 
     Raises:
         RequestError: It is there.
     """
     path = adapter_path(out)
+    if isinstance(wish, Path) and path.exists() and path.samefile(wish):
+        raise RequestError(f"{path}: is the adapter that was given", hint="choose another --out")
     if path.exists() and not is_replaced:
         raise RequestError(f"{path}: exists", hint="choose another --out, or pass --force to replace it")
 
 
-def record_adapter(
-    out: Path, wish: Wish, new: Path, installed: Path, before: Path | None, calibration: Calibration
-) -> None:
+def record_adapter(out: Path, wish: Wish, new: Path, installed: Path, calibration: Calibration) -> None:
     """Write beside a written adapter how it came about.
 
     Raises:
@@ -178,7 +176,6 @@ def record_adapter(
         AdapterRecord(
             new=sha256_of(new),
             installed=sha256_of(installed),
-            before=sha256_of(before) if is_made and before is not None else None,
             given=None if isinstance(wish, int) else sha256_of(wish),
             rank=wish if isinstance(wish, int) else None,
             calibration_tokens=calibration.tokens_sha256 if is_made else None,

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     questions = _questions(arguments)
     check_request(models, questions, aim)
     if models.adapter is not None:
-        check_out(out, is_replaced=arguments.force)
+        check_out(out, models.adapter, is_replaced=arguments.force)
     cache = arguments.cache or out.parent / "calibration"
     calibration = calibrate(
         arguments.new,

@@ -211,9 +211,7 @@ def judge(
     if models.adapter is not None and (best := cheapest(adapters)) is not None:
         path = next(each.path for each in bench.adapters if each.name == best.name)
         publish(path, adapter_path(out))
-        record_adapter(
-            adapter_path(out), models.adapter, models.new, models.installed, models.before, calibration
-        )
+        record_adapter(adapter_path(out), models.adapter, models.new, models.installed, calibration)
     verdict = Judged(
         rows=(*found, *adapted),
         checks=checks,
@@ -455,7 +453,6 @@ class _Bench:
             models.adapter,
             models.new,
             models.installed,
-            models.before,
             self._calibration,
             self._folder,
             self._report,

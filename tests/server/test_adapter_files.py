@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
+from benchmarks.gguf_files import Stored, read_stored, write_gguf
 from protocol.errors import WhimbrelError
 from protocol.release import Release, TextPrompt, decode_release, encode_release
 from server.adapters.blobs import FolderBlobs
@@ -98,6 +100,29 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_copied(
         imported(tmp_path, model, adapter)
     assert str(adapter) in str(caught.value)
     assert not [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
+
+
+def test_an_adapter_of_the_embedding_needs_an_output_of_its_own(tmp_path: Path, model: Path) -> None:
+    """llama.cpp would look for the factors of the output there, and abort: with it the process of the trial."""
+    rows, columns = 264, 64
+    parts = {
+        "token_embd.weight.lora_a": np.zeros((rows, RANK), np.float32),
+        "token_embd.weight.lora_b": np.zeros((columns, RANK), np.float32),
+    }
+    adapter = write_parts(tmp_path / "lora.gguf", parts)
+    with pytest.raises(
+        WhimbrelError, match=r"which is the output of base\.gguf, too: llama\.cpp dies of such"
+    ):
+        imported(tmp_path, model, adapter)
+    output = Stored("output.weight", np.zeros((rows, columns), np.float32), gguf.GGMLQuantizationType.F32)
+    untied = tmp_path / "untied.gguf"
+    write_gguf(model, untied, [*read_stored(model), output], {})
+    assert imported(tmp_path, untied, adapter).adapter is not None
+    parts["token_embd.weight.lora_a"] = parts["token_embd.weight.lora_a"].T
+    with pytest.raises(
+        WhimbrelError, match="factors of rank 4 are 264 x 4 and 64 x 4, here are 4 x 264 and 64 x 4"
+    ):
+        imported(tmp_path, untied, write_parts(adapter, parts))
 
 
 def test_a_damaged_or_missing_adapter_is_named(tmp_path: Path, model: Path) -> None:

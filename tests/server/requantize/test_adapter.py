@@ -177,7 +177,7 @@ def test_an_adapter_that_passes_is_written_beside_the_chosen_file_and_the_cheape
     assert said.count("golden: 1 of the 1 prompts that plain answers") == 2
     assert "Both pass; the " in said
     record = json.loads((folder / "chosen.adapter.gguf.requantized.json").read_bytes())
-    assert (record["rank"], record["given"], record["before"]) == (RANK, None, None)
+    assert (record["rank"], record["given"]) == (RANK, None)
     (folder / "chosen.gguf").unlink()
     assert main(command(folder, *options)) == 1
     assert f"{out}: exists" in capsys.readouterr().err
@@ -206,6 +206,10 @@ def test_an_adapter_for_another_model_is_refused_before_the_work(
     assert "'qwen2'" in capsys.readouterr().err
     assert main(command(folder, "--adapter", str(folder / "none.gguf"), "--force")) == 1
     assert "none.gguf: no such file" in capsys.readouterr().err
+    own = write_parts(folder / "chosen.adapter.gguf", parts)
+    assert main(command(folder, "--adapter", str(own), "--force")) == 1
+    assert f"{own}: is the adapter that was given" in capsys.readouterr().err
+    own.unlink()
     assert main(command(folder, "--adapter", "rank=0", "--force")) == 2
     bare = command(folder)[: -2 * len(HELD_OUT)]
     assert main([*bare, "--unjudged", "--adapter", "rank=2", "--force"]) == 1
