@@ -298,7 +298,8 @@ class _Choice:
             error = target - rows.weights(rows.codes)
             if inputs is None:
                 curve = np.square(rows.steps) * metric.lookups[:, None]
-                found: Floats = np.abs(rows.steps * error * metric.lookups[:, None]) - curve / 2
+                slope = rows.steps * error * metric.lookups[:, None]
+                found = np.asarray(np.abs(slope) - curve / 2, np.float32)
             else:
                 found = single_gains(rows, metric.gradient(error), metric)
             gains.append(found[found > 0])
