@@ -80,6 +80,14 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         type=Path,
         help="begin with the codes of this file instead of the installed ones",
     )
+    _add_work(parser)
+    _add_judging(parser)
+    _add_onnx(parser)
+    parser.set_defaults(run=lambda arguments: _run(arguments, show))
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    """How the work is done."""
     parser.add_argument(
         "--runs",
         metavar="N",
@@ -100,9 +108,6 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         help="keeps what was measured (default: `calibration` beside --out)",
     )
     parser.add_argument("--force", action="store_true", help="replace --out if it is there")
-    _add_judging(parser)
-    _add_onnx(parser)
-    parser.set_defaults(run=lambda arguments: _run(arguments, show))
 
 
 def _add_installed(parser: argparse.ArgumentParser) -> None:

@@ -212,7 +212,7 @@ def _measured(
     files = folder / "samples.npz", folder / "few.npz"
     for each, path in zip((samples, few), files, strict=True):
         write_samples(each, path)
-    names = tuple(each.name for each in (*matrices, *floats))
+    names = (*(each.name for each in matrices), *(each.name for each in floats))
     report(
         f"calibration: {len(samples)} samples through the model in floats, and {count} with each of {len(names)} installed tensors"
     )

@@ -44,6 +44,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     Attributes:
         budget_bytes: What the delta from the installed file may weigh; or
         price: Distortion that a bit of the delta must save. Exactly one of both.
+        first_price: Where the search for the budget's price begins; None to look at what single steps gain. It changes the time.
         extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
         metric: What is kept near: the answers, or the plain weights, which is a trap (docs/requantize.md).
         pairs: First steps that are tried for two together, where no single step pays; 0 for none.
@@ -52,6 +53,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     budget_bytes: int | None = None
     price: float | None = None
+    first_price: float | None = None
     extrapolation: float = 0.0
     metric: MetricName = "outputs"
     pairs: int = PAIRS
@@ -178,7 +180,8 @@ class _Choice:
         self._report = report
         self._matrices, self.kept = find_matrices(new, installed)
         self._floats = find_floats(new, installed)
-        if not {each.name for each in (*self._matrices, *self._floats)} <= set(calibration.worths):
+        names = {each.name for each in self._matrices} | {each.name for each in self._floats}
+        if not names <= set(calibration.worths):
             raise ModelFileError(f"{new.path}: was calibrated with other tensors")
         self._matrix_codes = sum(int(np.prod(each.form.dims)) for each in self._matrices)
         self.codes = self._matrix_codes + sum(new.array(each.name).size for each in self._floats)
@@ -194,7 +197,8 @@ class _Choice:
             return self._settings.price, self._bytes_at(self._settings.price)
         budget = self._settings.budget_bytes
         assert budget is not None
-        price = price_of_budget(budget, self._weigh(), self._first_price(budget), self._bytes_at)
+        first = self._settings.first_price or self._first_price(budget)
+        price = price_of_budget(budget, self._weigh(), first, self._bytes_at)
         if self.rounds[-1][0] != price:
             self._bytes_at(price)
         return self.rounds[-1]
@@ -293,9 +297,9 @@ class _Choice:
             metric = self._metric(matrix, inputs, worth, part)
             error = target - rows.weights(rows.codes)
             if inputs is None:
-                gradient = error * metric.lookups[:, None]
-                half = 0.5 * np.square(rows.steps) * metric.lookups[:, None]
-                found = np.abs(rows.steps * gradient) - half
+                curve = np.square(rows.steps) * metric.lookups[:, None]
+                slope = rows.steps * error * metric.lookups[:, None]
+                found = np.asarray(np.abs(slope) - curve / 2, np.float32)
             else:
                 found = single_gains(rows, metric.gradient(error), metric)
             gains.append(found[found > 0])

@@ -5,7 +5,7 @@ for small errors grows with their square, so that the effects of errors in diffe
 
 | answers | distortion of a row | a flip |
 | --- | --- | --- |
-| `embedding` | one less the cosine | its nearest neighbour among the other samples is another one |
+| `embedding` | one less the cosine | one of its ten nearest neighbours among the other samples is none any more |
 | `classes` | KL from the float model, in nats | the likeliest class is another one |
 | `values` | squared error, as a share of the variance of the float model's answers | - |
 """
@@ -22,6 +22,9 @@ from server.scorecard.statistics import divergences
 AnswerKind = Literal["embedding", "classes", "values"]
 
 KINDS: Final[tuple[AnswerKind, ...]] = ("embedding", "classes", "values")
+
+NEIGHBOURS: Final = 10
+"""Whose loss is counted, as in recall@10 of nearest-neighbour search. One alone would take tens of thousands of samples to compare two files."""
 
 _SUM_TOLERANCE: Final = 1e-3
 _TINY: Final = 1e-30
@@ -111,23 +114,25 @@ def distortions(kind: AnswerKind, reference: Answers, found: Answers) -> npt.NDA
     return np.asarray(np.square(first - second).sum(axis=1) / max(spread, _TINY))
 
 
-def is_same(kind: AnswerKind, reference: Answers, found: Answers) -> npt.NDArray[np.bool_] | None:
-    """Whether the decision that is drawn from each answer is that of the model in floats; None where none is drawn."""
+def flips(kind: AnswerKind, reference: Answers, found: Answers) -> tuple[npt.NDArray[np.int64], int] | None:
+    """How many decisions that are drawn from each answer are others than those of the model in floats, and of how many; None where none is drawn."""
     if kind == "classes":
-        return np.asarray(reference.rows.argmax(axis=1) == found.rows.argmax(axis=1))
+        return np.not_equal(reference.rows.argmax(axis=1), found.rows.argmax(axis=1)).astype(np.int64), 1
     if kind == "embedding":
-        return np.asarray(_nearest(reference.rows) == _nearest(found.rows))
+        count = min(NEIGHBOURS, len(found.rows) - 1)
+        both = zip(_nearest(reference.rows, count), _nearest(found.rows, count), strict=True)
+        return np.asarray([count - len(np.intersect1d(*each)) for each in both], np.int64), count
     return None
 
 
-def _nearest(rows: Rows) -> npt.NDArray[np.int64]:
-    """Number of the other row that lies in nearly the same direction."""
+def _nearest(rows: Rows, count: int) -> npt.NDArray[np.int64]:
+    """Numbers of the other rows that lie in nearly the same direction."""
     unit = _unit(rows.astype(np.float64))
-    found = np.empty(len(unit), np.int64)
+    found = np.empty((len(unit), count), np.int64)
     for start in range(0, len(unit), _ROWS):
         near = unit[start : start + _ROWS] @ unit.T
         near[np.arange(len(near)), np.arange(start, start + len(near))] = -np.inf
-        found[start : start + len(near)] = near.argmax(axis=1)
+        found[start : start + len(near)] = np.argsort(-near, axis=1, kind="stable")[:, :count]
     return found
 
 

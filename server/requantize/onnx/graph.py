@@ -21,8 +21,8 @@ from protocol.tensors.onnx import MIN_TENSOR_BYTES
 from server.adapters.blobs import FileSource, storage_errors
 from server.diagnosis.weights import Floats
 
-FLOAT_TYPES: Final = {1: np.dtype("<f4"), 10: np.dtype("<f2")}
-"""Data types of initializers (`TensorProto.DataType`) that count as floats: float and float16."""
+FLOAT_TYPES: Final = {1: 32, 10: 16}
+"""Data types of initializers (`TensorProto.DataType`) that count as floats, float and float16, and their bits."""
 
 INT8, UINT8, INT4, UINT4 = 3, 2, 22, 21
 

@@ -219,6 +219,7 @@ class Bench:
         self._folder = folder
         self._report = report
         self._readings: dict[str, dict[str, Reading]] = {}
+        self._last_price = settings.first_price
         report("plain: " + ("as given" if models.plain else "onnxruntime's own quantizer"))
         write_plain(models.new, models.installed, models.plain, self.file(PLAIN))
         self._plain_bytes = delta_bytes(models.installed.path, self.file(PLAIN), settings.workers)
@@ -262,13 +263,19 @@ class Bench:
             self._models.installed,
             self._calibration,
             msgspec.structs.replace(
-                self._settings, budget_bytes=budget, extrapolation=extrapolation, metric=metric
+                self._settings,
+                budget_bytes=budget,
+                extrapolation=extrapolation,
+                metric=metric,
+                first_price=self._last_price if metric == "outputs" else None,
             ),
             self.file(name),
             self._report,
             before=self._models.before if extrapolation else None,
         )
         self._sizes[name] = made.delta_bytes
+        if metric == "outputs":
+            self._last_price = made.price  # the next one lies near
         return made
 
     def rows(self, trial: Trial, held_out: tuple[Samples, ...]) -> tuple[Row, ...]:

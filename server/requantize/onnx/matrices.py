@@ -203,7 +203,7 @@ def _grid(installed: Graph, node: Node, form: Form, name: str) -> Grid:
         raise _LeftError(f"{scales.size} scales of rows that are looked up")
     if node.integers.get("block_size"):
         raise _LeftError("blocks of bytes are not known here")
-    return Grid(*(_along(values, axis, form) for values in (scales, zeros)))
+    return Grid(_along(scales, axis, form), _along(zeros, axis, form))
 
 
 def _along(values: Floats, axis: int, form: Form) -> Floats:
@@ -286,7 +286,7 @@ class FloatTensor:
 def find_floats(new: Graph, installed: Graph) -> tuple[FloatTensor, ...]:
     """Tensors that are floats in both files and differ, in the order of the installed one."""
     return tuple(
-        FloatTensor(name, place.offset, 8 * FLOAT_TYPES[place.data_type].itemsize)
+        FloatTensor(name, place.offset, FLOAT_TYPES[place.data_type])
         for name, place in installed.stored.items()
         if place.offset is not None
         and place.data_type in FLOAT_TYPES

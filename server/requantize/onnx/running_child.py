@@ -155,7 +155,7 @@ class _Model:
                     f"no input is called {name!r}, as one in {samples.name} is",
                     hint=f"there are {', '.join(self._inputs)}",
                 )
-        typed = {}
+        typed: dict[str, Array] = {}
         for name, values in arrays.items():
             kind = _TYPES.get(self._inputs[name].type)
             if kind is None:

@@ -13,7 +13,7 @@ from msgspec import Struct
 from protocol.errors import RequestError
 from server.display import table
 from server.requantize.guards import TEXTS_MIN, Margins, no_worse
-from server.requantize.onnx.distortion import AnswerKind, Answers, distortions, is_same
+from server.requantize.onnx.distortion import AnswerKind, Answers, distortions, flips
 from server.requantize.rows import CHOSEN, NOTHING, PLAIN, REPAIR, TRAP, interval_text
 from server.scorecard.card import Check
 from server.scorecard.statistics import Interval, clustered_mean, clustered_ratio
@@ -27,13 +27,20 @@ class Reading(Struct, frozen=True, kw_only=True):
 
     Attributes:
         distortions: Summed over the answers of each sample.
-        flips: Answers of each sample that lead to another decision; None where none is drawn.
+        flips: Decisions drawn from the answers of each sample that are others; None where none is drawn.
         counts: Answers of each sample.
+        decisions: Drawn from each answer.
     """
 
     distortions: tuple[float, ...]
     flips: tuple[int, ...] | None
     counts: tuple[int, ...]
+    decisions: int = 1
+
+    @property
+    def decided(self) -> list[int]:
+        """Decisions of each sample."""
+        return [self.decisions * count for count in self.counts]
 
     @property
     def mean(self) -> float:
@@ -47,7 +54,7 @@ class SetFigures(Struct, frozen=True, kw_only=True):
     Attributes:
         samples: How many.
         distortion: Mean of an answer.
-        flips: Share of answers that lead to another decision than the float model's; None where none is drawn.
+        flips: Share of decisions that are others than the float model's; None where none is drawn.
         gain: Share of what plain takes away from the installed file's distortion; None where that is not above 0 with confidence.
     """
 
@@ -81,7 +88,7 @@ def reading(kind: AnswerKind, reference: Answers, found: Answers) -> Reading:
     Raises:
         ModelFileError: They are not finite, or of another shape.
     """
-    loss, same = distortions(kind, reference, found), is_same(kind, reference, found)
+    loss, flipped = distortions(kind, reference, found), flips(kind, reference, found)
     places = np.cumsum(reference.counts)[:-1]
 
     def sums(values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> list[float]:
@@ -89,8 +96,9 @@ def reading(kind: AnswerKind, reference: Answers, found: Answers) -> Reading:
 
     return Reading(
         distortions=tuple(sums(loss)),
-        flips=None if same is None else tuple(int(each) for each in sums(~same)),
+        flips=None if flipped is None else tuple(int(each) for each in sums(flipped[0])),
         counts=tuple(reference.counts.tolist()),
+        decisions=1 if flipped is None else flipped[1],
     )
 
 
@@ -99,7 +107,7 @@ def figures(found: Reading, installed: Reading, plain: Reading) -> SetFigures:
     return SetFigures(
         samples=len(found.counts),
         distortion=clustered_mean(found.distortions, found.counts),
-        flips=None if found.flips is None else clustered_mean(found.flips, found.counts),
+        flips=None if found.flips is None else clustered_mean(found.flips, found.decided),
         gain=share_of_gain(found, installed, plain),
     )
 
@@ -133,8 +141,8 @@ def check_sets(
         margin, factor = margins.kl_share * other.mean, 100 / max(other.mean, np.finfo(np.float64).tiny)
         checks.append(no_worse(f"{name}: distortion", lost, margin, unit, factor))
         if one.flips is not None and other.flips is not None:
-            flips = clustered_mean(np.subtract(one.flips, other.flips).tolist(), one.counts)
-            checks.append(no_worse(f"{name}: flips", flips, margins.flips, "points", 100))
+            more = clustered_mean(np.subtract(one.flips, other.flips).tolist(), one.decided)
+            checks.append(no_worse(f"{name}: flips", more, margins.flips, "points", 100))
     return tuple(checks)
 
 

@@ -128,7 +128,7 @@ def drawn(name: str, seed: int, count: int = 64, first: int = 0) -> Samples:
 def written(folder: Path, samples: Samples) -> Path:
     """A set as a file."""
     path = folder / samples.name
-    np.savez(path, **samples.arrays)
+    np.savez(path, allow_pickle=False, **samples.arrays)
     return path
 
 

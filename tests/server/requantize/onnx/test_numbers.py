@@ -10,7 +10,7 @@ from server.requantize.codes import LinearRows
 from server.requantize.descent import Price
 from server.requantize.guards import Margins
 from server.requantize.onnx.choice import choose_separately
-from server.requantize.onnx.distortion import Answers, answers_of, distortions, is_same
+from server.requantize.onnx.distortion import Answers, answers_of, distortions, flips
 from server.requantize.onnx.inputs import read_samples
 from server.requantize.onnx.verdict import Reading, check_sets, figures, share_of_gain
 
@@ -55,17 +55,25 @@ def test_distortions_are_what_they_are_called() -> None:
         distortions("values", first, logits)
 
 
-def test_flips_are_other_classes_and_other_neighbours() -> None:
-    same = is_same("classes", answers([[1, 2], [2, 1]]), answers([[1, 3], [1, 2]]))
+def test_flips_are_other_classes_and_lost_neighbours() -> None:
+    found = flips("classes", answers([[1, 2], [2, 1]]), answers([[1, 3], [1, 2]]))
+    assert found is not None
+    assert (found[0].tolist(), found[1]) == ([0, 1], 1)
+    angles = np.linspace(0, np.pi, 40)
+    first = Answers(np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32), np.ones(40, np.int64))
+    moved = Answers(first.rows.copy(), first.counts)
+    moved.rows[0] = -moved.rows[39]  # nearly where it was, and yet
+    moved.rows[39] = first.rows[0]
+    found = flips("embedding", first, moved)
+    assert found is not None
+    lost, count = found
+    assert count == 10
+    assert lost[39] == 10  # all of its neighbours are at the other end
+    assert lost[20] == 0  # far from both
+    same = flips("embedding", first, first)
     assert same is not None
-    assert same.tolist() == [True, False]
-    first = answers([[1, 0], [1, 0.1], [0, 1], [0.1, 1]])
-    moved = answers([[1, 0], [1, 0.1], [0, 1], [1, 0.05]])  # the last one has gone over to the others
-    near = is_same("embedding", first, moved)
-    assert near is not None
-    assert near.tolist() == [False, False, False, False]
-    assert is_same("embedding", first, first).all()  # type: ignore[union-attr]
-    assert is_same("values", first, moved) is None
+    assert same[0].sum() == 0
+    assert flips("values", first, moved) is None
 
 
 def test_positions_that_do_not_count_are_left_out() -> None:
