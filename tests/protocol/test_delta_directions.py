@@ -21,7 +21,9 @@ def _codes(rows: int, columns: int, strengths: list[float], noise: float) -> tup
     weights = 30 * rng.standard_normal((rows, columns), np.float32)
     moved = weights + noise * rng.standard_normal(weights.shape, np.float32)
     for strength in strengths:
-        moved += strength * np.outer(rng.standard_normal(rows), rng.standard_normal(columns)).astype(np.float32)
+        moved += strength * np.outer(rng.standard_normal(rows), rng.standard_normal(columns)).astype(
+            np.float32
+        )
     return _rounded(weights), _rounded(moved)
 
 
@@ -74,7 +76,9 @@ def test_a_matrix_of_which_hardly_anything_changed_gets_no_directions() -> None:
     new = old.copy()
     new[5, 7] ^= 1
     assert _fit(old, new) is None
-    new[6] = old[6][::-1]  # a row that is another: the strongest direction of all, and of no use to any other row
+    new[6] = old[6][
+        ::-1
+    ]  # a row that is another: the strongest direction of all, and of no use to any other row
     assert _fit(old, new) is None
 
 
