@@ -48,21 +48,19 @@ def fit_directions(base: ReadAt, new: ReadAt, old_region: Region, region: Region
     rows = min(region.length, old_region.length) // region.row_bytes
     pieces = _pieces(base, new, old_region, region)
     # Directions fit rows that they were fitted to better than others, so that others are asked, if there are any.
-    fitted, judged = np.concatenate(pieces[::2]), np.concatenate(pieces[1::2] or pieces)
-    seen, judged_rows = len(fitted), len(judged)
-    # A row that has not changed says nothing of where rows go, and costs nothing either.
-    fitted, judged = (part[part.any(axis=1)].astype(np.float32) for part in (fitted, judged))
+    some, others = np.concatenate(pieces[::2]), np.concatenate(pieces[1::2] or pieces)
+    fitted, judged = _changed_rows(some), _changed_rows(others)
     if not len(fitted) or not len(judged):
         return None
     rates = np.sqrt((fitted**2).mean(axis=0, keepdims=True) + 1e-3)
     with single_thread():
         vectors = _leading(fitted / rates, _RANK_MAX)
-        basis = _basis(fitted, vectors * rates, seen)
+        basis = _basis(fitted, vectors * rates, len(some))
         scaled = judged / rates
         energies = ((scaled @ vectors.T) ** 2).mean(axis=0) / (scaled**2).mean()
     if basis is None:
         return None
-    saved = _saved_bytes(energies, rows * len(judged) / judged_rows)
+    saved = _saved_bytes(energies, rows * len(judged) / len(others))
     return _best_cut(basis, saved)
 
 
@@ -82,6 +80,11 @@ def _pieces(base: ReadAt, new: ReadAt, old_region: Region, region: Region) -> li
         )
         pieces.append((now - old).view(np.int8))  # modulo 256: differences are small, signed or not
     return pieces
+
+
+def _changed_rows(changes: Changes) -> Matrix:
+    """Return the rows that have changed: others say nothing of where rows go, and cost nothing either."""
+    return changes[changes.any(axis=1)].astype(np.float32)
 
 
 def _leading(matrix: Matrix, rank: int) -> Matrix:

@@ -87,3 +87,10 @@ def test_the_same_matrix_gives_the_same_directions() -> None:
     found = _fit(old, new)
     assert found is not None
     assert found == _fit(old, new)
+
+
+def test_a_matrix_whose_counterpart_has_not_even_one_row_gets_no_directions() -> None:
+    new = _codes(128, 64, [], noise=0)[0]
+    region = Region("w", Layout.I8, 0, new.size, row_bytes=64)
+    short = Region("w", Layout.I8, 0, 63, row_bytes=64)
+    assert fit_directions(BytesSource(bytes(63)), BytesSource(new.tobytes()), short, region) is None
