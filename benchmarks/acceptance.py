@@ -98,7 +98,7 @@ def _speeds(results: Results) -> Iterable[Line]:
     for method in ("small", "fast"):
         yield _worst(
             f"{method}, build speed of bsdiff4's",
-            FINE_TUNES,
+            (*FINE_TUNES, *ONNX),
             8,
             20,
             partial(_of_bsdiff_speed, results, method),

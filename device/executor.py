@@ -91,9 +91,7 @@ class Executor:
             effects.Unsubscribe: lambda effect: transport.unsubscribe(effect.filters),
             effects.Publish: self._publish,
             effects.ForgetKeys: lambda _effect: self._ciphers.clear(),
-            effects.WriteChunk: lambda effect: blobs.write_chunk(
-                disk, effect.blob, effect.index, effect.payload, self._cipher(effect.key)
-            ),
+            effects.WriteChunk: self._write_chunk,
             effects.SyncBlob: lambda effect: disk.sync(blobs.blob_file(effect.blob)),
             effects.PointCurrent: lambda effect: disk.point(CURRENT_LINK, slot_folder(effect.slot)),
             effects.AnswerOperator: lambda _effect: None,  # the driver passes it on
@@ -173,6 +171,10 @@ class Executor:
         if effect.is_signed and self._seal is not None:
             payload = self._seal(effect.topic, payload)
         self._transport.publish(effect.topic, payload, effect.qos, retain=effect.retain)
+
+    def _write_chunk(self, effect: effects.WriteChunk) -> None:
+        blobs.write_chunk(self._disk, effect.blob, effect.index, effect.payload, self._cipher(effect.key))
+        self._transport.progressed()
 
     def _save_root(self, effect: effects.SaveRoot) -> None:
         self._disk.create(_ROOT_TEMPORARY, len(effect.root))

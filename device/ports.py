@@ -86,6 +86,9 @@ class Transport(Protocol):
     def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
         """Send; dropped silently while there is no connection."""
 
+    def progressed(self) -> None:
+        """Take note that something came which will not have to come again: even if it is lost soon, the connection was good for something."""
+
 
 Cipher = Callable[[int, bytes], bytes]
 """Encrypts the bytes that begin at an offset, or decrypts them: it is the same."""

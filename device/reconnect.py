@@ -1,4 +1,13 @@
-"""When a client that lost its broker comes back: full jitter, so that a fleet never comes back at one instant. Pure."""
+"""When a client that lost its broker comes back: full jitter, so that a fleet never comes back at one instant. Pure.
+
+What a connection was good for decides how soon the next one is tried:
+
+- it held for `STABLE_S`: at once, as if nothing had failed before;
+- it was short, but brought something that will not have to come again: soon. The broker serves, only the link is bad, and
+  each such connection brings the end nearer, so that there is a bounded number of them;
+- it carried nothing, or there was none: later and later. That is a broker that is away, that accepts and then closes, because of its
+  access rules or since two devices share an identity, or that a whole fleet has just brought to its knees.
+"""
 
 import random
 from typing import Final
@@ -8,8 +17,11 @@ RECONNECT_CAP_S: Final = 60.0
 """Full jitter: a device waits for a random time up to the base doubled per attempt, at most the cap."""
 
 STABLE_S: Final = 5.0
-"""A connection that was lost sooner counts as a failed attempt: a broker that accepts and then closes, because of its
-access rules or since two devices share an identity, is not hammered."""
+"""A connection that was lost sooner counts as a failed attempt."""
+
+ATTEMPTS_AFTER_PROGRESS: Final = 3
+"""As many failed attempts are remembered after progress, at most: the next wait is up to 4 s. Not none, for a broker that is
+overloaded also brings something before it drops everybody."""
 
 _ATTEMPTS_MAX: Final = 16
 
@@ -30,6 +42,10 @@ class Backoff:
     def reset(self) -> None:
         """Begin anew, as after a good connection."""
         self._attempts = 0
+
+    def progressed(self) -> None:
+        """The connection has brought something that will not have to come again."""
+        self._attempts = min(self._attempts, ATTEMPTS_AFTER_PROGRESS)
 
     def ended(self, connected_s: float) -> None:
         """A connection that lasted for `connected_s` is gone."""

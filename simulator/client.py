@@ -87,6 +87,10 @@ class Client:
         if self.is_connected:
             self._send(Publish(topic, payload, qos, retain, packet_id=self._next_id() if qos else 0))
 
+    def progressed(self) -> None:
+        """As `Transport.progressed`."""
+        self._backoff.progressed()
+
     # Life
 
     def start(self) -> None:

@@ -266,6 +266,10 @@ class MqttTransport:
         if self._is_connected and self._client is not None:
             self._client.publish(topic, payload, qos, retain)
 
+    def progressed(self) -> None:
+        """As `Transport.progressed`."""
+        self._backoff.progressed()
+
     # --- life -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:

@@ -23,9 +23,6 @@ from protocol.delta.runs import (
     VARIANCE_BITS_MIN,
     Basis,
 )
-from protocol.delta.runs import (
-    COLUMNS_MAX as WIDTH_MAX,
-)
 from protocol.tensors.regions import Layout, ReadAt, Region
 
 ROWS_PER_COLUMN_MIN = 8
@@ -37,16 +34,10 @@ COLUMNS_MAX = 1024
 _ROWS_MAX = 16_384  # rows that are looked at; evenly spread pieces of the tensor
 _PIECE_ROWS = 1024
 _RIDGE = 1e-5
-_COEFFICIENT_UNIT = 4096
-_WEIGHT_MAX = 10.0  # of a row with tiny steps, relative to the mean
+COEFFICIENT_UNIT = 4096
+"""Of the coder's coefficients: 1."""
 
-# Of matrices whose scales are elsewhere.
-_MATRIX_ROWS_MIN = 64
-_MATRIX_RANK = 4
-_MATRIX_CODES_MAX = 1 << 22  # that are looked at: their differences take 16 MiB
-_LEVELS = 3  # of a direction, either way: it is noisy anyway, and has to be sent
-_SWEEPS = 24
-_CODE_UNITS = 256  # of the coder's unit in a step between codes
+_WEIGHT_MAX = 10.0  # of a row with tiny steps, relative to the mean
 
 Matrix = npt.NDArray[np.float32]
 
@@ -61,61 +52,6 @@ def is_tall(region: Region) -> bool:
     return columns % GROUP_CODES == 0 and columns <= COLUMNS_MAX and rows >= ROWS_PER_COLUMN_MIN * columns
 
 
-def is_matrix(region: Region) -> bool:
-    """Tell whether a basis may pay for a tensor whose scales are elsewhere."""
-    columns, rows = region.row_bytes, region.length // max(region.row_bytes, 1)
-    is_wide = 0 < columns <= WIDTH_MAX and columns % GROUP_CODES == 0
-    return region.layout in {Layout.I8, Layout.U8} and is_wide and rows >= _MATRIX_ROWS_MIN
-
-
-def fit_matrix_basis(base: ReadAt, new: ReadAt, old_region: Region, region: Region) -> Basis | None:
-    """Return the directions in which the rows of a matrix of codes have moved, strongest first; None if none has.
-
-    Args:
-        base: The base.
-        new: The new file.
-        old_region: The tensor in the base, with rows of the same length.
-        region: The tensor in the new file; `is_matrix`.
-    """
-    columns = region.row_bytes
-    rows = min(region.length, old_region.length, _MATRIX_CODES_MAX) // columns
-    old, now = (
-        np.frombuffer(source.read_at(offset, rows * columns), np.uint8).reshape(rows, columns)
-        for source, offset in ((base, old_region.offset), (new, region.offset))
-    )
-    # Modulo 256: differences are small, signed or not.
-    changes = (now - old).view(np.int8).astype(np.float32)
-    if not changes.any():
-        return None
-    rates = np.sqrt((changes**2).mean(axis=0, keepdims=True) + 1e-3)
-    with _single_thread():
-        directions = _leading(changes / rates, _MATRIX_RANK) * rates
-        largest = np.abs(directions).max(axis=1, keepdims=True)
-        if not largest.all():
-            return None
-        directions = np.rint(np.rint(directions / largest * _LEVELS) * (127 / _LEVELS))
-        normal = directions @ directions.T + 1e-6 * np.eye(len(directions), dtype=np.float32)
-        coefficients = changes @ directions.T @ np.linalg.inv(normal) * _CODE_UNITS
-    # A row has few changes, most of them chance: what remains of the mean square is what the direction explains.
-    found = (coefficients**2).mean(axis=0)
-    chance = (changes**2).mean() * _CODE_UNITS**2 / np.diag(normal)
-    variance = np.maximum(found - chance, found / 8) * _COEFFICIENT_UNIT**2
-    bits = np.clip(np.rint(np.log2(np.maximum(variance, 1))), VARIANCE_BITS_MIN, VARIANCE_BITS_MAX)
-    prior = bits.astype(np.uint8).tobytes() + bytes(len(bits))
-    return Basis(columns, len(bits), directions.astype(np.int8).tobytes(), b"", prior)
-
-
-def _leading(matrix: Matrix, rank: int) -> Matrix:
-    """Return the strongest right singular vectors, by sweeps from a fixed start: the same files give the same delta."""
-    start = np.random.default_rng(0).standard_normal((matrix.shape[1], rank), np.float32)
-    vectors = np.linalg.qr(start)[0]
-    for _ in range(_SWEEPS):
-        vectors = np.linalg.qr(matrix.T @ (matrix @ vectors))[0]
-    _, strengths, rotation = np.linalg.svd(matrix @ vectors, full_matrices=False)
-    leading: Matrix = (vectors @ rotation.T).T * (strengths[:, None] > 0)
-    return leading
-
-
 def fit_basis(base: ReadAt, new: ReadAt, old_region: Region, region: Region) -> tuple[Basis, float]:
     """Return the basis of a tall tensor and the share of the update's energy that it explains.
 
@@ -125,11 +61,11 @@ def fit_basis(base: ReadAt, new: ReadAt, old_region: Region, region: Region) -> 
         old_region: The tensor in the base, with rows of the same length.
         region: The tensor in the new file; `is_tall`.
     """
-    with _single_thread():
+    with single_thread():
         return _fit_basis(base, new, old_region, region)
 
 
-def _single_thread() -> contextlib.AbstractContextManager[Any]:
+def single_thread() -> contextlib.AbstractContextManager[Any]:
     """Keep linear algebra to this thread: its idle threads spin, which costs more processor time than they save."""
     try:
         from threadpoolctl import threadpool_limits  # noqa: PLC0415 - only writers need it, so only they have to have it
@@ -179,7 +115,7 @@ class _Forecast:
         coefficients = changes @ self._inverse.T
         self._energy += float((changes**2).sum())
         self._rest += float(((changes - coefficients @ self._directions) ** 2).sum())
-        coefficients *= _COEFFICIENT_UNIT
+        coefficients *= COEFFICIENT_UNIT
         inverse_step = 1 / step
         row_weight = np.minimum(inverse_step / inverse_step.mean(), _WEIGHT_MAX)[:, None]
         self._left += (weights * row_weight).T @ weights

@@ -6,6 +6,7 @@ Only the writer comes here; floating point is allowed, because what it finds is 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from protocol.delta.layouts import LAYOUT_BY_NUMBER, NAME_BY_NUMBER, Array, BlockLayout
 from protocol.delta.prediction import GAIN_SHIFT, predict_plain
@@ -14,6 +15,7 @@ from protocol.tensors.regions import Layout
 
 _CODES_MIN = 256  # fewer values cannot pay for ten bytes of parameters
 _MOVED_MIN = 0.15  # steps, for each code that changed: less is lost in what moved codes besides
+_SPREAD_MIN = 1e-3  # of codes that are not all the same; single precision tells no less
 _FITTED = {Layout.I8, Layout.U8, Layout.PACKED4, Layout.I4}
 
 
@@ -51,23 +53,33 @@ def _codes(layout: BlockLayout, data: bytes) -> Array:
 
 
 def _fit(layout: BlockLayout, old: Array, new: Array, *, by_position: bool) -> tuple[int, int] | None:
-    if old.size < _CODES_MIN or np.array_equal(old, new):
+    changed = old != new
+    changes = int(np.count_nonzero(changed))
+    if old.size < _CODES_MIN or not changes:
         return None
-    x, y = (
-        (codes.view(np.int8) if layout.is_signed else codes).astype(np.float64).reshape(-1) - layout.zero
-        for codes in (old, new)
-    )
-    spread = x.var()
-    if spread == 0:
+    x, before, after = (_centred(layout, codes) for codes in (old.reshape(-1), old[changed], new[changed]))
+    mean = float(x.mean(dtype=np.float64))
+    spread = float(np.vdot(x, x)) / x.size - mean**2
+    if spread < _SPREAD_MIN:
         return None
-    slope = ((x - x.mean()) * (y - y.mean())).mean() / spread
-    gain = round(slope * (1 << GAIN_SHIFT))
-    offset = round((y.mean() - slope * x.mean()) * (1 << GAIN_SHIFT))
+    # The slope is near 1: what changed says how near, and most codes did not.
+    moves = (after - before).astype(np.float64)
+    tilt = float((moves * (before - mean)).sum()) / x.size / spread
+    shift = float(moves.sum()) / x.size - tilt * mean
+    gain, offset = round((1 + tilt) * (1 << GAIN_SHIFT)), round(shift * (1 << GAIN_SHIFT))
     if abs(gain) > GAIN_LIMIT or abs(offset) > GAIN_LIMIT << 8:
         return None
     if by_position:
-        moved = np.abs(x * (gain / (1 << GAIN_SHIFT) - 1) + offset / (1 << GAIN_SHIFT)).mean()
-        return (gain, offset) if moved > _MOVED_MIN * np.count_nonzero(x != y) / x.size else None
+        x *= gain / (1 << GAIN_SHIFT) - 1
+        x += offset / (1 << GAIN_SHIFT)
+        moved = float(np.abs(x, out=x).mean())
+        return (gain, offset) if moved > _MOVED_MIN * changes / x.size else None
     expected, _ = predict_plain(layout, old, gain, offset)
-    better = np.count_nonzero(expected != new) < 0.98 * np.count_nonzero(old != new)
+    better = np.count_nonzero(expected != new) < 0.98 * changes
     return (gain, offset) if better else None
+
+
+def _centred(layout: BlockLayout, codes: Array) -> npt.NDArray[np.float32]:
+    values = (codes.view(np.int8) if layout.is_signed else codes).astype(np.float32)
+    values -= layout.zero
+    return values

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protocol.delta.basis import fit_basis, fit_matrix_basis, is_matrix, is_tall
+from protocol.delta.basis import fit_basis, is_tall
 from protocol.delta.compression import compress
 from protocol.delta.context import ContextModel
+from protocol.delta.directions import RECORD_BYTES, fit_directions, is_matrix
 from protocol.delta.format import Profile
 from protocol.delta.gain import fit_gain
 from protocol.delta.layouts import LAYOUT_BY_NUMBER, LAYOUTS, NAME_BY_NUMBER, Array, BlockLayout, Formula
@@ -27,8 +28,6 @@ _HALF_GROUP = 16
 _SAMPLES = 4  # pieces of a tall tensor on which choices are tried
 _SAMPLE_BYTES = 384 << 10
 _COMPARE_BYTES = 1 << 20
-_MATRIX_RANKS = (1, 2, 4)
-_RECORD_BYTES = 60  # of a segment and of the tables record before it, about
 _KEEPING_SCALES = {LAYOUTS[name].number for name in (Layout.RAW, *SCALED)}
 _EXPLAINED_MIN = 0.01  # of an update, by a basis that is worth a trial
 
@@ -174,7 +173,7 @@ class Modeller:
         region, match = self._regions[tensor], self._matches[tensor].base
         flags = Flag.GRID if self._is_small and region.layout in {Layout.Q8_0, Layout.Q6_K} else Flag.NONE
         if match is not None and self._is_small and is_matrix(region):
-            return self._choose_matrix(tensor, match)
+            return Choice(basis=fit_directions(self._base, self._new, match, region))
         if match is None or not is_tall(region):
             return Choice(flags)
         drifting = Choice(flags | Flag.DRIFT)
@@ -187,31 +186,6 @@ class Modeller:
         candidates += [Choice(flags | Flag.DRIFT, basis.cut(rank)) for rank in (basis.rank // 2, basis.rank)]
         return min(candidates, key=lambda choice: self._trial_bytes(tensor, match, choice))
 
-    def _choose_matrix(self, tensor: int, match: Region) -> Choice:
-        basis = fit_matrix_basis(self._base, self._new, match, self._regions[tensor])
-        if basis is None:
-            return Choice()
-        best = Choice()
-        fewest = self._trial_bytes(tensor, match, best)
-        for rank in _MATRIX_RANKS:
-            choice = Choice(basis=basis.cut(min(rank, basis.rank)))
-            count = self._trial_bytes(tensor, match, choice)
-            if count >= fewest:
-                break  # a trial costs as much as the tensor itself, and further directions are weaker still
-            best, fewest = choice, count
-            if rank >= basis.rank:
-                break
-        return best
-
-    def _feed_scales(self, model: ContextModel, scales: int) -> None:
-        region, match = self._regions[scales], self._matches[scales].base
-        assert match is not None
-        count = region.length // 4
-        flags = Flag.START | Flag.BASE | Flag.SCALES
-        run = ContextRun(LAYOUTS[region.layout].number, flags, 0, count, count, 0, 0)
-        old = self._base.read_at(match.offset, match.length)
-        model.encode([run], old, self._new.read_at(region.offset, region.length))
-
     def _trial_bytes(self, tensor: int, match: Region, choice: Choice) -> float:
         """Estimate what a tensor costs, from evenly spread pieces of rows."""
         region = self._regions[tensor]
@@ -221,9 +195,6 @@ class Modeller:
         some = min(rows, max(1, _SAMPLE_BYTES // region.row_bytes))
         model = ContextModel()
         model.reset()
-        scales = self._scales.get(tensor)
-        if scales is not None:
-            self._feed_scales(model, scales)
         total = seen = 0
         for index in range(_SAMPLES):
             first = (rows - some) * index // max(1, _SAMPLES - 1)
@@ -233,12 +204,6 @@ class Modeller:
             flags |= (Flag.START if index == 0 else Flag.NONE) | (Flag.RANK if choice.basis else Flag.NONE)
             if Flag.LATTICE not in flags:
                 flags &= ~Flag.GRID
-            gain = None
-            if scales is not None:
-                flags |= Flag.SCALES
-            else:
-                gain = fit_gain(Run(layout.number, some * row_blocks, 0), old, new, by_position=True)
-            flags |= Flag.GAIN if gain else Flag.NONE
             run = ContextRun(
                 layout.number,
                 flags,
@@ -247,12 +212,12 @@ class Modeller:
                 row_blocks * layout.codes.count,
                 first * row_blocks,
                 0,
-                gain,
+                None,
                 choice.basis,
             )
             total += len(model.encode([run], old, new))
             seen += len(new)
-        side = len(compress(choice.basis.pack(), "small")) + _RECORD_BYTES if choice.basis else 0
+        side = len(compress(choice.basis.pack(), "small")) + RECORD_BYTES if choice.basis else 0
         return total * region.length / max(seen, 1) + side
 
 
@@ -320,8 +285,8 @@ def _sparse_share(layout: BlockLayout, old: Array, new: Array) -> float:
         old, new = old[differing], new[differing]
     ours, theirs = (layout.codes.split(blocks).reshape(-1) for blocks in (old, new))
     codes = len(ours) // _HALF_GROUP * _HALF_GROUP
-    changed = (ours[:codes] != theirs[:codes]).reshape(-1, _HALF_GROUP).any(axis=1)
-    return (halves - int(np.count_nonzero(changed))) / halves
+    changed = (ours[:codes] != theirs[:codes]).view(np.uint64)  # eight at once
+    return (halves - int(np.count_nonzero(changed[::2] | changed[1::2]))) / halves
 
 
 @functools.cache

@@ -307,6 +307,7 @@ class Device:
         self.rng = random.Random(seed)
         self.now_ms = START_MS
         self.reports: list[Report] = []
+        self.progress = 0  # how often the transport was told that something came for good
         self.rows: list[str] = []
         self.effects: list[Effect] = []
         self.fetched: list[tuple[str, int]] = []
@@ -442,6 +443,9 @@ class Device:
             self.reports.append(decode_message(Report, payload))
         elif self.answer_requests is not None:
             self.answer_requests(topic, payload)
+
+    def progressed(self) -> None:
+        self.progress += 1
 
     def has_server(self) -> None:
         """From now on a server answers requests for metadata."""

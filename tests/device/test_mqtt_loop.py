@@ -6,13 +6,23 @@ from pathlib import Path
 import pytest
 
 from device.adapters.mqtt import CONNECTORS_MAX, BrokerAddress, MqttLoop, MqttTransport, Will
+from device.reconnect import ATTEMPTS_AFTER_PROGRESS
 from tests.server.brokers import BROKERS, free_port, running_broker
 
 
 class Client:
     """A transport that notes what happens to it."""
 
-    def __init__(self, loop: MqttLoop, port: int, name: str, *, will: Will | None = None) -> None:
+    def __init__(
+        self,
+        loop: MqttLoop,
+        port: int,
+        name: str,
+        *,
+        will: Will | None = None,
+        makes_progress: bool = False,
+    ) -> None:
+        self.makes_progress = makes_progress
         self.connects = 0
         self.losses = 0
         self.messages: list[tuple[str, bytes]] = []
@@ -30,6 +40,8 @@ class Client:
     def on_connected(self) -> None:
         self.connects += 1
         self.transport.subscribe((f"to/{self.transport._client_id}", "all"), 1)
+        if self.makes_progress:
+            self.transport.progressed()
 
     def on_disconnected(self) -> None:
         self.losses += 1
@@ -123,6 +135,18 @@ def test_a_broker_that_accepts_and_closes_at_once_is_visited_less_and_less() -> 
     client.transport.start()
     assert loop.run_until(lambda: client.losses >= 4, 30)
     assert client.transport._backoff._attempts >= 4
+    client.transport.close()
+    doorman.close()
+    loop.close()
+
+
+def test_a_broker_that_closes_after_it_brought_something_is_visited_again_soon() -> None:
+    doorman = Doorman()
+    loop = MqttLoop()
+    client = Client(loop, doorman.port, "guest", makes_progress=True)
+    client.transport.start()
+    assert loop.run_until(lambda: client.losses >= 5, 30)
+    assert client.transport._backoff._attempts == ATTEMPTS_AFTER_PROGRESS + 1
     client.transport.close()
     doorman.close()
     loop.close()

@@ -2,7 +2,8 @@
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from protocol.delta.runs import Basis, ContextRun, Flag, write_context_runs
 from protocol.tensors import Layout
 from tests.fuzz.mutation import Patch, seal_patch
 from tests.fuzz.targets import join_input
+from tests.protocol.context_segments import scaled_by_columns
 from tests.protocol.delta_files import delta
 from tests.protocol.model_files import (
     GGML_NUMBERS,
@@ -150,6 +152,10 @@ def reader_seeds() -> Iterator[tuple[str, bytes]]:
     yield "context-text", _reader_seed(text, changed, 1024)
     yield "rank", _rank_seed(Flag.BASE | Flag.RANK | Flag.START)
     yield "flags", _rank_seed(~Flag.GAIN)
+    yield "columns", _columns_seed(Layout.I8, Flag.BASE | Flag.SCALES | Flag.SPARSE)
+    yield "columns-rank", _columns_seed(Layout.I8, Flag.BASE | Flag.SCALES | Flag.RANK)
+    yield "u8-columns-rank", _columns_seed(Layout.U8, Flag.BASE | Flag.SCALES | Flag.RANK | Flag.SPARSE)
+    yield "i8-rank", _columns_seed(Layout.I8, Flag.BASE | Flag.RANK | Flag.GAIN | Flag.SPARSE)
     yield (
         "raw",
         _reader_seed(b"", np.random.default_rng(2).integers(0, 256, 200, dtype=np.uint8).tobytes(), 1024),
@@ -160,38 +166,73 @@ def reader_seeds() -> Iterator[tuple[str, bytes]]:
 
 
 def _rank_seed(flags: Flag) -> bytes:
-    """A tables record, and two context segments that go on with each other and use it."""
+    """Rows of blocks that move along a basis that foretells from old rows."""
     columns, rank, rows = 64, 2, 8
     rng = np.random.default_rng(3)
     sides = [rng.integers(-90, 90, rank * columns).astype(np.int8).tobytes() for _ in range(2)]
     basis = Basis(columns, rank, sides[0], sides[1], bytes([20, 24, 10, 30]))
     base = blocks(Layout.Q8_0, rows * columns // 32, 1)
     new = moved_blocks(Layout.Q8_0, base, 2)
+    number, half = LAYOUTS[Layout.Q8_0].number, len(base) // 2 // 34
+    runs = [
+        ContextRun(number, flags if part == 0 else flags & ~Flag.START, 0, half, columns, part * half, 0)
+        for part in range(2)
+    ]
+    return _context_seed(basis, base, new, [[replace(run, basis=basis)] for run in runs])
+
+
+def _columns_seed(name: Layout, flags: Flag) -> bytes:
+    """A scale for each column, then the codes that they scale, which may move along a basis: what there is in ONNX int8 models."""
+    columns, rows = 64, 8
+    old, new = (
+        np.frombuffer(data, np.uint8)
+        for segment in [scaled_by_columns(0.002, columns, rows)]
+        for data in (segment.window, segment.result)
+    )
+    if name is Layout.U8:
+        old, new = (np.concatenate([data[: 4 * columns], data[4 * columns :] ^ 0x80]) for data in (old, new))
+    directions = np.random.default_rng(4).integers(-3, 4, columns).astype(np.int8) * 42
+    basis = Basis(columns, 1, directions.tobytes(), b"", bytes([26, 0])) if Flag.RANK in flags else None
+    gain = (64_000, 9_000) if Flag.GAIN in flags else None
+    scale_flags = Flag.BASE | Flag.START | (flags & Flag.SCALES)
+    scales = ContextRun(LAYOUTS[Layout.F32].number, scale_flags, 0, columns, columns, 0, 0)
+    number, half = LAYOUTS[name].number, rows // 2 * columns
+    codes = [
+        ContextRun(number, flags | Flag.START, 0, half, columns, 0, 4 * columns, gain, basis),
+        ContextRun(number, flags, 0, half, columns, half, 0, gain, basis),
+    ]
+    return _context_seed(basis, old.tobytes(), new.tobytes(), [[scales, codes[0]], [codes[1]]])
+
+
+def _context_seed(
+    basis: Basis | None, base: bytes, new: bytes, parts: Sequence[Sequence[ContextRun]]
+) -> bytes:
+    """A tables record if there is a basis, and context segments that go on with each other; their windows lie where their results do."""
     model = ContextModel()
     model.basis = basis
     model.reset()
-    packed = compress(basis.pack(), "fast")
-    records = [(SegmentHeader(Codec.TABLES, 0, 0, 0, 0, len(packed), bytes(16), 0), packed)]
-    half = len(base) // 2
-    for part in range(2):
-        chosen = flags if part == 0 else flags & ~Flag.START
-        run = ContextRun(
-            LAYOUTS[Layout.Q8_0].number, chosen, 0, half // 34, columns, part * half // 34, 0, basis=basis
-        )
-        window, result = base[part * half :][:half], new[part * half :][:half]
-        parameters, payload = write_context_runs([run]), model.encode([run], window, result)
+    records = []
+    if basis is not None:
+        packed = compress(basis.pack(), "fast")
+        records.append((SegmentHeader(Codec.TABLES, 0, 0, 0, 0, len(packed), bytes(16), 0), packed))
+    at = 0
+    for index, runs in enumerate(parts):
+        length = sum(run.length for run in runs)
+        window, result = base[at : at + length], new[at : at + length]
+        parameters, payload = write_context_runs(runs), model.encode(runs, window, result)
         header = SegmentHeader(
             Codec.CONTEXT,
             len(parameters),
-            half,
-            part * half,
-            half,
+            length,
+            at,
+            length,
             len(payload),
             bytes(16),
             0,
-            continues=part > 0,
+            continues=index > 0,
         )
         records.append((header, parameters + payload))
+        at += length
     frame = Header(Profile.SMALL, len(base), hashlib.sha256(base).digest(), len(new), bytes(32), 0, len(new))
     return join_input(base, seal_patch(Patch(frame, records), base, repairs=True))
 

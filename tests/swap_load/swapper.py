@@ -72,6 +72,9 @@ class _NoTransport:
     def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool) -> None:
         del topic, payload, qos, retain
 
+    def progressed(self) -> None:
+        pass
+
 
 class Swapper:
     """The device; versions are numbers, the n-th of them is the n-th model, round and round."""

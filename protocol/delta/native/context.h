@@ -305,28 +305,46 @@ static void code_block(Context *x, const int encode, const uint8_t *old_block, u
     join_block(x, &now, new_block);
 }
 
-/* Codes whose scale is elsewhere: as many blocks at once as make a group. */
-static void code_plain(Context *x, const int encode, const uint8_t *old, uint8_t *now, int blocks) {
+/* Whether blocks are bytes, each of them a code: int8, of which models in ONNX are full. */
+static inline int is_bytes(const Context *x) {
+    const Field *codes = &x->layout->codes;
+    const Slice *slice = &x->slices[codes->first];
+    return x->layout->block_bytes == 1 && codes->count == 1 && codes->slices == 1 && slice->width == 8 && !slice->shift && !slice->to;
+}
+
+static inline void split_plain(const Context *x, const uint8_t *source, int blocks, int16_t *codes) {
     const Layout *l = x->layout;
     const int count = l->codes.count;
-    int16_t old_codes[GROUP_MAX] = {0}, new_codes[GROUP_MAX] = {0};
     uint8_t raw[GROUP_MAX];
+    if (is_bytes(x))
+        for (int b = 0; b < blocks; b++) raw[b] = (uint8_t)(source[b] ^ l->codes.flip);
+    else
+        for (int b = 0; b < blocks; b++) split_field(&l->codes, x->slices, source + b * l->block_bytes, raw + b * count);
+    for (int j = 0; j < blocks * count; j++) codes[j] = centred(l, raw[j]);
+}
+
+static inline void join_plain(const Context *x, const int16_t *codes, int blocks, uint8_t *target) {
+    const Layout *l = x->layout;
+    const int count = l->codes.count;
+    uint8_t raw[GROUP_MAX];
+    for (int j = 0; j < blocks * count; j++) raw[j] = (uint8_t)(codes[j] + l->zero);
+    if (is_bytes(x)) {
+        for (int b = 0; b < blocks; b++) target[b] = (uint8_t)(raw[b] ^ l->codes.flip);
+        return;
+    }
+    memset(target, 0, (size_t)(blocks * l->block_bytes));
+    for (int b = 0; b < blocks; b++) join_field(&l->codes, x->slices, raw + b * count, target + b * l->block_bytes);
+}
+
+/* Codes whose scale is elsewhere: as many blocks at once as make a group. */
+static void code_plain(Context *x, const int encode, const uint8_t *old, uint8_t *now, int blocks) {
+    int16_t old_codes[GROUP_MAX] = {0}, new_codes[GROUP_MAX] = {0};
     Group g;
-    start_groups(l, &g);
-    for (int b = 0; b < blocks; b++) {
-        split_field(&l->codes, x->slices, old + b * l->block_bytes, raw);
-        for (int j = 0; j < count; j++) old_codes[b * count + j] = centred(l, raw[j]);
-        if (!encode) continue;
-        split_field(&l->codes, x->slices, now + b * l->block_bytes, raw);
-        for (int j = 0; j < count; j++) new_codes[b * count + j] = centred(l, raw[j]);
-    }
-    code_codes(x, encode, &g, old_codes, new_codes, blocks * count);
-    if (encode) return;
-    memset(now, 0, (size_t)(blocks * l->block_bytes));
-    for (int b = 0; b < blocks; b++) {
-        for (int j = 0; j < count; j++) raw[j] = (uint8_t)(new_codes[b * count + j] + l->zero);
-        join_field(&l->codes, x->slices, raw, now + b * l->block_bytes);
-    }
+    start_groups(x->layout, &g);
+    split_plain(x, old, blocks, old_codes);
+    if (encode) split_plain(x, now, blocks, new_codes);
+    code_codes(x, encode, &g, old_codes, new_codes, blocks * x->layout->codes.count);
+    if (!encode) join_plain(x, new_codes, blocks, now);
 }
 
 /* ---- whole words: floating-point numbers, and integers that nobody scales ---- */
