@@ -15,7 +15,7 @@ from typing import Final
 
 __all__ = ["ABI_VERSION", "LIBRARY", "library"]
 
-ABI_VERSION: Final = 2
+ABI_VERSION: Final = 3
 """The same number as WHIMBREL_ABI_VERSION in whimbrel.h."""
 
 LIBRARY: Final = Path(__file__).with_name("libwhimbrel_delta.so")

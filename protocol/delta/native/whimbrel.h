@@ -14,7 +14,7 @@
 
 /* Raised with every change that a caller could notice: a function, its arguments, the layout of what they point to.
  * ABI_VERSION in __init__.py says the same number. */
-#define WHIMBREL_ABI_VERSION UINT32_C(2)
+#define WHIMBREL_ABI_VERSION UINT32_C(3)
 
 WHIMBREL_EXPORT uint32_t whimbrel_abi_version(void);
 
