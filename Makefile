@@ -212,7 +212,7 @@ requantize-pair: ## make the models of requantize-loop: SmolLM2-135M, trained on
 	$(BIN)/python -m benchmarks.pairs large.q4_0
 
 .PHONY: requantize-loop
-requantize-loop: setup ## a requantized file of SmolLM2 through the whole loop: chosen, judged, scored, signed, sent to 4 live devices as a delta, tried, committed (twenty minutes; BENCH_OPTIONS='--budget 0.5%')
+requantize-loop: setup ## a requantized file of SmolLM2 through the whole loop: chosen, judged, scored, signed, sent to 4 live devices as a delta, tried, committed (a quarter to half an hour of two processors that have nothing else to do; BENCH_OPTIONS='--budget 0.3%')
 	$(BIN)/python -m benchmarks.requantize_loop $(BENCH_OPTIONS)
 
 .PHONY: bench-requantize-onnx
