@@ -17,8 +17,9 @@ from server.requantize.choice import Settings
 from server.requantize.evaluation import Evaluator
 from server.requantize.frontier import NoPointError, budgets_of, write_frontier
 from server.requantize.guards import TEXTS_MIN, Margins
-from server.requantize.judging import Aim, Judged, Models, Questions, check_request, judge
+from server.requantize.judging import Judged, judge
 from server.requantize.provenance import write_record
+from server.requantize.request import Aim, Models, Questions, check_request
 from server.requantize.rows import lines
 from server.requantize.sent import sent_lines
 from server.requantize.texts import Text

@@ -14,9 +14,10 @@ from msgspec import Struct
 
 from protocol.errors import EngineError, RequestError
 from protocol.ids import digest_of
+from server.requantize.bench import BUDGET_SHARE_MIN
 from server.requantize.fewest import Trial, fewest_bytes
 from server.requantize.guards import TEXTS_MIN, Margins, check_suite, is_passed
-from server.requantize.judging import BUDGET_SHARE_MIN, publish
+from server.requantize.judging import publish
 from server.requantize.onnx.calibration import Calibration
 from server.requantize.onnx.choice import Chosen, MetricName, Settings, choose
 from server.requantize.onnx.controls import write_plain

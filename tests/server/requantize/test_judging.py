@@ -12,7 +12,7 @@ from server.requantize import command as command_module
 from server.requantize import fewest, rows
 from server.requantize.evaluation import quantize
 from server.requantize.guards import Margins
-from server.requantize.judging import Aim, Models, Questions, check_request
+from server.requantize.request import Aim, Models, Questions, check_request
 from server.requantize.texts import RUN_TOKENS, RUNS_MAX, Text
 from tests.models import write_language_model
 
