@@ -27,6 +27,7 @@ from server.requantize.frontier import (
     points_journal,
 )
 from server.requantize.guards import Margins, check_suite, check_texts
+from server.requantize.model import sha256_of
 from server.requantize.portions import all_portions, mean_bytes, names_of
 from server.requantize.readings import Readings
 from server.requantize.request import Aim, Models, Questions
@@ -35,7 +36,7 @@ from server.requantize.search import SmallBudgetError
 from server.requantize.weighing import delta_sizes
 from server.requantize.work import MetricName
 from server.scorecard.card import Check
-from server.scorecard.frontier import Frontier
+from server.scorecard.frontier import Frontier, Share
 
 BUDGET_SHARE_MIN: Final = 0.0003
 """Of the file: the search for the fewest bytes starts here, below what any useful change took."""
@@ -115,7 +116,12 @@ class Bench:
         self._make_frozen()
         names = (rows.NOTHING, rows.PLAIN, rows.FROZEN)
         controls = [
-            Made(name, self._sizes[name], self._evaluator.measure(self.file(name), [text])[text.name])
+            Made(
+                name,
+                self._sizes[name],
+                self._evaluator.measure(self.file(name), [text])[text.name],
+                each_bytes=self._each_bytes(name),
+            )
             for name in names
         ]
         settings = msgspec.structs.replace(
@@ -142,6 +148,7 @@ class Bench:
                 self._models.new,
                 self._models.installed,
                 settings.extrapolation,
+                self._fleet(),
             )
             if not self.frontier.chosen:
                 raise NoPointError(self.frontier)
@@ -154,6 +161,19 @@ class Bench:
             chosen.settings.budget_bytes, settings.extrapolation, chosen.delta_bytes, is_enough=True
         )
         return trial, chosen
+
+    def _each_bytes(self, name: str) -> tuple[int, ...]:
+        """What each of several installed files' devices fetch; nothing where there is one."""
+        if not self._models.also:
+            return ()
+        return (0,) * (1 + len(self._models.also)) if name == rows.NOTHING else self._weighed(name)
+
+    def _fleet(self) -> tuple[Share, ...]:
+        """The installed files, where there are several."""
+        if not self._models.also:
+            return ()
+        portions = all_portions(self._models.installed, self._models.also)
+        return tuple(Share(installed=sha256_of(each.path), share=each.share) for each in portions)
 
     def _make_frozen(self) -> None:
         if rows.FROZEN not in self._sizes:

@@ -171,7 +171,8 @@ class FrontierBench:
             if isinstance(kept, _Refused):
                 notes.append(f"{budget.name}: {kept.reason}")
                 continue
-            points.append(Made(budget.name, kept.chosen.delta_bytes, kept.reading, kept.chosen))
+            each_bytes = tuple(each.delta_bytes for each in kept.chosen.sent)
+            points.append(Made(budget.name, kept.chosen.delta_bytes, kept.reading, kept.chosen, each_bytes))
         return points, notes
 
     def remake(self, chosen: Chosen) -> None:

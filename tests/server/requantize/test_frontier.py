@@ -118,6 +118,25 @@ def test_points_are_made_once_and_a_file_is_written_only_where_one_of_them_is_go
     )
 
 
+def test_each_point_has_the_bytes_to_the_devices_of_each_installed_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_module, "Margins", lambda: Margins(kl_share=1.0, flips=1.0))
+    other, second = write_language_model(folder / "other.gguf", 1, noise=0.01), folder / "second.gguf"
+    quantize(other, second, Q4_0, Q8_0_TYPE, 1)
+    assert run(folder, "--frontier", "20%", "--also", f"{second}=0.25") == 0
+    frontier = json.loads(capsys.readouterr().out)["frontier"]
+    files = [sha256_of(folder / "installed.gguf"), sha256_of(second)]
+    assert frontier["fleet"] == [
+        {"installed": file, "share": share} for file, share in zip(files, (0.75, 0.25), strict=True)
+    ]
+    for point in frontier["points"]:
+        first, last = point["each_bytes"]
+        assert point["delta_bytes"] == round(0.75 * first + 0.25 * last)
+        assert (first == last == 0) == (point["name"] == "nothing sent")
+    decode_frontier(files_of(folder)[f"chosen.gguf{FRONTIER_SUFFIX}"], "record")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
