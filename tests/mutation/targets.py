@@ -120,6 +120,7 @@ GROUPS: Final[dict[str, Group]] = {
             "tests/server/test_importer.py",
             "tests/server/test_importer_limits.py",
             "tests/security/test_hostile_models.py",
+            "tests/server/test_adapter_files.py",
         ),
         without=("test_row_70_onnx_address_in_memory_kills_no_device",),
     ),
