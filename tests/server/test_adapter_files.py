@@ -146,7 +146,7 @@ def test_what_cannot_have_an_adapter_says_so(tmp_path: Path, model: Path) -> Non
     with pytest.raises(WhimbrelError, match=r"is an adapter, and no model by itself \(give its model"):
         imported(tmp_path, adapter, model)
     classifier = write_classifier(tmp_path / "model.onnx", 1)
-    with pytest.raises(WhimbrelError, match="the runtime onnx has no adapters"):
+    with pytest.raises(WhimbrelError, match=r"lora\.gguf: the runtime onnx has no adapters"):
         import_release(
             FolderBlobs(tmp_path / "blobs"),
             family="f",
@@ -156,6 +156,17 @@ def test_what_cannot_have_an_adapter_says_so(tmp_path: Path, model: Path) -> Non
             health=write_health_plan(tmp_path / "classes.json"),
             adapter=adapter,
         )
+
+
+@pytest.mark.parametrize("oldest", [ADAPTER_VERSION_MIN, "0.4"])
+def test_a_later_runtime_may_be_asked_for(tmp_path: Path, model: Path, oldest: str) -> None:
+    adapter = write_adapter(tmp_path / "lora.gguf", model, 1)
+    assert imported(tmp_path, model, adapter, oldest).runtime_version_min == oldest
+
+
+def test_an_adapter_is_known_by_its_bytes_and_not_by_its_name(tmp_path: Path, model: Path) -> None:
+    adapter = write_adapter(tmp_path / "lora.bin", model, 1)
+    assert imported(tmp_path, model, adapter).files[1].name == "lora.bin"
 
 
 def test_the_command_takes_an_adapter_and_shows_which_file_it_is(
