@@ -49,6 +49,17 @@ def address_text(address: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"[:80]
 
 
+def reporter(*, is_quiet: bool) -> Callable[[str], None]:
+    """Takes lines about what is going on, and says them on stderr; nothing for programs."""
+
+    def report(line: str) -> None:
+        if not is_quiet:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    return report
+
+
 class Progress:
     """How far something has come, on stderr: a line that is rewritten where a person looks at one, and else a line for each tenth.
 

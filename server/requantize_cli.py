@@ -2,8 +2,6 @@
 
 import argparse
 import re
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +10,7 @@ import msgspec
 
 from protocol.errors import RequestError, StorageError
 from server.arguments import integer, suite_argument
-from server.display import Printer, bytes_text, table
+from server.display import Printer, bytes_text, reporter, table
 from server.scorecard.frontier import POINTS_MAX
 
 _BUDGET_DEFAULT: Final = "0.5%"
@@ -252,17 +250,8 @@ def _find_installed(arguments: argparse.Namespace, stack: ExitStack) -> None:
     elif arguments.also:
         raise RequestError("--fleet and --also contradict each other", hint="give one of them")
     else:
-        found = running(arguments.dir, arguments.fleet, _reporter(arguments))
+        found = running(arguments.dir, arguments.fleet, reporter(is_quiet=arguments.json))
         arguments.installed, arguments.also = stack.enter_context(found)
-
-
-def _reporter(arguments: argparse.Namespace) -> Callable[[str], None]:
-    def report(line: str) -> None:
-        if not arguments.json:
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
-
-    return report
 
 
 def _check_gguf(arguments: argparse.Namespace) -> None:
@@ -318,7 +307,7 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
         workers=arguments.workers,
     )
 
-    report = _reporter(arguments)
+    report = reporter(is_quiet=arguments.json)
     check_fleet(installed, arguments.also)
     calibration = calibrate(
         arguments.new,

@@ -23,7 +23,7 @@ from server.releases.provenance import (
     decode_statement,
     encode_statement,
 )
-from server.requantize.record import Record, Sources
+from server.requantize.record import Record
 
 RECORD_NAME: Final = "requantized"
 """Of the byproduct that is the record itself."""
@@ -78,7 +78,7 @@ def make_choice_statement(
                 build_type=CHOICE_BUILD_TYPE,
                 external_parameters=_asked(release, record),
                 internal_parameters=_found(record),
-                resolved_dependencies=list(_dependencies(record.sources)),
+                resolved_dependencies=list(_dependencies(record)),
             ),
             run_details=RunDetails(
                 builder=Builder(id=builder or DEFAULT_BUILDER, version=dict(versions)), byproducts=byproducts
@@ -120,7 +120,8 @@ def _found(record: Record) -> dict[str, Any]:
     return found
 
 
-def _dependencies(sources: Sources) -> Iterator[Resource]:
+def _dependencies(record: Record) -> Iterator[Resource]:
+    sources = record.sources
     named = {
         "new model": sources.new,
         "installed file": sources.installed,
@@ -129,6 +130,10 @@ def _dependencies(sources: Sources) -> Iterator[Resource]:
     }
     if sources.calibration_model != sources.new:
         named["calibrated model"] = sources.calibration_model
+    for other in record.sent[1:]:
+        yield Resource(
+            name=f"installed file of {other.share:.3g} of the fleet", digest={"sha256": other.sha256}
+        )
     for name, digest in named.items():
         if digest is not None:
             yield Resource(name=name, digest={"sha256": digest})

@@ -1,16 +1,14 @@
 """What `whimbrel requantize` does with held-out texts: the chosen file is measured beside what else could be sent, and written only if it is no worse than plain."""
 
 import argparse
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from protocol.errors import RequestError
-from server.display import Printer, bytes_text
+from server.display import Printer, bytes_text, reporter
 from server.requantize.adapter import adapter_path, check_out
 from server.requantize.calibration import calibrate
 from server.requantize.choice import Settings
@@ -18,16 +16,14 @@ from server.requantize.evaluation import Evaluator
 from server.requantize.frontier import NoPointError, budgets_of, write_frontier
 from server.requantize.guards import TEXTS_MIN, Margins
 from server.requantize.judging import Judged, judge
+from server.requantize.order import check_lines, check_names, record_lines, suites_of, verdict_line
 from server.requantize.provenance import write_record
 from server.requantize.request import Aim, Models, Questions, check_request
 from server.requantize.rows import lines
 from server.requantize.sent import sent_lines
 from server.requantize.texts import Text
 from server.requantize.tokens import read_tokens
-from server.scorecard.card import Check
 from server.scorecard.frontier_display import text_lines as frontier_lines
-from server.scorecard.items import Suite
-from server.scorecard.suites import Asking, read_suite
 
 EXIT_NOT_WRITTEN: Final = 1
 """Nothing passed all guards."""
@@ -46,7 +42,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
         WhimbrelError: As `judge`.
     """
     out: Path = arguments.out
-    report = _reporter(arguments)
+    report = reporter(is_quiet=arguments.json)
     models = Models(
         new=arguments.new,
         installed=arguments.installed,
@@ -100,38 +96,22 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     return 0 if judged.is_written or judged.adapter is not None else EXIT_NOT_WRITTEN
 
 
-def _reporter(arguments: argparse.Namespace) -> Callable[[str], None]:
-    def report(line: str) -> None:
-        if not arguments.json:
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
-
-    return report
-
-
 def _questions(arguments: argparse.Namespace) -> Questions:
     if len(arguments.held_out) < TEXTS_MIN:
         raise RequestError(
             f"{len(arguments.held_out)} held-out text(s), {TEXTS_MIN} are needed",
             hint="give --held-out once more, with text of another kind",
         )
-    paths: list[Path] = [*arguments.held_out, *([arguments.development] if arguments.development else [])]
-    names = [path.name for path in paths]
-    if len(set(names)) != len(names):
-        raise RequestError(
-            f"two texts are called {max(names, key=names.count)}", hint="give them other names"
-        )
+    check_names(arguments, "texts")
 
     def text(path: Path) -> Text:
         return Text(path.name, read_tokens(arguments.new, [path]))
 
-    suites: list[Suite] = [read_suite("golden", path, Asking()) for path in arguments.golden]
-    suites += [read_suite(kind, path, Asking(sample=arguments.sample)) for kind, path in arguments.suite]
     return Questions(
         calibration=Text("the calibration text", read_tokens(arguments.new, arguments.calibration)),
         held_out=tuple(text(path) for path in arguments.held_out),
         development=text(arguments.development) if arguments.development else None,
-        suites=tuple(suites),
+        suites=suites_of(arguments),
     )
 
 
@@ -154,32 +134,18 @@ def _aim(arguments: argparse.Namespace) -> Aim:
 
 def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
     size = next(each.delta_bytes for each in judged.rows if each.name == "chosen") or 0
-    verdict = (
-        f"{out}: {bytes_text(size)} to send"
-        if judged.is_written
-        else f"{out} is not written: {sum(check.status != 'passed' for check in judged.checks)} guard(s) did not pass"
-    )
     return [
         *([] if judged.frontier is None else [*frontier_lines(judged.frontier), ""]),
         *lines(judged.rows),
         "",
-        *_check_lines(judged.checks),
+        *check_lines(judged.checks),
         "",
         *sent_lines(judged.sent),
         f"{judged.changed:,} of {judged.codes:,} codes changed",
-        verdict,
-        *(
-            []
-            if record is None
-            else [f"How it was chosen: {record}; `whimbrel release add` signs it with the file"]
-        ),
+        verdict_line(out, judged.checks, size, is_written=judged.is_written),
+        *record_lines(record),
         *_adapter_lines(out, judged, size),
     ]
-
-
-def _check_lines(checks: Sequence[Check]) -> list[str]:
-    marks = {"passed": "ok", "failed": "FAILED", "undecided": "UNDECIDED"}
-    return [f"{marks[check.status]:<9}  {check.name}: {check.detail}" for check in checks]
 
 
 def _adapter_lines(out: Path, judged: Judged, chosen_bytes: int) -> list[str]:
@@ -187,7 +153,7 @@ def _adapter_lines(out: Path, judged: Judged, chosen_bytes: int) -> list[str]:
         return []
     found = []
     for each in judged.adapters:
-        found += ["", f"{each.name}: {bytes_text(each.bytes)} to send", *_check_lines(each.checks)]
+        found += ["", f"{each.name}: {bytes_text(each.bytes)} to send", *check_lines(each.checks)]
     best = judged.adapter
     if best is None:
         return [*found, "", "No adapter is written: guards did not pass"]

@@ -37,6 +37,14 @@ class Sources(Struct, frozen=True, kw_only=True):
     samples: _Digest | None = None
 
 
+class Installed(Struct, frozen=True, kw_only=True):
+    """One of several files that the fleet has."""
+
+    name: _Text
+    sha256: _Digest
+    share: Annotated[float, Meta(gt=0, lt=1)]
+
+
 class Guard(Struct, frozen=True, kw_only=True):
     """What was looked at before the file was written, and what came of it."""
 
@@ -54,6 +62,7 @@ class Record(Struct, frozen=True, kw_only=True):
         delta_bytes: Of the delta from the installed file.
         settings: What was asked for.
         sources: Digests of what went in and came out.
+        sent: The installed files where there are several, that which most devices have first.
         guards: Of the file that was judged beside a plain one; None where it was written without.
     """
 
@@ -62,6 +71,7 @@ class Record(Struct, frozen=True, kw_only=True):
     delta_bytes: _Count
     settings: Annotated[dict[_Text, Any], Meta(max_length=64)]
     sources: Sources
+    sent: Annotated[list[Installed], Meta(max_length=64)] = []
     guards: Annotated[list[Guard], Meta(max_length=256)] | None = None
 
     @property

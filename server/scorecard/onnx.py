@@ -1,4 +1,4 @@
-"""Classifiers under onnxruntime, for the scorecard; the only module of the server that imports it, and only in a worker."""
+"""Classifiers under onnxruntime, for the scorecard: in a worker only, since onnxruntime is large and may crash."""
 
 import json
 import math
@@ -31,7 +31,7 @@ _LOG_ERRORS: Final = 3
 _DETAIL_CHARS_MAX: Final = 300
 _WARM_INFERENCES: Final = 3
 _SUM_TOLERANCE: Final = 1e-3
-_TYPES: Final = {
+INPUT_TYPES: Final = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
     "tensor(float16)": np.float16,
@@ -40,6 +40,7 @@ _TYPES: Final = {
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
 }
+"""Arrays of an input, by the name that onnxruntime has for its type."""
 
 
 class OnnxEngine:
@@ -119,7 +120,7 @@ class OnnxEngine:
 
     def _outputs(self, values: Sequence[float]) -> list[npt.NDArray[Any]]:
         shape = _shape_for(self._input.shape, len(values))
-        kind = _TYPES.get(self._input.type)
+        kind = INPUT_TYPES.get(self._input.type)
         if shape is None or kind is None:
             raise EngineError(
                 f"{len(values)} numbers do not fit the model's input {self._input.name}, {self._input.type} {self._input.shape}"

@@ -115,6 +115,37 @@ def test_a_release_says_how_its_file_was_chosen(
     assert embedded["digest"]["sha256"] == digest_of(record.read_bytes())
 
 
+def test_all_files_of_a_fleet_that_it_was_chosen_for_are_named(
+    home: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = _record(model)
+    content = json.loads(record.read_bytes())
+    shares = {"installed": 0.75, "older": 0.25}
+    content["sent"] = [
+        {"name": name, "sha256": digest_of(name.encode()), "share": share, "delta_bytes": 9}
+        for name, share in shares.items()
+    ]
+    record.write_text(json.dumps(content))
+    assert _add(home, model) == 0
+    build = _statement(home, capsys)["predicate"]["buildDefinition"]
+    named = {each["name"]: each["digest"]["sha256"] for each in build["resolvedDependencies"]}
+    assert named["installed file"] == digest_of(b"installed")
+    assert named["installed file of 0.25 of the fleet"] == digest_of(b"older")
+
+
+def test_a_file_of_which_samples_said_what_counts_names_them(
+    home: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = _record(model)
+    content = json.loads(record.read_bytes())
+    names = ("new", "installed", "before", "result")
+    sources = {name: content["sources"][name] for name in names}
+    record.write_text(json.dumps({**content, "sources": {**sources, "samples": digest_of(b"samples")}}))
+    assert _add(home, model) == 0
+    build = _statement(home, capsys)["predicate"]["buildDefinition"]
+    assert build["externalParameters"]["calibration"] == {"samples_sha256": digest_of(b"samples")}
+
+
 def test_show_tells_people_how_it_was_chosen_and_whether_it_was_judged(
     home: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

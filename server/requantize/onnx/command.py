@@ -1,7 +1,6 @@
 """`whimbrel requantize` for ONNX models: arguments to a choice, a table and a file."""
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import msgspec
 from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import parse_onnx
 from server.adapters.blobs import FileSource, storage_errors
-from server.display import Printer, bytes_text
+from server.display import Printer, bytes_text, reporter
 from server.requantize.guards import Margins
 from server.requantize.onnx.calibration import Calibration, calibrate
 from server.requantize.onnx.choice import Chosen, Settings, choose
@@ -23,9 +22,9 @@ from server.requantize.onnx.judging import Aim, Judged, Models, Questions, check
 from server.requantize.onnx.matrices import find_floats, find_matrices
 from server.requantize.onnx.orders import Asked
 from server.requantize.onnx.verdict import lines
+from server.requantize.order import check_lines, check_names, record_lines, suites_of, verdict_line
 from server.requantize.provenance import write_record
 from server.requantize.rows import CHOSEN
-from server.scorecard.suites import Asking, read_suite
 
 EXIT_NOT_WRITTEN: Final = 1
 """A guard did not pass."""
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     asked = Asked(
         kind=arguments.output_kind, output=arguments.output or "", mask=mask, threads=arguments.threads
     )
-    report = _reporter(arguments)
+    report = reporter(is_quiet=arguments.json)
     if arguments.unjudged:
         samples = read_samples(arguments.calibration)
         check_inputs(models.new, samples, asked)
@@ -89,9 +88,8 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".requantize-") as folder:
         settings = Settings(budget_bytes=1, workers=arguments.workers)
         judged = judge(models, questions, aim, asked, calibration, settings, Path(folder), out, report)
-    if judged.is_written:
-        write_record(out, judged.chosen, judged.checks)
-    show(arguments, msgspec.to_builtins(judged), _lines(out, judged))
+    record = write_record(out, judged.chosen, judged.checks) if judged.is_written else None
+    show(arguments, msgspec.to_builtins(judged), _lines(out, judged, record))
     return 0 if judged.is_written else EXIT_NOT_WRITTEN
 
 
@@ -158,27 +156,13 @@ def _check_before(models: Models) -> None:
             raise ModelFileError(f"{before.path}: has no floats {name} of the shape that {new.path} has")
 
 
-def _reporter(arguments: argparse.Namespace) -> Callable[[str], None]:
-    def report(line: str) -> None:
-        if not arguments.json:
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
-
-    return report
-
-
 def _questions(arguments: argparse.Namespace) -> Questions:
-    paths: list[Path] = [*arguments.held_out, *([arguments.development] if arguments.development else [])]
-    names = [path.name for path in paths]
-    if len(set(names)) != len(names):
-        raise RequestError(f"two sets are called {max(names, key=names.count)}", hint="give them other names")
-    suites = [read_suite("golden", path, Asking()) for path in arguments.golden]
-    suites += [read_suite(kind, path, Asking(sample=arguments.sample)) for kind, path in arguments.suite]
+    check_names(arguments, "sets")
     return Questions(
         calibration=read_samples(arguments.calibration),
         held_out=tuple(read_samples([path]) for path in arguments.held_out),
         development=read_samples([arguments.development]) if arguments.development else None,
-        suites=tuple(suites),
+        suites=suites_of(arguments),
     )
 
 
@@ -202,19 +186,14 @@ def _told(chosen: Chosen) -> list[str]:
     ]
 
 
-def _lines(out: Path, judged: Judged) -> list[str]:
+def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
     size = next(each.delta_bytes for each in judged.rows if each.name == CHOSEN) or 0
-    marks = {"passed": "ok", "failed": "FAILED", "undecided": "UNDECIDED"}
-    verdict = (
-        f"{out}: {bytes_text(size)} to send"
-        if judged.is_written
-        else f"{out} is not written: {sum(check.status != 'passed' for check in judged.checks)} guard(s) did not pass"
-    )
     return [
         *lines(judged.rows),
         "",
-        *(f"{marks[check.status]:<9}  {check.name}: {check.detail}" for check in judged.checks),
+        *check_lines(judged.checks),
         "",
         *_told(judged.chosen),
-        verdict,
+        verdict_line(out, judged.checks, size, is_written=judged.is_written),
+        *record_lines(record),
     ]

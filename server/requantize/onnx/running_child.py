@@ -30,6 +30,7 @@ from server.requantize.onnx.orders import (
     QuantizeDynamic,
     write_answers,
 )
+from server.scorecard.onnx import INPUT_TYPES
 
 BATCH: Final = 8
 """Samples of one inference, where the model does not say how many it takes."""
@@ -41,16 +42,7 @@ ANSWERS_BYTES_MAX: Final = 4 << 30
 
 _TELEMETRY: Final = ("ORT_DISABLE_TELEMETRY", "1")
 _LOG_ERRORS: Final = 3
-_TYPES: Final = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
+_TYPES: Final = {**INPUT_TYPES, "tensor(bool)": np.bool_}
 
 Array = npt.NDArray[Any]
 

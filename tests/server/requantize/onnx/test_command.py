@@ -19,6 +19,7 @@ from server.requantize.onnx.graph import Graph
 from server.requantize.onnx.judging import Aim, Models, Questions, check_request
 from server.requantize.onnx.matrices import find_floats, find_matrices
 from server.requantize.onnx.orders import Asked
+from server.requantize.record import decode_record
 from server.requantize.weighing import delta_bytes
 from tests.models import FEATURES, prompts, write_classifier
 from tests.server.requantize.onnx import models
@@ -133,8 +134,10 @@ def test_a_file_that_is_no_worse_is_written_and_every_row_is_in_the_table(
     assert losses["plain"] < losses["chosen"] < losses["repair only"]
     assert losses["chosen"] < losses["nothing sent"]
     assert loss(folder, folder / "chosen.onnx") < loss(folder, folder / "int8.onnx")
-    record = json.loads((folder / "chosen.onnx.requantized.json").read_text())
-    assert record["sources"]["result"] == Graph(folder / "chosen.onnx").sha256
+    record = decode_record((folder / "chosen.onnx.requantized.json").read_bytes(), "record")
+    assert record.sources.result == Graph(folder / "chosen.onnx").sha256
+    assert record.sources.samples is not None  # so that a release says on what it was calibrated
+    assert [guard.status for guard in record.guards or ()] == ["passed"] * 4
     assert not list(folder.glob(".requantize-*"))
 
 
