@@ -401,7 +401,7 @@ class _Update:
         (record,) = (each.rollout for each in operations.list_rollouts(self._home))
         _wait(
             self._fleet,
-            lambda: self._state(record.id) in FINAL,
+            lambda: self._has_ended(record.id),
             self._ingredients.wait_s_max,
             f"the rollout of {AFTER} does not end",
         )
@@ -409,9 +409,10 @@ class _Update:
         self._operator.run("rollout", "status", record.id, "--dir", SERVER_FOLDER)
         return operations.rollout_status(self._home, record.id)
 
-    def _state(self, rollout: str) -> RolloutState:
-        (found,) = (each for each in self._server.status()["rollouts"] if each["id"] == rollout)
-        return RolloutState(found["state"])
+    def _has_ended(self, rollout: str) -> bool:
+        """Of a rollout that the running server may not have seen yet."""
+        states = (each["state"] for each in self._server.status()["rollouts"] if each["id"] == rollout)
+        return any(RolloutState(state) in FINAL for state in states)
 
     def _answers(self) -> dict[str, str]:
         """What each device answers to a golden prompt, with the model that it serves now."""
