@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     lines = found.lines(results)
     heading = ("requirement", "must", "aim", "measured", "", "on")
     print(aligned([heading, *(_cells(line) for line in lines)], left=1))
-    print("\n".join(source_lines(results.sources)))
+    print("\n".join([*found.series_lines(results), *source_lines(results.sources)]))
     if options.json:
         for line in found.json_lines(results):
             print(json.dumps(line))

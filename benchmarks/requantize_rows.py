@@ -176,6 +176,26 @@ def lines(results: Results) -> list[Line]:
     ]
 
 
+def series_lines(results: Results) -> list[str]:
+    """What lies behind the figures of the chain and of the narrow task."""
+    found = []
+    if (chain := results.chain) is not None:
+        sizes = ", ".join(f"{count:,}" for count in chain.delta_bytes)
+        found += ["", f"chain, bytes of each update: {sizes}; of a file {chain.file_bytes:,}"]
+        found += [
+            f"chain, divergence of the last file on {text}: {kl:.4f}; of a fresh one {chain.fresh.kl[text]:.4f}, of plain {chain.plain.kl[text]:.4f}"
+            for text, kl in chain.last.kl.items()
+        ]
+    if (facts := results.facts) is not None:
+        share = 100 * facts.delta_bytes / facts.file_bytes
+        answers = f"installed {facts.installed}, plain {facts.plain}, chosen {facts.chosen}, of which {facts.kept} are plain's"
+        found += [
+            "",
+            f"narrow task, right answers of {facts.count}: {answers}; {facts.delta_bytes:,} bytes, {share:.3f} % of the file",
+        ]
+    return found
+
+
 def _ran(figure: object) -> str:
     return "" if figure is not None else "not run"
 

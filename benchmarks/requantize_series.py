@@ -17,6 +17,7 @@ from server.requantize.calibration import Calibration, calibrate
 from server.requantize.choice import Settings, choose
 from server.requantize.evaluation import Evaluator
 from server.requantize.texts import Text, Tokens
+from server.requantize.weighing import delta_bytes
 from server.scorecard.journal import Journal
 from server.scorecard.summary import is_right
 
@@ -42,10 +43,16 @@ class Chain(Struct, frozen=True, kw_only=True):
     Attributes:
         last: Divergence of the tenth file, which was chosen against the ninth, and so on.
         fresh: That of a file which was made from the tenth version alone, and well.
+        plain: That of the tenth version as llama.cpp rounds it.
+        delta_bytes: Of each update.
+        file_bytes: Of any of the files.
     """
 
     last: Divergence
     fresh: Divergence
+    plain: Divergence
+    delta_bytes: tuple[int, ...]
+    file_bytes: int
 
     @property
     def ratio(self) -> float:
@@ -106,29 +113,33 @@ def run_chain(cache: Path, work: Path, judged: Sequence[Text], kept: Journal, sa
     """Ten updates, each chosen against the file before; None where a version is missing."""
     known = kept.get("chain", Chain)
     versions = [f"v2_chain{number}" for number in range(1, CHAIN_VERSIONS + 1)]
-    missing = [each for each in versions if not (cache / f"{each}.bf16.gguf").is_file()]
     if known is not None:
         return known
+    plain = cache / f"{versions[-1]}.q4_0.gguf"
+    needed = [*(cache / f"{each}.bf16.gguf" for each in versions), plain]
+    missing = [each.name for each in needed if not each.is_file()]
     if missing:
         say(f"chain: left out, {missing[0]} is missing: python -m benchmarks.pairs 'chain*'")
         return None
     installed = cache / "v1.q4_0.gguf"
+    file_bytes, sizes, price = installed.stat().st_size, [], None
     for version in versions:
         out = work / f"{version}.chosen.gguf"
         if not out.exists():
-            settings = Settings(budget_bytes=int(CHAIN_SHARE * installed.stat().st_size), workers=1)
+            settings = Settings(budget_bytes=int(CHAIN_SHARE * file_bytes), first_price=price, workers=1)
             calibration = calibrated(cache, work, version, say)
-            choose(cache / f"{version}.bf16.gguf", installed, calibration, settings, out, say)
+            price = choose(cache / f"{version}.bf16.gguf", installed, calibration, settings, out, say).price
+        sizes.append(delta_bytes(installed, out))
         installed = out
     fresh = good_file(cache, work, versions[-1], "q4_0", say)
     with Evaluator(cache / f"{versions[-1]}.bf16.gguf", judged, work, 1, _silent) as evaluator:
-        last, best = (
+        last, best, rounded = (
             Divergence(
                 kl={name: sum(each.kl) / len(each.kl) for name, each in evaluator.measure(file).items()}
             )
-            for file in (installed, fresh)
+            for file in (installed, fresh, plain)
         )
-    found = Chain(last=last, fresh=best)
+    found = Chain(last=last, fresh=best, plain=rounded, delta_bytes=tuple(sizes), file_bytes=file_bytes)
     kept.put("chain", found)
     return found
 

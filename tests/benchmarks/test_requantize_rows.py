@@ -14,6 +14,7 @@ from benchmarks.requantize_rows import (
     Results,
     json_lines,
     lines,
+    series_lines,
     table_rows,
 )
 from benchmarks.requantize_series import Chain, Cost, Divergence, Facts
@@ -74,6 +75,9 @@ def test_series_and_peers_fill_their_lines() -> None:
     found.chain = Chain(
         last=Divergence(kl={"sources": 0.12, "manuals": 0.11}),
         fresh=Divergence(kl={"sources": 0.1, "manuals": 0.1}),
+        plain=Divergence(kl={"sources": 0.25, "manuals": 0.2}),
+        delta_bytes=(400_000, 390_000),
+        file_bytes=91_000_000,
     )
     found.facts = Facts(count=100, installed=0, plain=80, chosen=82, kept=78, delta_bytes=1, file_bytes=2)
     found.cost = Cost(wall_s=600.0, cpu_s=900.0, peak_bytes=1_500_000_000)
@@ -84,6 +88,10 @@ def test_series_and_peers_fill_their_lines() -> None:
     assert by_name["narrow task: answers kept, % of plain's"].status == "ok"
     assert by_name["whole command, min"].figure == 10
     assert by_name["its memory, GB"].status == "aim"
+    said = "\n".join(series_lines(found))
+    assert "400,000, 390,000; of a file 91,000,000" in said
+    assert "last file on manuals: 0.1100; of a fresh one 0.1000, of plain 0.2000" in said
+    assert "installed 0, plain 80, chosen 82, of which 78 are plain's" in said
 
 
 def test_tables_and_lines_hold_every_file_and_say_what_it_is_beside_plain() -> None:
