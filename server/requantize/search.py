@@ -17,6 +17,9 @@ _SLOPE: Final = -0.8
 """How the logarithm of bytes falls with that of the price, before two files say so themselves."""
 
 _SLOPE_MAX: Final = -0.2
+_NEAR: Final = 0.1
+"""Between the logarithms of bytes: from here on the secant through the ends of a bracket is better than its middle."""
+
 _MARGIN: Final = 0.05
 """Share of a bracket that a guess keeps away from its ends."""
 
@@ -67,9 +70,8 @@ def _next_price(points: dict[float, int], budget: int) -> float:
     dear = [point for point in known if point[1] <= aim]
     if cheap and dear:
         (x1, y1), (x2, y2) = cheap[-1], dear[0]
-        if y2 <= 0 or _fell_on_one_side(
-            list(points.values())[-2:], aim
-        ):  # 0: no code changes, a file that tells nothing of the slope
+        # 0: no code changes, a file that tells nothing of the slope.
+        if y2 <= 0 or _creeps(list(points.values())[-2:], aim):
             return math.exp((x1 + x2) / 2)
         margin = _MARGIN * (x2 - x1)
         guess = x1 + (aim - y1) * (x2 - x1) / (y2 - y1)
@@ -82,6 +84,9 @@ def _next_price(points: dict[float, int], budget: int) -> float:
     return math.exp(min(max(x + 1.1 * (aim - y) / slope, low), high))
 
 
-def _fell_on_one_side(counts: list[int], aim: float) -> bool:
-    """Whether the last two files were both too long or both short enough: near a cliff the secant keeps one end, and hardly moves."""
-    return len(counts) == 2 and len({math.log(count) > aim for count in counts}) == 1
+def _creeps(counts: list[int], aim: float) -> bool:
+    """Whether the last two files were both too long or both short enough, and the last one is not near: at a cliff the secant keeps one end, and hardly moves."""
+    if len(counts) < 2:
+        return False
+    before, last = (math.log(count) - aim for count in counts)
+    return before * last > 0 and abs(last) > _NEAR
