@@ -368,11 +368,11 @@ def _check_files(arguments: argparse.Namespace) -> None:
 def _lines(out: Path, record: Path, chosen: Any) -> list[str]:
     from server.requantize.sent import sent_lines  # noqa: PLC0415 - numpy
 
-    changed = sum(chosen.changed.values())
+    changed, scales = sum(chosen.changed.values()), sum(chosen.scales.values())
     ranked = sorted(chosen.changed.items(), key=lambda each: -each[1])[:_TENSORS_SHOWN]
     lines = [
         f"{out}: {bytes_text(chosen.delta_bytes)} to send, {100 * chosen.delta_bytes / chosen.file_bytes:.3g} % of the file",
-        f"{changed:,} of {chosen.codes:,} codes changed, at {chosen.price:.3g} nats a bit",
+        f"{changed:,} of {chosen.codes:,} codes changed, and {scales:,} scales of blocks, at {chosen.price:.3g} nats a bit",
         f"Expected loss per token, as the calibration sees it: {chosen.objective_before:.4g} nats as installed, {chosen.objective_after:.4g} now",
         *table(["TENSOR", "CODES CHANGED"], [[name, f"{count:,}"] for name, count in ranked if count]),
         *sent_lines(chosen.sent),

@@ -34,6 +34,9 @@ FIRST_BITS: Final = 9.0
 FURTHER_BITS: Final = 2.0
 """What the delta engine takes for a code that changes where one in a few hundred does, and for each step beyond the first."""
 
+SCALE_BITS: Final = 10.0
+"""The same for the scale of a block, however far it moves: a sixth more than for a code (`python -m benchmarks.requantize_scales`, at 1e-8)."""
+
 TRUST: Final = 0.0005
 """All matrices are corrected side by side for what they have done wrong together: a whole step of each goes a thousand times too far."""
 
@@ -65,6 +68,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         corrections: How often the divergence of what was chosen is measured, and the choice made again from there with its gradient.
         trust: How far a correction goes from the gradient that the metric expects towards the measured one.
         pairs: First steps that are tried for two together, where no single step pays; 0 for none.
+        moves_scales: Whether scales of blocks move where that pays, for Q4_0 and Q5_0; of several installed files none does.
         workers: Processes; None for as many as there are processors. They change nothing but the time.
     """
 
@@ -77,6 +81,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     corrections: int = 0
     trust: float = TRUST
     pairs: int = PAIRS
+    moves_scales: bool = True
     workers: int | None = None
 
 
@@ -98,6 +103,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
         settings: What was asked for.
         sources: Digests of what went in and came out.
         sent: What goes to the devices of each installed file; empty where all have the same.
+        scales: Scales of blocks that differ from the installed ones, by tensor.
     """
 
     price: float
@@ -114,6 +120,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
     settings: Settings
     sources: Sources
     sent: tuple[Sent, ...] = ()
+    scales: dict[str, int] = {}
 
 
 def choose(
@@ -130,8 +137,8 @@ def choose(
 ) -> Chosen:
     """Write the quantized file of the new model that is worth most for what its delta from the installed one weighs.
 
-    Scales and layouts are the installed file's, and so are tensors whose layout has no linear codes. Float tensors are the new ones.
-    Of several installed files each block has the scales that most of the fleet has.
+    Layouts are the installed file's, and so are tensors whose layout has no linear codes, and scales but where moving one is worth its bits.
+    Float tensors are the new ones. Of several installed files each block has the scales that most of the fleet has, and these stay.
 
     Args:
         new: The new model in floats, GGUF.
@@ -140,7 +147,8 @@ def choose(
         settings: Budget or price, and how.
         out: The result; appears under its name when it is whole.
         report: Takes lines about the progress.
-        start: A quantized file whose codes the descent begins with; the price stays relative to the installed ones.
+        start: A quantized file whose codes the descent begins with, and those of its scales that a move can lead to; the price stays
+            relative to the installed ones.
         before: The installed version in floats; needed for extrapolation.
         also: Further files that a part of the devices has instead of `installed`, none of them more devices than have that.
 
@@ -195,6 +203,7 @@ def choose(
         settings=settings,
         sources=sources_of(new, installed, before, start, calibration, out),
         sent=sent_to(installed, also, result.sizes),
+        scales=result.scales,
     )
 
 
@@ -209,6 +218,7 @@ class _Round:
     after: float
     promised: float
     changed: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)
 
 
 class _Choice:
@@ -329,22 +339,24 @@ class _Choice:
         """Descend at a price and code the result."""
         self._report(f"round {len(self.rounds) + 1}: descent at {price:.3g} nats a bit")
         shares = shares_of(self._files.also)
-        bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS, shares=shares)
-        changed = dict.fromkeys(self._names, 0)
+        scale = price * SCALE_BITS if self._settings.moves_scales and not shares else None
+        bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS, shares=shares, scale=scale)
+        changed, scales = dict.fromkeys(self._names, 0), dict.fromkeys(self._names, 0)
         before = after = promised = 0.0
         stretches = stretches_of(self._installed, self._names, bits)
         for outcome in run_all(self._files, stretches, self._workers):
             changed[outcome.name] += outcome.changed
+            scales[outcome.name] += outcome.scales
             before, after = before + outcome.before, after + outcome.after
             promised += outcome.promised
         sizes = self._sizes()
         size = self._mean(sizes)
         each = f" ({', '.join(f'{count:,}' for count in sizes)})" if self._files.also else ""
         self._report(
-            f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes changed, {size:,} bytes{each},"
-            f" objective {before:.4g} to {after:.4g}"
+            f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes and {sum(scales.values()):,} scales changed,"
+            f" {size:,} bytes{each}, objective {before:.4g} to {after:.4g}"
         )
-        self.rounds.append(_Round(price, size, sizes, before, after, promised, changed))
+        self.rounds.append(_Round(price, size, sizes, before, after, promised, changed, scales))
         return self.rounds[-1]
 
     def _sizes(self) -> tuple[int, ...]:

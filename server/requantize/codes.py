@@ -97,6 +97,15 @@ class CodedRows(LinearRows):
         words = codes.astype(np.int8 if row.is_signed else np.uint8).view(np.uint8).reshape(stored.shape)
         return row.join({**self.fields, row.codes.name: words}).tobytes()
 
+    def with_scales(self, halves: npt.NDArray[np.uint16]) -> Self:
+        """The same codes with other scales.
+
+        Args:
+            halves: Half-precision bits of the field `d`, one for each block.
+        """
+        fields = {**self.fields, "d": halves.reshape(self.fields["d"].shape)}
+        return self.read(self.layout, LAYOUTS[self.layout].join(fields).tobytes(), self.codes.shape[1])
+
 
 def code_range(layout: Layout) -> tuple[int, int]:
     """Smallest and largest code.

@@ -141,7 +141,7 @@ def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
         *check_lines(judged.checks),
         "",
         *sent_lines(judged.sent),
-        f"{judged.changed:,} of {judged.codes:,} codes changed",
+        f"{judged.changed:,} of {judged.codes:,} codes changed, and {judged.scales:,} scales of blocks",
         verdict_line(out, judged.checks, size, is_written=judged.is_written),
         *record_lines(record),
         *_adapter_lines(out, judged, size),

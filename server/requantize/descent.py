@@ -26,7 +26,7 @@ _MOVES_PER_WEIGHT_MAX: Final = 8
 _CROWDED: Final = 0.7
 """Share of rows that still step, below which the others are left out."""
 
-_NOISE: Final = np.float32(1e-6)
+NOISE: Final = np.float32(1e-6)
 """Share of a move's terms below which a gain may be rounding."""
 
 
@@ -65,18 +65,20 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a changed code costs to send, in nats per token.
+    """What a changed code or scale costs to send, in nats per token.
 
     Attributes:
         first: Moving a code away from the installed one.
         further: Each step more.
         shares: Of the fleet that has each of several installed files; none for one file. Installed codes then have one more axis,
             as long as this, and the price is the mean over the fleet.
+        scale: Moving the scale of a block away from the installed one (`scales.py`); None where scales stay.
     """
 
     first: float
     further: float
     shares: tuple[float, ...] = ()
+    scale: float | None = None
 
     def of(self, codes: Codes, installed: Codes) -> float:
         """Of all codes."""
@@ -233,7 +235,7 @@ class _Block:
             change = _changes(rows, slope)
             best = change.argmin(axis=1)
             at = np.arange(len(best)), best
-            pays = change[at] < -_NOISE * (np.abs(slope[at]) + rows.half[at])
+            pays = change[at] < -NOISE * (np.abs(slope[at]) + rows.half[at])
             count = int(np.count_nonzero(pays))
             if count == 0:
                 break
@@ -262,7 +264,7 @@ class _Block:
             after[at] = np.inf
             second = after.argmin(axis=1)
             total = change[at] + after[every, second]
-            better = total < np.minimum(best, -_NOISE * (np.abs(slope[at]) + rows.half[at]))
+            better = total < np.minimum(best, -NOISE * (np.abs(slope[at]) + rows.half[at]))
             best = np.where(better, total, best)
             pair = np.where(better, [first, second], pair)
         pays = best < 0

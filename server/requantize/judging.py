@@ -40,7 +40,8 @@ class Judged(Struct, frozen=True, kw_only=True):
         price: At which it was chosen, in nats per token and bit.
         extrapolation: With which it was chosen.
         changed: Codes that differ from the installed ones.
-        codes: How many there are.
+        scales: Scales of blocks that do.
+        codes: How many codes there are.
         seconds: Of the choice alone.
         calibration_sha256: Of the calibration's tokens.
         frontier: From which the file was chosen; None where it was not.
@@ -54,6 +55,7 @@ class Judged(Struct, frozen=True, kw_only=True):
     price: float
     extrapolation: float
     changed: int
+    scales: int
     codes: int
     seconds: float
     calibration_sha256: str
@@ -120,6 +122,7 @@ def judge(
         price=chosen.price,
         extrapolation=trial.extrapolation,
         changed=sum(chosen.changed.values()),
+        scales=sum(chosen.scales.values()),
         codes=chosen.codes,
         seconds=chosen.seconds,
         calibration_sha256=calibration.tokens_sha256,

@@ -26,6 +26,7 @@ from server.requantize.correction import Slopes
 from server.requantize.descent import Metric, Price, descend, single_gains
 from server.requantize.model import ModelFile, opened_gguf, row_bytes, rows_and_columns
 from server.requantize.portions import Portion, shares_of
+from server.requantize.scales import SCALED_LAYOUTS, changed_scales, descend_with_scales, within_reach
 
 MetricName = Literal["outputs", "weights"]
 
@@ -48,7 +49,7 @@ class Files:
         installed: The quantized file that devices have.
         calibration: Moments of the new model.
         before: The installed version in floats, for extrapolation.
-        start: A quantized file whose codes the descent begins with.
+        start: A quantized file whose codes the descent begins with, and those of its scales that a move can lead to.
         out: Takes the result; has the tensors of `installed` when work begins.
         metric: What is kept near: what the layers put out, or the weights.
         extrapolation: How far beyond the new weights the target lies, in steps from `before` to `new`.
@@ -92,6 +93,7 @@ class Outcome:
     Attributes:
         name: Of the tensor.
         changed: Codes that differ from the installed ones.
+        scales: Scales of blocks that do.
         before: Cost of the installed codes, nats per token.
         after: Cost of the chosen ones.
         promised: What the divergence would fall by from the start, if its measured gradient held all the way.
@@ -100,6 +102,7 @@ class Outcome:
 
     name: str
     changed: int
+    scales: int
     before: float
     after: float
     promised: float = 0.0
@@ -144,25 +147,34 @@ class Worker:
         if not np.isfinite(target).all() or not np.isfinite(rows.steps).all():
             raise ModelFileError(f"{stretch.name}: there are weights or scales that are no numbers")
         metric = self._metric(stretch, rows.codes.shape[1])
-        start = self._begin(stretch, rows, target, metric)
-        error = target - rows.weights(start)
+        begun, start = self._begin(stretch, rows, target, metric)
+        error = target - begun.weights(start)
         expected = metric.gradient(error)
         if stretch.price is None:
-            return Outcome(stretch.name, 0, 0.0, 0.0, gains=_binned(single_gains(rows, expected, metric)))
+            gains = _binned(single_gains(rows, expected, metric))
+            return Outcome(stretch.name, 0, 0, 0.0, 0.0, gains=gains)
         slopes = self._slopes(stretch)
         gradient = expected
         if slopes is not None:
             gradient = expected + np.float32(self._files.trust) * (slopes - expected)
-        codes, reached = descend(rows, start, gradient, metric, stretch.price, self._files.pairs, anchors)
-        self._write(stretch, rows.joined(codes))
+        chosen, pairs = begun, self._files.pairs
+        if _moves_scales(rows, stretch.price):
+            chosen, codes, reached = descend_with_scales(
+                rows, begun, start, gradient, metric, stretch.price, pairs
+            )
+        else:
+            codes, reached = descend(rows, start, gradient, metric, stretch.price, pairs, anchors)
+        self._write(stretch, chosen.joined(codes))
         before = 0.5 * _inner(error, expected)
         if start is not rows.codes:
             before = metric.cost(target - rows.weights(rows.codes))
         # What the gradient has changed by is the metric's, wherever it began.
-        after = 0.5 * _inner(target - rows.weights(codes), expected + (reached - gradient))
-        moved = rows.weights(codes) - rows.weights(start)
+        after = 0.5 * _inner(target - chosen.weights(codes), expected + (reached - gradient))
+        moved = chosen.weights(codes) - begun.weights(start)
         promised = 0.0 if slopes is None else _inner(slopes, moved)
-        return Outcome(stretch.name, int(np.count_nonzero(codes != rows.codes)), before, after, promised)
+        changed = int(np.count_nonzero(codes != rows.codes))
+        scales = 0 if chosen is rows else changed_scales(chosen, rows)
+        return Outcome(stretch.name, changed, scales, before, after, promised)
 
     def _rows(self, stretch: Stretch) -> tuple[CodedRows, Codes | None]:
         """The rows that the descent works on, and what their codes cost is relative to; None for their own codes."""
@@ -178,15 +190,18 @@ class Worker:
             rows = replace(rows, codes=cheapest_codes(anchors, stretch.price))
         return rows, anchors
 
-    def _begin(self, stretch: Stretch, rows: CodedRows, target: Floats, metric: Metric) -> Codes:
-        """The codes that the descent begins with."""
+    def _begin(
+        self, stretch: Stretch, rows: CodedRows, target: Floats, metric: Metric
+    ) -> tuple[CodedRows, Codes]:
+        """Scales and codes that the descent begins with."""
         if self._start is not None:
-            return _coded(self._start, stretch).codes
+            start = _coded(self._start, stretch)
+            return within_reach(rows, start) if _moves_scales(rows, stretch.price) else rows, start.codes
         if not self._files.is_afresh or stretch.price is None:
-            return rows.codes
+            return rows, rows.codes
         rounded = rows.nearest(target)
         gradient = metric.gradient(target - rows.weights(rounded))
-        return descend(rows, rounded, gradient, metric, Price(first=0.0, further=0.0))[0]
+        return rows, descend(rows, rounded, gradient, metric, Price(first=0.0, further=0.0))[0]
 
     def _slopes(self, stretch: Stretch) -> Floats | None:
         """The gradient that was measured at the start."""
@@ -209,21 +224,24 @@ class Worker:
         return np.asarray(new + np.float32(self._files.extrapolation) * (new - old), np.float32)
 
     def _metric(self, stretch: Stretch, columns: int) -> Metric:
-        count = stretch.stop - stretch.start
-        none = np.zeros(count, np.float32)
         if self._files.metric == "weights":
+            none = np.zeros(stretch.stop - stretch.start, np.float32)
             return Metric(np.zeros((columns, columns), np.float32), none, none + 1)
-        calibration = self._files.calibration
-        rows = slice(stretch.start, stretch.stop)
-        lookups = calibration.lookups(stretch.name)
-        outputs = calibration.outputs(stretch.name)
-        looked_up = none if lookups is None else np.asarray(lookups[rows], np.float32)
-        if outputs is None:
-            return Metric(np.zeros((columns, columns), np.float32), none, looked_up)
-        inputs = np.array(calibration.inputs(stretch.name), np.float32)
-        diagonal = np.einsum("ii->i", inputs)
-        diagonal += np.float32(DAMPING * diagonal.mean())
-        return Metric(inputs, np.asarray(outputs[rows], np.float32), looked_up)
+        return metric_of(self._files.calibration, stretch.name, slice(stretch.start, stretch.stop), columns)
+
+
+def metric_of(calibration: Calibration, name: str, rows: slice, columns: int) -> Metric:
+    """What an error of some rows of a tensor costs, by the moments that were measured and a little damping."""
+    none = np.zeros(rows.stop - rows.start, np.float32)
+    lookups = calibration.lookups(name)
+    outputs = calibration.outputs(name)
+    looked_up = none if lookups is None else np.asarray(lookups[rows], np.float32)
+    if outputs is None:
+        return Metric(np.zeros((columns, columns), np.float32), none, looked_up)
+    inputs = np.array(calibration.inputs(name), np.float32)
+    diagonal = np.einsum("ii->i", inputs)
+    diagonal += np.float32(DAMPING * diagonal.mean())
+    return Metric(inputs, np.asarray(outputs[rows], np.float32), looked_up)
 
 
 def run_all(files: Files, stretches: Iterable[Stretch], workers: int) -> Iterator[Outcome]:
@@ -274,6 +292,10 @@ def _begin(files: Files) -> None:
 
 def _run(stretch: Stretch) -> Outcome:
     return _workers[0].run(stretch)
+
+
+def _moves_scales(rows: CodedRows, price: Price | None) -> bool:
+    return price is not None and price.scale is not None and rows.layout in SCALED_LAYOUTS
 
 
 def _inner(left: Floats, right: Floats) -> float:

@@ -55,7 +55,7 @@ def _choose(folder: Path, calibration: Calibration, out: Path, **settings: objec
     )
 
 
-def test_a_file_has_the_installed_scales_and_new_codes_and_its_delta_is_as_long_as_said(
+def test_a_file_has_the_codes_and_scales_that_were_counted_and_its_delta_is_as_long_as_said(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.gguf"
@@ -73,19 +73,53 @@ def test_a_file_has_the_installed_scales_and_new_codes_and_its_delta_is_as_long_
     reader = DeltaReader(BytesSource(old))
     assert b"".join(piece.data for piece in reader.feed(patch)) == new
     reader.finish()
-    changed = 0
+    changed = scales = 0
     stored = {each.name: each for each in read_stored(out)}
     for before in read_stored(folder / "installed.gguf"):
         after = stored[before.name]
         assert after.kind == before.kind
         if before.kind == TYPES.Q4_0:
             blocks = [np.asarray(each.data).reshape(-1, 18) for each in (before, after)]
-            assert np.array_equal(blocks[0][:, :2], blocks[1][:, :2])
+            moved = int((blocks[0][:, :2] != blocks[1][:, :2]).any(axis=1).sum())
+            assert moved == chosen.scales[before.name]
+            scales += moved
             nibbles = [np.stack([each[:, 2:] & 15, each[:, 2:] >> 4]) for each in blocks]
             count = int(np.count_nonzero(nibbles[0] != nibbles[1]))
             assert count == chosen.changed[before.name]
             changed += count
     assert changed > 0
+    assert scales > 0
+
+
+def test_scales_stay_where_they_are_told_to_and_less_is_lost_where_they_move(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    still, moving = (
+        _choose(folder, calibration, tmp_path / "out.gguf", price=1e-8, moves_scales=each)
+        for each in (False, True)
+    )
+    assert not any(still.scales.values())
+    assert any(moving.scales.values())
+    assert moving.scales["token_embd.weight"] == 0  # Q8_0
+    assert moving.objective_after < 0.95 * still.objective_after
+
+
+def test_what_begins_where_another_choice_ended_begins_with_its_scales(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    first = _choose(folder, calibration, tmp_path / "first.gguf", price=1e-8)
+    again = choose(
+        folder / "new.gguf",
+        folder / "installed.gguf",
+        calibration,
+        Settings(price=1e-8, workers=1),
+        tmp_path / "again.gguf",
+        _quiet,
+        start=tmp_path / "first.gguf",
+    )
+    assert again.objective_before == pytest.approx(first.objective_before, rel=1e-4)
+    assert again.objective_after == pytest.approx(first.objective_after, rel=1e-2)
+    assert sum(again.scales.values()) == pytest.approx(sum(first.scales.values()), rel=0.1)
 
 
 def test_floats_are_the_new_ones(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
