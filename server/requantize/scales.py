@@ -73,8 +73,8 @@ def descend_with_scales(
     # A start that others have made would be lost at a higher price than its own.
     is_installed = rows is installed and start is installed.codes
     for factor in (*(_DEARER if is_installed else ()), 1.0):
-        dearer = Price(price.first * factor, price.further * factor, scale=price.scale * factor)
-        rows, gradient = move_scales(installed, rows, codes, gradient, metric, dearer.scale)
+        rows, gradient = move_scales(installed, rows, codes, gradient, metric, price.scale * factor)
+        dearer = Price(price.first * factor, price.further * factor)
         codes, gradient = descend(rows, codes, gradient, metric, dearer)
     rows, gradient = move_scales(installed, rows, codes, gradient, metric, price.scale)
     codes, gradient = descend(rows, codes, gradient, metric, price, pairs)
@@ -181,7 +181,7 @@ class _Blocks:
 
     def halves(self) -> Halves:
         """The scales as they stand, shape (rows, blocks of a row)."""
-        return self._ladder.bits(self._rungs) | self._signs
+        return np.asarray(self._ladder.bits(self._rungs) | self._signs, np.uint16)
 
     def _columns(self, block: int) -> slice:
         return slice(block * self._width, (block + 1) * self._width)
