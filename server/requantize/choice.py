@@ -68,7 +68,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         corrections: How often the divergence of what was chosen is measured, and the choice made again from there with its gradient.
         trust: How far a correction goes from the gradient that the metric expects towards the measured one.
         pairs: First steps that are tried for two together, where no single step pays; 0 for none.
-        moves_scales: Whether scales of blocks move where that pays, for Q4_0 and Q5_0; of several installed files none does.
+        moves_scales: Whether scales of blocks move where that pays, for Q4_0 and Q5_0 and one installed file. Takes three to four times as long.
         workers: Processes; None for as many as there are processors. They change nothing but the time.
     """
 
@@ -81,7 +81,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     corrections: int = 0
     trust: float = TRUST
     pairs: int = PAIRS
-    moves_scales: bool = True
+    moves_scales: bool = False
     workers: int | None = None
 
 
@@ -137,8 +137,8 @@ def choose(
 ) -> Chosen:
     """Write the quantized file of the new model that is worth most for what its delta from the installed one weighs.
 
-    Layouts are the installed file's, and so are tensors whose layout has no linear codes, and scales but where moving one is worth its bits.
-    Float tensors are the new ones. Of several installed files each block has the scales that most of the fleet has, and these stay.
+    Layouts are the installed file's, and so are tensors whose layout has no linear codes, and scales, unless they may move. Float tensors are the
+    new ones. Of several installed files each block has the scales that most of the fleet has.
 
     Args:
         new: The new model in floats, GGUF.
@@ -159,6 +159,10 @@ def choose(
     """
     _check(settings, before)
     check_fleet(installed, also)
+    if settings.moves_scales and also:
+        raise RequestError(
+            "scales stay where devices have several files", hint="leave out --move-scales, or --also"
+        )
     began = time.perf_counter()
     partial = out.with_name(f".partial-{out.name}")
     try:
@@ -339,7 +343,7 @@ class _Choice:
         """Descend at a price and code the result."""
         self._report(f"round {len(self.rounds) + 1}: descent at {price:.3g} nats a bit")
         shares = shares_of(self._files.also)
-        scale = price * SCALE_BITS if self._settings.moves_scales and not shares else None
+        scale = price * SCALE_BITS if self._settings.moves_scales else None
         bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS, shares=shares, scale=scale)
         changed, scales = dict.fromkeys(self._names, 0), dict.fromkeys(self._names, 0)
         before = after = promised = 0.0

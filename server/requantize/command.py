@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
             arguments.new, questions.held_out, cache / "readings", arguments.threads, progress
         ) as evaluator,
     ):
-        settings = Settings(budget_bytes=1, workers=arguments.workers)
+        settings = Settings(budget_bytes=1, moves_scales=arguments.move_scales, workers=arguments.workers)
         try:
             judged, chosen = judge(
                 models, questions, aim, calibration, evaluator, settings, Path(folder), out, report
@@ -141,7 +141,7 @@ def _lines(out: Path, judged: Judged, record: Path | None) -> list[str]:
         *check_lines(judged.checks),
         "",
         *sent_lines(judged.sent),
-        f"{judged.changed:,} of {judged.codes:,} codes changed, and {judged.scales:,} scales of blocks",
+        f"{judged.changed:,} of {judged.codes:,} codes changed{f', and {judged.scales:,} scales of blocks' if judged.scales else ''}",
         verdict_line(out, judged.checks, size, is_written=judged.is_written),
         *record_lines(record),
         *_adapter_lines(out, judged, size),

@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
 def _check_options(arguments: argparse.Namespace) -> None:
     given = {
         "--start": arguments.start,
+        "--move-scales": arguments.move_scales or None,
         "--frontier": arguments.frontier,
         "--adapter": arguments.adapter,
         "--also": arguments.also or None,

@@ -55,11 +55,12 @@ def _choose(folder: Path, calibration: Calibration, out: Path, **settings: objec
     )
 
 
+@pytest.mark.parametrize("moves_scales", [False, True])
 def test_a_file_has_the_codes_and_scales_that_were_counted_and_its_delta_is_as_long_as_said(
-    folder: Path, calibration: Calibration, tmp_path: Path
+    folder: Path, calibration: Calibration, tmp_path: Path, *, moves_scales: bool
 ) -> None:
     out = tmp_path / "out.gguf"
-    chosen = _choose(folder, calibration, out, price=1e-8)
+    chosen = _choose(folder, calibration, out, price=1e-8, moves_scales=moves_scales)
     assert 0 < chosen.objective_after < chosen.objective_before
     old, new = (folder / "installed.gguf").read_bytes(), out.read_bytes()
     patch = bytearray()
@@ -88,10 +89,10 @@ def test_a_file_has_the_codes_and_scales_that_were_counted_and_its_delta_is_as_l
             assert count == chosen.changed[before.name]
             changed += count
     assert changed > 0
-    assert scales > 0
+    assert (scales > 0) is moves_scales
 
 
-def test_scales_stay_where_they_are_told_to_and_less_is_lost_where_they_move(
+def test_scales_stay_unless_they_may_move_and_less_is_lost_where_they_move(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     still, moving = (
@@ -107,12 +108,12 @@ def test_scales_stay_where_they_are_told_to_and_less_is_lost_where_they_move(
 def test_what_begins_where_another_choice_ended_begins_with_its_scales(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    first = _choose(folder, calibration, tmp_path / "first.gguf", price=1e-8)
+    first = _choose(folder, calibration, tmp_path / "first.gguf", price=1e-8, moves_scales=True)
     again = choose(
         folder / "new.gguf",
         folder / "installed.gguf",
         calibration,
-        Settings(price=1e-8, workers=1),
+        Settings(price=1e-8, moves_scales=True, workers=1),
         tmp_path / "again.gguf",
         _quiet,
         start=tmp_path / "first.gguf",

@@ -247,6 +247,15 @@ def test_a_budget_below_what_the_files_differ_by_is_refused_and_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scales_do_not_move_where_devices_have_several_files(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    also = [Portion(folder / "v2.gguf", 0.5)]
+    with pytest.raises(RequestError, match=r"scales stay where devices have several files \(leave out"):
+        _choose(folder, calibration, tmp_path / "out.gguf", "v1.gguf", also, moves_scales=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_file_is_named(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
     damaged = []
     for each in read_stored(folder / "v2.gguf"):
