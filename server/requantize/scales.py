@@ -137,7 +137,8 @@ class _Ladder:
 
     def rungs(self, halves: Halves) -> _Rungs:
         """Where scales stand, -1 for those that are not on the ladder."""
-        return self._rung_of[halves & _MAGNITUDE]
+        rungs: _Rungs = self._rung_of[halves & _MAGNITUDE]
+        return rungs
 
     def bits(self, rungs: _Rungs) -> Halves:
         """The magnitude of scales as half-precision bits."""
