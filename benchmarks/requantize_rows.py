@@ -9,6 +9,7 @@ from msgspec import Struct
 from benchmarks.acceptance import Line
 from benchmarks.requantize_series import Chain, Cost, Facts
 from benchmarks.requantize_sources import ForWhom
+from benchmarks.rows import aligned
 from server.requantize.figures import TextFigures, difference, figures, share_of_gain
 from server.requantize.guards import Margins, check_texts, is_passed
 from server.requantize.readings import Readings
@@ -147,7 +148,7 @@ def lines(results: Results) -> list[Line]:
             line = Line(line.what, line.must, line.aim, None, "no peer was measured")
         found.append(line)
     cost, facts = results.cost, results.facts
-    kept = 100 * facts.kept / facts.plain if facts is not None and facts.plain else None
+    kept = None if facts is None or facts.kept is None else 100 * facts.kept
     return [
         *found,
         Line(
@@ -187,12 +188,18 @@ def series_lines(results: Results) -> list[str]:
             for text, kl in chain.last.kl.items()
         ]
     if (facts := results.facts) is not None:
-        share = 100 * facts.delta_bytes / facts.file_bytes
-        answers = f"installed {facts.installed}, plain {facts.plain}, chosen {facts.chosen}, of which {facts.kept} are plain's"
-        found += [
-            "",
-            f"narrow task, right answers of {facts.count}: {answers}; {facts.delta_bytes:,} bytes, {share:.3f} % of the file",
+        cells = [
+            (
+                each.name,
+                f"{each.delta_bytes:,}",
+                f"{100 * each.delta_bytes / facts.file_bytes:.3f}",
+                str(each.right),
+                str(each.kept),
+            )
+            for each in facts.files
         ]
+        heading = (f"narrow task, {facts.count} questions", "bytes", "% of file", "right", "of plain's")
+        found += ["", aligned([heading, *cells], left=1), f"the new model in floats: {facts.reference} right"]
     return found
 
 

@@ -13,8 +13,10 @@ from benchmarks.catalog import CHAIN_VERSIONS
 from benchmarks.facts import facts_suite
 from benchmarks.running import measured
 from protocol.errors import RequestError
+from server.requantize import rows
 from server.requantize.calibration import Calibration, calibrate
 from server.requantize.choice import Settings, choose
+from server.requantize.controls import write_frozen
 from server.requantize.evaluation import Evaluator
 from server.requantize.texts import Text, Tokens
 from server.requantize.weighing import delta_bytes
@@ -22,7 +24,7 @@ from server.scorecard.journal import Journal
 from server.scorecard.summary import is_right
 
 CHAIN_SHARE = 0.005
-FACTS_SHARE = 0.005
+FACTS_SHARES = (0.005, 0.03)
 GOOD_PRICE = 3e-11
 """Nats a bit: next to nothing, so that nearly every code that pays is moved."""
 
@@ -60,22 +62,48 @@ class Chain(Struct, frozen=True, kw_only=True):
         return sum(self.last.kl[name] / self.fresh.kl[name] for name in self.last.kl) / len(self.last.kl)
 
 
+class Answers(Struct, frozen=True, kw_only=True):
+    """Of one file to the made-up questions.
+
+    Attributes:
+        name: As tables show it.
+        delta_bytes: From the installed file.
+        right: Right answers.
+        kept: Of those that plain answers, how many this file answers too.
+    """
+
+    name: str
+    delta_bytes: int
+    right: int
+    kept: int
+
+
 class Facts(Struct, frozen=True, kw_only=True):
-    """Answers to the made-up questions, by file.
+    """Answers to the made-up questions.
 
     Attributes:
         count: Questions.
-        installed: Right answers of the installed file; likewise the others.
-        kept: Of those that plain answers, how many the chosen file answers too.
+        reference: Right answers of the new model in floats.
+        files: Installed and plain, plain with the installed embedding, and a chosen file of each of `FACTS_SHARES`.
+        file_bytes: Of any of the files.
     """
 
     count: int
-    installed: int
-    plain: int
-    chosen: int
-    kept: int
-    delta_bytes: int
+    reference: int
+    files: tuple[Answers, ...]
     file_bytes: int
+
+    @property
+    def kept(self) -> float | None:
+        """Share of plain's answers that the smallest chosen file keeps; None where plain has none."""
+        by_name = {each.name: each for each in self.files}
+        right = by_name[rows.PLAIN].right
+        return by_name[chosen_name(FACTS_SHARES[0])].kept / right if right else None
+
+
+def chosen_name(share: float) -> str:
+    """Of a file that was chosen for a share of the file."""
+    return f"chosen, {100 * share:g} %"
 
 
 class Cost(Struct, frozen=True, kw_only=True):
@@ -149,7 +177,7 @@ def _silent(_done: int, _total: int, _what: str) -> None:
 
 
 def run_facts(cache: Path, work: Path, kept: Journal, say: Say) -> Facts | None:
-    """Answers that only the new model knows, as plain and as a chosen file of `FACTS_SHARE`; None where a file is missing."""
+    """Answers that only the new model knows, of plain and of chosen files; None where a file is missing."""
     known = kept.get("facts", Facts)
     new, plain, installed = (
         cache / name for name in ("v2_facts.bf16.gguf", "v2_facts.q4_0.gguf", "v1.q4_0.gguf")
@@ -160,28 +188,37 @@ def run_facts(cache: Path, work: Path, kept: Journal, say: Say) -> Facts | None:
         say("facts: left out, python -m benchmarks.pairs 'facts.*' makes the files")
         return None
     tokens = np.concatenate([np.load(cache / "facts.npy"), np.load(cache / "tokens.npy")])
-    out = work / "facts.chosen.gguf"
-    budget = int(FACTS_SHARE * installed.stat().st_size)
     calibration = calibrated(cache, work, "v2_facts", say, tokens)
-    chosen = choose(new, installed, calibration, Settings(budget_bytes=budget, workers=1), out, say)
-    suite = facts_suite()
+    suite, file_bytes, out = facts_suite(), installed.stat().st_size, work / "facts.gguf"
     with Evaluator(new, (), work, 1, _silent) as evaluator:
-        right = [
-            [
-                is_right(item, reply)
-                for item, reply in zip(suite.items, evaluator.ask(file, suite), strict=True)
-            ]
-            for file in (installed, plain, out)
-        ]
-    found = Facts(
-        count=len(suite.items),
-        installed=sum(right[0]),
-        plain=sum(right[1]),
-        chosen=sum(right[2]),
-        kept=sum(one and other for one, other in zip(right[1], right[2], strict=True)),
-        delta_bytes=chosen.delta_bytes,
-        file_bytes=chosen.file_bytes,
-    )
+
+        def right(file: Path) -> list[bool]:
+            replies = evaluator.ask(file, suite)
+            return [is_right(item, reply) for item, reply in zip(suite.items, replies, strict=True)]
+
+        by_plain = right(plain)
+
+        def answers(name: str, file: Path, size: int | None = None) -> Answers:
+            found = right(file)
+            return Answers(
+                name=name,
+                delta_bytes=delta_bytes(installed, file) if size is None else size,
+                right=sum(found),
+                kept=sum(one and other for one, other in zip(by_plain, found, strict=True)),
+            )
+
+        files = [answers(rows.NOTHING, installed, 0), answers(rows.PLAIN, plain)]
+        write_frozen(plain, installed, out)
+        files.append(answers(rows.FROZEN, out))
+        price = None
+        for share in FACTS_SHARES:
+            settings = Settings(budget_bytes=int(share * file_bytes), first_price=price, workers=1)
+            chosen = choose(new, installed, calibration, settings, out, say)
+            price = chosen.price
+            files.append(answers(chosen_name(share), out, chosen.delta_bytes))
+        found = Facts(
+            count=len(suite.items), reference=sum(right(new)), files=tuple(files), file_bytes=file_bytes
+        )
     kept.put("facts", found)
     out.unlink()
     return found

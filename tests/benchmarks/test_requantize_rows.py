@@ -17,10 +17,10 @@ from benchmarks.requantize_rows import (
     series_lines,
     table_rows,
 )
-from benchmarks.requantize_series import Chain, Cost, Divergence, Facts
+from benchmarks.requantize_series import FACTS_SHARES, Answers, Chain, Cost, Divergence, Facts, chosen_name
 from benchmarks.requantize_sources import ForWhom, source_lines
 from benchmarks.texts import development_text, held_out_manuals, held_out_sources, training_text
-from server.requantize.rows import NOTHING, PLAIN, TRAP
+from server.requantize.rows import FROZEN, NOTHING, PLAIN, TRAP
 from tests.server.requantize.readings import reading
 
 BYTES = 90_000_000
@@ -79,7 +79,16 @@ def test_series_and_peers_fill_their_lines() -> None:
         delta_bytes=(400_000, 390_000),
         file_bytes=91_000_000,
     )
-    found.facts = Facts(count=100, installed=0, plain=80, chosen=82, kept=78, delta_bytes=1, file_bytes=2)
+    files = [(NOTHING, 0, 0, 0), (PLAIN, 5_000_000, 80, 80), (FROZEN, 2_000_000, 70, 69)]
+    files += [(chosen_name(share), 400_000, 82, 78) for share in FACTS_SHARES]
+    found.facts = Facts(
+        count=100,
+        reference=98,
+        files=tuple(
+            Answers(name=name, delta_bytes=size, right=right, kept=kept) for name, size, right, kept in files
+        ),
+        file_bytes=100_000_000,
+    )
     found.cost = Cost(wall_s=600.0, cpu_s=900.0, peak_bytes=1_500_000_000)
     by_name = {line.what.strip(): line for line in lines(found)}
     assert by_name["nearest, Q8_0: of the best peer's bytes"].figure == pytest.approx(0.1)
@@ -91,7 +100,8 @@ def test_series_and_peers_fill_their_lines() -> None:
     said = "\n".join(series_lines(found))
     assert "400,000, 390,000; of a file 91,000,000" in said
     assert "last file on manuals: 0.1100; of a fresh one 0.1000, of plain 0.2000" in said
-    assert "installed 0, plain 80, chosen 82, of which 78 are plain's" in said
+    assert "plain, embedding frozen 2,000,000 2.000 70 69" in " ".join(said.split())
+    assert "the new model in floats: 98 right" in said
 
 
 def test_tables_and_lines_hold_every_file_and_say_what_it_is_beside_plain() -> None:
