@@ -8,6 +8,7 @@ with scales.
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,9 @@ from protocol.errors import WhimbrelError
 from server.diagnosis.weights import Floats
 from server.display import table
 from server.requantize.calibration import Calibration
-from server.requantize.choice import FIRST_BITS, FURTHER_BITS, PAIRS, SCALE_BITS
+from server.requantize.choice import PAIRS, price_of_bits
 from server.requantize.codes import CodedRows
-from server.requantize.descent import Metric, Price, descend
+from server.requantize.descent import Metric, descend
 from server.requantize.model import opened_gguf
 from server.requantize.scales import changed_scales, descend_with_scales
 from server.requantize.weighing import delta_bytes
@@ -49,12 +50,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What came of all parts at a price."""
+    """What came of all parts at a price; `cpu_s` is what the descent took."""
 
     after: float
     codes: int
     scales: int
     bytes: int
+    cpu_s: float
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,7 +97,7 @@ def read_parts(cache: Path, moments: Calibration, *, is_good: bool) -> list[Part
                 metric = metric_of(moments, name, slice(0, ROWS), columns)
                 if is_good:
                     gradient = metric.gradient(before.floats(name, 0, ROWS) - rows.weights(rows.codes))
-                    codes, _ = descend(rows, rows.codes, gradient, metric, _price(GOOD_PRICE))
+                    codes, _ = descend(rows, rows.codes, gradient, metric, price_of_bits(GOOD_PRICE))
                     rows = CodedRows.read(region.layout, rows.joined(codes), columns)
                 parts.append(Part(name, rows, new.floats(name, 0, ROWS), metric))
     return parts
@@ -140,6 +142,7 @@ def lines(parts: Sequence[Part], prices: Sequence[float], folder: Path) -> list[
     return [
         f"{count:,} weights; {1e3 * before:.3f} thousandths of a nat are lost as installed",
         *table(titles, found),
+        f"the descents of codes and scales took {sum(each.cpu_s for each in moving) / sum(each.cpu_s for each in still):.1f} times the processor time of codes alone",
         "less %: lost less than by codes alone at the same bytes, between the rows of these by the logarithm of bytes",
     ]
 
@@ -155,20 +158,24 @@ def less_lost(row: Chosen, others: Sequence[Chosen]) -> float | None:
 
 def choose(parts: Sequence[Part], bit: float, base: Path, out: Path, *, moves_scales: bool) -> Chosen:
     """Descend in all parts at one price, and weigh what comes of it."""
-    after, codes, scales, data, price = 0.0, 0, 0, [], _price(bit)
+    after, codes, scales, data = 0.0, 0, 0, []
+    price = price_of_bits(bit, moves_scales=moves_scales)
+    cpu_s = 0.0
     for each in parts:
+        began = time.process_time()
         rows, chosen = each.rows, each.rows.codes
         gradient = each.metric.gradient(each.target - rows.weights(chosen))
         if moves_scales:
             rows, chosen, _ = descend_with_scales(rows, rows, chosen, gradient, each.metric, price, PAIRS)
         else:
             chosen, _ = descend(rows, chosen, gradient, each.metric, price, PAIRS)
+        cpu_s += time.process_time() - began
         after += each.metric.cost(each.target - rows.weights(chosen))
         codes += int(np.count_nonzero(chosen != each.rows.codes))
         scales += changed_scales(rows, each.rows)
         data.append(rows.joined(chosen))
     write(out, parts, data)
-    return Chosen(after, codes, scales, delta_bytes(base, out, 1))
+    return Chosen(after, codes, scales, delta_bytes(base, out, 1), cpu_s)
 
 
 def write(out: Path, parts: Sequence[Part], data: Sequence[bytes]) -> None:
@@ -182,10 +189,6 @@ def write(out: Path, parts: Sequence[Part], data: Sequence[bytes]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _price(bit: float) -> Price:
-    return Price(first=bit * FIRST_BITS, further=bit * FURTHER_BITS, scale=bit * SCALE_BITS)
 
 
 def _say(line: str) -> None:

@@ -68,7 +68,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         corrections: How often the divergence of what was chosen is measured, and the choice made again from there with its gradient.
         trust: How far a correction goes from the gradient that the metric expects towards the measured one.
         pairs: First steps that are tried for two together, where no single step pays; 0 for none.
-        moves_scales: Whether scales of blocks move where that pays, for Q4_0 and Q5_0 and one installed file. Takes three to four times as long.
+        moves_scales: Whether scales of blocks move where that pays, for Q4_0 and Q5_0 and one installed file. Takes about three times as long.
         workers: Processes; None for as many as there are processors. They change nothing but the time.
     """
 
@@ -121,6 +121,18 @@ class Chosen(Struct, frozen=True, kw_only=True):
     sources: Sources
     sent: tuple[Sent, ...] = ()
     scales: dict[str, int] = {}
+
+
+def price_of_bits(nats: float, shares: tuple[float, ...] = (), *, moves_scales: bool = False) -> Price:
+    """What changed codes cost, and scales if they may move, at a price in nats a bit.
+
+    Args:
+        nats: Of a bit.
+        shares: As in `Price`.
+        moves_scales: Whether scales of blocks may move.
+    """
+    scale = nats * SCALE_BITS if moves_scales else None
+    return Price(first=nats * FIRST_BITS, further=nats * FURTHER_BITS, shares=shares, scale=scale)
 
 
 def choose(
@@ -342,9 +354,7 @@ class _Choice:
     def _round(self, price: float) -> _Round:
         """Descend at a price and code the result."""
         self._report(f"round {len(self.rounds) + 1}: descent at {price:.3g} nats a bit")
-        shares = shares_of(self._files.also)
-        scale = price * SCALE_BITS if self._settings.moves_scales else None
-        bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS, shares=shares, scale=scale)
+        bits = price_of_bits(price, shares_of(self._files.also), moves_scales=self._settings.moves_scales)
         changed, scales = dict.fromkeys(self._names, 0), dict.fromkeys(self._names, 0)
         before = after = promised = 0.0
         stretches = stretches_of(self._installed, self._names, bits)
@@ -356,9 +366,9 @@ class _Choice:
         sizes = self._sizes()
         size = self._mean(sizes)
         each = f" ({', '.join(f'{count:,}' for count in sizes)})" if self._files.also else ""
+        moved = f" and {sum(scales.values()):,} scales" if self._settings.moves_scales else ""
         self._report(
-            f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes and {sum(scales.values()):,} scales changed,"
-            f" {size:,} bytes{each}, objective {before:.4g} to {after:.4g}"
+            f"round {len(self.rounds) + 1}: {sum(changed.values()):,} codes{moved} changed, {size:,} bytes{each}, objective {before:.4g} to {after:.4g}"
         )
         self.rounds.append(_Round(price, size, sizes, before, after, promised, changed, scales))
         return self.rounds[-1]

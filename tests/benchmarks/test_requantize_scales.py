@@ -40,9 +40,13 @@ def test_a_row_has_what_moved_what_it_weighs_and_what_is_lost(tmp_path: Path) ->
     assert "2,048 weights" in table[0]
     assert f"{still.codes:,}" in table[2].split()
     assert f"{moving.scales:,}" in table[3].split()
+    assert "times the processor time of codes alone" in table[4]
 
 
 def test_rows_are_compared_at_the_same_bytes() -> None:
-    still = [Chosen(after=8.0, codes=1, scales=0, bytes=100), Chosen(after=4.0, codes=9, scales=0, bytes=400)]
-    assert less_lost(Chosen(after=5.4, codes=3, scales=3, bytes=200), still) == pytest.approx(0.1)
-    assert less_lost(Chosen(after=3.0, codes=3, scales=3, bytes=401), still) is None
+    still = [
+        Chosen(after=8.0, codes=1, scales=0, bytes=100, cpu_s=1.0),
+        Chosen(after=4.0, codes=9, scales=0, bytes=400, cpu_s=1.0),
+    ]
+    assert less_lost(Chosen(after=5.4, codes=3, scales=3, bytes=200, cpu_s=3.0), still) == pytest.approx(0.1)
+    assert less_lost(Chosen(after=3.0, codes=3, scales=3, bytes=401, cpu_s=3.0), still) is None

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from protocol.errors import ModelFileError, RequestError
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
-from server.requantize.choice import FIRST_BITS, FURTHER_BITS, PAIRS
+from server.requantize.choice import FIRST_BITS, PAIRS, price_of_bits
 from server.requantize.codes import Codes, LinearRows
 from server.requantize.descent import Metric, Price, descend, single_gains
 from server.requantize.onnx.calibration import Calibration
@@ -208,7 +208,7 @@ class _Choice:
 
     def _bytes_at(self, price: float) -> int:
         """Descend at a price, and code the result."""
-        bits = Price(first=price * FIRST_BITS, further=price * FURTHER_BITS)
+        bits = price_of_bits(price)
         self.changed, self.before, self.after = {}, 0.0, 0.0
         for matrix in self._matrices:
             data = matrix.installed(self._installed)
