@@ -127,7 +127,8 @@ class _Connection(asyncio.BufferedProtocol):
             transport.write(data)
             return len(data)
         byte_count = 0
-        while waiting and not self._is_paused:
+        # A write that finds the peer gone closes the transport; each further one would be a warning in the log.
+        while waiting and not self._is_paused and not transport.is_closing():
             data = waiting.popleft()
             if waiting and len(data) + len(waiting[0]) <= COALESCE_BYTES:
                 data = self._joined(data)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from server.broker.packets import (
     Subscribe,
     encode,
 )
-from server.broker.tcp import EmbeddedBroker
+from server.broker.tcp import COALESCE_BYTES, EmbeddedBroker
 from tests.server.brokers import Address, Wire, embedded_broker_process, is_listening, wait_until
 
 
@@ -108,6 +109,29 @@ def test_it_runs_in_a_loop_that_is_there_already() -> None:
         return len(answer)
 
     assert asyncio.run(scenario()) == 6
+
+
+def test_a_reader_that_is_gone_when_its_messages_leave_is_no_noise(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> int:
+        broker = EmbeddedBroker()
+        port = await broker.start()
+        reader, writer = await asyncio.open_connection(broker.host, port)
+        retained = [Publish(f"t/{number}", bytes(COALESCE_BYTES), retain=True) for number in range(20)]
+        writer.write(b"".join(map(encode, [Connect("a"), *retained, Pingreq()])))
+        await reader.readexactly(6)
+        with socket.create_connection((broker.host, port)) as gone:
+            # Blocking, so that the broker, in the same loop, reads the request when its sender is gone already.
+            gone.sendall(encode(Connect("b")) + encode(Subscribe(1, (("t/#", 0),))))
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        counts = broker.statistics()
+        while (counts.connections_now, counts.connections_total) != (1, 2):
+            await asyncio.sleep(0.01)
+        writer.close()
+        await broker.stop()
+        return counts.messages_out
+
+    assert asyncio.run(scenario()) == 20
+    assert caplog.messages == []
 
 
 def test_calls_on_a_broker_that_does_not_run_are_refused() -> None:
