@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,12 @@ from server.scorecard.journal import Journal
 from server.scorecard.summary import is_right
 
 CHAIN_SHARE = 0.005
-FACTS_SHARES = (0.005, 0.03)
+FACTS_CHOICES = ((0.005, 0), (0.025, 60), (0.005, 60))
+"""Share of the file that the delta may weigh, and steps of distillation."""
+
+FACTS_SHIPPED = FACTS_CHOICES[1]
+"""What somebody would send to whom such an update matters: less than half of plain's bytes."""
+
 GOOD_PRICE = 3e-11
 """Nats a bit: next to nothing, so that nearly every code that pays is moved."""
 
@@ -84,7 +90,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     Attributes:
         count: Questions.
         reference: Right answers of the new model in floats.
-        files: Installed and plain, plain with the installed embedding, and a chosen file of each of `FACTS_SHARES`.
+        files: Installed and plain, plain with the installed embedding, and a chosen file of each of `FACTS_CHOICES`.
         file_bytes: Of any of the files.
     """
 
@@ -95,15 +101,15 @@ class Facts(Struct, frozen=True, kw_only=True):
 
     @property
     def kept(self) -> float | None:
-        """Share of plain's answers that the smallest chosen file keeps; None where plain has none."""
+        """Share of plain's answers that `FACTS_SHIPPED` keeps; None where plain has none."""
         by_name = {each.name: each for each in self.files}
         right = by_name[rows.PLAIN].right
-        return by_name[chosen_name(FACTS_SHARES[0])].kept / right if right else None
+        return by_name[chosen_name(*FACTS_SHIPPED)].kept / right if right else None
 
 
-def chosen_name(share: float) -> str:
-    """Of a file that was chosen for a share of the file."""
-    return f"chosen, {100 * share:g} %"
+def chosen_name(share: float, distillation: int) -> str:
+    """Of a file that was chosen for a share of the file, and distilled if there are steps."""
+    return f"{'distilled' if distillation else 'chosen'}, {100 * share:g} %"
 
 
 class Cost(Struct, frozen=True, kw_only=True):
@@ -198,29 +204,39 @@ def run_facts(cache: Path, work: Path, kept: Journal, say: Say) -> Facts | None:
 
         by_plain = right(plain)
 
-        def answers(name: str, file: Path, size: int | None = None) -> Answers:
-            found = right(file)
-            return Answers(
+        def answers(name: str, file: Path, make: Callable[[], int]) -> Answers:
+            known = kept.get(f"facts: {name}", Answers)
+            if known is not None:
+                return known
+            size, found = make(), right(file)
+            known = Answers(
                 name=name,
-                delta_bytes=delta_bytes(installed, file) if size is None else size,
+                delta_bytes=size,
                 right=sum(found),
                 kept=sum(one and other for one, other in zip(by_plain, found, strict=True)),
             )
+            kept.put(f"facts: {name}", known)
+            return known
 
-        files = [answers(rows.NOTHING, installed, 0), answers(rows.PLAIN, plain)]
-        write_frozen(plain, installed, out)
-        files.append(answers(rows.FROZEN, out))
-        price = None
-        for share in FACTS_SHARES:
-            settings = Settings(budget_bytes=int(share * file_bytes), first_price=price, workers=1)
-            chosen = choose(new, installed, calibration, settings, out, say)
-            price = chosen.price
-            files.append(answers(chosen_name(share), out, chosen.delta_bytes))
+        def frozen() -> int:
+            write_frozen(plain, installed, out)
+            return delta_bytes(installed, out)
+
+        def chosen(share: float, distillation: int) -> int:
+            settings = Settings(budget_bytes=int(share * file_bytes), distillation=distillation)
+            return choose(new, installed, calibration, settings, out, say).delta_bytes
+
+        files = [
+            answers(rows.NOTHING, installed, lambda: 0),
+            answers(rows.PLAIN, plain, lambda: delta_bytes(installed, plain)),
+            answers(rows.FROZEN, out, frozen),
+            *(answers(chosen_name(*each), out, partial(chosen, *each)) for each in FACTS_CHOICES),
+        ]
         found = Facts(
             count=len(suite.items), reference=sum(right(new)), files=tuple(files), file_bytes=file_bytes
         )
     kept.put("facts", found)
-    out.unlink()
+    out.unlink(missing_ok=True)
     return found
 
 

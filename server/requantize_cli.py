@@ -18,6 +18,7 @@ _BUDGET_NAME_MAX: Final = 24
 _BYTES_MAX: Final = 1 << 44
 _RUNS_MAX: Final = 4096
 _WORKERS_MAX: Final = 256
+_DISTILL_MAX: Final = 2_000
 _RANK_MAX: Final = 256  # beyond it an adapter is hardly smaller than what it changes
 _SAMPLE_MAX: Final = 1_000_000
 _TENSORS_SHOWN: Final = 8
@@ -82,6 +83,14 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         "--move-scales",
         action="store_true",
         help="also move scales of blocks, of Q4_0 and Q5_0: worth its time from about a percent of the file on (three times the time)",
+    )
+    parser.add_argument(
+        "--distill",
+        metavar="STEPS",
+        type=integer(0, _DISTILL_MAX),
+        default=0,
+        help="then read so many pieces of the calibration text with what was chosen, and mend it where it says something else than the new"
+        " model: for narrow tasks and small budgets, whose text must be part of --calibration (try 60; a few seconds each for 135 M weights)",
     )
     _add_work(parser)
     _add_judging(parser)
@@ -310,6 +319,7 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
         budget_bytes=arguments.budget(installed.stat().st_size),
         extrapolation=arguments.extrapolate,
         moves_scales=arguments.move_scales,
+        distillation=arguments.distill,
         workers=arguments.workers,
     )
 

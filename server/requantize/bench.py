@@ -282,6 +282,8 @@ class Bench:
         settings = msgspec.structs.replace(
             self._settings, budget_bytes=budget, extrapolation=extrapolation, metric=metric
         )
+        if metric == "weights":  # what is shown is that metric alone
+            settings = msgspec.structs.replace(settings, distillation=0)
         return self._choose_with(name, settings, target)
 
     def _choose_with(self, name: str, settings: Settings, target: Path | None = None) -> Chosen:

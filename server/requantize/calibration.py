@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -85,6 +85,7 @@ class Calibration:
         tokens_sha256: Of the tokens, as little-endian int32.
         sequences: How many runs of tokens were looked at.
         sequence_tokens: Tokens of each.
+        text: All tokens that were given, which the runs are taken from.
     """
 
     folder: Path
@@ -92,6 +93,7 @@ class Calibration:
     tokens_sha256: str
     sequences: int
     sequence_tokens: int
+    text: npt.NDArray[np.int32] = field(repr=False, compare=False)
 
     def inputs(self, name: str) -> Array | None:
         """H of a matrix: second moments of its inputs, shape (columns, columns); None if it is only looked up in."""
@@ -169,7 +171,7 @@ def calibrate(
         record = _Record(sha256_of(model), digest, *runs.shape)
         name = f"{CALIBRATED_BY}-{record.model_sha256[:16]}-{digest[:16]}-{sequence_tokens}"
         place = folder / name
-        found = Calibration(place, record.model_sha256, digest, *runs.shape)
+        found = Calibration(place, record.model_sha256, digest, runs.shape[0], runs.shape[1], tokens)
         with storage_errors(place):
             place.mkdir(parents=True, exist_ok=True)
             is_done = (place / _DONE).exists()

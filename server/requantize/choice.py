@@ -6,23 +6,27 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from msgspec import Struct
+from threadpoolctl import threadpool_limits
 
 from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import Layout
-from protocol.tensors.gguf import ArrayValue, read_array
 from server.adapters.blobs import storage_errors
 from server.requantize.calibration import Calibration
 from server.requantize.codes import LINEAR_LAYOUTS
+from server.requantize.controls import write_nearest
 from server.requantize.correction import measure_divergence, measure_slopes
 from server.requantize.descent import Price
+from server.requantize.distillation import STEPS_MAX, Distillation, check_distillable
 from server.requantize.header import start_file
 from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
+from server.requantize.pairing import changed_codes, check_pair
 from server.requantize.portions import Portion, check_fleet, mean_bytes, shares_of
 from server.requantize.provenance import Sources, sources_of
 from server.requantize.search import SmallBudgetError, price_of_budget
@@ -46,12 +50,14 @@ LINE_SEARCH_SHRINK_MIN: Final = 0.1
 
 PAIRS: Final = 4
 
+FITS_MAX: Final = 6
+FIT_SHARE: Final = 0.995
+"""A distilled file that is too long is cut down in proportion, and a little more, until it fits."""
+
 _DEAR: Final = 1e6
 """Nats a bit: no code is worth that."""
 
 _PROBE_EVERY: Final = 16
-_ARCHITECTURE: Final = "general.architecture"
-_TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -69,6 +75,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         trust: How far a correction goes from the gradient that the metric expects towards the measured one.
         pairs: First steps that are tried for two together, where no single step pays; 0 for none.
         moves_scales: Whether scales of blocks move where that pays, for Q4_0 and Q5_0 and one installed file. Takes about three times as long.
+        distillation: Steps of some hundred tokens each in which the choice reads the calibration text and is mended where it says something
+            else than the new model (`distillation.py`); 0 for none. For one installed file.
         workers: Processes; None for as many as there are processors. They change nothing but the time.
     """
 
@@ -82,6 +90,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     trust: float = TRUST
     pairs: int = PAIRS
     moves_scales: bool = False
+    distillation: int = 0
     workers: int | None = None
 
 
@@ -98,7 +107,8 @@ class Chosen(Struct, frozen=True, kw_only=True):
         objective_before: What the installed codes cost, in nats per token, as the metric sees it.
         objective_after: What the chosen ones cost.
         rounds: Price and bytes of each file that was coded on the way.
-        divergences: KL from the float model on the calibration text, nats per token, before each correction and after the last.
+        divergences: KL from the float model on the calibration text, nats per token, before each correction and after the last; before
+            distillation and after it.
         seconds: From start to end.
         settings: What was asked for.
         sources: Digests of what went in and came out.
@@ -171,10 +181,14 @@ def choose(
     """
     _check(settings, before)
     check_fleet(installed, also)
-    if settings.moves_scales and also:
-        raise RequestError(
-            "scales stay where devices have several files", hint="leave out --move-scales, or --also"
-        )
+    for is_asked, what, option in (
+        (settings.moves_scales, "scales stay", "--move-scales"),
+        (settings.distillation, "a choice is not distilled", "--distill"),
+    ):
+        if is_asked and also:
+            raise RequestError(
+                f"{what} where devices have several files", hint=f"leave out {option}, or --also"
+            )
     began = time.perf_counter()
     partial = out.with_name(f".partial-{out.name}")
     try:
@@ -192,10 +206,12 @@ def choose(
             also=tuple(also),
         )
         with opened_gguf(new) as fresh, opened_gguf(installed) as old:
-            _check_pair(fresh, old)
+            check_pair(fresh, old)
+            if settings.distillation:
+                check_distillable(old, calibration.text)
             for each in also:
                 with opened_gguf(each.path) as other:
-                    _check_pair(fresh, other)
+                    check_pair(fresh, other)
             start_file(fresh, old, partial)
             choice = _Choice(files, fresh, old, settings, report)
             result = choice.run()
@@ -217,7 +233,9 @@ def choose(
         divergences=tuple(choice.divergences),
         seconds=seconds,
         settings=settings,
-        sources=sources_of(new, installed, before, start, calibration, out),
+        sources=sources_of(
+            new, installed, before, start, calibration, out, is_distilled=settings.distillation > 0
+        ),
         sent=sent_to(installed, also, result.sizes),
         scales=result.scales,
     )
@@ -276,10 +294,13 @@ class _Choice:
         self._write_floats()
         floor = self._floor() if self._settings.price is None else 0
         best = self._search(floor)
-        if not self._settings.corrections:
-            return best
         with tempfile.TemporaryDirectory(dir=self._files.out.parent, prefix=".correction-") as name:
-            return self._corrected(best, floor, Path(name))
+            folder = Path(name)
+            if self._settings.corrections:
+                best = self._corrected(best, floor, folder)
+            if self._settings.distillation:
+                best = self._distilled(best, floor, folder)
+        return best
 
     def _floor(self) -> int:
         """What is sent whatever the price: to one version what is no code; to several also what they differ by."""
@@ -324,14 +345,7 @@ class _Choice:
                     self._report(f"correction, trust {trust:.3g}: too far")
                     trust *= slopes.divergence / found.promised
                     continue
-                after = measure_divergence(
-                    first.new,
-                    first.out,
-                    first.calibration,
-                    folder / "look",
-                    self._report,
-                    workers=self._workers,
-                )
+                after = self._divergence(first.out, folder)
                 self._report(
                     f"correction, trust {trust:.3g}: divergence {slopes.divergence:.4g} to {after:.4g}"
                 )
@@ -347,6 +361,87 @@ class _Choice:
                 return best
         self.divergences.append(after)
         return best
+
+    def _distilled(self, best: _Round, floor: int, folder: Path) -> _Round:
+        """From what was chosen, or from the nearest codes if they fit and are better, to what distillation makes of it, if that is better."""
+        out, start = self._files.out, folder / "start.gguf"
+        shutil.copyfile(out, start)
+        before = self._divergence(start, folder)
+        nearest = self._nearest(best, folder)
+        if nearest is not None and (other := self._divergence(out, folder)) < before:
+            best, before = nearest, other
+            shutil.copyfile(out, start)
+        self.divergences.append(before)
+        with (
+            opened_gguf(start) as candidate,
+            threadpool_limits(1),
+            ThreadPoolExecutor(self._workers) as pool,
+        ):
+            text = self._files.calibration.text
+            distillation = Distillation(self._new, self._installed, candidate, text, pool, self._report)
+            distillation.begin()
+            budget, room = self._settings.budget_bytes, distillation.moved()
+            if budget is not None:
+                room = int(room * (budget - floor) / max(1, best.bytes - floor))
+            distillation.run(self._settings.distillation, room)
+            shutil.copyfile(start, out)
+            changed, size, sizes = self._fitted(distillation, room, floor)
+        after = self._divergence(out, folder)
+        self._report(f"distillation: {size:,} bytes, divergence {before:.4g} to {after:.4g}")
+        self.divergences.append(after)
+        if after >= before or (budget is not None and size > budget):
+            shutil.copyfile(start, out)
+            return best
+        return replace(
+            best, bytes=size, sizes=sizes, after=self._cost(out), changed={**best.changed, **changed}
+        )
+
+    def _fitted(
+        self, distillation: Distillation, room: int, floor: int
+    ) -> tuple[dict[str, int], int, tuple[int, ...]]:
+        """Write as many of the moved codes as the budget has room for, those that want to move most; what they are, and what they weigh."""
+        budget = self._settings.budget_bytes
+        for _ in range(FITS_MAX):
+            changed = distillation.write(self._files.out)
+            sizes = self._sizes()
+            size = self._mean(sizes)
+            if budget is None or size <= budget:
+                break
+            room = int(min(room, sum(changed.values())) * FIT_SHARE * (budget - floor) / (size - floor))
+            self._report(f"distillation: {size:,} bytes are too many, room for {room:,} codes")
+            distillation.room_for(room)
+        return changed, size, sizes
+
+    def _nearest(self, best: _Round, folder: Path) -> _Round | None:
+        """The nearest codes on the installed scales, if the budget has room for so many changes; left as the result."""
+        budget = self._settings.budget_bytes
+        if budget is None:
+            return None
+        out = self._files.out
+        write_nearest(self._new, self._installed, out, folder / "nearest.gguf")
+        shutil.copyfile(folder / "nearest.gguf", out)
+        sizes = self._sizes()
+        size = self._mean(sizes)
+        self._report(f"distillation: the nearest codes take {size:,} bytes")
+        if size > budget:
+            return None
+        with opened_gguf(out) as made:
+            changed = {name: changed_codes(made, self._installed, name) for name in self._names}
+        scales = dict.fromkeys(self._names, 0)
+        return replace(best, bytes=size, sizes=sizes, after=self._cost(out), changed=changed, scales=scales)
+
+    def _divergence(self, file: Path, folder: Path) -> float:
+        """Of a file from the float model, on the calibration text."""
+        files = self._files
+        return measure_divergence(
+            files.new, file, files.calibration, folder / "look", self._report, workers=self._workers
+        )
+
+    def _cost(self, file: Path) -> float:
+        """What the codes of a file cost, as the metric sees it."""
+        stretches = stretches_of(self._installed, self._names, None)
+        files = replace(self._files, start=file, slopes=None)
+        return sum(each.after for each in run_all(files, stretches, self._workers))
 
     def _bytes_at(self, price: float) -> int:
         return self._round(price).bytes
@@ -421,41 +516,7 @@ def _check(settings: Settings, before: Path | None) -> None:
         raise RequestError(f"a budget of {settings.budget_bytes} bytes holds nothing")
     if settings.price is not None and not 0 <= settings.price < math.inf:
         raise RequestError(f"a price of {settings.price} nats is none")
+    if not 0 <= settings.distillation <= STEPS_MAX:
+        raise RequestError(f"distillation takes up to {STEPS_MAX} steps, not {settings.distillation}")
     if settings.extrapolation and before is None:
         raise RequestError("the installed version in floats is needed to extrapolate")
-
-
-def _check_pair(new: ModelFile, installed: ModelFile) -> None:
-    """That one is the other, trained on and not yet quantized."""
-    if new.gguf.metadata.get(_ARCHITECTURE) != installed.gguf.metadata.get(_ARCHITECTURE):
-        raise ModelFileError(f"{new.path}: {_ARCHITECTURE} is not that of {installed.path}")
-    for key in _TOKENIZER_ARRAYS:
-        if _array(new, key) != _array(installed, key):
-            raise ModelFileError(
-                f"{new.path}: {key} differs from that of {installed.path}",
-                hint="another vocabulary needs a new file: quantize it and ship an ordinary delta",
-            )
-    for name, region in installed.tensors.items():
-        if name not in new.tensors:
-            raise ModelFileError(
-                f"{new.path}: there is no tensor {name}, which {installed.path} has",
-                hint="give the whole model in one file",
-            )
-        other = new.tensors[name]
-        if other.dims != region.dims:
-            raise ModelFileError(
-                f"{new.path}: {name} has the shape {other.dims}, {region.dims} in {installed.path}"
-            )
-        if other.layout not in FLOAT_LAYOUTS:
-            raise ModelFileError(
-                f"{new.path}: {name} is {other.layout.value}, floats are needed",
-                hint="give the model as it was before quantization: F32, F16 or BF16",
-            )
-    unknown = [name for name in new.tensors if name not in installed.tensors]
-    if unknown:
-        raise ModelFileError(f"{new.path}: {installed.path} has no tensor {unknown[0]}")
-
-
-def _array(model: ModelFile, key: str) -> list[bytes] | None:
-    value = model.gguf.metadata.get(key)
-    return read_array(model.source, value) if isinstance(value, ArrayValue) else None

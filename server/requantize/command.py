@@ -76,7 +76,12 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
             arguments.new, questions.held_out, cache / "readings", arguments.threads, progress
         ) as evaluator,
     ):
-        settings = Settings(budget_bytes=1, moves_scales=arguments.move_scales, workers=arguments.workers)
+        settings = Settings(
+            budget_bytes=1,
+            moves_scales=arguments.move_scales,
+            distillation=arguments.distill,
+            workers=arguments.workers,
+        )
         try:
             judged, chosen = judge(
                 models, questions, aim, calibration, evaluator, settings, Path(folder), out, report

@@ -1,4 +1,4 @@
-"""The files that a chosen one stands beside: what llama.cpp's own quantizer makes of the new model, and that with the installed embedding."""
+"""Files that are made without a choice: what llama.cpp's own quantizer makes of the new model, that with the installed embedding, and nearest codes on installed scales."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,9 @@ from protocol.errors import ModelFileError
 from protocol.tensors import Layout
 from protocol.tensors.gguf import GGML_TYPES
 from server.adapters.blobs import storage_errors
+from server.requantize.codes import LINEAR_LAYOUTS, CodedRows
 from server.requantize.evaluation import quantize
-from server.requantize.model import EMBEDDING, ModelFile, opened_gguf
+from server.requantize.model import EMBEDDING, ModelFile, layer_matrices, opened_gguf, rows_and_columns
 
 FILE_TYPE_KEY: Final = "general.file_type"
 """Which kind of file llama.cpp made (`llama_ftype`)."""
@@ -72,6 +73,37 @@ def write_frozen(plain: Path, installed: Path, out: Path) -> None:
                 partial.replace(out)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_nearest(new: ModelFile, installed: ModelFile, base: Path, out: Path) -> None:
+    """The codes nearest to the new weights on the installed scales, in all matrices of layers; the rest as installed.
+
+    What a plain file has in other scales beside that is dear to send. An update that moves weights by less than half a step is carried
+    whole, if coarsely: how many codes change is in proportion to how far it goes.
+
+    Args:
+        new: The new model in floats.
+        installed: The quantized file that devices have.
+        base: A file of the installed one's layout; its float tensors are taken.
+        out: The result.
+
+    Raises:
+        ModelFileError: A weight is no number, or a tensor is missing.
+        StorageError: The file cannot be written.
+    """
+    with storage_errors(out):
+        shutil.copyfile(base, out)
+    with opened_gguf(out) as made, storage_errors(out), out.open("r+b") as file:
+        for name, region in made.tensors.items():
+            if region.layout not in LINEAR_LAYOUTS:
+                continue
+            count, columns = rows_and_columns(region)
+            data = installed.read_bytes(installed.region(name), 0, count)
+            if name in layer_matrices(installed):
+                rows = CodedRows.read(region.layout, data, columns)
+                data = rows.joined(rows.nearest(new.floats(name)))
+            file.seek(region.offset)
+            file.write(data)
 
 
 def _check_types(made: ModelFile, known: ModelFile, out: Path) -> None:

@@ -152,14 +152,24 @@ def tensor_name(layer: int, name: str) -> str:
     return f"blk.{layer}.{name}.weight"
 
 
+def layer_matrices(model: ModelFile) -> tuple[str, ...]:
+    """The matrices of all layers, in their order.
+
+    Raises:
+        ModelFileError: As `read_shape`.
+    """
+    layers = read_shape(model).layers
+    return tuple(tensor_name(layer, name) for layer in range(layers) for name in MATRICES)
+
+
 def head_of(model: ModelFile) -> str:
     """The matrix that makes logits: the embedding again, where there is no other."""
     return OUTPUT if OUTPUT in model.tensors else EMBEDDING
 
 
-def read_layer(model: ModelFile, layer: int) -> dict[str, Array]:
-    """All weights of one transformer block, by the names that `transformer.py` uses."""
-    weights: dict[str, Array] = {name: model.values(tensor_name(layer, name)) for name in (*NORMS, *MATRICES)}
+def read_layer(model: ModelFile, layer: int, matrices: tuple[str, ...] = MATRICES) -> dict[str, Array]:
+    """Weights of one transformer block, by the names that `transformer.py` uses: norms, biases, and those matrices."""
+    weights: dict[str, Array] = {name: model.values(tensor_name(layer, name)) for name in (*NORMS, *matrices)}
     for name in _BIASES:
         bias = f"blk.{layer}.{name}.bias"
         if bias in model.tensors:

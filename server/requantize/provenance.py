@@ -1,9 +1,11 @@
 """How a file was chosen, as JSON beside it: enough to choose it again. Not in the file itself, whose every byte devices fetch."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
 from server.adapters.blobs import write_file
@@ -24,6 +26,7 @@ class Sources(Struct, frozen=True, kw_only=True):
         calibration_model: The float model whose layers were looked at, the new one as a rule.
         calibration_tokens: The runs of tokens, as little-endian int32.
         calibration_runs: How many, and tokens of each.
+        distilled_tokens: All tokens of the calibration text, likewise, where the choice was distilled.
         result: The chosen file.
     """
 
@@ -35,16 +38,25 @@ class Sources(Struct, frozen=True, kw_only=True):
     calibration_tokens: str
     calibration_runs: tuple[int, int]
     result: str
+    distilled_tokens: str | None = None
 
 
 def sources_of(
-    new: Path, installed: Path, before: Path | None, start: Path | None, calibration: Calibration, out: Path
+    new: Path,
+    installed: Path,
+    before: Path | None,
+    start: Path | None,
+    calibration: Calibration,
+    out: Path,
+    *,
+    is_distilled: bool = False,
 ) -> Sources:
-    """Digests of all files.
+    """Digests of all files, and of the text if it was read.
 
     Raises:
         StorageError: One cannot be read.
     """
+    text = hashlib.sha256(np.ascontiguousarray(calibration.text, "<i4").tobytes())
     return Sources(
         new=sha256_of(new),
         installed=sha256_of(installed),
@@ -54,6 +66,7 @@ def sources_of(
         calibration_tokens=calibration.tokens_sha256,
         calibration_runs=(calibration.sequences, calibration.sequence_tokens),
         result=sha256_of(out),
+        distilled_tokens=text.hexdigest() if is_distilled else None,
     )
 
 

@@ -35,6 +35,7 @@ class Sources(Struct, frozen=True, kw_only=True):
     calibration_tokens: _Digest | None = None
     calibration_runs: tuple[_Count, _Count] | None = None
     samples: _Digest | None = None
+    distilled_tokens: _Digest | None = None
 
 
 class Installed(Struct, frozen=True, kw_only=True):

@@ -152,7 +152,8 @@ class Worker:
         expected = metric.gradient(error)
         if stretch.price is None:
             gains = _binned(single_gains(rows, expected, metric))
-            return Outcome(stretch.name, 0, 0, 0.0, 0.0, gains=gains)
+            cost = 0.5 * _inner(error, expected)
+            return Outcome(stretch.name, 0, 0, cost, cost, gains=gains)
         slopes = self._slopes(stretch)
         gradient = expected
         if slopes is not None:

@@ -17,7 +17,7 @@ from benchmarks.requantize_rows import (
     series_lines,
     table_rows,
 )
-from benchmarks.requantize_series import FACTS_SHARES, Answers, Chain, Cost, Divergence, Facts, chosen_name
+from benchmarks.requantize_series import FACTS_CHOICES, Answers, Chain, Cost, Divergence, Facts, chosen_name
 from benchmarks.requantize_sources import ForWhom, source_lines
 from benchmarks.texts import development_text, held_out_manuals, held_out_sources, training_text
 from server.requantize.rows import FROZEN, NOTHING, PLAIN, TRAP
@@ -80,7 +80,7 @@ def test_series_and_peers_fill_their_lines() -> None:
         file_bytes=91_000_000,
     )
     files = [(NOTHING, 0, 0, 0), (PLAIN, 5_000_000, 80, 80), (FROZEN, 2_000_000, 70, 69)]
-    files += [(chosen_name(share), 400_000, 82, 78) for share in FACTS_SHARES]
+    files += [(chosen_name(*choice), 400_000, 82, 78) for choice in FACTS_CHOICES]
     found.facts = Facts(
         count=100,
         reference=98,

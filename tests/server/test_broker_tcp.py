@@ -117,14 +117,17 @@ def test_a_reader_that_is_gone_when_its_messages_leave_is_no_noise(caplog: pytes
         port = await broker.start()
         reader, writer = await asyncio.open_connection(broker.host, port)
         retained = [Publish(f"t/{number}", bytes(COALESCE_BYTES), retain=True) for number in range(20)]
-        writer.write(b"".join(map(encode, [Connect("a"), *retained, Pingreq()])))
+        packets: list[Packet] = [Connect("a"), *retained, Pingreq()]
+        writer.write(b"".join(map(encode, packets)))
         await reader.readexactly(6)
         with socket.create_connection((broker.host, port)) as gone:
             # Blocking, so that the broker, in the same loop, reads the request when its sender is gone already.
             gone.sendall(encode(Connect("b")) + encode(Subscribe(1, (("t/#", 0),))))
             gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         counts = broker.statistics()
-        while (counts.connections_now, counts.connections_total) != (1, 2):
+        for _ in range(1_000):
+            if (counts.connections_now, counts.connections_total) == (1, 2):
+                break
             await asyncio.sleep(0.01)
         writer.close()
         await broker.stop()

@@ -97,6 +97,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     given = {
         "--start": arguments.start,
         "--move-scales": arguments.move_scales or None,
+        "--distill": arguments.distill or None,
         "--frontier": arguments.frontier,
         "--adapter": arguments.adapter,
         "--also": arguments.also or None,

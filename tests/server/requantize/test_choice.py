@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,8 +17,14 @@ from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import BytesSource
 from server.requantize.calibration import Calibration, calibrate
 from server.requantize.choice import Chosen, Settings, choose
+from server.requantize.codes import LINEAR_LAYOUTS
+from server.requantize.controls import write_nearest
 from server.requantize.correction import measure_divergence, measure_slopes
+from server.requantize.model import opened_gguf
+from server.requantize.pairing import changed_codes
+from server.requantize.portions import Portion
 from server.requantize.provenance import write_record
+from server.requantize.weighing import delta_bytes
 from tests.models import write_language_model
 from tests.server.requantize.samples import TYPES, quantized, tokens
 
@@ -441,3 +448,120 @@ def test_what_was_chosen_runs_in_llama_cpp(folder: Path, calibration: Calibratio
     llama.eval([1, 40, 50, 60])
     assert np.isfinite(llama.scores[:4]).all()
     llama.close()
+
+
+@pytest.fixture(scope="module")
+def sure_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `folder`, of models that are sure of what they say: labels drawn from them tell less of where codes matter."""
+    folder = tmp_path_factory.mktemp("sure")
+    for name, noise in (("before", 0.0), ("new", 0.02)):
+        source = write_language_model(folder / "source.gguf", 1, noise=noise)
+        tensors = [
+            replace(each, data=4 * each.data) if each.name == "output_norm.weight" else each
+            for each in read_stored(source)
+        ]
+        write_gguf(source, folder / f"{name}.gguf", tensors, {})
+    quantized(folder / "before.gguf", folder / "installed.gguf")
+    return folder
+
+
+@pytest.mark.parametrize("moves_scales", [False, True])
+def test_a_distilled_file_says_more_nearly_what_the_new_model_does_and_keeps_to_its_budget(
+    sure_folder: Path, tmp_path: Path, *, moves_scales: bool
+) -> None:
+    calibration = calibrate(
+        sure_folder / "new.gguf", tokens(1), tmp_path, _quiet, sequences=8, sequence_tokens=64
+    )
+    budget, plain, out = 12_000, tmp_path / "plain.gguf", tmp_path / "out.gguf"
+    settings = {"budget_bytes": budget, "moves_scales": moves_scales}
+    undistilled = _choose(sure_folder, calibration, plain, **settings)
+    chosen = _choose(sure_folder, calibration, out, distillation=40, **settings)
+    before, after = chosen.divergences
+    assert after < 0.99 * before
+    for file, divergence in ((plain, before), (out, after)):
+        seen = measure_divergence(
+            sure_folder / "new.gguf", file, calibration, tmp_path / "look", _quiet, workers=1
+        )
+        assert seen == pytest.approx(divergence)
+    assert chosen.delta_bytes <= budget
+    assert chosen.delta_bytes == delta_bytes(sure_folder / "installed.gguf", out)
+    assert chosen.changed == _changed(sure_folder / "installed.gguf", out)
+    assert chosen.objective_after >= undistilled.objective_after  # it is the least of that
+    assert undistilled.sources.distilled_tokens is None
+    assert chosen.sources.distilled_tokens == hashlib.sha256(tokens(1).astype("<i4").tobytes()).hexdigest()
+
+    again = _choose(
+        sure_folder, calibration, tmp_path / "again.gguf", distillation=40, **{**settings, "workers": 2}
+    )
+    assert again.sources.result == chosen.sources.result
+
+
+def _changed(installed: Path, out: Path) -> dict[str, int]:
+    with opened_gguf(installed) as old, opened_gguf(out) as new:
+        names = [name for name, region in old.tensors.items() if region.layout in LINEAR_LAYOUTS]
+        return {name: changed_codes(new, old, name) for name in names}
+
+
+def test_a_choice_that_distillation_does_not_better_stays_as_it_was(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    plain = _choose(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2_000)
+    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2_000, distillation=2)
+    before, after = chosen.divergences
+    assert after >= before
+    assert chosen.sources.result == plain.sources.result
+    assert (chosen.changed, chosen.delta_bytes) == (plain.changed, plain.delta_bytes)
+
+
+def test_distillation_begins_with_the_nearest_codes_where_they_are_better(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    """Without what is known of the layers, a choice is the poorer one."""
+    lines: list[str] = []
+    blind = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=12_000, metric="weights")
+    assert blind.delta_bytes <= 12_000
+    chosen = choose(
+        folder / "new.gguf",
+        folder / "installed.gguf",
+        calibration,
+        Settings(budget_bytes=4_000, metric="weights", distillation=1, workers=1),
+        tmp_path / "out.gguf",
+        lines.append,
+    )
+    assert any("the nearest codes take" in line for line in lines)
+    with opened_gguf(folder / "new.gguf") as new, opened_gguf(folder / "installed.gguf") as installed:
+        write_nearest(new, installed, tmp_path / "out.gguf", tmp_path / "nearest.gguf")
+    nearest = measure_divergence(
+        folder / "new.gguf",
+        tmp_path / "nearest.gguf",
+        calibration,
+        tmp_path / "look",
+        _quiet,
+        workers=1,
+    )
+    assert chosen.divergences[0] <= nearest
+
+
+def test_what_cannot_be_distilled_is_refused(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    with pytest.raises(RequestError, match="up to 2000 steps, not 2001"):
+        _choose(folder, calibration, out, price=1e-8, distillation=2_001)
+    with pytest.raises(RequestError, match="runs of 160 tokens, the calibration text has 100"):
+        _choose(
+            folder,
+            replace(calibration, text=calibration.text[:100]),
+            out,
+            price=1e-8,
+            distillation=1,
+        )
+    with pytest.raises(RequestError, match="not distilled where devices have several"):
+        choose(
+            folder / "new.gguf",
+            folder / "installed.gguf",
+            calibration,
+            Settings(budget_bytes=2_000, distillation=1, workers=1),
+            out,
+            _quiet,
+            also=[Portion(quantized(folder / "new.gguf", tmp_path / "other.gguf"), 0.3)],
+        )
+    assert not out.exists()
