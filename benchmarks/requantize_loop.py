@@ -1,6 +1,6 @@
 """A requantized file through the whole loop, on real models and a live fleet (`make requantize-loop`).
 
-`python -m benchmarks.requantize_loop [--budget 0.5%] [--devices 4] [--cache DIR] [--work DIR]`. SmolLM2-135M as Q4_0 runs on all devices; the float model that was
+`python -m benchmarks.requantize_loop [--budget 1%] [--devices 4] [--cache DIR] [--work DIR]`. SmolLM2-135M as Q4_0 runs on all devices; the float model that was
 trained on from it (pair `large`) is requantized, judged on held-out texts and golden prompts, scored, signed, rolled out as a delta, tried and committed.
 What was measured of the models is kept in the folder of the work: a run that was stopped goes on.
 """
@@ -31,7 +31,12 @@ from server.display import table
 from server.rollouts.states import RolloutState
 
 WORK: Final = CACHE.parent / "requantize-loop"
-GOLDEN: Final = Path(__file__).parents[1] / "examples" / "smollm2" / "golden.toml"
+GOLDEN: Final = (
+    Path(__file__).parents[1] / "examples" / "smollm2" / "golden.toml",
+    Path(__file__).with_name("loop_golden.toml"),
+)
+"""The second ones were written when the first ones had refused files of 0.3 and 0.5 %, and judge the larger one afresh."""
+
 GOLDEN_FILE: Final = "golden.toml"
 CALIBRATION: Final = "calibration.txt"
 HELD_OUT: Final = ("sources.txt", "manuals.txt")
@@ -39,7 +44,7 @@ HELD_OUT: Final = ("sources.txt", "manuals.txt")
 FILES: Final = {NEW_FILE: "v2_large.bf16.gguf", INSTALLED_FILE: "v1.q4_0.gguf"}
 """Of the pair cache."""
 
-BUDGET_DEFAULT: Final = "0.5%"
+BUDGET_DEFAULT: Final = "1%"
 DEVICES_DEFAULT: Final = 4
 DEVICES_MAX: Final = 64
 SCORE_OPTIONS: Final = ("--context", "1024", "--memory-at", "512", "--drift-texts", "8", "--threads", "1")
@@ -51,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.requantize_loop", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--budget", default=BUDGET_DEFAULT, metavar="SIZE", help="(default: 0.5%%)")
+    parser.add_argument("--budget", default=BUDGET_DEFAULT, metavar="SIZE", help="(default: 1%%)")
     parser.add_argument(
         "--devices",
         type=integer(1, DEVICES_MAX),
@@ -109,7 +114,7 @@ def prepared(cache: Path, work: Path) -> Path:
         for name, source in FILES.items():
             (work / name).unlink(missing_ok=True)
             (work / name).symlink_to((cache / source).resolve())
-        shutil.copyfile(GOLDEN, work / GOLDEN_FILE)
+        (work / GOLDEN_FILE).write_text("\n".join(path.read_text("utf-8") for path in GOLDEN), "utf-8")
         parts = {
             CALIBRATION: texts.training_text,
             HELD_OUT[0]: texts.held_out_sources,

@@ -25,11 +25,14 @@ from server.scorecard.journal import Journal
 from server.scorecard.summary import is_right
 
 CHAIN_SHARE = 0.005
-FACTS_CHOICES = ((0.005, 0), (0.025, 60), (0.005, 60))
+FACTS_CHOICES = ((0.005, 0), (0.025, 60))
 """Share of the file that the delta may weigh, and steps of distillation."""
 
 FACTS_SHIPPED = FACTS_CHOICES[1]
 """What somebody would send to whom such an update matters: less than half of plain's bytes."""
+
+FACTS_OTHER_SHARE = 0.1
+"""Of the calibration text, which is what the model was trained to know, and a little of what it is not to forget."""
 
 GOOD_PRICE = 3e-11
 """Nats a bit: next to nothing, so that nearly every code that pays is moved."""
@@ -193,7 +196,8 @@ def run_facts(cache: Path, work: Path, kept: Journal, say: Say) -> Facts | None:
     if not new.is_file() or not plain.is_file() or not (cache / "facts.npy").is_file():
         say("facts: left out, python -m benchmarks.pairs 'facts.*' makes the files")
         return None
-    tokens = np.concatenate([np.load(cache / "facts.npy"), np.load(cache / "tokens.npy")])
+    task, other = np.load(cache / "facts.npy"), np.load(cache / "tokens.npy")
+    tokens = np.concatenate([task, other[: int(len(task) * FACTS_OTHER_SHARE / (1 - FACTS_OTHER_SHARE))]])
     calibration = calibrated(cache, work, "v2_facts", say, tokens)
     suite, file_bytes, out = facts_suite(), installed.stat().st_size, work / "facts.gguf"
     with Evaluator(new, (), work, 1, _silent) as evaluator:

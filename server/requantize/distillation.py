@@ -187,7 +187,6 @@ class Distillation:
         for layer in range(shape.layers):
             self.report(f"distillation: float model, layer {layer + 1} of {shape.layers}")
             weights = read_layer(self.new, layer)
-
             hidden = list(self.pool.map(lambda one, w=weights: forward_layer(shape, w, one)[0], hidden))
         return rms_norm(np.concatenate(hidden), self.new.floats(OUTPUT_NORM), shape.epsilon)[0]
 

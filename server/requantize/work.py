@@ -197,6 +197,8 @@ class Worker:
         """Scales and codes that the descent begins with."""
         if self._start is not None:
             start = _coded(self._start, stretch)
+            if stretch.price is None:
+                return start, start.codes
             return within_reach(rows, start) if _moves_scales(rows, stretch.price) else rows, start.codes
         if not self._files.is_afresh or stretch.price is None:
             return rows, rows.codes

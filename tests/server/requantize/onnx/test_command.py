@@ -176,6 +176,7 @@ def test_as_few_bytes_as_keep_a_share_of_the_gain(
         (("--plain", "before.onnx"), "not the tensors of"),
         (("--start", "before.onnx"), "--start is for GGUF files"),
         (("--move-scales",), "--move-scales is for GGUF files"),
+        (("--distill", "8"), "--distill is for GGUF files"),
         (("--before", "int8.onnx"), "has no floats embedding of the shape"),
     ],
 )
