@@ -9,7 +9,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +29,7 @@ from server.adapters.blobs import storage_errors
 from server.arguments import integer
 from server.display import table
 from server.rollouts.states import RolloutState
+from simulator.output import own_descriptor
 
 WORK: Final = CACHE.parent / "requantize-loop"
 GOLDEN: Final = (
@@ -71,25 +72,30 @@ def main(arguments: list[str] | None = None) -> int:
         "--work", type=Path, default=WORK, metavar="DIR", help="for everything else (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
+    # Devices load their models in this process.
+    with own_descriptor(sys.stdout) as output, own_descriptor(sys.stderr) as errors:
+        try:
+            return _run(options, lambda line: print(line, file=output, flush=True))
+        except WhimbrelError as error:
+            print(f"error: {error}", file=errors, flush=True)
+            return 2
+
+
+def _run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     began = time.monotonic()
-    try:
-        folder = prepared(options.cache, options.work)
-        ingredients = Ingredients(
-            folder=folder,
-            calibration=CALIBRATION,
-            held_out=HELD_OUT,
-            golden=GOLDEN_FILE,
-            budget=options.budget,
-            devices=options.devices,
-            score_options=SCORE_OPTIONS,
-        )
-        outcome = update_loop.run(ingredients, lambda line: print(line, flush=True))
-    except WhimbrelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(["", *summary(outcome)]))
+    ingredients = Ingredients(
+        folder=prepared(options.cache, options.work),
+        calibration=CALIBRATION,
+        held_out=HELD_OUT,
+        golden=GOLDEN_FILE,
+        budget=options.budget,
+        devices=options.devices,
+        score_options=SCORE_OPTIONS,
+    )
+    outcome = update_loop.run(ingredients, say)
+    say("\n".join(["", *summary(outcome)]))
     wrong = problems(outcome)
-    print("\n".join(f"WRONG: {each}" for each in wrong) or f"ok, in {time.monotonic() - began:.0f} s")
+    say("\n".join(f"WRONG: {each}" for each in wrong) or f"ok, in {time.monotonic() - began:.0f} s")
     return 1 if wrong else 0
 
 

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
 
 from device.executor import CURRENT_LINK
+from device.leases import NoModelError
 from protocol.delta.format import Profile
 from protocol.errors import RequestError
 from protocol.ids import Digest, digest_of
@@ -110,7 +111,8 @@ class Taken(Struct, frozen=True, kw_only=True):
         transfer_bytes: That it had to fetch.
         full_bytes: That the whole file would have been.
         air_bytes: That reached it over its link while the rollout went on, everything included; by the link.
-        fetched: Digests of the artifacts that its chunks belong to, beside the release's description; by its trace.
+        fetched: Digests of the artifacts that its chunks belong to, beside the release's description and the lists of chunks of its
+            deltas; by its trace.
         commit_ms: From the wish to the commit; by its trace.
         states_ms: Time spent in each state.
         prompts: Answered as they have to be, and asked, in its trial.
@@ -378,19 +380,20 @@ class _Update:
         air = {name: count - carried[name] for name, count in self._fleet.bytes_down.items()}
         after = self._answers()
         chosen = Path(CHOSEN_FILE).read_bytes()
-        deltas = self._signed_deltas(digest_of(Path(INSTALLED_FILE).read_bytes()), digest_of(chosen))
+        pair = digest_of(Path(INSTALLED_FILE).read_bytes()), digest_of(chosen)
         details = operations.show_release(self._home, FAMILY, AFTER)
+        beside = {details.digest, *self._chunk_lists(*pair)}
         self._say("\nplain quantization of the same model, for comparison: llama.cpp's own")
         write_plain(Path(NEW_FILE), Path(INSTALLED_FILE), Path(PLAIN_FILE), THREADS)
         return Outcome(
             file_bytes=len(chosen),
             file_sha256=digest_of(chosen),
             promised_bytes=json.loads(Path(f"{CHOSEN_FILE}{RECORD_SUFFIX}").read_bytes())["delta_bytes"],
-            deltas=deltas,
+            deltas=self._signed_deltas(*pair),
             plain_delta_bytes=delta_bytes(Path(INSTALLED_FILE), Path(PLAIN_FILE)),
             release=details,
             rollout=rollout,
-            devices=tuple(self._taken(details, rollout, name, air[name]) for name in sorted(air)),
+            devices=tuple(self._taken(beside, rollout, name, air[name]) for name in sorted(air)),
             answers={name: (before[name], after[name]) for name in before},
         )
 
@@ -415,18 +418,37 @@ class _Update:
         return any(RolloutState(state) in FINAL for state in states)
 
     def _answers(self) -> dict[str, str]:
-        """What each device answers to a golden prompt, with the model that it serves now."""
+        """What each device answers to a golden prompt, with the model that it serves now; a device that was just started has to load it."""
         prompt = self._prompts[AFTER][0]
-        return {name: device.ask(prompt).strip() for name, device in self._fleet.devices.items()}
+        answers: dict[str, str] = {}
+
+        def have_all_answered() -> bool:
+            for name, device in self._fleet.devices.items():
+                if name not in answers:
+                    with contextlib.suppress(NoModelError):
+                        answers[name] = device.ask(prompt).strip()
+            return len(answers) == len(self._fleet.devices)
+
+        _wait(self._fleet, have_all_answered, self._ingredients.wait_s_max, "not every device answers")
+        return answers
 
     def _signed_deltas(self, base: Digest, result: Digest) -> dict[Digest, int]:
-        """The deltas between two files that the signed metadata names."""
+        """Lengths of the deltas between two files that the signed metadata names, by digest."""
+        found = self._delta_targets(base, result)
+        return {Digest(each["hashes"]["sha256"]): int(each["length"]) for each in found}
+
+    def _chunk_lists(self, base: Digest, result: Digest) -> set[Digest]:
+        """The lists of chunks of these deltas, where there is more than one chunk."""
+        found = (each.get("custom", {}).get("chunks") for each in self._delta_targets(base, result))
+        return {Digest(each["root"]) for each in found if each is not None}
+
+    def _delta_targets(self, base: Digest, result: Digest) -> list[dict[str, Any]]:
         document = self._home / METADATA_FOLDER / f"{ARTIFACTS_ROLE}.json"
         targets = json.loads(document.read_bytes())["signed"]["targets"]
-        found = [targets.get(delta_target(base, result, profile)) for profile in Profile]
-        return {Digest(each["hashes"]["sha256"]): int(each["length"]) for each in found if each is not None}
+        found = (targets.get(delta_target(base, result, profile)) for profile in Profile)
+        return [each for each in found if each is not None]
 
-    def _taken(self, details: ReleaseDetails, rollout: RolloutStatus, name: str, air_bytes: int) -> Taken:
+    def _taken(self, beside: set[Digest], rollout: RolloutStatus, name: str, air_bytes: int) -> Taken:
         (member,) = (each for each in rollout.members if each.device == name)
         (known,) = (each for each in operations.list_devices(self._home) if each.device == name)
         update, sight = member.update, self._observer.sights[name]
@@ -443,7 +465,7 @@ class _Update:
             transfer_bytes=0 if update is None else update.transfer_bytes_total,
             full_bytes=0 if update is None else update.full_bytes_total,
             air_bytes=air_bytes,
-            fetched=frozenset(Digest(blob) for blob, _ in sight.chunks) - {details.digest},
+            fetched=frozenset(Digest(blob) for blob, _ in sight.chunks) - beside,
             commit_ms=done[-1] - begun[0] if begun and done else None,
             states_ms={} if update is None else dict(update.states_ms),
             prompts=(0, 0) if evidence is None else (evidence.prompts_passed, evidence.prompts_total),

@@ -7,11 +7,10 @@ Exit codes: 0 every check passed, 1 a check failed or the run could not be done 
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final, TextIO
@@ -25,6 +24,7 @@ from simulator.estimate_cli import add_estimate_parser
 from simulator.fleet_cli import add_commands
 from simulator.live.options import Options
 from simulator.live.run import run_live
+from simulator.output import own_descriptor
 from simulator.rehearse_cli import add_rehearse_parser
 from simulator.report.files import check_writable, write_page
 from simulator.report.page import render_page
@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(given)
     before = {number: signal.signal(number, _interrupt) for number in _INTERRUPTS}
     with contextlib.ExitStack() as stack:
-        output, errors = stack.enter_context(_copy(sys.stdout)), stack.enter_context(_copy(sys.stderr))
+        output, errors = (
+            stack.enter_context(own_descriptor(sys.stdout)),
+            stack.enter_context(own_descriptor(sys.stderr)),
+        )
         try:
             return int(arguments.action(arguments, f"whimbrel-sim {shlex.join(given)}", output, errors))
         except WhimbrelError as error:
@@ -59,23 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _copy(stream: TextIO) -> Iterator[TextIO]:
-    """The same stream on a descriptor of its own.
-
-    llama-cpp-python silences its library by turning the descriptors 1 and 2 of the whole process to nowhere while a model
-    loads, in whatever thread that is; what we print meanwhile must not go there.
-    """
-    try:
-        descriptor = os.dup(stream.fileno())
-    except (OSError, ValueError):  # no real file, as under a test's capture
-        yield stream
-        return
-    copy = os.fdopen(descriptor, "w", encoding=stream.encoding, buffering=1)
-    with contextlib.suppress(BrokenPipeError), copy:
-        yield copy
 
 
 def _parser() -> argparse.ArgumentParser:
