@@ -90,7 +90,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         type=integer(0, _DISTILL_MAX),
         default=0,
         help="then read so many pieces of the calibration text with what was chosen, and mend it where it says something else than the new"
-        " model: for narrow tasks and small budgets, whose text must be part of --calibration (try 60; a few seconds each for 135 M weights)",
+        " model: for narrow tasks and small budgets, whose text must be most of --calibration (try 60; a few seconds each for 135 M weights)",
     )
     _add_work(parser)
     _add_judging(parser)
