@@ -438,9 +438,9 @@ class _Update:
         return {Digest(each["hashes"]["sha256"]): int(each["length"]) for each in found}
 
     def _chunk_lists(self, base: Digest, result: Digest) -> set[Digest]:
-        """The lists of chunks of these deltas, where there is more than one chunk."""
-        found = (each.get("custom", {}).get("chunks") for each in self._delta_targets(base, result))
-        return {Digest(each["root"]) for each in found if each is not None}
+        """The lists of chunks of these deltas; one of a single chunk is its own root, and has none."""
+        trees = [each["custom"]["chunks"] for each in self._delta_targets(base, result)]
+        return {Digest(each["root"]) for each in trees if each["levels"]}
 
     def _delta_targets(self, base: Digest, result: Digest) -> list[dict[str, Any]]:
         document = self._home / METADATA_FOLDER / f"{ARTIFACTS_ROLE}.json"
