@@ -389,12 +389,11 @@ class _Choice:
         after = self._divergence(out, folder)
         self._report(f"distillation: {size:,} bytes, divergence {before:.4g} to {after:.4g}")
         self.divergences.append(after)
-        if after >= before or (budget is not None and size > budget):
+        if after < before and (budget is None or size <= budget):
+            best = replace(best, bytes=size, sizes=sizes, changed={**best.changed, **changed})
+        else:
             shutil.copyfile(start, out)
-            return best
-        return replace(
-            best, bytes=size, sizes=sizes, after=self._cost(out), changed={**best.changed, **changed}
-        )
+        return replace(best, after=self._cost(out))
 
     def _fitted(
         self, distillation: Distillation, room: int, floor: int
@@ -428,7 +427,7 @@ class _Choice:
         with opened_gguf(out) as made:
             changed = {name: changed_codes(made, self._installed, name) for name in self._names}
         scales = dict.fromkeys(self._names, 0)
-        return replace(best, bytes=size, sizes=sizes, after=self._cost(out), changed=changed, scales=scales)
+        return replace(best, bytes=size, sizes=sizes, changed=changed, scales=scales)
 
     def _divergence(self, file: Path, folder: Path) -> float:
         """Of a file from the float model, on the calibration text."""

@@ -8,9 +8,9 @@ from protocol.errors import ModelFileError
 from protocol.tensors import Layout
 from protocol.tensors.gguf import GGML_TYPES
 from server.adapters.blobs import storage_errors
-from server.requantize.codes import LINEAR_LAYOUTS, CodedRows
+from server.requantize.codes import LINEAR_LAYOUTS
 from server.requantize.evaluation import quantize
-from server.requantize.model import EMBEDDING, ModelFile, layer_matrices, opened_gguf, rows_and_columns
+from server.requantize.model import EMBEDDING, ModelFile, coded_rows, layer_matrices, opened_gguf
 
 FILE_TYPE_KEY: Final = "general.file_type"
 """Which kind of file llama.cpp made (`llama_ftype`)."""
@@ -93,17 +93,15 @@ def write_nearest(new: ModelFile, installed: ModelFile, base: Path, out: Path) -
     """
     with storage_errors(out):
         shutil.copyfile(base, out)
+    layers = frozenset(layer_matrices(installed))
     with opened_gguf(out) as made, storage_errors(out), out.open("r+b") as file:
         for name, region in made.tensors.items():
             if region.layout not in LINEAR_LAYOUTS:
                 continue
-            count, columns = rows_and_columns(region)
-            data = installed.read_bytes(installed.region(name), 0, count)
-            if name in layer_matrices(installed):
-                rows = CodedRows.read(region.layout, data, columns)
-                data = rows.joined(rows.nearest(new.floats(name)))
+            rows = coded_rows(installed, name)
+            codes = rows.nearest(new.floats(name)) if name in layers else rows.codes
             file.seek(region.offset)
-            file.write(data)
+            file.write(rows.joined(codes))
 
 
 def _check_types(made: ModelFile, known: ModelFile, out: Path) -> None:

@@ -27,11 +27,11 @@ from server.requantize.model import (
     EMBEDDING,
     OUTPUT_NORM,
     ModelFile,
+    coded_rows,
     head_of,
     layer_matrices,
     read_layer,
     read_shape,
-    rows_and_columns,
     tensor_name,
 )
 from server.requantize.transformer import (
@@ -124,7 +124,7 @@ class Distillation:
             draws = np.random.default_rng((_SEED, number))
             return Latents.begin(rows, rows.codes, self._installed[name], target, draws)
 
-        self._installed = {name: _coded(self.installed, name).codes for name in names}
+        self._installed = {name: coded_rows(self.installed, name).codes for name in names}
         self._latents = dict(zip(names, self.pool.map(latents, range(len(names)), names), strict=True))
         self._threshold = NEAREST
 
@@ -245,13 +245,7 @@ class Distillation:
 
     def _rows(self, name: str) -> CodedRows:
         """As the candidate was to begin with."""
-        return _coded(self.candidate, name)
-
-
-def _coded(model: ModelFile, name: str) -> CodedRows:
-    region = model.region(name)
-    count, columns = rows_and_columns(region)
-    return CodedRows.read(region.layout, model.read_bytes(region, 0, count), columns)
+        return coded_rows(self.candidate, name)
 
 
 def _rate(step: int, steps: int) -> float:

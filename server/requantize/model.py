@@ -16,6 +16,7 @@ from protocol.tensors import Layout, Region, parse_gguf
 from protocol.tensors.gguf import GgufFile
 from server.adapters.blobs import FileSource, storage_errors
 from server.diagnosis.weights import COMPARABLE, Floats, block_weights, read_piece
+from server.requantize.codes import CodedRows
 from server.requantize.transformer import MATRICES, NORMS, Array, Shape
 
 EMBEDDING: Final = "token_embd.weight"
@@ -145,6 +146,14 @@ def rows_and_columns(region: Region) -> tuple[int, int]:
 def row_bytes(region: Region) -> int:
     """Bytes of one row of `rows_and_columns`."""
     return region.dims[-1] // block_weights(region.layout) * LAYOUTS[region.layout].block_bytes
+
+
+def coded_rows(model: ModelFile, name: str, start: int = 0, stop: int | None = None) -> CodedRows:
+    """Rows of a tensor whose layout has linear codes, taken apart; all of them unless `stop` is given."""
+    region = model.region(name)
+    count, columns = rows_and_columns(region)
+    data = model.read_bytes(region, start, count if stop is None else stop)
+    return CodedRows.read(region.layout, data, columns)
 
 
 def tensor_name(layer: int, name: str) -> str:

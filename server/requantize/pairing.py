@@ -6,8 +6,7 @@ import numpy as np
 
 from protocol.errors import ModelFileError
 from protocol.tensors.gguf import ArrayValue, read_array
-from server.requantize.codes import CodedRows
-from server.requantize.model import FLOAT_LAYOUTS, ModelFile, rows_and_columns
+from server.requantize.model import FLOAT_LAYOUTS, ModelFile, coded_rows
 
 _ARCHITECTURE: Final = "general.architecture"
 _TOKENIZER_ARRAYS: Final = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
@@ -55,10 +54,5 @@ def _array(model: ModelFile, key: str) -> list[bytes] | None:
 
 def changed_codes(made: ModelFile, installed: ModelFile, name: str) -> int:
     """How many codes of a tensor differ between two files of one layout."""
-    region = installed.region(name)
-    count, columns = rows_and_columns(region)
-    one, other = (
-        CodedRows.read(region.layout, model.read_bytes(model.region(name), 0, count), columns).codes
-        for model in (made, installed)
-    )
+    one, other = (coded_rows(model, name).codes for model in (made, installed))
     return int(np.count_nonzero(one != other))

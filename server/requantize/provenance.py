@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 from server.adapters.blobs import write_file
@@ -56,7 +57,6 @@ def sources_of(
     Raises:
         StorageError: One cannot be read.
     """
-    text = hashlib.sha256(np.ascontiguousarray(calibration.text, "<i4").tobytes())
     return Sources(
         new=sha256_of(new),
         installed=sha256_of(installed),
@@ -66,8 +66,12 @@ def sources_of(
         calibration_tokens=calibration.tokens_sha256,
         calibration_runs=(calibration.sequences, calibration.sequence_tokens),
         result=sha256_of(out),
-        distilled_tokens=text.hexdigest() if is_distilled else None,
+        distilled_tokens=_digest_of(calibration.text) if is_distilled else None,
     )
+
+
+def _digest_of(tokens: npt.NDArray[np.int32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
 
 
 def write_record(out: Path, chosen: Struct, guards: Sequence[Check] | None = None) -> Path:

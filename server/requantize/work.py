@@ -21,10 +21,10 @@ from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
 from server.requantize.anchors import anchors_of, cheapest_codes, leading_rows
 from server.requantize.calibration import Calibration
-from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes
+from server.requantize.codes import CodedRows, Codes
 from server.requantize.correction import Slopes
 from server.requantize.descent import Metric, Price, descend, single_gains
-from server.requantize.model import ModelFile, opened_gguf, row_bytes, rows_and_columns
+from server.requantize.model import ModelFile, coded_rows, opened_gguf, row_bytes, rows_and_columns
 from server.requantize.portions import Portion, shares_of
 from server.requantize.scales import SCALED_LAYOUTS, changed_scales, descend_with_scales, within_reach
 
@@ -306,10 +306,7 @@ def _inner(left: Floats, right: Floats) -> float:
 
 
 def _coded(model: ModelFile, stretch: Stretch) -> CodedRows:
-    region = model.region(stretch.name)
-    assert region.layout in LINEAR_LAYOUTS
-    data = model.read_bytes(region, stretch.start, stretch.stop)
-    return CodedRows.read(region.layout, data, region.dims[-1])
+    return coded_rows(model, stretch.name, stretch.start, stretch.stop)
 
 
 def _binned(gains: Floats) -> tuple[int, ...]:
