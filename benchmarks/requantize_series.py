@@ -15,7 +15,7 @@ from benchmarks.facts import facts_suite
 from benchmarks.running import measured
 from protocol.errors import RequestError
 from server.requantize import rows
-from server.requantize.calibration import Calibration, calibrate
+from server.requantize.calibration import SEQUENCES, Calibration, calibrate
 from server.requantize.choice import Settings, choose
 from server.requantize.controls import write_frozen
 from server.requantize.evaluation import Evaluator
@@ -123,11 +123,21 @@ class Cost(Struct, frozen=True, kw_only=True):
     peak_bytes: int
 
 
-def calibrated(cache: Path, work: Path, version: str, say: Say, tokens: Tokens | None = None) -> Calibration:
+def calibrated(
+    cache: Path,
+    work: Path,
+    version: str,
+    say: Say,
+    tokens: Tokens | None = None,
+    *,
+    sequences: int = SEQUENCES,
+) -> Calibration:
     """Moments of a version, on the text that was trained on unless another one is given."""
     if tokens is None:
         tokens = np.load(cache / "tokens.npy")
-    return calibrate(cache / f"{version}.bf16.gguf", tokens, work / "calibration", say, workers=1)
+    return calibrate(
+        cache / f"{version}.bf16.gguf", tokens, work / "calibration", say, sequences=sequences, workers=1
+    )
 
 
 def good_file(cache: Path, work: Path, version: str, kind: str, say: Say) -> Path:

@@ -23,14 +23,17 @@ from server.requantize.codes import LINEAR_LAYOUTS
 from server.requantize.controls import write_nearest
 from server.requantize.correction import measure_divergence, measure_slopes
 from server.requantize.descent import Price
-from server.requantize.distillation import STEPS_MAX, Distillation, check_distillable
+from server.requantize.distillation import STEPS_MAX, Distillation
+from server.requantize.extrapolation import REACH, ROUNDS_MAX, STEPS, Factors, Learning
 from server.requantize.header import start_file
 from server.requantize.model import FLOAT_LAYOUTS, ModelFile, opened_gguf
 from server.requantize.pairing import changed_codes, check_pair
+from server.requantize.passes import save
 from server.requantize.portions import Portion, check_fleet, mean_bytes, shares_of
 from server.requantize.provenance import Sources, sources_of
 from server.requantize.search import SmallBudgetError, price_of_budget
 from server.requantize.sent import Sent, sent_to
+from server.requantize.student import check_readable
 from server.requantize.weighing import delta_sizes
 from server.requantize.work import Files, MetricName, gain_at, run_all, stretches_of
 
@@ -68,6 +71,8 @@ class Settings(Struct, frozen=True, kw_only=True):
         price: Nats per token that a bit of the delta must save. Exactly one of both.
         first_price: With which the search for the budget's price begins; None for a look at the matrices.
         extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
+        learned: Rounds in which what was chosen reads the calibration text, and how far beyond the new weights the target lies is learned of each
+            matrix, row and column (`extrapolation.py`), on top of `extrapolation`; 0 for none.
         metric: What is kept near: what the layers put out, or the plain weights, which is a trap (docs/requantize.md).
         is_afresh: Begin with the best codes for the new model instead of the installed ones, and go back to these where that saves more
             than it costs. Better where the budget is some percent of a file that is well quantized; worse for small ones.
@@ -84,6 +89,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     price: float | None = None
     first_price: float | None = None
     extrapolation: float = 0.0
+    learned: int = 0
     metric: MetricName = "outputs"
     is_afresh: bool = False
     corrections: int = 0
@@ -107,8 +113,8 @@ class Chosen(Struct, frozen=True, kw_only=True):
         objective_before: What the installed codes cost, in nats per token, as the metric sees it.
         objective_after: What the chosen ones cost.
         rounds: Price and bytes of each file that was coded on the way.
-        divergences: KL from the float model on the calibration text, nats per token, before each correction and after the last; before
-            distillation and after it.
+        divergences: KL from the float model on the calibration text, nats per token: before extrapolation is learned and after each round; before each
+            correction and after the last; before distillation and after it.
         seconds: From start to end.
         settings: What was asked for.
         sources: Digests of what went in and came out.
@@ -180,6 +186,10 @@ def choose(
         StorageError: The result cannot be written.
     """
     _check(settings, before)
+    if settings.is_afresh and start is not None:
+        raise RequestError(
+            f"a choice afresh does not begin with {start}", hint="leave out --afresh, or --start"
+        )
     check_fleet(installed, also)
     for is_asked, what, option in (
         (settings.moves_scales, "scales stay", "--move-scales"),
@@ -208,7 +218,9 @@ def choose(
         with opened_gguf(new) as fresh, opened_gguf(installed) as old:
             check_pair(fresh, old)
             if settings.distillation:
-                check_distillable(old, calibration.text)
+                check_readable(old, calibration.text, "--distill")
+            if settings.learned:
+                check_readable(old, calibration.text, "--learn-extrapolation")
             for each in also:
                 with opened_gguf(each.path) as other:
                     check_pair(fresh, other)
@@ -234,7 +246,13 @@ def choose(
         seconds=seconds,
         settings=settings,
         sources=sources_of(
-            new, installed, before, start, calibration, out, is_distilled=settings.distillation > 0
+            new,
+            installed,
+            before,
+            start,
+            calibration,
+            out,
+            is_read=settings.distillation + settings.learned > 0,
         ),
         sent=sent_to(installed, also, result.sizes),
         scales=result.scales,
@@ -296,6 +314,8 @@ class _Choice:
         best = self._search(floor)
         with tempfile.TemporaryDirectory(dir=self._files.out.parent, prefix=".correction-") as name:
             folder = Path(name)
+            if self._settings.learned:
+                best = self._extrapolated(best, floor, folder)
             if self._settings.corrections:
                 best = self._corrected(best, floor, folder)
             if self._settings.distillation:
@@ -326,6 +346,47 @@ class _Choice:
             first = self._first_price(budget - floor)
         price = price_of_budget(budget, floor, first, self._bytes_at)
         return self.rounds[-1] if self.rounds[-1].price == price else self._round(price)
+
+    def _extrapolated(self, best: _Round, floor: int, folder: Path) -> _Round:
+        """From what was chosen to what is chosen for a target that was learned from it, round after round as long as that is better."""
+        start, kept = self._files, folder / "kept.gguf"
+        shutil.copyfile(start.out, kept)
+        least = self._divergence(kept, folder)
+        self.divergences.append(least)
+        nearest, factors = start, dict[str, Factors]()
+        for number in range(1, self._settings.learned + 1):
+            for name, more in self._learned(number).items():
+                factors[name] = factors[name].plus(more, REACH) if name in factors else more
+            place = folder / f"factors-{number}"
+            # The better corner that a choice afresh ends in is not looked for again.
+            self._files = replace(start, factors=place, start=kept if start.is_afresh else start.start)
+            with storage_errors(place):
+                place.mkdir()
+            for name, each in factors.items():
+                save(self._files.factors_of(name), each.values)
+            found = self._search(floor)
+            after = self._divergence(start.out, folder)
+            self._report(f"extrapolation, round {number}: divergence {least:.4g} to {after:.4g}")
+            self.divergences.append(after)
+            if after >= least:
+                break
+            best, nearest, least = found, self._files, after
+            shutil.copyfile(start.out, kept)
+        self._files = nearest
+        shutil.copyfile(kept, start.out)
+        return best
+
+    def _learned(self, number: int) -> dict[str, Factors]:
+        """What the file that is in place lacks along the update."""
+        assert self._files.before is not None
+        with (
+            opened_gguf(self._files.before) as before,
+            opened_gguf(self._files.out) as candidate,
+            threadpool_limits(1),
+            ThreadPoolExecutor(self._workers) as pool,
+        ):
+            text = self._files.calibration.text
+            return Learning(self._new, before, candidate, text, pool, self._report).run(STEPS, number)
 
     def _corrected(self, best: _Round, floor: int, folder: Path) -> _Round:
         """From what was chosen to what is better by its own gradient, as long as that is so."""
@@ -482,8 +543,9 @@ class _Choice:
             (each.stop - each.start) * self._installed.region(each.name).dims[-1] for each in stretches
         ) / max(1, self.codes)
         gains = np.sum([each.gains for each in run_all(self._files, stretches, self._workers)], axis=0)
-        wanted = max(1.0, 8 * budget / FIRST_BITS * share)
         steps = np.cumsum(gains[::-1])[::-1]  # that gain as much or more
+        # Of all that pay at all the lesser half says nothing of a price: other steps come to pay on the way.
+        wanted = max(1.0, min(8 * budget / FIRST_BITS * share, steps[0] / 2))
         enough = np.nonzero(steps >= wanted)[0]
         return gain_at(int(enough[-1]) if len(enough) else 0) / FIRST_BITS
 
@@ -517,5 +579,7 @@ def _check(settings: Settings, before: Path | None) -> None:
         raise RequestError(f"a price of {settings.price} nats is none")
     if not 0 <= settings.distillation <= STEPS_MAX:
         raise RequestError(f"distillation takes up to {STEPS_MAX} steps, not {settings.distillation}")
-    if settings.extrapolation and before is None:
+    if not 0 <= settings.learned <= ROUNDS_MAX:
+        raise RequestError(f"extrapolation is learned in up to {ROUNDS_MAX} rounds, not {settings.learned}")
+    if (settings.extrapolation or settings.learned) and before is None:
         raise RequestError("the installed version in floats is needed to extrapolate")

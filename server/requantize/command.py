@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace, show: Printer) -> int:
     ):
         settings = Settings(
             budget_bytes=1,
+            learned=arguments.learn_extrapolation,
+            is_afresh=arguments.afresh,
             moves_scales=arguments.move_scales,
             distillation=arguments.distill,
             workers=arguments.workers,
@@ -126,7 +128,8 @@ def _aim(arguments: argparse.Namespace) -> Aim:
     points = budgets_of(arguments.frontier or {}, budget, length)
     tried: tuple[float, ...] = (arguments.extrapolate,)
     is_searched = arguments.keep is not None and not points
-    if is_searched and arguments.before is not None and not arguments.extrapolate:
+    is_given = arguments.extrapolate or arguments.learn_extrapolation
+    if is_searched and arguments.before is not None and not is_given:
         tried = _EXTRAPOLATIONS
     return Aim(
         budget_bytes=budget,

@@ -60,7 +60,7 @@ def measure_divergence(
 ) -> float:
     """KL of a candidate from the float model on the calibration text, nats per token. As `measure_slopes`, without the way back."""
     shutil.rmtree(folder, ignore_errors=True)
-    with _opened(candidate, calibration, folder / "states", report, workers) as through:
+    with _opened(candidate, calibration, folder / "states", report, workers, "divergence") as through:
         divergence, _ = _compare(through, new, calibration)
     shutil.rmtree(folder)
     return divergence
@@ -86,7 +86,7 @@ def measure_slopes(
         workers: Threads; None for as many as there are processors.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    with _opened(candidate, calibration, folder / "states", report, workers) as through:
+    with _opened(candidate, calibration, folder / "states", report, workers, "correction") as through:
         divergence, upstream = _compare(through, new, calibration)
         through.begin_backward(upstream)
 
@@ -111,6 +111,7 @@ def _opened(
     states: Path,
     report: Callable[[str], None],
     workers: int | None,
+    what: str,
 ) -> Iterator[LayerPass]:
     with storage_errors(states):
         states.mkdir(parents=True)
@@ -119,7 +120,7 @@ def _opened(
         threadpool_limits(1),
         ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
     ):
-        yield LayerPass(opened, read_shape(opened), calibration.runs(), states, pool, report, "correction")
+        yield LayerPass(opened, read_shape(opened), calibration.runs(), states, pool, report, what)
 
 
 def _compare(through: LayerPass, new: Path, calibration: Calibration) -> tuple[float, Array]:

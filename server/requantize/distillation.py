@@ -8,7 +8,6 @@ The codes of the layers' matrices move. Token embedding and output matrix stay a
 many, so that a code of theirs brings little.
 """
 
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,39 +16,13 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from protocol.errors import RequestError
 from server.adapters.blobs import storage_errors
-from server.requantize.codes import LINEAR_LAYOUTS, CodedRows, Codes
+from server.requantize.codes import CodedRows, Codes
 from server.requantize.latents import NEAREST, Latents, threshold_for
-from server.requantize.model import (
-    EMBEDDING,
-    OUTPUT_NORM,
-    ModelFile,
-    coded_rows,
-    head_of,
-    layer_matrices,
-    read_layer,
-    read_shape,
-    tensor_name,
-)
-from server.requantize.transformer import (
-    MATRICES,
-    Array,
-    LayerTrace,
-    Taps,
-    backward_layer,
-    distilled_head,
-    forward_layer,
-    rms_norm,
-)
-
-Tokens = npt.NDArray[np.int32]
-
-RUNS_A_STEP: Final = 4
-RUN_TOKENS: Final = 160
-"""Some hundred tokens a step are enough where every step sees others; each run is one thread's work at a time."""
+from server.requantize.model import ModelFile, coded_rows, read_layer, tensor_name
+from server.requantize.student import Student, Tokens, coded_matrices, gradient_of, rate_at
+from server.requantize.transformer import MATRICES, Array, Taps
 
 STEPS_MAX: Final = 2_000
 
@@ -62,34 +35,6 @@ _WARM_UP: Final = 5
 
 _SEED: Final = 11
 _REPORT_EVERY: Final = 4
-
-
-def check_distillable(installed: ModelFile, text: Tokens) -> None:
-    """Refuse what cannot be distilled.
-
-    Args:
-        installed: A quantized file; a candidate has its layouts.
-        text: What is to be read.
-
-    Raises:
-        RequestError: The text is too short, or no matrix has codes.
-        ModelFileError: As `read_shape`.
-    """
-    if len(text) < RUN_TOKENS:
-        raise RequestError(
-            f"distillation reads runs of {RUN_TOKENS} tokens, the calibration text has {len(text)}",
-            hint="give more text",
-        )
-    if not coded_matrices(installed):
-        raise RequestError(
-            f"{installed.path}: no matrix of a layer has codes that distillation can move",
-            hint="leave out --distill",
-        )
-
-
-def coded_matrices(model: ModelFile) -> list[str]:
-    """The matrices of layers whose codes distillation moves."""
-    return [name for name in layer_matrices(model) if model.region(name).layout in LINEAR_LAYOUTS]
 
 
 @dataclass(slots=True)
@@ -146,13 +91,12 @@ class Distillation:
             steps: 1 to `STEPS_MAX`.
             room: As `room_for`.
         """
-        runs = self._runs(steps)
-        wanted = self._wanted(runs.reshape(-1, RUN_TOKENS)).reshape(*runs.shape, -1)
-        head = self.new.floats(head_of(self.new))
+        student = Student.begin(self.new, self.candidate, self.text, steps, self.pool, self.report)
         divergences: list[float] = []
         for step in range(steps):
             self.room_for(room)
-            divergences.append(self._step(runs[step], wanted[step], head, _rate(step, steps), step))
+            follow = partial(self._follow, RATE * rate_at(step, steps, _WARM_UP, _RATE_END), step)
+            divergences.append(student.step(step, self._layer, follow))
             if step % _REPORT_EVERY == _REPORT_EVERY - 1 or step == steps - 1:
                 mean = sum(divergences[-_REPORT_EVERY:]) / len(divergences[-_REPORT_EVERY:])
                 self.report(f"distillation: step {step + 1} of {steps}, divergence {mean:.4g}")
@@ -174,60 +118,16 @@ class Distillation:
                 changed[name] = int(np.count_nonzero(codes != self._installed[name]))
         return changed
 
-    def _runs(self, steps: int) -> Tokens:
-        """Runs of tokens from anywhere in the text, shape (steps, runs, tokens)."""
-        draws = np.random.default_rng(_SEED)
-        starts = draws.integers(0, len(self.text) - RUN_TOKENS + 1, (steps, RUNS_A_STEP))
-        return np.asarray(self.text[starts[..., None] + np.arange(RUN_TOKENS)], np.int32)
+    def _follow(self, rate: float, step: int, layer: int, taps: list[Taps]) -> None:
+        """Move the latents of a layer against the gradients that were measured of it."""
+        list(self.pool.map(lambda name: self._follow_matrix(rate, step, layer, taps, name), MATRICES))
 
-    def _wanted(self, runs: Tokens) -> Array:
-        """What the float model's head takes, for all runs at once, shape (runs, tokens, width)."""
-        shape = read_shape(self.new)
-        hidden = list(self.new.floats(EMBEDDING)[runs][:, None])
-        for layer in range(shape.layers):
-            self.report(f"distillation: float model, layer {layer + 1} of {shape.layers}")
-            weights = read_layer(self.new, layer)
-            hidden = list(self.pool.map(lambda one, w=weights: forward_layer(shape, w, one)[0], hidden))
-        return rms_norm(np.concatenate(hidden), self.new.floats(OUTPUT_NORM), shape.epsilon)[0]
-
-    def _step(self, runs: Tokens, wanted: Array, wanted_head: Array, rate: float, step: int) -> float:
-        """One way through the candidate and back, on which its latents move; says what the divergence was, nats per token."""
-        shape, model = read_shape(self.candidate), self.candidate
-        hidden = list(model.values(EMBEDDING)[runs][:, None])
-        traces: list[list[LayerTrace]] = []
-        for layer in range(shape.layers):
-            weights = self._layer(layer)
-            passed = list(self.pool.map(partial(forward_layer, shape, weights), hidden))
-            hidden = [after for after, _ in passed]
-            traces.append([trace for _, trace in passed])
-        norm, head = model.values(OUTPUT_NORM), model.values(head_of(model))
-        said = list(
-            self.pool.map(
-                lambda one, want: distilled_head(one[0], norm, head, shape.epsilon, want, wanted_head),
-                hidden,
-                wanted,
-            )
-        )
-        upstream = [at_hidden[None] for _, at_hidden in said]
-        for layer in reversed(range(shape.layers)):
-            weights = self._layer(layer)
-            back = list(self.pool.map(partial(backward_layer, shape, weights), traces.pop(), upstream))
-            upstream = [at_input for at_input, _ in back]
-            follow = partial(self._follow, layer, [taps for _, taps in back], rate, step)
-            list(self.pool.map(follow, MATRICES))
-        return sum(each for each, _ in said) / runs.size
-
-    def _follow(self, layer: int, taps: list[Taps], rate: float, step: int, name: str) -> None:
-        """Move the latents of a matrix against the gradient that was measured of it."""
+    def _follow_matrix(self, rate: float, step: int, layer: int, taps: list[Taps], name: str) -> None:
         full = tensor_name(layer, name)
         latents = self._latents.get(full)
         if latents is None:
             return
-        inputs = np.concatenate([each[name][0] for each in taps])
-        at_outputs = np.concatenate([each[name][1] for each in taps])
-        gradient = at_outputs.T @ inputs
-        gradient *= self._rows(full).steps / np.float32(len(inputs))
-        latents.follow(gradient, rate, step)
+        latents.follow(gradient_of(taps, name, self._rows(full).steps), rate, step)
 
     def _layer(self, layer: int) -> dict[str, Array]:
         """The candidate's weights with the codes that the latents say now."""
@@ -246,9 +146,3 @@ class Distillation:
     def _rows(self, name: str) -> CodedRows:
         """As the candidate was to begin with."""
         return coded_rows(self.candidate, name)
-
-
-def _rate(step: int, steps: int) -> float:
-    """Warm-up, then half a cosine."""
-    falling = _RATE_END + (1 - _RATE_END) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    return RATE * min(1.0, (step + 1) / _WARM_UP) * falling

@@ -183,7 +183,11 @@ class FrontierBench:
         """
         if not self._file.exists() or sha256_of(self._file) != chosen.sources.result:
             self._report(f"the chosen point again, at {chosen.price:.3g} nats a bit")
-            self._choose(replace(chosen.settings, budget_bytes=None, first_price=None, price=chosen.price))
+            settings = chosen.settings
+            # What reads text depends on the budget and on prices on the way; a descent alone depends on the last price.
+            if not settings.distillation and not settings.learned:
+                settings = replace(settings, budget_bytes=None, first_price=None, price=chosen.price)
+            self._choose(settings)
         if sha256_of(self._file) != chosen.sources.result:
             raise StorageError(
                 f"the file at {chosen.price:.3g} nats a bit has other bytes than when it was measured",

@@ -27,7 +27,7 @@ class Sources(Struct, frozen=True, kw_only=True):
         calibration_model: The float model whose layers were looked at, the new one as a rule.
         calibration_tokens: The runs of tokens, as little-endian int32.
         calibration_runs: How many, and tokens of each.
-        distilled_tokens: All tokens of the calibration text, likewise, where the choice was distilled.
+        distilled_tokens: All tokens of the calibration text, likewise, where the choice was distilled or its extrapolation learned.
         result: The chosen file.
     """
 
@@ -50,7 +50,7 @@ def sources_of(
     calibration: Calibration,
     out: Path,
     *,
-    is_distilled: bool = False,
+    is_read: bool = False,
 ) -> Sources:
     """Digests of all files, and of the text if it was read.
 
@@ -66,7 +66,7 @@ def sources_of(
         calibration_tokens=calibration.tokens_sha256,
         calibration_runs=(calibration.sequences, calibration.sequence_tokens),
         result=sha256_of(out),
-        distilled_tokens=_digest_of(calibration.text) if is_distilled else None,
+        distilled_tokens=_digest_of(calibration.text) if is_read else None,
     )
 
 

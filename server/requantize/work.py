@@ -24,6 +24,7 @@ from server.requantize.calibration import Calibration
 from server.requantize.codes import CodedRows, Codes
 from server.requantize.correction import Slopes
 from server.requantize.descent import Metric, Price, descend, single_gains
+from server.requantize.extrapolation import Factors
 from server.requantize.model import ModelFile, coded_rows, opened_gguf, row_bytes, rows_and_columns
 from server.requantize.portions import Portion, shares_of
 from server.requantize.scales import SCALED_LAYOUTS, changed_scales, descend_with_scales, within_reach
@@ -53,6 +54,7 @@ class Files:
         out: Takes the result; has the tensors of `installed` when work begins.
         metric: What is kept near: what the layers put out, or the weights.
         extrapolation: How far beyond the new weights the target lies, in steps from `before` to `new`.
+        factors: Folder of what was learned to be added to it, by tensor (`extrapolation.py`); None for nothing.
         is_afresh: Begin with the best codes for the target instead of the installed ones, and go back where that saves more than it
             costs.
         slopes: Gradient of the divergence at `start`.
@@ -74,6 +76,12 @@ class Files:
     trust: float = 0.0
     pairs: int = 0
     also: tuple[Portion, ...] = ()
+    factors: Path | None = None
+
+    def factors_of(self, name: str) -> Path:
+        """Where the factors of a tensor are, if any were learned."""
+        assert self.factors is not None
+        return self.factors / f"{name}.npy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,10 +229,21 @@ class Worker:
 
     def _target(self, stretch: Stretch) -> Floats:
         new = self._new.floats(stretch.name, stretch.start, stretch.stop)
-        if self._before is None or not self._files.extrapolation:
+        beyond = self._beyond(stretch)
+        if self._before is None or beyond is None:
             return new
         old = self._before.floats(stretch.name, stretch.start, stretch.stop)
-        return np.asarray(new + np.float32(self._files.extrapolation) * (new - old), np.float32)
+        return np.asarray(new + beyond * (new - old), np.float32)
+
+    def _beyond(self, stretch: Stretch) -> Floats | np.float32 | None:
+        """How far beyond the new weights the target lies; None if it does not."""
+        files, constant = self._files, np.float32(self._files.extrapolation)
+        if files.factors is not None and files.factors_of(stretch.name).exists():
+            rows, _ = rows_and_columns(self._new.region(stretch.name))
+            with storage_errors(files.factors):
+                factors = Factors(np.load(files.factors_of(stretch.name)), rows)
+            return constant + factors.of_rows(slice(stretch.start, stretch.stop))
+        return constant or None
 
     def _metric(self, stretch: Stretch, columns: int) -> Metric:
         if self._files.metric == "weights":

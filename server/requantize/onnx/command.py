@@ -97,7 +97,9 @@ def _check_options(arguments: argparse.Namespace) -> None:
     given = {
         "--start": arguments.start,
         "--move-scales": arguments.move_scales or None,
+        "--afresh": arguments.afresh or None,
         "--distill": arguments.distill or None,
+        "--learn-extrapolation": arguments.learn_extrapolation or None,
         "--frontier": arguments.frontier,
         "--adapter": arguments.adapter,
         "--also": arguments.also or None,

@@ -1,5 +1,6 @@
 """A frontier from the command down to the file: points are made once, chosen by the development text, and judged by the held-out ones."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -230,4 +231,29 @@ def test_a_file_that_comes_out_otherwise_than_it_was_measured_is_not_believed(tm
     assert [(each.price, each.budget_bytes) for each in orders] == [(1e-8, None)]
     bench.remake(replace(point, sources=replace(point.sources, result=sha256_of(file))))
     assert len(orders) == 1  # it is there
+    kept.close()
+
+
+@pytest.mark.parametrize("asked", [{"distillation": 1}, {"learned": 1}])
+def test_a_point_that_read_text_is_made_again_as_it_was_asked_for(
+    tmp_path: Path, asked: dict[str, int]
+) -> None:
+    """Not at its price alone: what reads text depends on the budget, and on prices on the way."""
+    file = tmp_path / "chosen.gguf"
+    settings = Settings(budget_bytes=10, first_price=2e-8, **asked)  # type: ignore[arg-type]  # numbers all of them
+    orders = []
+
+    def choose(settings: Settings) -> Chosen:
+        orders.append(settings)
+        file.write_bytes(b"bytes")
+        return chosen(1e-8, 10)
+
+    def measure() -> Any:
+        raise SmallBudgetError("unused")
+
+    kept = Journal(tmp_path / "journal", {})
+    bench = FrontierBench(Settings(**asked), kept, file, choose, measure, lambda _: None)  # type: ignore[arg-type]  # likewise
+    result = hashlib.sha256(b"bytes").hexdigest()
+    bench.remake(replace(chosen(1e-8, 10, result=result), settings=settings))
+    assert orders == [settings]
     kept.close()

@@ -176,12 +176,14 @@ def test_what_cannot_be_judged_is_refused_before_the_work(folder: Path) -> None:
         (["--keep", "95%"], "--keep needs --development"),
         (["--keep", "95%", "--budget", "1%"], "contradict"),
         (["--unjudged"], "--unjudged and --held-out contradict"),
+        (["--learn-extrapolation", "2"], "--learn-extrapolation needs the installed version in floats"),
+        (["--afresh", "--start", "{}/installed.gguf"], "--afresh and --start contradict"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
     folder: Path, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(folder, *options)) == 1
+    assert main(command(folder, *(each.format(folder) for each in options))) == 1
     assert words in capsys.readouterr().err
 
 

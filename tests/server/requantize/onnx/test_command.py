@@ -177,6 +177,8 @@ def test_as_few_bytes_as_keep_a_share_of_the_gain(
         (("--start", "before.onnx"), "--start is for GGUF files"),
         (("--move-scales",), "--move-scales is for GGUF files"),
         (("--distill", "8"), "--distill is for GGUF files"),
+        (("--afresh",), "--afresh is for GGUF files"),
+        (("--learn-extrapolation", "2"), "--learn-extrapolation is for GGUF files"),
         (("--before", "int8.onnx"), "has no floats embedding of the shape"),
     ],
 )
