@@ -4,8 +4,8 @@ A choice by descent sends only what pays, so that it carries less of an update t
 does (Tibshirani, 1996; undone by a second fit in Meinshausen's relaxed lasso, 2007). In each matrix the metric of `calibration.py` finds that
 hardly worth a bit, but all matrices err to the same side, and what they put out adds up: on SmolLM2 it is most of what is left. A target beyond
 the new weights makes up for it. How far beyond differs from matrix to matrix, from row to row and from column to column, and is followed here by
-gradient descent on the divergence of the chosen file from the float model, with whole weights: a few numbers for each matrix, which some
-ten thousand tokens settle. The descent is then made again with what was learned.
+gradient descent on the divergence of the chosen file from the float model, in floats: a few numbers for each matrix, which some ten
+thousand tokens settle. The descent is then made again with what was learned.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ RATE_OF_LINE: Final = 0.01
 """What the factor of a whole matrix, and of one row or column, changes by in a step at the start; at the end a twentieth."""
 
 REACH: Final = 1.3
-"""A descent carries a part of what is added to its target: so much more is added than was missing."""
+"""A descent carries a part of what is added to its target: so many times what was missing is added, from the second round on."""
 
 _RATE_END: Final = 0.05
 _WARM_UP: Final = 5
