@@ -61,6 +61,15 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         type=_budget,
         help=f"what the delta may weigh: bytes, or a share of the installed file such as 0.2%% (default: {_BUDGET_DEFAULT}%)",
     )
+    _add_aim(parser)
+    _add_work(parser)
+    _add_judging(parser)
+    _add_onnx(parser)
+    parser.set_defaults(run=lambda arguments: _run(arguments, show))
+
+
+def _add_aim(parser: argparse.ArgumentParser) -> None:
+    """Where a choice begins, and what it aims at."""
     parser.add_argument(
         "--before",
         metavar="FILE",
@@ -108,10 +117,6 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
         help="then read so many pieces of the calibration text with what was chosen, and mend it where it says something else than the new"
         " model: for narrow tasks and small budgets, whose text must be most of --calibration (try 60; a few seconds each for 135 M weights)",
     )
-    _add_work(parser)
-    _add_judging(parser)
-    _add_onnx(parser)
-    parser.set_defaults(run=lambda arguments: _run(arguments, show))
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:

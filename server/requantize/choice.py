@@ -186,19 +186,8 @@ def choose(
         StorageError: The result cannot be written.
     """
     _check(settings, before)
-    if settings.is_afresh and start is not None:
-        raise RequestError(
-            f"a choice afresh does not begin with {start}", hint="leave out --afresh, or --start"
-        )
+    _check_start(settings, start, also)
     check_fleet(installed, also)
-    for is_asked, what, option in (
-        (settings.moves_scales, "scales stay", "--move-scales"),
-        (settings.distillation, "a choice is not distilled", "--distill"),
-    ):
-        if is_asked and also:
-            raise RequestError(
-                f"{what} where devices have several files", hint=f"leave out {option}, or --also"
-            )
     began = time.perf_counter()
     partial = out.with_name(f".partial-{out.name}")
     try:
@@ -583,3 +572,19 @@ def _check(settings: Settings, before: Path | None) -> None:
         raise RequestError(f"extrapolation is learned in up to {ROUNDS_MAX} rounds, not {settings.learned}")
     if (settings.extrapolation or settings.learned) and before is None:
         raise RequestError("the installed version in floats is needed to extrapolate")
+
+
+def _check_start(settings: Settings, start: Path | None, also: Sequence[Portion]) -> None:
+    """That what is asked for goes with the files that it begins with."""
+    if settings.is_afresh and start is not None:
+        raise RequestError(
+            f"a choice afresh does not begin with {start}", hint="leave out --afresh, or --start"
+        )
+    for is_asked, what, option in (
+        (settings.moves_scales, "scales stay", "--move-scales"),
+        (settings.distillation, "a choice is not distilled", "--distill"),
+    ):
+        if is_asked and also:
+            raise RequestError(
+                f"{what} where devices have several files", hint=f"leave out {option}, or --also"
+            )

@@ -176,8 +176,11 @@ def test_what_cannot_be_judged_is_refused_before_the_work(folder: Path) -> None:
         (["--keep", "95%"], "--keep needs --development"),
         (["--keep", "95%", "--budget", "1%"], "contradict"),
         (["--unjudged"], "--unjudged and --held-out contradict"),
-        (["--learn-extrapolation", "2"], "--learn-extrapolation needs the installed version in floats"),
-        (["--afresh", "--start", "{}/installed.gguf"], "--afresh and --start contradict"),
+        (
+            ["--force", "--learn-extrapolation", "2"],
+            "--learn-extrapolation needs the installed version in floats",
+        ),
+        (["--force", "--afresh", "--start", "{}/installed.gguf"], "--afresh and --start contradict"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
