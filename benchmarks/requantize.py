@@ -315,7 +315,7 @@ class _Bench:
                 corrections=choice.corrections,
                 learned=choice.learned,
                 is_afresh=choice.learned > 0,
-                workers=2 if choice.learned else 1,
+                workers=None if choice.learned else 1,
             )
         else:
             metric: MetricName = "weights" if name == rows.TRAP else "outputs"
@@ -328,7 +328,7 @@ class _Bench:
             settings,
             out,
             _say,
-            before=before if settings.extrapolation or settings.learned else None,
+            before=before if settings.is_extrapolated else None,
             start=self._good(f"v2_{cell.pair}", cell.kind) if choice and choice.is_pulled_back else None,
         )
         return _Made(

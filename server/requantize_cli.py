@@ -375,7 +375,7 @@ def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
     )
     record = write_record(out, chosen)
     if arguments.also:
-        before = arguments.before if settings.extrapolation else None
+        before = arguments.before if settings.is_extrapolated else None
         chosen = with_alone(
             chosen, arguments.new, installed, arguments.also, calibration, out.parent, report, before=before
         )

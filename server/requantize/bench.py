@@ -209,7 +209,7 @@ class Bench:
 
     def beside_others(self, chosen: Chosen) -> Chosen:
         """Beside what goes to each installed file's devices: plain's bytes, and those of a file for them alone."""
-        models, before = self._models, self._models.before if chosen.settings.extrapolation else None
+        models, before = self._models, self._models.before if chosen.settings.is_extrapolated else None
         found = with_alone(
             chosen,
             models.new,
@@ -283,7 +283,9 @@ class Bench:
             self._settings, budget_bytes=budget, extrapolation=extrapolation, metric=metric
         )
         if metric == "weights":  # what is shown is that metric alone
-            settings = msgspec.structs.replace(settings, distillation=0)
+            settings = msgspec.structs.replace(settings, distillation=0, learned=0)
+        if target is not None:  # nothing lies between it and the installed version
+            settings = msgspec.structs.replace(settings, learned=0)
         return self._choose_with(name, settings, target)
 
     def _choose_with(self, name: str, settings: Settings, target: Path | None = None) -> Chosen:
@@ -294,7 +296,7 @@ class Bench:
             settings,
             self.file(name),
             self._report,
-            before=self._models.before if settings.extrapolation else None,
+            before=self._models.before if settings.is_extrapolated else None,
             start=self._models.start if name == rows.CHOSEN else None,
             also=self._models.also,
         )

@@ -99,6 +99,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     distillation: int = 0
     workers: int | None = None
 
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether the target lies beyond the new weights, for which the installed version in floats is needed."""
+        return bool(self.extrapolation or self.learned)
+
 
 class Chosen(Struct, frozen=True, kw_only=True):
     """A file that was chosen, and what it took.
@@ -570,7 +575,7 @@ def _check(settings: Settings, before: Path | None) -> None:
         raise RequestError(f"distillation takes up to {STEPS_MAX} steps, not {settings.distillation}")
     if not 0 <= settings.learned <= ROUNDS_MAX:
         raise RequestError(f"extrapolation is learned in up to {ROUNDS_MAX} rounds, not {settings.learned}")
-    if (settings.extrapolation or settings.learned) and before is None:
+    if settings.is_extrapolated and before is None:
         raise RequestError("the installed version in floats is needed to extrapolate")
 
 

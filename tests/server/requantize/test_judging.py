@@ -12,6 +12,8 @@ from server.requantize import command as command_module
 from server.requantize import fewest, rows
 from server.requantize.evaluation import quantize
 from server.requantize.guards import Margins
+from server.requantize.model import sha256_of
+from server.requantize.record import RECORD_SUFFIX
 from server.requantize.request import Aim, Models, Questions, check_request
 from server.requantize.texts import RUN_TOKENS, RUNS_MAX, Text
 from tests.models import write_language_model
@@ -102,6 +104,22 @@ def test_a_file_that_is_no_worse_is_written_and_every_row_is_in_the_table(
         )
     assert (folder / "chosen.gguf").stat().st_size == (folder / "installed.gguf").stat().st_size
     assert not list(folder.glob(".requantize-*"))
+
+
+def test_an_extrapolation_that_is_learned_is_judged_beside_controls_that_have_none(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_module, "Margins", lambda: LOOSE)
+    asked = ("--budget", "20%", "--afresh", "--learn-extrapolation", "1")
+    before = ("--before", str(folder / "before.gguf"))
+    assert main([*command(folder, *asked, *before), "--json", "--force"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in found["rows"]] == list(rows.NAMES)
+    record = json.loads((folder / f"chosen.gguf{RECORD_SUFFIX}").read_text())
+    assert record["settings"]["learned"] == 1
+    assert record["settings"]["is_afresh"]
+    assert record["sources"]["before"] == sha256_of(folder / "before.gguf")
+    assert len(record["divergences"]) == 2
 
 
 def test_a_file_that_is_worse_leaves_the_output_as_it_was_and_says_why(
