@@ -1,4 +1,4 @@
-"""What the tests of this folder share: tokens for the small model of `tests/models.py`, and quantized files of it."""
+"""What the tests of this folder share: tokens for the small model of `tests/models.py`, and quantized and chosen files of it."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.gguf_files import as_type, read_stored, start_gguf
+from server.requantize.calibration import Calibration
+from server.requantize.choice import Chosen, Settings, choose
 
 TYPES = gguf.GGMLQuantizationType
 
@@ -30,3 +32,23 @@ def quantized(source: Path, out: Path, kind: gguf.GGMLQuantizationType = TYPES.Q
     writer.write_tensors_to_file()
     writer.close()
     return out
+
+
+def quiet(_line: str) -> None:
+    """Nobody listens."""
+
+
+def choose_in(
+    folder: Path, calibration: Calibration, out: Path, before: Path | None = None, **settings: object
+) -> Chosen:
+    """Choose a file for `new.gguf` against `installed.gguf`, in one process unless the settings say otherwise."""
+    settings = {"workers": 1, **settings}
+    return choose(
+        folder / "new.gguf",
+        folder / "installed.gguf",
+        calibration,
+        Settings(**settings),  # type: ignore[arg-type]  # names and values of its fields
+        out,
+        quiet,
+        before=before,
+    )

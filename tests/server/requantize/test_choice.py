@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,7 +17,7 @@ from protocol.delta.writer import make_delta
 from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import BytesSource
 from server.requantize.calibration import Calibration, calibrate
-from server.requantize.choice import Chosen, Settings, choose
+from server.requantize.choice import Settings, choose
 from server.requantize.codes import LINEAR_LAYOUTS
 from server.requantize.controls import write_nearest
 from server.requantize.correction import measure_divergence, measure_slopes
@@ -26,11 +27,7 @@ from server.requantize.portions import Portion
 from server.requantize.provenance import write_record
 from server.requantize.weighing import delta_bytes
 from tests.models import write_language_model
-from tests.server.requantize.samples import TYPES, quantized, tokens
-
-
-def _quiet(_line: str) -> None:
-    """Nobody listens."""
+from tests.server.requantize.samples import TYPES, choose_in, quantized, quiet, tokens
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def calibration(folder: Path) -> Calibration:
     return calibrate(
-        folder / "new.gguf", tokens(1), folder / "calibration", _quiet, sequences=8, sequence_tokens=64
-    )
-
-
-def _choose(folder: Path, calibration: Calibration, out: Path, **settings: object) -> Chosen:
-    settings = {"workers": 1, **settings}
-    return choose(
-        folder / "new.gguf",
-        folder / "installed.gguf",
-        calibration,
-        Settings(**settings),  # type: ignore[arg-type]  # names and values of its fields
-        out,
-        _quiet,
+        folder / "new.gguf", tokens(1), folder / "calibration", quiet, sequences=8, sequence_tokens=64
     )
 
 
@@ -67,7 +52,7 @@ def test_a_file_has_the_codes_and_scales_that_were_counted_and_its_delta_is_as_l
     folder: Path, calibration: Calibration, tmp_path: Path, *, moves_scales: bool
 ) -> None:
     out = tmp_path / "out.gguf"
-    chosen = _choose(folder, calibration, out, price=1e-8, moves_scales=moves_scales)
+    chosen = choose_in(folder, calibration, out, price=1e-8, moves_scales=moves_scales)
     assert 0 < chosen.objective_after < chosen.objective_before
     old, new = (folder / "installed.gguf").read_bytes(), out.read_bytes()
     patch = bytearray()
@@ -103,7 +88,7 @@ def test_scales_stay_unless_they_may_move_and_less_is_lost_where_they_move(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     still, moving = (
-        _choose(folder, calibration, tmp_path / "out.gguf", price=1e-8, moves_scales=each)
+        choose_in(folder, calibration, tmp_path / "out.gguf", price=1e-8, moves_scales=each)
         for each in (False, True)
     )
     assert not any(still.scales.values())
@@ -115,14 +100,14 @@ def test_scales_stay_unless_they_may_move_and_less_is_lost_where_they_move(
 def test_what_begins_where_another_choice_ended_begins_with_its_scales(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    first = _choose(folder, calibration, tmp_path / "first.gguf", price=1e-8, moves_scales=True)
+    first = choose_in(folder, calibration, tmp_path / "first.gguf", price=1e-8, moves_scales=True)
     again = choose(
         folder / "new.gguf",
         folder / "installed.gguf",
         calibration,
         Settings(price=1e-8, moves_scales=True, workers=1),
         tmp_path / "again.gguf",
-        _quiet,
+        quiet,
         start=tmp_path / "first.gguf",
     )
     assert again.objective_before == pytest.approx(first.objective_before, rel=1e-4)
@@ -141,7 +126,7 @@ def test_floats_are_the_new_ones(folder: Path, calibration: Calibration, tmp_pat
     ]
     write_gguf(folder / "new.gguf", changed, with_norm, {})
     out = tmp_path / "out.gguf"
-    choose(changed, folder / "installed.gguf", calibration, Settings(price=1e3, workers=1), out, _quiet)
+    choose(changed, folder / "installed.gguf", calibration, Settings(price=1e3, workers=1), out, quiet)
     assert np.array_equal(read_weights(out)["output_norm.weight"], weights["output_norm.weight"])
 
 
@@ -149,7 +134,7 @@ def test_at_a_price_that_nothing_is_worth_the_installed_codes_stay(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.gguf"
-    chosen = _choose(folder, calibration, out, price=1e6)
+    chosen = choose_in(folder, calibration, out, price=1e6)
     assert not any(chosen.changed.values())
     assert out.read_bytes() == (folder / "installed.gguf").read_bytes()
 
@@ -158,7 +143,7 @@ def test_what_costs_nothing_is_better_than_what_costs_much(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     chosen = [
-        _choose(folder, calibration, tmp_path / f"{price}.gguf", price=price) for price in (0.0, 1e-7, 1e-5)
+        choose_in(folder, calibration, tmp_path / f"{price}.gguf", price=price) for price in (0.0, 1e-7, 1e-5)
     ]
     for cheap, dear in itertools.pairwise(chosen):
         assert cheap.objective_after < dear.objective_after
@@ -171,7 +156,7 @@ def test_what_costs_nothing_is_better_than_what_costs_much(
 def test_a_budget_is_used_and_not_passed(
     folder: Path, calibration: Calibration, tmp_path: Path, metric: str
 ) -> None:
-    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, metric=metric)
+    chosen = choose_in(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, metric=metric)
     assert 0.9 * 2500 < chosen.delta_bytes <= 2500
     assert chosen.rounds[-1] == (chosen.price, chosen.delta_bytes)
 
@@ -180,7 +165,7 @@ def test_outputs_are_kept_better_by_the_metric_that_looks_at_them(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     own, trap = (
-        _choose(folder, calibration, tmp_path / f"{metric}.gguf", budget_bytes=2500, metric=metric)
+        choose_in(folder, calibration, tmp_path / f"{metric}.gguf", budget_bytes=2500, metric=metric)
         for metric in ("outputs", "weights")
     )
     again = choose(
@@ -189,7 +174,7 @@ def test_outputs_are_kept_better_by_the_metric_that_looks_at_them(
         calibration,
         Settings(price=1e6, workers=1),
         tmp_path / "again.gguf",
-        _quiet,
+        quiet,
     )
     assert own.objective_after < again.objective_before
     assert trap.objective_after < trap.objective_before
@@ -201,7 +186,7 @@ def test_the_number_of_processes_changes_nothing(
     files = []
     for workers in (1, 2):
         out = tmp_path / f"{workers}.gguf"
-        _choose(folder, calibration, out, price=1e-7, workers=workers)
+        choose_in(folder, calibration, out, price=1e-7, workers=workers)
         files.append(out.read_bytes())
     assert files[0] == files[1]
 
@@ -217,7 +202,7 @@ def test_other_quantizations_are_chosen_as_well(
         calibration,
         Settings(price=1e-9, workers=1),
         tmp_path / "out.gguf",
-        _quiet,
+        quiet,
     )
     assert chosen.objective_after < 0.9 * chosen.objective_before
     assert chosen.kept == ()
@@ -237,7 +222,7 @@ def test_the_target_lies_beyond_the_new_weights_where_that_is_asked_for(
             calibration,
             settings,
             out,
-            _quiet,
+            quiet,
             before=folder / "before.gguf",
         )
         chosen = read_weights(out)
@@ -250,14 +235,16 @@ def test_the_target_lies_beyond_the_new_weights_where_that_is_asked_for(
         )
     assert distances[1] < distances[0]
     with pytest.raises(RequestError, match="installed version in floats is needed"):
-        _choose(folder, calibration, tmp_path / "none.gguf", price=0.0, extrapolation=1.0)
+        choose_in(folder, calibration, tmp_path / "none.gguf", price=0.0, extrapolation=1.0)
 
 
 def test_a_correction_brings_the_candidate_nearer_to_the_float_model(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    plain = _choose(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2500)
-    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1, trust=0.1)
+    plain = choose_in(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2500)
+    chosen = choose_in(
+        folder, calibration, tmp_path / "out.gguf", budget_bytes=2500, corrections=1, trust=0.1
+    )
     assert plain.divergences == ()
     assert len(chosen.divergences) == 2
     assert chosen.divergences[1] < 0.9 * chosen.divergences[0]
@@ -268,7 +255,7 @@ def test_a_correction_brings_the_candidate_nearer_to_the_float_model(
 def test_a_correction_that_goes_too_far_is_shortened(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    wild = _choose(folder, calibration, tmp_path / "out.gguf", price=1e-7, corrections=1, trust=1000.0)
+    wild = choose_in(folder, calibration, tmp_path / "out.gguf", price=1e-7, corrections=1, trust=1000.0)
     assert len(wild.rounds) > 2
     assert wild.divergences[1] < wild.divergences[0]
 
@@ -277,7 +264,7 @@ def test_a_correction_that_changes_nothing_ends_it(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.gguf"
-    chosen = _choose(folder, calibration, out, price=1e6, corrections=3)
+    chosen = choose_in(folder, calibration, out, price=1e6, corrections=3)
     assert len(chosen.divergences) == 1
     assert out.read_bytes() == (folder / "installed.gguf").read_bytes()
 
@@ -286,7 +273,7 @@ def test_slopes_agree_with_finite_differences_of_the_divergence(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     candidate, new = folder / "before.gguf", folder / "new.gguf"
-    slopes = measure_slopes(new, candidate, calibration, tmp_path / "slopes", _quiet)
+    slopes = measure_slopes(new, candidate, calibration, tmp_path / "slopes", quiet)
     name = "blk.0.ffn_up.weight"
     slope = slopes.of(name)
     assert slope is not None
@@ -300,7 +287,7 @@ def test_slopes_agree_with_finite_differences_of_the_divergence(
                 data[place] += step
             moved.append(type(each)(each.name, data, each.kind))
         write_gguf(candidate, tmp_path / "moved.gguf", moved, {})
-        sides.append(measure_divergence(new, tmp_path / "moved.gguf", calibration, tmp_path / "look", _quiet))
+        sides.append(measure_divergence(new, tmp_path / "moved.gguf", calibration, tmp_path / "look", quiet))
     assert -(sides[1] - sides[0]) / 0.04 == pytest.approx(float(slope[place]), rel=0.03)
     assert slopes.of("token_embd.weight") is None
 
@@ -315,7 +302,7 @@ def test_a_start_is_pulled_back_to_what_is_installed(
         calibration,
         Settings(price=1e6, workers=1),
         tmp_path / "out.gguf",
-        _quiet,
+        quiet,
         start=rounded,
     )
     assert not any(chosen.changed.values())
@@ -325,20 +312,20 @@ def test_what_begins_afresh_ends_near_what_is_installed_if_that_is_the_price(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     free, priced, dear = (
-        _choose(folder, calibration, tmp_path / f"{price}.gguf", price=price, is_afresh=True)
+        choose_in(folder, calibration, tmp_path / f"{price}.gguf", price=price, is_afresh=True)
         for price in (0.0, 1e-7, 1e6)
     )
     assert not any(dear.changed.values())
     assert free.objective_after < priced.objective_after < dear.objective_after
     assert free.delta_bytes > priced.delta_bytes > dear.delta_bytes
     assert free.objective_before == pytest.approx(dear.objective_before)
-    installed = _choose(folder, calibration, tmp_path / "installed.gguf", price=0.0)
+    installed = choose_in(folder, calibration, tmp_path / "installed.gguf", price=0.0)
     assert free.objective_after < 1.1 * installed.objective_after
 
 
 def test_the_record_says_from_what_and_how(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    chosen = _choose(folder, calibration, out, price=1e-8)
+    chosen = choose_in(folder, calibration, out, price=1e-8)
     record = json.loads(write_record(out, chosen).read_text())
     for name, path in (
         ("new", folder / "new.gguf"),
@@ -372,7 +359,7 @@ def test_metadata_is_the_new_models_but_for_what_says_how_it_is_quantized(
         writer.write_tensors_to_file()
         writer.close()
     out = tmp_path / "out.gguf"
-    choose(paths["new"], paths["installed"], calibration, Settings(price=1e6, workers=1), out, _quiet)
+    choose(paths["new"], paths["installed"], calibration, Settings(price=1e6, workers=1), out, quiet)
     fields = gguf.GGUFReader(out).fields
     assert fields["general.name"].contents() == "a longer name than before"
     assert fields["general.file_type"].contents() == 2
@@ -388,19 +375,19 @@ def test_files_that_do_not_belong_together_are_refused(
     other = tmp_path / "vocabulary.gguf"
     other.write_bytes(new.read_bytes().replace("▁B".encode(), "▁Z".encode()))
     with pytest.raises(ModelFileError, match=r"tokenizer.ggml.tokens differs .*ordinary delta"):
-        choose(other, installed, calibration, settings, out, _quiet)
+        choose(other, installed, calibration, settings, out, quiet)
     with pytest.raises(ModelFileError, match=r"is q8_0, floats are needed .*before quantization"):
-        choose(installed, installed, calibration, settings, out, _quiet)
+        choose(installed, installed, calibration, settings, out, quiet)
     part = tmp_path / "part.gguf"
     write_gguf(new, part, [each for each in read_stored(new) if "ffn_up" not in each.name], {})
     with pytest.raises(ModelFileError, match=r"no tensor blk.0.ffn_up.weight, which .*whole model"):
-        choose(part, installed, calibration, settings, out, _quiet)
+        choose(part, installed, calibration, settings, out, quiet)
     with pytest.raises(ModelFileError, match="no tensor has codes that can be chosen"):
-        choose(new, new, calibration, settings, out, _quiet)
+        choose(new, new, calibration, settings, out, quiet)
     with pytest.raises(RequestError, match="no such file"):
-        choose(tmp_path / "none.gguf", installed, calibration, settings, out, _quiet)
+        choose(tmp_path / "none.gguf", installed, calibration, settings, out, quiet)
     with pytest.raises(ModelFileError, match="magic is not 'GGUF'"):
-        choose(Path(__file__), installed, calibration, settings, out, _quiet)
+        choose(Path(__file__), installed, calibration, settings, out, quiet)
     for wrong in (
         Settings(),
         Settings(price=1.0, budget_bytes=9),
@@ -408,9 +395,9 @@ def test_files_that_do_not_belong_together_are_refused(
         Settings(budget_bytes=0),
     ):
         with pytest.raises(RequestError):
-            choose(new, installed, calibration, wrong, out, _quiet)
+            choose(new, installed, calibration, wrong, out, quiet)
     with pytest.raises(RequestError, match="the budget is 40"):
-        choose(new, installed, calibration, Settings(budget_bytes=40, workers=1), out, _quiet)
+        choose(new, installed, calibration, Settings(budget_bytes=40, workers=1), out, quiet)
     assert sorted(tmp_path.iterdir()) == [part, other]
 
 
@@ -435,7 +422,7 @@ def test_damaged_weights_are_named(folder: Path, calibration: Calibration, tmp_p
             calibration,
             Settings(price=0.0, workers=1),
             tmp_path / "o",
-            _quiet,
+            quiet,
         )
 
 
@@ -443,7 +430,7 @@ def test_damaged_weights_are_named(folder: Path, calibration: Calibration, tmp_p
 def test_what_was_chosen_runs_in_llama_cpp(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     out = tmp_path / "out.gguf"
-    _choose(folder, calibration, out, price=1e-8)
+    choose_in(folder, calibration, out, price=1e-8)
     llama = llama_cpp.Llama(str(out), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
     llama.eval([1, 40, 50, 60])
     assert np.isfinite(llama.scores[:4]).all()
@@ -469,16 +456,16 @@ def test_a_distilled_file_says_more_nearly_what_the_new_model_does_and_keeps_to_
     sure_folder: Path, tmp_path: Path
 ) -> None:
     calibration = calibrate(
-        sure_folder / "new.gguf", tokens(1), tmp_path, _quiet, sequences=8, sequence_tokens=64
+        sure_folder / "new.gguf", tokens(1), tmp_path, quiet, sequences=8, sequence_tokens=64
     )
     budget, plain, out = 12_000, tmp_path / "plain.gguf", tmp_path / "out.gguf"
-    undistilled = _choose(sure_folder, calibration, plain, budget_bytes=budget)
-    chosen = _choose(sure_folder, calibration, out, budget_bytes=budget, distillation=60)
+    undistilled = choose_in(sure_folder, calibration, plain, budget_bytes=budget)
+    chosen = choose_in(sure_folder, calibration, out, budget_bytes=budget, distillation=60)
     before, after = chosen.divergences
     assert after < before
     for file, divergence in ((plain, before), (out, after)):
         seen = measure_divergence(
-            sure_folder / "new.gguf", file, calibration, tmp_path / "look", _quiet, workers=1
+            sure_folder / "new.gguf", file, calibration, tmp_path / "look", quiet, workers=1
         )
         assert seen == pytest.approx(divergence)
     assert chosen.delta_bytes <= budget
@@ -493,9 +480,9 @@ def test_processes_change_nothing_of_a_distilled_file(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     """Nor do scales that moved: it has those of the choice."""
-    settings = {"budget_bytes": 12_000, "distillation": 12, "moves_scales": True}
-    one = _choose(folder, calibration, tmp_path / "one.gguf", **settings)
-    two = _choose(folder, calibration, tmp_path / "two.gguf", workers=2, **settings)
+    settings: dict[str, Any] = {"budget_bytes": 12_000, "distillation": 12, "moves_scales": True}
+    one = choose_in(folder, calibration, tmp_path / "one.gguf", **settings)
+    two = choose_in(folder, calibration, tmp_path / "two.gguf", workers=2, **settings)
     assert one.sources.result == two.sources.result
     assert one.divergences == two.divergences
     assert one.delta_bytes == delta_bytes(folder / "installed.gguf", tmp_path / "one.gguf")
@@ -511,8 +498,8 @@ def _changed(installed: Path, out: Path) -> dict[str, int]:
 def test_a_choice_that_distillation_does_not_better_stays_as_it_was(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    plain = _choose(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2_000)
-    chosen = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=2_000, distillation=2)
+    plain = choose_in(folder, calibration, tmp_path / "plain.gguf", budget_bytes=2_000)
+    chosen = choose_in(folder, calibration, tmp_path / "out.gguf", budget_bytes=2_000, distillation=2)
     before, after = chosen.divergences
     assert after >= before
     assert chosen.sources.result == plain.sources.result
@@ -524,7 +511,7 @@ def test_distillation_begins_with_the_nearest_codes_where_they_are_better(
 ) -> None:
     """Without what is known of the layers, a choice is the poorer one."""
     lines: list[str] = []
-    blind = _choose(folder, calibration, tmp_path / "out.gguf", budget_bytes=12_000, metric="weights")
+    blind = choose_in(folder, calibration, tmp_path / "out.gguf", budget_bytes=12_000, metric="weights")
     assert blind.delta_bytes <= 12_000
     chosen = choose(
         folder / "new.gguf",
@@ -542,7 +529,7 @@ def test_distillation_begins_with_the_nearest_codes_where_they_are_better(
         tmp_path / "nearest.gguf",
         calibration,
         tmp_path / "look",
-        _quiet,
+        quiet,
         workers=1,
     )
     assert chosen.divergences[0] <= nearest
@@ -551,9 +538,9 @@ def test_distillation_begins_with_the_nearest_codes_where_they_are_better(
 def test_what_cannot_be_distilled_is_refused(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     with pytest.raises(RequestError, match="up to 2000 steps, not 2001"):
-        _choose(folder, calibration, out, price=1e-8, distillation=2_001)
+        choose_in(folder, calibration, out, price=1e-8, distillation=2_001)
     with pytest.raises(RequestError, match="runs of 160 tokens, the calibration text has 100"):
-        _choose(
+        choose_in(
             folder,
             replace(calibration, text=calibration.text[:100]),
             out,
@@ -567,7 +554,7 @@ def test_what_cannot_be_distilled_is_refused(folder: Path, calibration: Calibrat
             calibration,
             Settings(budget_bytes=2_000, distillation=1, workers=1),
             out,
-            _quiet,
+            quiet,
             also=[Portion(quantized(folder / "new.gguf", tmp_path / "other.gguf"), 0.3)],
         )
     assert not out.exists()

@@ -16,7 +16,7 @@ from server.requantize.correction import measure_divergence
 from server.requantize.extrapolation import Factors, Fit
 from server.requantize.weighing import delta_bytes
 from tests.models import write_language_model
-from tests.server.requantize.samples import TYPES, quantized, tokens
+from tests.server.requantize.samples import TYPES, choose_in, quantized, quiet, tokens
 
 ROWS, COLUMNS = 48, 32
 
@@ -53,10 +53,6 @@ def test_a_fit_finds_what_a_shrunken_update_lacks() -> None:
     assert float(np.square(error()).sum()) < 0.01 * before
 
 
-def _quiet(_line: str) -> None:
-    """Nobody listens."""
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models before and after an update of one direction in each matrix, of which descent leaves out a part; the one before in Q8_0."""
@@ -83,21 +79,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def calibration(folder: Path) -> Calibration:
     return calibrate(
-        folder / "new.gguf", tokens(1), folder / "calibration", _quiet, sequences=8, sequence_tokens=64
+        folder / "new.gguf", tokens(1), folder / "calibration", quiet, sequences=8, sequence_tokens=64
     )
 
 
 def _choose(folder: Path, calibration: Calibration, out: Path, **settings: object) -> Chosen:
-    settings = {"workers": 1, **settings}
-    return choose(
-        folder / "new.gguf",
-        folder / "installed.gguf",
-        calibration,
-        Settings(**settings),  # type: ignore[arg-type]  # names and values of its fields
-        out,
-        _quiet,
-        before=folder / "before.gguf",
-    )
+    return choose_in(folder, calibration, out, folder / "before.gguf", **settings)
 
 
 def test_a_file_with_learned_extrapolation_is_nearer_to_the_new_model_at_the_same_price(
@@ -127,7 +114,7 @@ def test_each_round_holds_the_budget_and_the_best_file_stays(
 
 def _divergence(folder: Path, calibration: Calibration, file: Path) -> float:
     look = folder / "look"
-    return measure_divergence(folder / "new.gguf", file, calibration, look, _quiet, workers=1)
+    return measure_divergence(folder / "new.gguf", file, calibration, look, quiet, workers=1)
 
 
 def test_processes_change_nothing_of_what_is_learned(
@@ -153,7 +140,7 @@ def test_what_cannot_be_learned_is_refused(folder: Path, calibration: Calibratio
             calibration,
             Settings(price=1e-8, learned=1, workers=1),
             out,
-            _quiet,
+            quiet,
         )
     assert not out.exists()
 

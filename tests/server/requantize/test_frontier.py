@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,25 @@ def chosen(price: float, size: int, *rounds: tuple[float, int], result: str = ""
     )
 
 
+@contextmanager
+def bench_of(
+    folder: Path, asked: Settings, written: bytes, orders: list[Settings]
+) -> Iterator[FrontierBench]:
+    """A bench whose choices write the same bytes each time, and note what they were asked for."""
+    file = folder / "chosen.gguf"
+
+    def choose(settings: Settings) -> Chosen:
+        orders.append(settings)
+        file.write_bytes(written)
+        return chosen(1e-8, 10)
+
+    def measure() -> Any:
+        raise SmallBudgetError("unused")
+
+    with closing(Journal(folder / "journal", {})) as kept:
+        yield FrontierBench(asked, kept, file, choose, measure, lambda _: None)
+
+
 def made(*rounds: tuple[float, int]) -> Made:
     return Made("a", rounds[-1][1], reading(1, 1.0, 0.1, 0.1), chosen(*rounds[-1], *rounds))
 
@@ -212,48 +233,23 @@ def test_a_search_begins_where_smaller_files_say_that_the_price_lies() -> None:
 
 
 def test_a_file_that_comes_out_otherwise_than_it_was_measured_is_not_believed(tmp_path: Path) -> None:
-    file = tmp_path / "chosen.gguf"
-    orders = []
-
-    def choose(settings: Settings) -> Chosen:
-        orders.append(settings)
-        file.write_bytes(b"other bytes")
-        return chosen(1e-8, 10)
-
-    def measure() -> Any:
-        raise SmallBudgetError("unused")
-
-    kept = Journal(tmp_path / "journal", {})
-    bench = FrontierBench(Settings(), kept, file, choose, measure, lambda _: None)
+    orders: list[Settings] = []
     point = chosen(1e-8, 10, result="0" * 64)
-    with pytest.raises(StorageError, match="has other bytes than when it was measured"):
-        bench.remake(point)
-    assert [(each.price, each.budget_bytes) for each in orders] == [(1e-8, None)]
-    bench.remake(replace(point, sources=replace(point.sources, result=sha256_of(file))))
+    with bench_of(tmp_path, Settings(), b"other bytes", orders) as bench:
+        with pytest.raises(StorageError, match="has other bytes than when it was measured"):
+            bench.remake(point)
+        assert [(each.price, each.budget_bytes) for each in orders] == [(1e-8, None)]
+        result = sha256_of(tmp_path / "chosen.gguf")
+        bench.remake(replace(point, sources=replace(point.sources, result=result)))
     assert len(orders) == 1  # it is there
-    kept.close()
 
 
-@pytest.mark.parametrize("asked", [{"distillation": 1}, {"learned": 1}])
-def test_a_point_that_read_text_is_made_again_as_it_was_asked_for(
-    tmp_path: Path, asked: dict[str, int]
-) -> None:
+@pytest.mark.parametrize("asked", [Settings(distillation=1), Settings(learned=1)])
+def test_a_point_that_read_text_is_made_again_as_it_was_asked_for(tmp_path: Path, asked: Settings) -> None:
     """Not at its price alone: what reads text depends on the budget, and on prices on the way."""
-    file = tmp_path / "chosen.gguf"
-    settings = Settings(budget_bytes=10, first_price=2e-8, **asked)  # type: ignore[arg-type]  # numbers all of them
-    orders = []
-
-    def choose(settings: Settings) -> Chosen:
-        orders.append(settings)
-        file.write_bytes(b"bytes")
-        return chosen(1e-8, 10)
-
-    def measure() -> Any:
-        raise SmallBudgetError("unused")
-
-    kept = Journal(tmp_path / "journal", {})
-    bench = FrontierBench(Settings(**asked), kept, file, choose, measure, lambda _: None)  # type: ignore[arg-type]  # likewise
+    orders: list[Settings] = []
+    settings = replace(asked, budget_bytes=10, first_price=2e-8)
     result = hashlib.sha256(b"bytes").hexdigest()
-    bench.remake(replace(chosen(1e-8, 10, result=result), settings=settings))
+    with bench_of(tmp_path, asked, b"bytes", orders) as bench:
+        bench.remake(replace(chosen(1e-8, 10, result=result), settings=settings))
     assert orders == [settings]
-    kept.close()
