@@ -34,12 +34,13 @@ from protocol.errors import RequestError, WhimbrelError
 from protocol.ids import digest_of
 from server.requantize import rows
 from server.requantize.calibration import SEQUENCE_TOKENS, SEQUENCES, Calibration
-from server.requantize.choice import Settings, choose
+from server.requantize.choice import choose
 from server.requantize.controls import write_frozen
 from server.requantize.evaluation import Evaluator
 from server.requantize.factors import write_factored
 from server.requantize.model import sha256_of
 from server.requantize.readings import Readings
+from server.requantize.settings import Settings
 from server.requantize.texts import Text, Tokens, check_unseen
 from server.requantize.tokens import read_tokens
 from server.requantize.weighing import delta_bytes

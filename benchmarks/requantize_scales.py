@@ -23,11 +23,12 @@ from protocol.errors import WhimbrelError
 from server.diagnosis.weights import Floats
 from server.display import table
 from server.requantize.calibration import Calibration
-from server.requantize.choice import PAIRS, price_of_bits
 from server.requantize.codes import CodedRows
 from server.requantize.descent import Metric, descend
 from server.requantize.model import opened_gguf
+from server.requantize.rounds import price_of_bits
 from server.requantize.scales import changed_scales, descend_with_scales
+from server.requantize.settings import PAIRS
 from server.requantize.weighing import delta_bytes
 from server.requantize.work import metric_of
 

@@ -16,9 +16,10 @@ from benchmarks.running import measured
 from protocol.errors import RequestError
 from server.requantize import rows
 from server.requantize.calibration import SEQUENCES, Calibration, calibrate
-from server.requantize.choice import Settings, choose
+from server.requantize.choice import choose
 from server.requantize.controls import write_frozen
 from server.requantize.evaluation import Evaluator
+from server.requantize.settings import Settings
 from server.requantize.texts import Text, Tokens
 from server.requantize.weighing import delta_bytes
 from server.scorecard.journal import Journal

@@ -7,8 +7,9 @@ from msgspec import Struct
 
 from benchmarks.requantize_series import calibrated
 from benchmarks.rows import aligned
-from server.requantize.choice import Settings, choose
+from server.requantize.choice import choose
 from server.requantize.portions import Portion
+from server.requantize.settings import Settings
 from server.requantize.weighing import delta_sizes
 from server.scorecard.journal import Journal
 

@@ -335,9 +335,10 @@ def _check_judging(arguments: argparse.Namespace) -> None:
 def _run_unjudged(arguments: argparse.Namespace, show: Printer) -> int:
     from server.requantize.alone import with_alone  # noqa: PLC0415 - numpy and the coder, which no other command loads
     from server.requantize.calibration import calibrate  # noqa: PLC0415 - likewise
-    from server.requantize.choice import Settings, choose  # noqa: PLC0415 - likewise
+    from server.requantize.choice import choose  # noqa: PLC0415 - likewise
     from server.requantize.portions import check_fleet  # noqa: PLC0415 - likewise
     from server.requantize.provenance import write_record  # noqa: PLC0415 - likewise
+    from server.requantize.settings import Settings  # noqa: PLC0415 - likewise
     from server.requantize.tokens import read_tokens  # noqa: PLC0415 - likewise
 
     out: Path = arguments.out

@@ -14,7 +14,7 @@ from server.requantize.adapter import (
 )
 from server.requantize.alone import with_alone
 from server.requantize.calibration import Calibration
-from server.requantize.choice import Chosen, Settings, choose
+from server.requantize.choice import Chosen, choose
 from server.requantize.controls import write_frozen, write_plain
 from server.requantize.evaluation import Evaluator
 from server.requantize.fewest import Trial, fewest_bytes
@@ -33,6 +33,7 @@ from server.requantize.readings import Readings
 from server.requantize.request import Aim, Models, Questions
 from server.requantize.rows import Row, row
 from server.requantize.search import SmallBudgetError
+from server.requantize.settings import Settings
 from server.requantize.weighing import delta_sizes
 from server.requantize.work import MetricName
 from server.scorecard.card import Check

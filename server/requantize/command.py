@@ -11,7 +11,6 @@ from protocol.errors import RequestError
 from server.display import Printer, bytes_text, reporter
 from server.requantize.adapter import adapter_path, check_out
 from server.requantize.calibration import calibrate
-from server.requantize.choice import Settings
 from server.requantize.evaluation import Evaluator
 from server.requantize.frontier import NoPointError, budgets_of, write_frontier
 from server.requantize.guards import TEXTS_MIN, Margins
@@ -21,6 +20,7 @@ from server.requantize.provenance import write_record
 from server.requantize.request import Aim, Models, Questions, check_request
 from server.requantize.rows import lines
 from server.requantize.sent import sent_lines
+from server.requantize.settings import Settings
 from server.requantize.texts import Text
 from server.requantize.tokens import read_tokens
 from server.scorecard.frontier_display import text_lines as frontier_lines

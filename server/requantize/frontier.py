@@ -19,13 +19,14 @@ from protocol.errors import RequestError, StorageError
 from protocol.ids import digest_of
 from server.adapters.blobs import write_file
 from server.requantize.calibration import Calibration
-from server.requantize.choice import Chosen, Settings
+from server.requantize.choice import Chosen
 from server.requantize.evaluation import Evaluator
 from server.requantize.figures import difference, figures
 from server.requantize.model import sha256_of
 from server.requantize.readings import Reading
 from server.requantize.rows import CHOSEN, NOTHING, PLAIN, Row
 from server.requantize.search import BUDGET_USED_MIN, SmallBudgetError
+from server.requantize.settings import Settings
 from server.requantize.texts import Text
 from server.scorecard.frontier import (
     Difference,

@@ -17,7 +17,7 @@ from server.requantize.adapter import (
 )
 from server.requantize.bench import Bench, Report
 from server.requantize.calibration import Calibration
-from server.requantize.choice import Chosen, Settings
+from server.requantize.choice import Chosen
 from server.requantize.evaluation import Evaluator
 from server.requantize.frontier import (
     with_verdict,
@@ -26,6 +26,7 @@ from server.requantize.guards import is_passed
 from server.requantize.request import Aim, Models, Questions, check_request
 from server.requantize.rows import Row
 from server.requantize.sent import Sent, check_sent
+from server.requantize.settings import Settings
 from server.scorecard.card import Check
 from server.scorecard.frontier import Frontier
 

@@ -14,8 +14,9 @@ from server import operations
 from server.cli import main
 from server.releases.provenance import PROVENANCE_BYTES_MAX, decode_statement, with_scorecard
 from server.releases.requantized import EMBEDDED_BYTES_MAX
-from server.requantize.choice import Chosen, Settings
+from server.requantize.choice import Chosen
 from server.requantize.provenance import Sources, write_record
+from server.requantize.settings import Settings
 from server.scorecard.card import Check
 from server.statements import ChoiceRecord, record_beside
 from tests.server.samples import write_health, write_model

@@ -16,14 +16,15 @@ from threadpoolctl import threadpool_limits
 from protocol.errors import ModelFileError, RequestError
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
-from server.requantize.choice import FIRST_BITS, PAIRS, price_of_bits
 from server.requantize.codes import Codes, LinearRows
 from server.requantize.descent import Metric, Price, descend, single_gains
 from server.requantize.onnx.calibration import Calibration
 from server.requantize.onnx.graph import Graph
 from server.requantize.onnx.matrices import FloatTensor, Matrix, find_floats, find_matrices
 from server.requantize.onnx.storage import Stored
+from server.requantize.rounds import FIRST_BITS, price_of_bits
 from server.requantize.search import price_of_budget
+from server.requantize.settings import PAIRS
 from server.requantize.weighing import delta_bytes
 from server.requantize.work import STRETCH_WEIGHTS
 

@@ -8,7 +8,8 @@ import numpy.typing as npt
 
 from benchmarks.gguf_files import as_type, read_stored, start_gguf
 from server.requantize.calibration import Calibration
-from server.requantize.choice import Chosen, Settings, choose
+from server.requantize.choice import Chosen, choose
+from server.requantize.settings import Settings
 
 TYPES = gguf.GGMLQuantizationType
 

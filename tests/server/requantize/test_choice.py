@@ -17,7 +17,7 @@ from protocol.delta.writer import make_delta
 from protocol.errors import ModelFileError, RequestError
 from protocol.tensors import BytesSource
 from server.requantize.calibration import Calibration, calibrate
-from server.requantize.choice import Settings, choose
+from server.requantize.choice import choose
 from server.requantize.codes import LINEAR_LAYOUTS
 from server.requantize.controls import write_nearest
 from server.requantize.correction import measure_divergence, measure_slopes
@@ -25,6 +25,7 @@ from server.requantize.model import opened_gguf
 from server.requantize.pairing import changed_codes
 from server.requantize.portions import Portion
 from server.requantize.provenance import write_record
+from server.requantize.settings import Settings
 from server.requantize.weighing import delta_bytes
 from tests.models import write_language_model
 from tests.server.requantize.samples import TYPES, choose_in, quantized, quiet, tokens

@@ -11,9 +11,10 @@ from benchmarks.gguf_files import read_stored, write_gguf
 from protocol.errors import RequestError
 from server.diagnosis.weights import Floats
 from server.requantize.calibration import Calibration, calibrate
-from server.requantize.choice import Chosen, Settings, choose
+from server.requantize.choice import Chosen, choose
 from server.requantize.correction import measure_divergence
 from server.requantize.extrapolation import Factors, Fit
+from server.requantize.settings import Settings
 from server.requantize.weighing import delta_bytes
 from tests.models import write_language_model
 from tests.server.requantize.samples import TYPES, choose_in, quantized, quiet, tokens

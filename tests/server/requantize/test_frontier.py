@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from protocol.errors import RequestError, StorageError
 from server.cli import main
 from server.requantize import command as command_module
-from server.requantize.choice import Chosen, Settings
+from server.requantize.choice import Chosen
 from server.requantize.evaluation import quantize
 from server.requantize.frontier import FRONTIER_SUFFIX, Budget, FrontierBench, Made, budgets_of, first_price
 from server.requantize.guards import Margins
@@ -23,6 +23,7 @@ from server.requantize.model import sha256_of
 from server.requantize.provenance import Sources
 from server.requantize.record import RECORD_SUFFIX
 from server.requantize.search import BUDGET_USED_MIN, SmallBudgetError
+from server.requantize.settings import Settings
 from server.requantize.texts import RUN_TOKENS
 from server.scorecard.frontier import decode_frontier
 from server.scorecard.journal import Journal

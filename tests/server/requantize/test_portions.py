@@ -19,12 +19,13 @@ from server.fleet.registry import DeviceRecord
 from server.home import opened
 from server.requantize.anchors import anchors_of, cheapest_codes, leading_rows
 from server.requantize.calibration import Calibration, calibrate
-from server.requantize.choice import Chosen, Settings, choose
+from server.requantize.choice import Chosen, choose
 from server.requantize.codes import CodedRows
 from server.requantize.descent import Metric, Price, descend
 from server.requantize.portions import PORTIONS_MAX, Portion, check_fleet, main_first
 from server.requantize.running import running
 from server.requantize.sent import Sent, check_sent, sent_lines
+from server.requantize.settings import Settings
 from server.requantize.weighing import delta_bytes
 from tests.models import write_language_model
 from tests.server.requantize.samples import TYPES, quantized, tokens
