@@ -88,9 +88,9 @@ def _add_aim(parser: argparse.ArgumentParser) -> None:
         metavar="ROUNDS",
         type=integer(0, _LEARN_MAX),
         default=0,
-        help="so many times, read pieces of the calibration text with what was chosen, learn how far beyond the new weights each row and"
-        " column has to aim, and choose again: where the file shall come very near to the new model, such as Q8_0 (try 3; some minutes"
-        " each for 135 M weights)",
+        help="so many times, read pieces of the calibration text with what was chosen, learn how far beyond the new weights each row,"
+        " column and strong direction has to aim, and choose again: where the file shall come very near to the new model, such as Q8_0 (try 3;"
+        " some minutes each for 135 M weights)",
     )
     parser.add_argument(
         "--start",

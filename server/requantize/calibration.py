@@ -97,7 +97,7 @@ class Calibration:
 
     def inputs(self, name: str) -> Array | None:
         """H of a matrix: second moments of its inputs, shape (columns, columns); None if it is only looked up in."""
-        return self._array(f"{_inputs_key(name)}.inputs")
+        return self._array(f"{inputs_key(name)}.inputs")
 
     def outputs(self, name: str) -> Array | None:
         """G of a matrix: worth of an error of each output, shape (rows,)."""
@@ -313,7 +313,7 @@ def _input_moments(parts: list[_Moments], key: str) -> Array:
     return np.asarray(scaled.T @ scaled / np.float32(max(total, np.finfo(np.float32).tiny)))
 
 
-def _inputs_key(name: str) -> str:
+def inputs_key(name: str) -> str:
     """Which file has the moments of a tensor's inputs."""
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in INPUTS_OF:

@@ -57,11 +57,23 @@ def measure_divergence(
     report: Callable[[str], None],
     *,
     workers: int | None = None,
+    runs_max: int | None = None,
 ) -> float:
-    """KL of a candidate from the float model on the calibration text, nats per token. As `measure_slopes`, without the way back."""
+    """KL of a candidate from the float model on the calibration text, nats per token. As `measure_slopes`, without the way back.
+
+    Args:
+        new: The float model.
+        candidate: A quantized file of it.
+        calibration: Of the float model.
+        folder: Takes states between layers; emptied before.
+        report: Takes lines about the progress.
+        workers: Threads; None for as many as there are processors.
+        runs_max: How many of the runs of tokens are read, taken at even distances; None for all.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    with _opened(candidate, calibration, folder / "states", report, workers, "divergence") as through:
-        divergence, _ = _compare(through, new, calibration)
+    every = 1 if runs_max is None else -(-calibration.sequences // runs_max)
+    with _opened(candidate, calibration, folder / "states", report, workers, "divergence", every) as through:
+        divergence, _ = _compare(through, new, calibration, every)
     shutil.rmtree(folder)
     return divergence
 
@@ -112,6 +124,7 @@ def _opened(
     report: Callable[[str], None],
     workers: int | None,
     what: str,
+    every: int = 1,
 ) -> Iterator[LayerPass]:
     with storage_errors(states):
         states.mkdir(parents=True)
@@ -120,13 +133,14 @@ def _opened(
         threadpool_limits(1),
         ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
     ):
-        yield LayerPass(opened, read_shape(opened), calibration.runs(), states, pool, report, what)
+        yield LayerPass(opened, read_shape(opened), calibration.runs()[::every], states, pool, report, what)
 
 
-def _compare(through: LayerPass, new: Path, calibration: Calibration) -> tuple[float, Array]:
+def _compare(through: LayerPass, new: Path, calibration: Calibration, every: int = 1) -> tuple[float, Array]:
     """The mean divergence, and its gradient at the last layer's output, by which the sum over tokens grows."""
     hidden = through.forward()
-    teacher_normed = calibration.normed().reshape(hidden.shape)
+    normed = calibration.normed()
+    teacher_normed = normed.reshape(*calibration.runs().shape, normed.shape[-1])[::every]
     model = through.model
     norm, head = model.values(OUTPUT_NORM), model.values(head_of(model))
     with opened_gguf(new) as fresh:

@@ -28,7 +28,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         first_price: With which the search for the budget's price begins; None for a look at the matrices.
         extrapolation: How far beyond the new weights the target lies, in steps from the installed version's to the new ones.
         learned: Rounds in which what was chosen reads the calibration text, and how far beyond the new weights the target lies is learned of each
-            matrix, row and column (`extrapolation.py`), on top of `extrapolation`; 0 for none.
+            matrix, row, column and strong direction (`extrapolation.py`), on top of `extrapolation`; 0 for none.
         metric: What is kept near: what the layers put out, or the plain weights, which is a trap (docs/requantize.md).
         is_afresh: Begin with the best codes for the new model instead of the installed ones, and go back to these where that saves more
             than it costs. Better where the budget is some percent of a file that is well quantized; worse for small ones.

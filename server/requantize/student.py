@@ -186,13 +186,13 @@ class Student:
         return divergence / int(self.runs[number].size)
 
 
-def gradient_of(taps: list[Taps], name: str, units: Floats) -> Floats:
+def gradient_of(taps: list[Taps], name: str, units: Floats | None = None) -> Floats:
     """Of the divergence by the weights of a matrix, from what `Student.step` gives of a layer.
 
     Args:
         taps: Of all runs.
         name: Of the matrix, without its layer.
-        units: What each weight is counted in, of the matrix's shape.
+        units: What each weight is counted in, of the matrix's shape; None for 1.
 
     Returns:
         Nats per token and unit, of the matrix's shape.
@@ -200,7 +200,9 @@ def gradient_of(taps: list[Taps], name: str, units: Floats) -> Floats:
     inputs = np.concatenate([each[name][0] for each in taps])
     at_outputs = np.concatenate([each[name][1] for each in taps])
     gradient = at_outputs.T @ inputs
-    gradient *= units / np.float32(len(inputs))
+    gradient /= np.float32(len(inputs))
+    if units is not None:
+        gradient *= units
     return np.asarray(gradient)
 
 

@@ -20,7 +20,7 @@ from protocol.errors import EngineError, ModelFileError
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
 from server.requantize.anchors import anchors_of, cheapest_codes, leading_rows
-from server.requantize.calibration import Calibration
+from server.requantize.calibration import Calibration, inputs_key
 from server.requantize.codes import CodedRows, Codes
 from server.requantize.correction import Slopes
 from server.requantize.descent import Metric, Price, descend, single_gains
@@ -55,6 +55,7 @@ class Files:
         metric: What is kept near: what the layers put out, or the weights.
         extrapolation: How far beyond the new weights the target lies, in steps from `before` to `new`.
         factors: Folder of what was learned to be added to it, by tensor (`extrapolation.py`); None for nothing.
+        directions: Folder of the leading directions of what matrices take; needed for factors.
         is_afresh: Begin with the best codes for the target instead of the installed ones, and go back where that saves more than it
             costs.
         slopes: Gradient of the divergence at `start`.
@@ -77,11 +78,17 @@ class Files:
     pairs: int = 0
     also: tuple[Portion, ...] = ()
     factors: Path | None = None
+    directions: Path | None = None
 
     def factors_of(self, name: str) -> Path:
         """Where the factors of a tensor are, if any were learned."""
         assert self.factors is not None
         return self.factors / f"{name}.npy"
+
+    def directions_of(self, name: str) -> Path:
+        """Where the leading directions of what a matrix takes are."""
+        assert self.directions is not None
+        return self.directions / f"{inputs_key(name)}.npy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,22 +235,25 @@ class Worker:
         return self._stack.enter_context(opened_gguf(path))
 
     def _target(self, stretch: Stretch) -> Floats:
+        part = slice(stretch.start, stretch.stop)
         new = self._new.floats(stretch.name, stretch.start, stretch.stop)
-        beyond = self._beyond(stretch)
-        if self._before is None or beyond is None:
+        beyond, factors = np.float32(self._files.extrapolation), self._factors(stretch.name)
+        if self._before is None or (factors is None and not beyond):
             return new
-        old = self._before.floats(stretch.name, stretch.start, stretch.stop)
-        return np.asarray(new + beyond * (new - old), np.float32)
+        change = new - self._before.floats(stretch.name, stretch.start, stretch.stop)
+        target = new + beyond * change
+        if factors is not None:
+            place = self._files.directions_of(stretch.name)
+            with storage_errors(place):
+                target += factors.added(change, np.load(place), part)
+        return np.asarray(target, np.float32)
 
-    def _beyond(self, stretch: Stretch) -> Floats | np.float32 | None:
-        """How far beyond the new weights the target lies; None if it does not."""
-        files, constant = self._files, np.float32(self._files.extrapolation)
-        if files.factors is not None and files.factors_of(stretch.name).exists():
-            rows, _ = rows_and_columns(self._new.region(stretch.name))
-            with storage_errors(files.factors):
-                factors = Factors(np.load(files.factors_of(stretch.name)), rows)
-            return constant + factors.of_rows(slice(stretch.start, stretch.stop))
-        return constant or None
+    def _factors(self, name: str) -> Factors | None:
+        """What was learned of a tensor, if anything."""
+        if self._files.factors is None or not self._files.factors_of(name).exists():
+            return None
+        with storage_errors(self._files.factors):
+            return Factors(np.load(self._files.factors_of(name)), *rows_and_columns(self._new.region(name)))
 
     def _metric(self, stretch: Stretch, columns: int) -> Metric:
         if self._files.metric == "weights":

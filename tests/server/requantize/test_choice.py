@@ -293,6 +293,21 @@ def test_slopes_agree_with_finite_differences_of_the_divergence(
     assert slopes.of("token_embd.weight") is None
 
 
+def test_a_divergence_of_some_runs_is_that_of_a_calibration_with_these(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    new, candidate = folder / "new.gguf", folder / "installed.gguf"
+    runs = calibration.runs()[::2]
+    fewer = calibrate(
+        new, runs.reshape(-1), tmp_path / "calibration", quiet, sequences=len(runs), sequence_tokens=64
+    )
+    look = tmp_path / "look"
+    some = measure_divergence(new, candidate, calibration, look, quiet, runs_max=len(runs))
+    assert some == pytest.approx(measure_divergence(new, candidate, fewer, look, quiet), rel=1e-6)
+    every = measure_divergence(new, candidate, calibration, look, quiet, runs_max=1000)
+    assert every == measure_divergence(new, candidate, calibration, look, quiet) != some
+
+
 def test_a_start_is_pulled_back_to_what_is_installed(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from server.diagnosis.weights import Floats
 from server.requantize.calibration import Calibration, calibrate
 from server.requantize.choice import Chosen, choose
 from server.requantize.correction import measure_divergence
-from server.requantize.extrapolation import Factors, Fit
+from server.requantize.extrapolation import DIRECTIONS, Factors, Fit, Response, leading_directions
 from server.requantize.settings import Settings
 from server.requantize.weighing import delta_bytes
 from tests.models import write_language_model
@@ -22,34 +22,91 @@ from tests.server.requantize.samples import TYPES, choose_in, quantized, quiet, 
 ROWS, COLUMNS = 48, 32
 
 
-def test_factors_are_those_of_the_matrix_a_row_and_a_column_added_up() -> None:
+def _directions(draws: np.random.Generator) -> Floats:
+    """Of inputs that a few directions carry most of."""
+    seen = draws.normal(size=(400, COLUMNS)) * np.geomspace(3, 0.2, COLUMNS)
+    seen = seen @ np.linalg.qr(draws.normal(size=(COLUMNS, COLUMNS)))[0]
+    return leading_directions((seen.T @ seen / 400).astype(np.float32))[:, -5:]
+
+
+def test_leading_directions_carry_most() -> None:
+    draws = np.random.default_rng(4)
+    seen = draws.normal(size=(500, 100)) * np.geomspace(5, 0.1, 100)
+    moments = (seen.T @ seen / 500).astype(np.float32)
+    found = leading_directions(moments)
+    assert found.shape == (100, DIRECTIONS)
+    assert np.allclose(found.T @ found, np.eye(DIRECTIONS), atol=1e-5)
+    carried = np.trace(found.T @ moments @ found)
+    assert carried > 0.99 * np.sort(np.linalg.eigvalsh(moments))[-DIRECTIONS:].sum()
+    assert leading_directions(moments[:20, :20]).shape == (20, 20)
+
+
+def test_what_is_added_is_the_change_times_the_factors_of_matrix_row_column_and_direction() -> None:
     draws = np.random.default_rng(1)
-    one = Factors(draws.normal(size=1 + ROWS + COLUMNS).astype(np.float32), ROWS)
-    other = Factors(draws.normal(size=1 + ROWS + COLUMNS).astype(np.float32), ROWS)
-    both = one.plus(other, 2.0)
+    directions = _directions(draws)
+    change = draws.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    count = 1 + ROWS + COLUMNS + directions.shape[1]
+    one = Factors(draws.normal(size=count).astype(np.float32), ROWS, COLUMNS)
+    other = Factors(draws.normal(size=count).astype(np.float32), ROWS, COLUMNS)
     part = slice(5, 9)
-    assert one.of_rows(part).shape == (4, COLUMNS)
-    assert one.of_rows(part)[1, 3] == pytest.approx(
-        one.values[0] + one.values[1 + 6] + one.values[1 + ROWS + 3]
+    found = one.added(change[part], directions, part)
+    assert found.shape == (4, COLUMNS)
+    projected = sum(
+        one.values[1 + ROWS + COLUMNS + k] * (change[6] @ directions[:, k]) * directions[3, k]
+        for k in range(directions.shape[1])
     )
-    assert np.allclose(both.of_rows(part), one.of_rows(part) + 2 * other.of_rows(part), atol=1e-5)
-    assert not Factors.none(ROWS, COLUMNS).of_rows(slice(None)).any()
+    wanted = (one.values[0] + one.values[1 + 6] + one.values[1 + ROWS + 3]) * change[6, 3] + projected
+    assert found[1, 3] == pytest.approx(wanted, rel=1e-4)
+    assert np.allclose(found, one.added(change, directions)[part], atol=1e-5)
+    expected = one.added(change, directions) + other.added(change, directions)
+    assert np.allclose(one.plus(other).added(change, directions), expected, atol=1e-4)
+    assert not Factors.none(change, directions).added(change, directions).any()
 
 
-def test_a_fit_finds_what_a_shrunken_update_lacks() -> None:
-    """Of a layer whose update was carried in part, more in some rows and columns than in others."""
+def test_a_response_is_what_strong_directions_and_the_rest_show_of_what_was_added() -> None:
+    """Codes that follow strong inputs, and move at random besides."""
+    draws = np.random.default_rng(5)
+    moments = np.diag(np.geomspace(9, 0.01, 100)).astype(np.float32)
+    directions = leading_directions(moments)
+    true = Response(directions, np.repeat([0.2, 0.6, 1.0], [48, 12, 4]).astype(np.float32), 0.05)
+    added = draws.normal(size=(3000, 100)).astype(np.float32)
+    noise = draws.normal(size=added.shape).astype(np.float32)
+    found = Response.seen(directions, added, true.of(added) + noise)
+    assert np.allclose(found.shares, true.shares, atol=0.03)
+    assert found.rest == pytest.approx(0.05, abs=0.02)
+    assert np.allclose(true.of(added) @ directions, (added @ directions) * true.shares, atol=1e-4)
+    weakest = np.eye(100, dtype=np.float32)[:, -1:]  # in none of the directions
+    assert np.allclose(true.of(added) @ weakest, 0.05 * added @ weakest, atol=1e-4)
+
+
+def test_a_response_is_never_more_than_all_and_where_nothing_was_added_the_least() -> None:
+    directions = leading_directions(np.eye(8, dtype=np.float32))
+    added = np.zeros((4, 8), np.float32)
+    unseen = Response.seen(directions, added, added + 1)
+    assert unseen.rest == 0
+    assert (unseen.shares > 0).all()
+    assert (unseen.shares < 0.1).all()
+    assert (Response.seen(directions, added + 1, added + 5).shares <= 1).all()
+    assert np.allclose(Response.unseen(directions).of(added + 1), 1, atol=1e-5)
+
+
+def test_a_fit_finds_what_a_shrunken_update_lacks_though_a_part_of_it_does_not_arrive() -> None:
+    """Of a layer whose update was carried in part: more in some rows and columns than in others, and in strong directions most of all."""
     draws = np.random.default_rng(2)
     change = draws.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    directions = _directions(draws)
+    response = Response(directions, np.array([0.3, 0.3, 0.5, 0.9, 0.9], np.float32), 0.6)
     lacks = (0.2 + draws.uniform(0, 0.1, (ROWS, 1)) + draws.uniform(0, 0.1, COLUMNS)).astype(np.float32)
-    fit = Fit(ROWS, COLUMNS)
+    lacking = response.of(np.asarray(lacks * change - 0.2 * change @ directions @ directions.T, np.float32))
+    fit = Fit(change, response)
 
-    def error() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-        return np.asarray((fit.factors.of_rows(slice(None)) - lacks) * change, np.float32)
+    def error() -> Floats:
+        return np.asarray(fit.arriving() - lacking, np.float32)
 
     before = float(np.square(error()).sum())
-    for step in range(120):
+    for step in range(150):
         inputs = draws.normal(size=(200, COLUMNS)).astype(np.float32)
-        gradient = error() @ inputs.T @ inputs / np.float32(200) * change
+        gradient = error() @ inputs.T @ inputs / np.float32(200)
         fit.follow(np.asarray(gradient, np.float32), 1.0 if step < 90 else 0.1, step)
     assert float(np.square(error()).sum()) < 0.01 * before
 
