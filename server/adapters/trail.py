@@ -202,9 +202,12 @@ class Trail(Database):
         return None if row is None else (decoded(Delivery, row[0]), decoded(Alert, row[1]))
 
     def put_delivery(self, delivery: Delivery) -> None:
-        """Note what became of an attempt."""
+        """Note what became of an attempt; one that was given up while it was on its way stays so, unless it has arrived."""
+        mine = (_DELIVERIES.c.webhook == delivery.webhook) & (_DELIVERIES.c.alert == delivery.alert)
         with self._writing() as connection:
-            _put_deliveries(connection, [delivery])
+            state = connection.execute(select(_DELIVERIES.c.state).where(mine)).scalar()
+            if state == "waiting" or delivery.state == "delivered":
+                _put_deliveries(connection, [delivery])
 
     def drop_deliveries(self, configured: Sequence[str]) -> int:
         """Give up what waits for webhooks that are not configured any more; returns how much."""

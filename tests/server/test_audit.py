@@ -15,6 +15,7 @@ from protocol.errors import RequestError
 from protocol.ids import DeviceId, Family, Version
 from server import operations
 from server.actors import acting, current_actor
+from server.adapters import trail
 from server.adapters.keys import KeyFolder
 from server.adapters.store import SqlStore
 from server.alerts.records import Delivery, new_alert
@@ -269,6 +270,29 @@ def test_alerts_go_when_they_are_old_unless_somebody_waits_for_them(store: SqlSt
     store.put_delivery(msgspec.structs.replace(found[0], state="delivered"))
     assert store.forget_alerts(NOW_MS + 1) == 1
     assert store.sent("r1") == []
+
+
+def test_what_was_given_up_while_an_attempt_was_on_its_way_stays_given_up_unless_it_arrived(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trail, "WAITING_MAX", 1)
+    store.save([new_alert("rollout.paused", "r1", NOW_MS, "paused")])
+    store.distribute(NOW_MS, lambda _: ["ops"])
+    found = store.next_delivery("ops")
+    assert found is not None
+    trying = msgspec.structs.replace(found[0], attempts=1, error="refused", next_ms=NOW_MS + 1)
+    store.save([new_alert("rollout.paused", "r2", NOW_MS + 1, "paused")])
+    assert [each.alert for each in store.distribute(NOW_MS + 1, lambda _: ["ops"])] == [trying.alert]
+
+    def counts() -> tuple[int, int, int]:
+        (standing,) = store.standings(["ops"])
+        return standing.waiting, standing.dropped, standing.delivered
+
+    assert counts() == (1, 1, 0)
+    store.put_delivery(trying)
+    assert counts() == (1, 1, 0)
+    store.put_delivery(msgspec.structs.replace(trying, state="delivered", error=""))
+    assert counts() == (1, 0, 1)
 
 
 # What people do
