@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for cell in results.files:
         print(f"\n# {cell.name}\n")
-        print("\n".join(rows.lines(found.table_rows(results, cell))))
+        print("\n".join([*rows.lines(found.table_rows(results, cell)), *found.guard_lines(results, cell)]))
     lines = found.lines(results)
     heading = ("requirement", "must", "aim", "measured", "", "on")
     print(aligned([heading, *(_cells(line) for line in lines)], left=1))

@@ -11,7 +11,7 @@ from benchmarks.requantize_series import Chain, Cost, Facts
 from benchmarks.requantize_sources import ForWhom
 from benchmarks.rows import aligned
 from server.requantize.figures import TextFigures, difference, figures, share_of_gain
-from server.requantize.guards import Margins, check_texts, is_passed
+from server.requantize.guards import Margins, check_texts, is_passed, reasons
 from server.requantize.readings import Readings
 from server.requantize.rows import FROZEN, NOTHING, PLAIN, REPAIR, TRAP, Row, row
 from server.scorecard.statistics import Interval
@@ -115,6 +115,18 @@ def _row(results: Results, cell: Cell, name: str) -> Row:
 def is_no_worse(chosen: Measured, plain: Measured) -> bool:
     """Whether the guards of the command would let a file pass."""
     return is_passed(check_texts(chosen.readings, plain.readings, HELD_OUT, Margins()))
+
+
+def guard_lines(results: Results, cell: Cell) -> list[str]:
+    """Why files that were chosen are not no worse than plain, for people: one line for each guard that did not pass."""
+    plain = results.files[cell].get(PLAIN)
+    if plain is None:
+        return []
+    return [
+        f"{name}: {reason}"
+        for name, each in _chosen(results, cell)
+        for reason in reasons(check_texts(each.readings, plain.readings, HELD_OUT, Margins()))
+    ]
 
 
 def gain(results: Results, cell: Cell, name: str, text: str = GAINED) -> Interval | None:

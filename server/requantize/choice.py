@@ -37,7 +37,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
         objective_before: What the installed codes cost, in nats per token, as the metric sees it.
         objective_after: What the chosen ones cost.
         rounds: Price and bytes of each file that was coded on the way.
-        divergences: KL from the float model on the calibration text, nats per token: before extrapolation is learned and after each round; before each
+        divergences: KL from the float model on the calibration text, nats per token: before extrapolation is learned and after each round (on some of the runs); before each
             correction and after the last; before distillation and after it.
         seconds: From start to end.
         settings: What was asked for.
@@ -130,7 +130,7 @@ def choose(
             rounds = Rounds(files, old, settings, report)
             floor = rounds.floor() if settings.price is None else 0
             result = rounds.search(floor)
-            with tempfile.TemporaryDirectory(dir=partial.parent, prefix=".correction-") as name:
+            with tempfile.TemporaryDirectory(dir=partial.parent, prefix=".refinement-") as name:
                 refinement = Refinement(rounds, fresh, settings, Path(name), floor, report)
                 result = refinement.run(result)
         with storage_errors(out):

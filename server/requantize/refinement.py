@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from server.adapters.blobs import storage_errors
 from server.diagnosis.weights import Floats
+from server.requantize.calibration import SEQUENCES
 from server.requantize.controls import write_nearest
 from server.requantize.correction import measure_divergence, measure_slopes
 from server.requantize.distillation import Distillation
@@ -32,8 +33,8 @@ LINE_SEARCH_MAX: Final = 5
 LINE_SEARCH_SHRINK_MIN: Final = 0.1
 """Where a correction goes too far, the next one is as long as a parabola through what is known says, and no shorter than this."""
 
-LOOK_RUNS: Final = 40
-"""Of the calibration text that the divergence is measured on after each round of learned extrapolation: those that are there by default."""
+LOOK_RUNS: Final = SEQUENCES
+"""Of the calibration text that the divergence is measured on after each round of learned extrapolation: as many as there are by default."""
 
 FITS_MAX: Final = 6
 FIT_SHARE: Final = 0.995

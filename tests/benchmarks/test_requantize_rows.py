@@ -12,6 +12,7 @@ from benchmarks.requantize_rows import (
     Cell,
     Measured,
     Results,
+    guard_lines,
     json_lines,
     lines,
     series_lines,
@@ -65,6 +66,19 @@ def test_the_requirements_are_met_by_the_smallest_file_that_keeps_enough_and_is_
     assert good.figure is None
     assert good.at == "none of 2 files reaches it"
     assert {line.status for line in found[4:]} == {"not run"}
+
+
+def test_it_is_said_which_guard_a_chosen_file_did_not_pass() -> None:
+    found = guard_lines(results(), RTN)
+    farther = [line for line in found if line.startswith("chosen, 0.2 %: ")]
+    assert [line.split(" failed")[0] for line in farther if "divergence" in line] == [
+        f"chosen, 0.2 %: {text}: divergence" for text in HELD_OUT
+    ]
+    assert not any(PLAIN in line.split(":")[0] or TRAP in line.split(":")[0] for line in found)
+    assert not any("divergence" in line for line in found if line.startswith("chosen, 0.4 %"))
+    alone = results()
+    del alone.files[RTN][PLAIN]
+    assert guard_lines(alone, RTN) == []
 
 
 def test_series_and_peers_fill_their_lines() -> None:
