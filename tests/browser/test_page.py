@@ -75,6 +75,7 @@ def test_a_bad_version_is_seen_to_come_back(page: Page, lab: BrowserLab, shots: 
     expect(page.locator("#decisions .story")).to_contain_text("stop")
     page.screenshot(path=shots / "stopped.png", full_page=True)
     page.locator("table a", has_text="device-").first.click()
+    expect(page.locator("h1")).to_contain_text("device-")  # the page of the rollout has stories, too
     expect(page.locator(".story")).to_contain_text("rolled back v3")
     expect(page.locator(".figures").first).to_contain_text("v2")
     page.screenshot(path=shots / "device.png", full_page=True)
