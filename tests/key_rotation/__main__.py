@@ -22,8 +22,8 @@ from typing import Final
 from device.journal import UpdateRecord
 from device.slots import measure_slot
 from device.states import RESTING, State
-from protocol.ids import DeviceId, digest_of
-from protocol.messages import Desired
+from protocol.ids import digest_of
+from protocol.messages import Desired, Report
 from server import operations
 from server.adapters.keys import PASSPHRASE_VARIABLE
 from server.config import FOLDER_VARIABLE
@@ -197,10 +197,14 @@ class Scenario:
         update = agent.record.update
         return update is not None and update.desired.version == version and agent.state in states
 
+    def _heard_of(self) -> dict[str, Report]:
+        """What each device has reported, as the server knows it."""
+        devices = operations.list_devices(self._fleet.home)
+        return {device.device: device.report for device in devices if device.report is not None}
+
     def _alarm_of(self, name: str) -> str:
         """Why the device did not take a wish, as its server knows it."""
-        devices = {device.device: device for device in operations.list_devices(self._fleet.home)}
-        report = devices[DeviceId(name)].report
+        report = self._heard_of().get(name)
         return report.alarm or "" if report is not None else ""
 
     # The steps
@@ -313,6 +317,8 @@ class Scenario:
         self._fleet.start(DRAWER)
         before = self._fleet.root(DRAWER)
         self._names.append(DRAWER)
+        # All others run it: a rollout that begins before the server has heard of this one is finished at once, and asks nobody.
+        self._fleet.wait(lambda: DRAWER in self._heard_of(), "the server has heard of the device")
         rollout = self._roll_out(self._running)
         self._fleet.wait(
             lambda: self._fleet.version(DRAWER) == self._running, "the device from the drawer is up to date"
@@ -346,8 +352,7 @@ class Scenario:
 
     def _is_over(self) -> bool:
         """As the runbook says: the version, the newest root somewhere, no code of trust."""
-        devices = operations.list_devices(self._fleet.home)
-        reports = [device.report for device in devices if device.report is not None]
+        reports = self._heard_of().values()
         codes = [report.update.code for report in reports if report.update is not None]
         return (
             len(reports) == len(self._names)
