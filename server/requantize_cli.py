@@ -64,6 +64,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, show: Printer) ->
     _add_aim(parser)
     _add_work(parser)
     _add_judging(parser)
+    _add_questions(parser)
     _add_onnx(parser)
     parser.set_defaults(run=lambda arguments: _run(arguments, show))
 
@@ -177,6 +178,13 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         " seen; at least twice, of different kinds",
     )
     parser.add_argument(
+        "--held-out-runs",
+        metavar="N",
+        type=integer(2, _RUNS_MAX),
+        help="runs of 512 tokens that are read of each held-out text: four times as many halve the intervals of what is undecided"
+        " (default: 8, or as many as it has)",
+    )
+    parser.add_argument(
         "--unjudged", action="store_true", help="write the file without judging it, for experiments"
     )
     parser.add_argument(
@@ -198,6 +206,10 @@ def _add_judging(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="text or samples on which --keep and --frontier try settings: neither calibration nor held out",
     )
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    """What files are asked, and what else is measured beside them."""
     parser.add_argument(
         "--golden",
         metavar="FILE",
@@ -316,6 +328,7 @@ def _check_judging(arguments: argparse.Namespace) -> None:
     if arguments.unjudged:
         given = {
             "--held-out": arguments.held_out,
+            "--held-out-runs": arguments.held_out_runs,
             "--keep": arguments.keep,
             "--frontier": arguments.frontier,
             "--golden": arguments.golden,

@@ -2,6 +2,7 @@
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from server.requantize.request import Aim, Models, Questions, check_request
 from server.requantize.rows import lines
 from server.requantize.sent import sent_lines
 from server.requantize.settings import Settings
-from server.requantize.texts import Text
+from server.requantize.texts import RUN_TOKENS, Text
 from server.requantize.tokens import read_tokens
 from server.scorecard.frontier_display import text_lines as frontier_lines
 
@@ -114,9 +115,20 @@ def _questions(arguments: argparse.Namespace) -> Questions:
     def text(path: Path) -> Text:
         return Text(path.name, read_tokens(arguments.new, [path]))
 
+    def held_out(path: Path) -> Text:
+        found, runs = text(path), arguments.held_out_runs
+        if runs is None:
+            return found
+        if found.runs_there < runs:
+            raise RequestError(
+                f"{path} has {found.runs_there} runs of {RUN_TOKENS} tokens, --held-out-runs asks for {runs}",
+                hint="give a longer text, or ask for fewer",
+            )
+        return replace(found, runs_max=runs)
+
     return Questions(
         calibration=Text("the calibration text", read_tokens(arguments.new, arguments.calibration)),
-        held_out=tuple(text(path) for path in arguments.held_out),
+        held_out=tuple(held_out(path) for path in arguments.held_out),
         development=text(arguments.development) if arguments.development else None,
         suites=suites_of(arguments),
     )

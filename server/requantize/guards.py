@@ -107,4 +107,4 @@ def no_worse(name: str, found: Interval, margin: float, unit: str, factor: float
         return Check(name=name, status="passed", detail=detail)
     if found.low > margin:
         return Check(name=name, status="failed", detail=detail)
-    return Check(name=name, status="undecided", detail=f"{detail}; a longer text or more bytes decide it")
+    return Check(name=name, status="undecided", detail=f"{detail}; more of the text or more bytes decide it")

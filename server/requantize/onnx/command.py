@@ -101,6 +101,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         "--distill": arguments.distill or None,
         "--learn-extrapolation": arguments.learn_extrapolation or None,
         "--frontier": arguments.frontier,
+        "--held-out-runs": arguments.held_out_runs,
         "--adapter": arguments.adapter,
         "--also": arguments.also or None,
     }

@@ -3,9 +3,9 @@
 import numpy as np
 
 from server.requantize.readings import Reading
-from server.requantize.texts import RUN_TOKENS, RUNS_MAX
+from server.requantize.texts import RUN_TOKENS, RUNS
 
-COUNT = RUNS_MAX * (RUN_TOKENS - 1)
+COUNT = RUNS * (RUN_TOKENS - 1)
 
 
 def reading(seed: int, nll: float, kl: float, flips: float, noise: float = 0.05) -> Reading:

@@ -15,7 +15,7 @@ from server.requantize.guards import Margins
 from server.requantize.model import sha256_of
 from server.requantize.record import RECORD_SUFFIX
 from server.requantize.request import Aim, Models, Questions, check_request
-from server.requantize.texts import RUN_TOKENS, RUNS_MAX, Text
+from server.requantize.texts import RUN_TOKENS, RUNS, Text
 from tests.models import write_language_model
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; `make test` compiles it")
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (HELD_OUT[0], "klmnop"),
         (HELD_OUT[1], "0123456789"),
     ):
-        (made / name).write_text("".join(draws.choice(list(letters), 2 * RUN_TOKENS + 100)))
+        (made / name).write_text("".join(draws.choice(list(letters), 3 * RUN_TOKENS + 100)))
     for name in ("calibration.txt", "development.txt"):
         (made / name).write_text(written_by(made / "new.gguf", draws))
     (made / "golden.toml").write_text(
@@ -56,7 +56,7 @@ def written_by(model: Path, draws: np.random.Generator) -> str:
     letters = np.arange(3 + ord("a"), 3 + ord("z") + 1)
     text: list[int] = []
     token = int(letters[0])
-    for place in range(RUNS_MAX * RUN_TOKENS):
+    for place in range(RUNS * RUN_TOKENS):
         if place % 1000 == 0:
             writer.reset()
         writer.eval([token])
@@ -87,7 +87,8 @@ def test_a_file_that_is_no_worse_is_written_and_every_row_is_in_the_table(
 ) -> None:
     monkeypatch.setattr(command_module, "Margins", lambda: LOOSE)
     before = ("--before", str(folder / "before.gguf"), "--golden", str(folder / "golden.toml"))
-    assert main([*command(folder, "--budget", "20%", *before), "--json", "--force"]) == 0
+    runs = ("--held-out-runs", "2")  # of three
+    assert main([*command(folder, "--budget", "20%", *before, *runs), "--json", "--force"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in found["rows"]] == list(rows.NAMES)
     assert {check["status"] for check in found["checks"]} == {"passed"}
@@ -99,6 +100,7 @@ def test_a_file_that_is_no_worse_is_written_and_every_row_is_in_the_table(
     assert all(0 < sizes[name] <= budget for name in ("chosen", "repair only", "minimum weight error"))
     for row in found["rows"]:
         assert set(row["texts"]) == set(HELD_OUT)
+        assert {text["tokens"] for text in row["texts"].values()} == {2 * (RUN_TOKENS - 1)}
         assert all(
             text["kl"]["low"] <= text["kl"]["value"] <= text["kl"]["high"] for text in row["texts"].values()
         )
@@ -197,6 +199,10 @@ def test_what_cannot_be_judged_is_refused_before_the_work(folder: Path) -> None:
         (
             ["--force", "--learn-extrapolation", "2"],
             "--learn-extrapolation needs the installed version in floats",
+        ),
+        (
+            ["--force", "--held-out-runs", "4"],
+            "letters.txt has 3 runs of 512 tokens, --held-out-runs asks for 4",
         ),
         (["--force", "--afresh", "--start", "{}/installed.gguf"], "--afresh and --start contradict"),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from protocol.errors import RequestError
-from server.requantize.texts import RUN_TOKENS, RUNS_MAX, WINDOW_TOKENS, Text, check_unseen, window_hashes
+from server.requantize.texts import RUN_TOKENS, RUNS, WINDOW_TOKENS, Text, check_unseen, window_hashes
 
 
 def drawn(name: str, seed: int, count: int = 4000) -> Text:
@@ -52,10 +52,17 @@ def test_windows_with_equal_sums_are_told_apart() -> None:
 def test_runs_do_not_overlap_and_reach_from_end_to_end() -> None:
     text = Text("long", np.arange(10_000, dtype=np.int32))
     runs = text.runs()
-    assert runs.shape == (RUNS_MAX, RUN_TOKENS)
+    assert runs.shape == (RUNS, RUN_TOKENS)
     assert runs[0, 0] == 0
     assert runs[-1, -1] == 9_999
     assert (np.diff(runs[:, 0]) >= RUN_TOKENS).all()
+
+
+def test_as_many_runs_are_read_as_are_asked_for_and_there() -> None:
+    tokens = np.arange(10_000, dtype=np.int32)
+    assert len(Text("long", tokens, runs_max=12).runs()) == 12
+    assert len(Text("long", tokens, runs_max=64).runs()) == Text("long", tokens).runs_there == 19
+    assert Text("long", tokens, runs_max=12).digest != Text("long", tokens).digest
 
 
 def test_a_text_that_is_too_short_to_judge_on_is_refused() -> None:
