@@ -39,7 +39,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
         rounds: Price and bytes of each file that was coded on the way.
         divergences: KL from the float model on the calibration text, nats per token: before extrapolation is learned and after each round (on some of the runs); before each
             correction and after the last; before distillation and after it.
-        seconds: From start to end.
+        seconds: From start to end; of what was done before an interruption, nothing.
         settings: What was asked for.
         sources: Digests of what went in and came out.
         sent: What goes to the devices of each installed file; empty where all have the same.
@@ -129,10 +129,9 @@ def choose(
             _write_floats(fresh, partial)
             rounds = Rounds(files, old, settings, report)
             floor = rounds.floor() if settings.price is None else 0
-            result = rounds.search(floor)
             with tempfile.TemporaryDirectory(dir=partial.parent, prefix=".refinement-") as name:
                 refinement = Refinement(rounds, fresh, settings, Path(name), floor, report)
-                result = refinement.run(result)
+                result = refinement.run()
         with storage_errors(out):
             partial.replace(out)
     finally:

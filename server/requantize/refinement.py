@@ -1,4 +1,4 @@
-"""From a file that was chosen to a better one, by what it says when it reads the calibration text.
+"""From the first descent to the file that is asked for, by what files say when they read the calibration text.
 
 The metric of `calibration.py`, which a descent follows, looks at each matrix as if all others were exact. Three ways see the file as it is: how far beyond the new
 weights it has to aim is learned (`extrapolation.py`), its own gradient corrects it (`correction.py`), its codes are distilled (`distillation.py`).
@@ -6,28 +6,24 @@ weights it has to aim is learned (`extrapolation.py`), its own gradient corrects
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
-from server.adapters.blobs import storage_errors
-from server.diagnosis.weights import Floats
 from server.requantize.calibration import SEQUENCES
 from server.requantize.controls import write_nearest
 from server.requantize.correction import measure_divergence, measure_slopes
 from server.requantize.distillation import Distillation
-from server.requantize.extrapolation import STEPS, Factors, Learning, Response, leading_directions
+from server.requantize.learned import LearnedExtrapolation
 from server.requantize.model import ModelFile, opened_gguf
 from server.requantize.pairing import changed_codes
-from server.requantize.passes import save
 from server.requantize.rounds import Round, Rounds
 from server.requantize.settings import Settings
-from server.requantize.student import coded_matrices
+from server.requantize.standing import standings_of
 
 LINE_SEARCH_MAX: Final = 5
 LINE_SEARCH_SHRINK_MIN: Final = 0.1
@@ -42,10 +38,10 @@ FIT_SHARE: Final = 0.995
 
 
 class Refinement:
-    """What follows the first descent.
+    """The first descent, and what follows it.
 
     Args:
-        rounds: The search that has made the file, which is in place.
+        rounds: Makes files, all in one place.
         new: The new model in floats.
         settings: What is asked for.
         folder: For what lies beside on the way.
@@ -73,112 +69,31 @@ class Refinement:
         self._report = report
         self.divergences: list[float] = []
 
-    def run(self, best: Round) -> Round:
-        """All that is asked for, one after the other; the result is in place."""
-        if self._settings.learned:
-            best = self._extrapolated(best)
+    def run(self) -> Round:
+        """The first descent, and all that is asked for after it; the result is in place."""
+        best = self._learned() if self._settings.learned else self._rounds.search(self._floor)
         if self._settings.corrections:
             best = self._corrected(best)
         if self._settings.distillation:
             best = self._distilled(best)
         return best
 
-    def _extrapolated(self, best: Round) -> Round:
-        """From what was chosen to what is chosen for a target that was learned from it, round after round as long as that is better."""
-        start, kept = self._rounds.files, self._folder / "kept.gguf"
-        shutil.copyfile(start.out, kept)
-        least = self._divergence(kept, LOOK_RUNS)
-        self.divergences.append(least)
-        nearest, factors = start, dict[str, Factors]()
-        directions = self._directions()
-        responses = {name: Response.unseen(each) for name, each in directions.items()}
-        for number in range(1, self._settings.learned + 1):
-            added = self._learned(number, responses)
-            for name, more in added.items():
-                factors[name] = factors[name].plus(more) if name in factors else more
-            # The better corner that a choice afresh ends in is not looked for again.
-            self._rounds.files = replace(
-                start,
-                factors=self._saved(factors, f"factors-{number}"),
-                directions=self._folder / "directions",
-                start=kept if start.is_afresh else start.start,
+    def _learned(self) -> Round:
+        files, settings = self._rounds.files, self._settings
+        with standings_of(files, settings, self._report) as standings:
+            extrapolation = LearnedExtrapolation(
+                self._rounds,
+                self._new,
+                settings.learned,
+                self._folder,
+                self._floor,
+                standings,
+                lambda: self._divergence(files.out, LOOK_RUNS),
+                self._report,
             )
-            found = self._rounds.search(self._floor)
-            after = self._divergence(start.out, LOOK_RUNS)
-            self._report(f"extrapolation, round {number}: divergence {least:.4g} to {after:.4g}")
-            self.divergences.append(after)
-            if after >= least:
-                break
-            best, nearest, least = found, self._rounds.files, after
-            if number < self._settings.learned:
-                responses = self._seen(directions, added, kept)
-            shutil.copyfile(start.out, kept)
-        self._rounds.files = nearest
-        shutil.copyfile(kept, start.out)
+            best = extrapolation.run()
+        self.divergences += extrapolation.divergences
         return best
-
-    def _directions(self) -> dict[str, Floats]:
-        """The leading directions of what matrices take; also in a folder, for those who choose."""
-        files = replace(self._rounds.files, directions=self._folder / "directions")
-        with storage_errors(self._folder):
-            (self._folder / "directions").mkdir()
-        names = coded_matrices(self._rounds.installed)
-        sources = {files.directions_of(name): name for name in names}
-
-        def made(path: Path) -> Floats:
-            moments = files.calibration.inputs(sources[path])
-            assert moments is not None
-            directions = leading_directions(moments)
-            save(path, directions)
-            return directions
-
-        with threadpool_limits(1), ThreadPoolExecutor(self._rounds.workers) as pool:
-            found = dict(zip(sources, pool.map(made, sources), strict=True))
-        return {name: found[files.directions_of(name)] for name in names}
-
-    def _learned(self, number: int, responses: Mapping[str, Response]) -> dict[str, Factors]:
-        """What the file that is in place lacks along the update."""
-        files = self._rounds.files
-        assert files.before is not None
-        with (
-            opened_gguf(files.before) as before,
-            opened_gguf(files.out) as candidate,
-            threadpool_limits(1),
-            ThreadPoolExecutor(self._rounds.workers) as pool,
-        ):
-            text = files.calibration.text
-            learning = Learning(self._new, before, candidate, responses, text, pool, self._report)
-            return learning.run(STEPS, number)
-
-    def _seen(
-        self, directions: Mapping[str, Floats], added: Mapping[str, Factors], last: Path
-    ) -> dict[str, Response]:
-        """How the codes have responded to what was added, from the last file to the one that is in place."""
-        files = self._rounds.files
-        assert files.before is not None
-        with (
-            opened_gguf(files.before) as before,
-            opened_gguf(last) as old,
-            opened_gguf(files.out) as candidate,
-            threadpool_limits(1),
-            ThreadPoolExecutor(self._rounds.workers) as pool,
-        ):
-
-            def response(name: str) -> Response:
-                change = self._new.floats(name) - before.floats(name)
-                arrived = np.asarray(candidate.values(name) - old.values(name), np.float32)
-                return Response.seen(directions[name], added[name].added(change, directions[name]), arrived)
-
-            return dict(zip(added, pool.map(response, added), strict=True))
-
-    def _saved(self, factors: Mapping[str, Factors], name: str) -> Path:
-        """In a folder, for those who choose."""
-        place = self._folder / name
-        with storage_errors(place):
-            place.mkdir()
-        for tensor, each in factors.items():
-            save(replace(self._rounds.files, factors=place).factors_of(tensor), each.values)
-        return place
 
     def _corrected(self, best: Round) -> Round:
         """From what was chosen to what is better by its own gradient, as long as that is so."""

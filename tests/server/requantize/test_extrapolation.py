@@ -1,7 +1,11 @@
 """Extrapolation that is learned: what factors do to weights, that following a gradient finds them, and files that are chosen with them."""
 
 import hashlib
+import multiprocessing
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -175,13 +179,104 @@ def _divergence(folder: Path, calibration: Calibration, file: Path) -> float:
     return measure_divergence(folder / "new.gguf", file, calibration, look, quiet, workers=1)
 
 
+def _forget(calibration: Calibration) -> None:
+    """That any choice was made, so that the next one begins anew."""
+    for each in calibration.folder.glob("learned-*"):
+        shutil.rmtree(each)
+
+
 def test_processes_change_nothing_of_what_is_learned(
     folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     one = _choose(folder, calibration, tmp_path / "one.gguf", price=1e-6, learned=1)
+    _forget(calibration)
     two = _choose(folder, calibration, tmp_path / "two.gguf", price=1e-6, learned=1, workers=2)
     assert one.sources.result == two.sources.result
     assert one.divergences == two.divergences
+
+
+def _choose_and_tell(
+    tell: Callable[[str], None], folder: Path, calibration: Calibration, out: Path, learned: int = 2
+) -> Chosen:
+    settings = Settings(price=1e-6, learned=learned, workers=1)
+    new, installed, before = (folder / f"{name}.gguf" for name in ("new", "installed", "before"))
+    return choose(new, installed, calibration, settings, out, tell, before=before)
+
+
+def _choose_and_send(lines: Connection, folder: Path, calibration: Calibration, out: Path) -> None:
+    _choose_and_tell(lines.send, folder, calibration, out)
+
+
+def test_a_choice_that_was_killed_goes_on_after_its_last_round(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    whole = _choose_and_tell(quiet, folder, calibration, tmp_path / "whole.gguf")
+    _forget(calibration)
+    spawn = multiprocessing.get_context("spawn")
+    received, sent = spawn.Pipe(duplex=False)
+    out = tmp_path / "out.gguf"
+    child = spawn.Process(target=_choose_and_send, args=(sent, folder, calibration, out))
+    child.start()
+    sent.close()
+    while "round 2: step" not in received.recv():
+        continue
+    child.kill()
+    child.join()
+    assert not out.exists()
+    lines: list[str] = []
+    again = _choose_and_tell(lines.append, folder, calibration, out)
+    assert lines[0] == "extrapolation: goes on after round 1"
+    assert not any("extrapolation, round 1" in line for line in lines)
+    assert (again.sources, again.divergences, again.rounds) == (
+        whole.sources,
+        whole.divergences,
+        whole.rounds,
+    )
+
+
+def test_a_choice_that_has_ended_is_not_made_again_until_another_was(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    _forget(calibration)
+    out = tmp_path / "out.gguf"
+    first = _choose_and_tell(quiet, folder, calibration, out, learned=1)
+    lines: list[str] = []
+    again = _choose_and_tell(lines.append, folder, calibration, out, learned=1)
+    assert not any("descent" in line or "step" in line for line in lines)
+    assert (again.sources, again.divergences, again.rounds) == (
+        first.sources,
+        first.divergences,
+        first.rounds,
+    )
+    _choose(folder, calibration, tmp_path / "other.gguf", price=2e-6, learned=1)
+    assert len(list(calibration.folder.glob("learned-*"))) == 1  # that of the other
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_what_a_choice_has_left_is_not_gone_on_with_where_it_is_damaged(
+    folder: Path, calibration: Calibration, tmp_path: Path, cut: int
+) -> None:
+    _forget(calibration)
+    first = _choose_and_tell(quiet, folder, calibration, tmp_path / "first.gguf", learned=1)
+    (kept,) = calibration.folder.glob("learned-*/*/kept.gguf")
+    data = kept.read_bytes()
+    kept.write_bytes(data[:-1] + bytes([data[-1] ^ 1])[cut:])
+    lines: list[str] = []
+    again = _choose_and_tell(lines.append, folder, calibration, tmp_path / "again.gguf", learned=1)
+    assert "is damaged, the choice begins anew (kept.gguf is another file)" in lines[0]
+    assert again.sources.result == first.sources.result
+
+
+def test_the_same_choice_twice_at_once_is_refused(
+    folder: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    def begin_another(line: str) -> None:
+        if "round 1: step" in line:
+            _choose_and_tell(quiet, folder, calibration, tmp_path / "second.gguf")
+
+    _forget(calibration)
+    with pytest.raises(RequestError, match="another process makes this choice"):
+        _choose_and_tell(begin_another, folder, calibration, tmp_path / "first.gguf")
 
 
 def test_what_cannot_be_learned_is_refused(folder: Path, calibration: Calibration, tmp_path: Path) -> None:
