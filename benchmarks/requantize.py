@@ -103,7 +103,7 @@ CHOICES: dict[Cell, tuple[Choice, ...]] = {
         Choice(2e-11),
         Choice(3e-12, 1.0),
         Choice(4e-12, 0.1, corrections=1),
-        Choice(6e-12, learned=10),
+        Choice(6.2e-12, learned=10),
     ),
     Cell("large", NEAREST, "q4_k_m"): (Choice(1e-9, 0.5), Choice(6e-9), Choice(1.5e-9)),
     Cell("lora", NEAREST, "q4_0"): (Choice(8e-9), Choice(2e-9)),
