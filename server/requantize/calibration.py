@@ -11,7 +11,6 @@ An error E of the weights then costs 1/2 sum_i G_i E_i H E_i^T nats per token (t
 goes layer by layer, forward and back, with the states between layers on disk: memory holds one layer, and what was interrupted goes on.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from server.requantize.model import (
     tensor_name,
 )
 from server.requantize.passes import LayerPass, save
+from server.requantize.texts import digest_of_tokens
 from server.requantize.transformer import (
     Array,
     Shape,
@@ -94,6 +94,11 @@ class Calibration:
     sequences: int
     sequence_tokens: int
     text: npt.NDArray[np.int32] = field(repr=False, compare=False)
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What a choice depends on: digests of the model, of the runs, and of all of the text, which some choices read."""
+        return self.model_sha256, self.tokens_sha256, digest_of_tokens(self.text)
 
     def inputs(self, name: str) -> Array | None:
         """H of a matrix: second moments of its inputs, shape (columns, columns); None if it is only looked up in."""
@@ -167,7 +172,7 @@ def calibrate(
                 f"calibration has the token {runs.max()}, the vocabulary of {model} ends at {vocabulary - 1}",
                 hint="make the tokens with the tokenizer of that model",
             )
-        digest = hashlib.sha256(np.ascontiguousarray(runs, "<i4").tobytes()).hexdigest()
+        digest = digest_of_tokens(runs)
         record = _Record(sha256_of(model), digest, *runs.shape)
         name = f"{CALIBRATED_BY}-{record.model_sha256[:16]}-{digest[:16]}-{sequence_tokens}"
         place = folder / name

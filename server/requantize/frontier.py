@@ -26,7 +26,7 @@ from server.requantize.model import sha256_of
 from server.requantize.readings import Reading
 from server.requantize.rows import CHOSEN, NOTHING, PLAIN, Row
 from server.requantize.search import BUDGET_USED_MIN, SmallBudgetError
-from server.requantize.settings import Settings
+from server.requantize.settings import CHOSEN_BY, Settings
 from server.requantize.texts import Text
 from server.scorecard.frontier import (
     Difference,
@@ -44,9 +44,6 @@ from server.scorecard.keeping import runtime_version
 
 FRONTIER_SUFFIX: Final = ".frontier.json"
 """Added to the name of the chosen file."""
-
-CHOSEN_BY: Final = 1
-"""Grows when files are chosen in another way, so that no journal from before is believed."""
 
 _SLOPE: Final = -1.25
 """How the logarithm of the price falls with that of the bytes, before two files say so themselves; as in `search.py`."""
@@ -256,8 +253,8 @@ def points_journal(
     identity: dict[str, object] = {
         "chosen_by": CHOSEN_BY,
         "files": {name: None if path is None else sha256_of(path) for name, path in files.items()},
-        "calibration": [calibration.model_sha256, calibration.tokens_sha256],
-        "settings": msgspec.to_builtins(replace(settings, workers=None)),
+        "calibration": calibration.identity,
+        "settings": settings.identity,
         "text": text.digest,
         "runtime_version": runtime_version("llama"),
         "threads": evaluator.threads,

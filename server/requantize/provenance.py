@@ -1,18 +1,16 @@
 """How a file was chosen, as JSON beside it: enough to choose it again. Not in the file itself, whose every byte devices fetch."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from server.adapters.blobs import write_file
 from server.requantize.calibration import Calibration
 from server.requantize.model import sha256_of
 from server.requantize.record import RECORD_SUFFIX, RECORD_VERSION
+from server.requantize.texts import digest_of_tokens
 from server.scorecard.card import Check
 
 
@@ -66,12 +64,8 @@ def sources_of(
         calibration_tokens=calibration.tokens_sha256,
         calibration_runs=(calibration.sequences, calibration.sequence_tokens),
         result=sha256_of(out),
-        distilled_tokens=_digest_of(calibration.text) if is_read else None,
+        distilled_tokens=digest_of_tokens(calibration.text) if is_read else None,
     )
-
-
-def _digest_of(tokens: npt.NDArray[np.int32]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
 
 
 def write_record(out: Path, chosen: Struct, guards: Sequence[Check] | None = None) -> Path:

@@ -82,14 +82,14 @@ class Refinement:
         files, settings = self._rounds.files, self._settings
         with standings_of(files, settings, self._report) as standings:
             extrapolation = LearnedExtrapolation(
-                self._rounds,
-                self._new,
-                settings.learned,
-                self._folder,
-                self._floor,
-                standings,
-                lambda: self._divergence(files.out, LOOK_RUNS),
-                self._report,
+                rounds=self._rounds,
+                new=self._new,
+                count=settings.learned,
+                folder=self._folder,
+                floor=self._floor,
+                standings=standings,
+                divergence=lambda: self._divergence(files.out, LOOK_RUNS),
+                report=self._report,
             )
             best = extrapolation.run()
         self.divergences += extrapolation.divergences

@@ -5,13 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from protocol.errors import RequestError
 from server.requantize.distillation import STEPS_MAX
 from server.requantize.extrapolation import ROUNDS_MAX
 from server.requantize.portions import Portion
 from server.requantize.work import MetricName
+
+CHOSEN_BY: Final = 1
+"""Grows when files are chosen in another way, so that nothing which was made before is gone on with."""
 
 TRUST: Final = 0.0005
 """All matrices are corrected side by side for what they have done wrong together: a whole step of each goes a thousand times too far."""
@@ -54,6 +59,12 @@ class Settings(Struct, frozen=True, kw_only=True):
     moves_scales: bool = False
     distillation: int = 0
     workers: int | None = None
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a choice depends on: not how many processes there are."""
+        found: dict[str, object] = msgspec.to_builtins(replace(self, workers=None))
+        return found
 
     @property
     def is_extrapolated(self) -> bool:

@@ -4,7 +4,6 @@ It lies beside the calibration, under a digest of all that the choice is made fr
 when it is whole; the one before goes then. Of choices that have ended the last one stays, for a command that is interrupted later.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,8 @@ from server.adapters.lock import FolderLock, is_locked
 from server.diagnosis.weights import Floats
 from server.requantize.model import sha256_of
 from server.requantize.rounds import Round
-from server.requantize.settings import Settings
+from server.requantize.settings import CHOSEN_BY, Settings
 from server.requantize.work import Files
-
-LEARNED_BY: Final = 1
-"""Grows when something else is learned, so that nothing from before is gone on with."""
 
 _PREFIX: Final = "learned-"
 _FILE: Final = "kept.gguf"
@@ -192,16 +188,12 @@ def _arrays(path: Path) -> dict[str, Floats]:
 
 
 def _identity(files: Files, settings: Settings) -> str:
-    calibration = files.calibration
-    asked = msgspec.to_builtins(settings)
-    del asked["workers"]  # changes nothing but the time
-    text = hashlib.sha256(np.ascontiguousarray(calibration.text, "<i4").tobytes()).hexdigest()
     paths = (files.new, files.installed, files.before, files.start)
     identity = {
-        "learned_by": LEARNED_BY,
+        "chosen_by": CHOSEN_BY,
         "files": [None if path is None else sha256_of(path) for path in paths],
         "also": [(sha256_of(each.path), each.share) for each in files.also],
-        "calibration": (calibration.model_sha256, calibration.tokens_sha256, text),
-        "settings": asked,
+        "calibration": files.calibration.identity,
+        "settings": settings.identity,
     }
     return digest_of(msgspec.json.encode(identity))

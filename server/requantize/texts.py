@@ -65,7 +65,12 @@ class Text:
     @property
     def digest(self) -> Digest:
         """Of the runs."""
-        return digest_of(np.ascontiguousarray(self.runs(), "<i4").tobytes())
+        return digest_of_tokens(self.runs())
+
+
+def digest_of_tokens(tokens: Tokens) -> Digest:
+    """SHA-256 of tokens, as little-endian int32."""
+    return digest_of(np.ascontiguousarray(tokens, "<i4").tobytes())
 
 
 def check_unseen(texts: Sequence[Text], seen: Sequence[Text]) -> None:

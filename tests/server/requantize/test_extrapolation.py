@@ -248,7 +248,9 @@ def test_a_choice_that_has_ended_is_not_made_again_until_another_was(
         first.divergences,
         first.rounds,
     )
-    _choose(folder, calibration, tmp_path / "other.gguf", price=2e-6, learned=1)
+    other = replace(calibration, text=calibration.text[:-1])  # of which the runs are the same
+    _choose_and_tell(lines.append, folder, other, tmp_path / "other.gguf", learned=1)
+    assert any("step" in line for line in lines)
     assert len(list(calibration.folder.glob("learned-*"))) == 1  # that of the other
 
 
